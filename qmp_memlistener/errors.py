@@ -1,0 +1,126 @@
+"""The error tree.  Every error knows what happened to whom, the remedy, and its exit code.
+
+::
+
+    MemListenerError                  exit 1
+     +- OperationFailed               1   a check or an operation on the guest failed
+     |   +- CommandFailed             1   QEMU refused a command
+     +- InputError                    2   bad usage or bad input
+     |   +- MtreeError                2   not an `info mtree` text, with line number
+     |   +- RecordingError            2   not a recording, or one from the future
+     +- TargetError                   3   the target ...
+     |   +- TargetUnreachable         3   ... cannot be connected to
+     |   +- MonitorBusy               3   ... has a monitor, and somebody else uses it
+     |   +- TargetLost                3   ... went away while we were attached
+     |   +- DeadlineExceeded          3   ... did not answer in time
+     |   +- ProtocolViolation         3   ... does not speak QMP
+     +- MissingPrerequisite           4   a privilege or a component is missing here
+
+The command line prints `message` and, on a second line, `remedy`; a library user catches
+the class.  Exit codes are part of the command-line contract (README, "Exit codes").
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "CommandFailed",
+    "DeadlineExceeded",
+    "InputError",
+    "MemListenerError",
+    "MissingPrerequisite",
+    "MonitorBusy",
+    "MtreeError",
+    "OperationFailed",
+    "ProtocolViolation",
+    "RecordingError",
+    "TargetError",
+    "TargetLost",
+    "TargetUnreachable",
+]
+
+
+class MemListenerError(Exception):
+    """Base of every error this package raises on purpose.
+
+    `message` says what happened and to whom; `remedy` what the user can do about it.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, *, remedy: str | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.remedy = remedy
+
+
+class OperationFailed(MemListenerError):
+    """A check did not hold or an operation on the guest failed."""
+
+
+class CommandFailed(OperationFailed):
+    """QEMU answered a command with an error; `error_class` and `desc` are QEMU's own."""
+
+    def __init__(
+        self, command: str, error_class: str, desc: str, *, remedy: str | None = None
+    ) -> None:
+        super().__init__(f"QEMU refused {command}: {desc}", remedy=remedy)
+        self.command = command
+        self.error_class = error_class
+        self.desc = desc
+
+
+class InputError(MemListenerError):
+    """Bad usage or bad input: a file that is not what it should be, options that clash."""
+
+    exit_code = 2
+
+
+class MtreeError(InputError):
+    """Text that no QEMU prints for `info mtree`; `line_no` counts from 1."""
+
+    def __init__(self, line_no: int, line: str, why: str) -> None:
+        shown = line if len(line) <= 120 else line[:117] + "..."
+        super().__init__(
+            f"line {line_no} is not `info mtree` output ({why}): {shown!r}",
+            remedy="give the unchanged output of `info mtree`, with any of -f -d -o -D, "
+            "of QEMU 7.2 to 11.1",
+        )
+        self.line_no = line_no
+        self.line = line
+        self.why = why
+
+
+class RecordingError(InputError):
+    """A file that is not a recording of ours, or has a newer schema than we know."""
+
+
+class TargetError(MemListenerError):
+    """Something is wrong with the guest we were told to look at."""
+
+    exit_code = 3
+
+
+class TargetUnreachable(TargetError):
+    """No monitor answers at the given address."""
+
+
+class MonitorBusy(TargetError):
+    """The monitor exists but serves another client (a QMP monitor serves one at a time)."""
+
+
+class TargetLost(TargetError):
+    """The connection ended while it was in use: QEMU quit, was killed, or closed it."""
+
+
+class DeadlineExceeded(TargetError):
+    """The peer did not answer in time."""
+
+
+class ProtocolViolation(TargetError):
+    """The peer answered, but what it said is not QMP."""
+
+
+class MissingPrerequisite(MemListenerError):
+    """A privilege or a component is missing on this host."""
+
+    exit_code = 4

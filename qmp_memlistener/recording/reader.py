@@ -1,0 +1,99 @@
+"""Reads recordings: finished ones, growing ones, and those of older schema versions.
+
+Record types and keys that this version does not know are skipped; a last line that is cut off is
+not an error (the writer may be in the middle of it, or was killed there).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import msgspec
+
+from ..errors import InputError, RecordingError
+from . import records
+from .records import SCHEMA, Header, Record
+
+__all__ = ["Recording", "is_recording"]
+
+_TYPES: dict[str, type[Record]] = {
+    str(cls.__struct_config__.tag): cls
+    for cls in vars(records).values()
+    if isinstance(cls, type) and issubclass(cls, Record) and cls is not Record
+}
+
+
+class Recording:
+    """A recording on disk: its `header`, and its records by iterating.
+
+    Iterating again goes on where the last time ended, so a growing file can be followed.
+    `skipped` counts records of unknown types; `truncated` says that the last line is cut off.
+
+    Raises InputError when the file cannot be read, RecordingError when it is not a recording or of
+    a newer schema than this version knows.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = path
+        self.skipped = 0
+        self.truncated = False
+        self._line_no = 0
+        self._position = 0
+        self._decoders = {t: msgspec.json.Decoder(cls) for t, cls in _TYPES.items()}
+        self._peek = msgspec.json.Decoder(dict[str, Any])
+        first = next(iter(self), None)
+        if not isinstance(first, Header):
+            raise RecordingError(
+                f"{path} is not a recording: it does not begin with a header",
+                remedy="make one with `qmp-memlistener record TARGET -o FILE`",
+            )
+        if first.schema > SCHEMA:
+            raise RecordingError(
+                f"{path} has schema {first.schema}, this version reads up to {SCHEMA}",
+                remedy="update qmp-memlistener",
+            )
+        self.header = first
+
+    def __iter__(self) -> Iterator[Record]:
+        try:
+            file = open(self.path, "rb")  # noqa: SIM115 - closed below, errors named here
+        except OSError as exc:
+            raise InputError(f"{self.path} cannot be read: {exc.strerror}") from exc
+        with file:
+            file.seek(self._position)
+            self.truncated = False
+            for line in file:
+                if not line.endswith(b"\n"):
+                    self.truncated = True
+                    return
+                self._line_no += 1
+                self._position += len(line)
+                record = self._decode(line)
+                if record is not None:
+                    yield record
+
+    def _decode(self, line: bytes) -> Record | None:
+        try:
+            tag = self._peek.decode(line).get("type")
+        except msgspec.DecodeError as exc:
+            raise RecordingError(f"{self.path}, line {self._line_no}: not JSON ({exc})") from None
+        decoder = self._decoders.get(tag) if isinstance(tag, str) else None
+        if decoder is None:
+            if self._line_no == 1:
+                raise RecordingError(f"{self.path} is not a recording: line 1 has no known type")
+            self.skipped += 1
+            return None
+        try:
+            return decoder.decode(line)
+        except msgspec.ValidationError as exc:
+            raise RecordingError(f"{self.path}, line {self._line_no}: {exc}") from None
+
+
+def is_recording(path: str) -> bool:
+    """The file begins like one of our recordings (false when it cannot be read)."""
+    try:
+        with open(path, "rb") as file:
+            return b'"type":"header"' in file.readline(4096)
+    except OSError:
+        return False

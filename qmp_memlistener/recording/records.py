@@ -1,0 +1,227 @@
+"""What happened to a memory map: the lines of `watch --json` and of a recording.
+
+One struct per record type, told apart by the JSON key `type`.  Times `*_ns` are CLOCK_MONOTONIC of
+the host the agent ran on; addresses and sizes are bytes.  Keys are only ever added: a reader skips
+types and keys that it does not know.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from ..topology import FlatRange, FlatView, Hole, RamBlock
+
+__all__ = [
+    "SCHEMA",
+    "BlockInfo",
+    "Cause",
+    "Extent",
+    "GuestState",
+    "Header",
+    "HoleInfo",
+    "Lost",
+    "MapRecord",
+    "Note",
+    "QmpEvent",
+    "Reconciled",
+    "Record",
+    "Section",
+    "SlotOp",
+    "TransitionRecord",
+]
+
+SCHEMA = 1
+
+
+class Section(msgspec.Struct, frozen=True):
+    """A range of a FlatView, as in `show --json`."""
+
+    start: int
+    size: int
+    kind: str
+    name: str
+    offset: int
+    owner: str | None
+    memslot: bool
+
+    @classmethod
+    def of(cls, r: FlatRange) -> Section:
+        return cls(r.start, r.size, str(r.kind), r.name, r.offset, r.owner, r.memslot)
+
+    @classmethod
+    def list_of(cls, view: FlatView | tuple[FlatRange, ...]) -> list[Section]:
+        return [cls.of(r) for r in view]
+
+
+class HoleInfo(msgspec.Struct, frozen=True):
+    """A hole in a RAM block; `covered_by` is None when nothing is there or when it is not known."""
+
+    block: str
+    start: int
+    size: int
+    offset: int
+    covered_by: str | None
+    owner: str | None
+
+    @classmethod
+    def of(cls, h: Hole) -> HoleInfo:
+        return cls(h.block, h.start, h.size, h.offset, h.covered_by, h.owner)
+
+
+class Extent(msgspec.Struct, frozen=True):
+    """Where a RAM block is mapped."""
+
+    start: int
+    size: int
+    offset: int
+
+
+class BlockInfo(msgspec.Struct, frozen=True):
+    """A RAM block with its mappings and holes, as in `show --json`."""
+
+    name: str
+    owner: str | None
+    mapped: list[Extent]
+    holes: list[HoleInfo]
+
+    @classmethod
+    def of(cls, b: RamBlock) -> BlockInfo:
+        return cls(
+            b.name,
+            b.owner,
+            [Extent(m.start, m.size, m.offset) for m in b.mapped],
+            [HoleInfo.of(h) for h in b.holes],
+        )
+
+
+class Cause(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a transition happened, as far as it was seen.
+
+    `type`: `pci_bar` (QEMU traced a BAR being mapped or unmapped), `memory_device` (plug or unplug
+    traced), `region` (no event was seen; the regions that came or went), `unknown`.
+    """
+
+    type: str
+    device: str | None = None
+    detail: str | None = None
+    owner: str | None = None
+    regions: list[str] | None = None
+
+
+class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
+    """Base of all records."""
+
+    schema: int = SCHEMA
+
+
+class Header(Record, frozen=True, kw_only=True, tag="header"):
+    """First line of a recording: who was watched, by what, on which clocks.
+
+    `monotonic_ns` and `realtime_ns` were read together: their difference maps the clocks.
+    """
+
+    tool_version: str
+    monotonic_ns: int
+    realtime_ns: int
+    host_kernel: str
+    target: str
+    qemu_version: str | None
+    qemu_package: str | None = None
+    machine: str | None
+    accel: str | None
+    guest_name: str | None
+    pid: int | None
+    source: str
+    stamp_bound_ns: int | None = None
+
+
+class MapRecord(Record, frozen=True, kw_only=True, tag="map"):
+    """The whole map at one moment; the transitions that follow start from it."""
+
+    t_ns: int
+    address_space: str
+    ranges: list[Section]
+    ram_blocks: list[BlockInfo]
+
+
+class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition"):
+    """One change of the map.
+
+    `detail` says how far it is known: `full` (seen in the region tree before and after), `slots`
+    (from the slot operations: RAM and ROM are exact, what covers a hole is not known), `none` (QEMU
+    rebuilt its views and the next change came before a snapshot could), `net` (sum of the `merged`
+    last changes).
+    """
+
+    seq: int
+    t_ns: int
+    cause: Cause
+    removed: list[Section]
+    added: list[Section]
+    holes_punched: list[HoleInfo]
+    holes_filled: list[HoleInfo]
+    detail: str
+    merged: int = 1
+    slot_ops: int = 0
+
+
+class SlotOp(Record, frozen=True, kw_only=True, tag="slot_op"):
+    """One KVM_SET_USER_MEMORY_REGION; of a delete `size` is that of the slot which went away.
+
+    `predicted` operations were never seen: they are what QEMU's rules give for the transition.
+    """
+
+    t_ns: int
+    as_id: int
+    slot: int
+    op: str
+    gpa: int
+    size: int
+    flags: int
+    ret: int
+    predicted: bool
+    transition: int | None
+    hva: int | None = None
+
+
+class GuestState(Record, frozen=True, kw_only=True, tag="guest_state"):
+    """The guest runs, stopped, was reset: `status` is QEMU's RunState, `event` what told us."""
+
+    t_ns: int
+    status: str
+    running: bool
+    event: str | None = None
+
+
+class QmpEvent(Record, frozen=True, kw_only=True, tag="qmp_event"):
+    """A QMP event that concerns devices or memory."""
+
+    t_ns: int
+    event: str
+    data: dict[str, Any]
+
+
+class Reconciled(Record, frozen=True, kw_only=True, tag="reconciled"):
+    """At a quiet point the slots that QEMU's rules predict were compared with the traced ones."""
+
+    t_ns: int
+    slots: int
+    equal: bool
+    differences: list[str]
+
+
+class Lost(Record, frozen=True, kw_only=True, tag="lost"):
+    """Something was missed: `what` in words, `count` how many when that is known."""
+
+    t_ns: int
+    what: str
+    count: int | None = None
+
+
+class Note(Record, frozen=True, kw_only=True, tag="note"):
+    """Something the reader of the records should know."""
+
+    t_ns: int
+    text: str

@@ -1,0 +1,78 @@
+"""Writes a recording: one JSON document per line, appended with one write each.
+
+A reader may follow while the file grows; a crash costs at most the line being written.
+"""
+
+from __future__ import annotations
+
+import os
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from ..errors import InputError, MissingPrerequisite, OperationFailed
+from .records import Header, Record
+
+__all__ = ["RecordingWriter"]
+
+
+class RecordingWriter:
+    """Append records to a new file; a context manager.
+
+    Raises InputError when the file exists or its directory does not, MissingPrerequisite when it
+    may not be written, OperationFailed when the disk is full.
+    """
+
+    def __init__(self, path: str, header: Header) -> None:
+        self.path = path
+        self.count = 0
+        self._encode = msgspec.json.Encoder().encode
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+        except FileExistsError:
+            raise InputError(
+                f"{path} exists already", remedy="name a new file: a recording is never overwritten"
+            ) from None
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise InputError(
+                f"{path} cannot be created", remedy="name a file in an existing directory"
+            ) from None
+        except OSError as exc:
+            raise MissingPrerequisite(
+                f"{path} cannot be created: {exc.strerror}", remedy="choose a writable directory"
+            ) from exc
+        self.write(header)
+
+    def write(self, record: Record) -> None:
+        """Append one record."""
+        line = self._encode(record) + b"\n"
+        try:
+            while line:
+                line = line[os.write(self._fd, line) :]
+        except OSError as exc:
+            raise OperationFailed(
+                f"{self.path} cannot be written: {exc.strerror}",
+                remedy="make room and record again; what was written so far is readable",
+            ) from exc
+        self.count += 1
+
+    def close(self) -> None:
+        """Flush to disk and close; further calls do nothing."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()

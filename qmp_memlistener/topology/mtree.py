@@ -1,0 +1,279 @@
+"""Reads what QEMU prints for `info mtree` (QEMU 7.2 to 11.1), with any of -f -d -o -D.
+
+`parse` returns a `Dump`: either region trees (without -f) or QEMU's own flat views (with -f).
+The grammar is that of `mtree_print_mr` and `mtree_print_flatview` (system/memory.c; 7.2:
+softmmu/memory.c).  Whatever they do not print is refused with its line number.  Linking aliases
+to their regions is `link`'s job, rendering a tree is `render`'s.
+
+What the text cannot carry, and what is done about it:
+
+- Without -D a disabled region is not printed but its children are, two levels deeper than the
+  last printed ancestor.  Such children are taken for disabled.
+- A region of size 0 prints like one of size 1.  RAM of one byte does not exist: it counts as
+  empty, and so does a disabled one.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+
+from ..errors import MtreeError
+from .model import ADDRESS_SPACE_SIZE, FlatRange, FlatView, Kind, Region
+
+__all__ = ["Dump", "parse"]
+
+_OWNERS = r"(?P<owners>(?: (?:owner|parent):\{[^}]*\}| orphan)*)"
+_REGION = re.compile(
+    r"(?:\[DETECTED OVERFLOW!\] )?(?P<indent> +)(?P<start>[0-9a-f]{16})-(?P<last>[0-9a-f]{16})"
+    r" \(prio (?P<prio>-?\d+), (?P<nv>nv-)?(?P<kind>[a-z/]+)\): "
+    r"(?:alias (?P<alias>.*) @(?P<target>.*) (?P<offset>[0-9a-f]{16})-[0-9a-f]{16}|(?P<name>.*?))"
+    r"(?P<disabled> \[disabled\])?" + _OWNERS
+)
+_RANGE = re.compile(
+    r"  (?P<start>[0-9a-f]{16})-(?P<last>[0-9a-f]{16})"
+    r" \(prio (?P<prio>-?\d+), (?P<nv>nv-)?(?P<kind>[a-z/]+)\): "
+    r"(?P<name>.*?)(?: @(?P<offset>[0-9a-f]{16}))?" + _OWNERS +
+    # AccelClass.name of the accelerators that have slots; once per address space of the view
+    r"(?P<slots>(?: (?:KVM|HVF|NVMM|WHPX|MSHV|Xen))*)"
+)  # fmt: skip
+_OWNER = re.compile(r" owner:\{(?:dev|obj) (?:id|path|type)=([^}]*)\}")
+_VIEW_SPACE = re.compile(r' AS "(?P<name>.*)", root: (?P<root>.*)')
+_KINDS = {k.value: k for k in Kind} | {"container": Kind.IO}  # the latter: roots, 10.1 and later
+
+
+@dataclass(slots=True)
+class Dump:
+    """One parsed `info mtree` text.
+
+    `address_spaces` maps the name of each address space to its root region; several names may
+    share one root.  `regions` lists the aliased regions in the order in which QEMU printed them
+    (names repeat).  With -f both are empty and `flat_views` maps address-space names to views.
+    """
+
+    address_spaces: dict[str, Region | None] = field(default_factory=dict)
+    regions: list[Region] = field(default_factory=list)
+    flat_views: dict[str, FlatView] = field(default_factory=dict)
+    shows_disabled: bool = False
+    shows_owners: bool = False
+
+    @property
+    def is_flat(self) -> bool:
+        """The text was made with -f."""
+        return bool(self.flat_views)
+
+
+def parse(text: str) -> Dump:
+    """Parse the text of one `info mtree` command.
+
+    Raises MtreeError (with line number) for anything that QEMU does not print.
+    """
+    lines = text.replace("\r", "").split("\n")
+    for line in lines:
+        if line.startswith("FlatView #"):
+            return _parse_flat(lines)
+        if line:
+            break
+    return _parse_trees(lines)
+
+
+def _owner(owners: str) -> str | None:
+    if not owners:
+        return None
+    m = _OWNER.search(owners)
+    return m[1] if m else None
+
+
+def _kind(text: str, line_no: int, line: str) -> Kind:
+    try:
+        return _KINDS[text]
+    except KeyError:
+        raise MtreeError(line_no, line, f"unknown region type {text!r}") from None
+
+
+def _span(start: int, last: int) -> int:
+    """Size of a printed range: QEMU prints the last address, modulo 2**64."""
+    return ((last - start) % ADDRESS_SPACE_SIZE) + 1
+
+
+# -- trees ---------------------------------------------------------------------------------
+
+
+class _TreeBuilder:
+    """Puts the regions of one section below each other by their indentation."""
+
+    __slots__ = ("bases", "levels", "stack")
+
+    def __init__(self) -> None:
+        self.stack: list[Region] = []
+        self.bases: list[int] = []  # absolute address of each region on the stack
+        self.levels: list[int] = []
+
+    def add(self, region: Region, start: int, level: int) -> bool:
+        """Place `region`, printed at absolute `start`; True when it is the section's root."""
+        while self.levels and self.levels[-1] >= level:
+            self.stack.pop()
+            self.bases.pop()
+            self.levels.pop()
+        if not self.stack:
+            region.addr = start
+            root = True
+        else:
+            root = False
+            if self.levels[-1] + 1 < level:
+                region.enabled = False  # its parent is disabled and was not printed
+            elif self.stack[-1].is_alias:
+                # an alias has no children of its own: the parent is a disabled sibling of it
+                region.enabled = False
+            region.addr = (start - self.bases[-1]) % ADDRESS_SPACE_SIZE
+            self.stack[-1].children.append(region)
+        self.stack.append(region)
+        self.bases.append(start)
+        self.levels.append(level)
+        return root
+
+
+def _parse_trees(lines: list[str]) -> Dump:
+    dump = Dump()
+    names: list[str] = []  # address spaces waiting for the tree that they share
+    in_region = False
+    builder = _TreeBuilder()
+    match = _REGION.fullmatch
+    have_root = True
+    seen_any = False
+    for line_no, line in enumerate(lines, 1):
+        if not line:
+            continue
+        if line[0] != " " and line[0] != "[":
+            head, sep, name = line.partition(": ")
+            if not sep or head not in ("address-space", "memory-region"):
+                raise MtreeError(line_no, line, "neither a heading nor a region")
+            seen_any = True
+            if head == "memory-region":
+                in_region, names = True, []
+            else:
+                if in_region or have_root:
+                    names = []
+                in_region = False
+                names.append(name)
+                dump.address_spaces[name] = None
+            have_root = False
+            builder = _TreeBuilder()
+            continue
+        m = match(line)
+        if m is None:
+            raise MtreeError(line_no, line, "not a region")
+        if not seen_any:
+            raise MtreeError(line_no, line, "a region before any heading")
+        indent = len(m["indent"])
+        if indent % 2:
+            raise MtreeError(line_no, line, "odd indentation")
+        region = _region(m, line_no, line)
+        if m["owners"]:
+            dump.shows_owners = True
+        if m["disabled"]:
+            dump.shows_disabled = True
+        root = builder.add(region, int(m["start"], 16), indent // 2)
+        if not root:
+            continue
+        if have_root or indent != 2:
+            # the real root is disabled and not printed; nothing of it is visible
+            region.enabled = False
+            continue
+        have_root = True
+        if in_region:
+            dump.regions.append(region)
+        else:
+            for name in names:
+                dump.address_spaces[name] = region
+    if not seen_any:
+        raise MtreeError(1, lines[0] if lines else "", "no address space in it")
+    return dump
+
+
+def _region(m: re.Match[str], line_no: int, line: str) -> Region:
+    kind = _kind(m["kind"], line_no, line)
+    start = int(m["start"], 16)
+    size = _span(start, int(m["last"], 16))
+    enabled = m["disabled"] is None
+    if size == 1 and (kind.backed or not enabled):
+        size = 0
+    target = m["target"]
+    return Region(
+        addr=0,
+        size=size,
+        priority=int(m["prio"]),
+        kind=kind,
+        name=m["name"] if target is None else m["alias"],
+        enabled=enabled,
+        nonvolatile=m["nv"] is not None,
+        owner=_owner(m["owners"]),
+        target=target,
+        offset=0 if target is None else int(m["offset"], 16),
+        line_no=line_no,
+    )
+
+
+# -- flat views ----------------------------------------------------------------------------
+
+
+def _parse_flat(lines: list[str]) -> Dump:
+    dump = Dump()
+    spaces: list[str] = []
+    ranges: list[FlatRange] = []
+    in_dispatch = False
+    started = False
+
+    def finish(line_no: int, line: str) -> None:
+        try:
+            for space in spaces:
+                dump.flat_views[space] = FlatView(ranges, space)
+        except ValueError as exc:
+            raise MtreeError(line_no, line, str(exc)) from None
+
+    match = _RANGE.fullmatch
+    for line_no, line in enumerate(lines, 1):
+        if not line:
+            continue
+        if line.startswith("FlatView #"):
+            finish(line_no, line)
+            spaces, ranges, in_dispatch, started = [], [], False, True
+        elif not started:
+            raise MtreeError(line_no, line, "no FlatView heading before it")
+        elif in_dispatch:
+            continue
+        elif line.startswith("  Dispatch"):
+            in_dispatch = True
+        elif line.startswith(" AS "):
+            m = _VIEW_SPACE.fullmatch(line)
+            if m is None:
+                raise MtreeError(line_no, line, "not an address space")
+            spaces.append(m["name"])
+        elif line.startswith(" Root memory region: ") or line == "  No rendered FlatView":
+            continue
+        else:
+            m = match(line)
+            if m is None:
+                raise MtreeError(line_no, line, "not a range of a flat view")
+            if m["owners"]:
+                dump.shows_owners = True
+            ranges.append(_range(m, line_no, line))
+    finish(len(lines), "")
+    return dump
+
+
+def _range(m: re.Match[str], line_no: int, line: str) -> FlatRange:
+    start = int(m["start"], 16)
+    last = int(m["last"], 16)
+    if last < start:
+        raise MtreeError(line_no, line, "it ends before it starts")
+    return FlatRange(
+        start=start,
+        size=last - start + 1,
+        kind=_kind(m["kind"], line_no, line),
+        name=m["name"],
+        offset=int(m["offset"], 16) if m["offset"] else 0,
+        owner=_owner(m["owners"]),
+        nonvolatile=m["nv"] is not None,
+        memslot=bool(m["slots"]),
+    )
