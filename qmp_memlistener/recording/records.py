@@ -18,13 +18,16 @@ __all__ = [
     "BlockInfo",
     "Cause",
     "Extent",
+    "FlipInfo",
     "GuestState",
     "Header",
     "HoleInfo",
     "Lost",
     "MapRecord",
+    "MoveInfo",
     "Note",
     "QmpEvent",
+    "RamInfo",
     "Reconciled",
     "Record",
     "Section",
@@ -73,6 +76,37 @@ class HoleInfo(msgspec.Struct, frozen=True):
 class Extent(msgspec.Struct, frozen=True):
     """Where a RAM block is mapped."""
 
+    start: int
+    size: int
+    offset: int
+
+
+class FlipInfo(msgspec.Struct, frozen=True):
+    """A range that shows the same memory as before, but writable or read-only now."""
+
+    start: int
+    size: int
+    name: str
+    owner: str | None
+    before: str
+    after: str
+
+
+class MoveInfo(msgspec.Struct, frozen=True):
+    """An i/o region that is visible at another address than before."""
+
+    name: str
+    owner: str | None
+    before: int
+    after: int
+    size: int
+
+
+class RamInfo(msgspec.Struct, frozen=True):
+    """A mapping of a RAM block that came or went as a whole."""
+
+    name: str
+    owner: str | None
     start: int
     size: int
     offset: int
@@ -149,7 +183,8 @@ class MapRecord(Record, frozen=True, kw_only=True, tag="map"):
 class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition"):
     """One change of the map.
 
-    `detail` says how far it is known: `full` (seen in the region tree before and after), `slots`
+    A hole that moved or changed size is in `holes_filled` with its old place and in `holes_punched`
+    with the new one.  `detail` says how far it is known: `full` (seen in the region tree before and after), `slots`
     (from the slot operations: RAM and ROM are exact, what covers a hole is not known), `none` (QEMU
     rebuilt its views and the next change came before a snapshot could), `net` (sum of the `merged`
     last changes).
@@ -162,6 +197,10 @@ class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition"):
     added: list[Section]
     holes_punched: list[HoleInfo]
     holes_filled: list[HoleInfo]
+    ram_appeared: list[RamInfo] = []
+    ram_vanished: list[RamInfo] = []
+    flips: list[FlipInfo] = []
+    mmio_moved: list[MoveInfo] = []
     detail: str
     merged: int = 1
     slot_ops: int = 0

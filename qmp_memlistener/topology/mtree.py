@@ -9,8 +9,8 @@ What the text cannot carry, and what is done about it:
 
 - Without -D a disabled region is not printed but its children are, two levels deeper than the
   last printed ancestor.  Such children are taken for disabled.
-- A region of size 0 prints like one of size 1.  RAM of one byte does not exist: it counts as
-  empty, and so does a disabled one.
+- A region of size 0 prints like one of size 1.  RAM of one byte does not exist, nor does an alias
+  to one byte in QEMU's sources: they count as empty, and so does what is disabled.
 """
 
 from __future__ import annotations
@@ -196,9 +196,9 @@ def _region(m: re.Match[str], line_no: int, line: str) -> Region:
     start = int(m["start"], 16)
     size = _span(start, int(m["last"], 16))
     enabled = m["disabled"] is None
-    if size == 1 and (kind.backed or not enabled):
-        size = 0
     target = m["target"]
+    if size == 1 and (kind.backed or target is not None or not enabled):
+        size = 0
     return Region(
         addr=0,
         size=size,

@@ -9,7 +9,7 @@ its rank in that order and one sweep over the addresses keeps the piece of lowes
 `info mtree` leaves three things out; the rules for them are in this module, each with its source:
 
 - whether an i/o region answers by itself or only holds others (`_terminates`);
-- that the alias `pam-rom` maps RAM read-only (`_READONLY_ALIASES`);
+- which aliases are read-only (`_is_readonly_alias`);
 - the order of siblings of equal priority that overlap at different addresses
   (`_render_order`); such pairs are reported in `Rendering.ambiguous`.
 """
@@ -75,8 +75,7 @@ _EMPTY_CONTAINERS = frozenset(
         "virtio-mem",  # hw/virtio/virtio-mem.c, dynamic memslots
         "hv-balloon",  # hw/hyperv/hv-balloon.c
         "virtio-gpu-hostmem",  # hw/display/virtio-gpu-pci.c, virtio-vga.c
-        "virtio-pci",  # hw/virtio/virtio-pci.c, the modern BAR
-        "virtio-pci-io",
+        "virtio-pci-io",  # hw/virtio/virtio-pci.c
         "sgx-epc",  # hw/i386/sgx.c
         "cxl_host_reg",  # hw/i386/pc.c
         "amdvi_root",  # hw/i386/amd_iommu.c
@@ -107,8 +106,6 @@ _EMPTY_CONTAINERS = frozenset(
     }
 )
 _EMPTY_CONTAINER_PATTERN = re.compile(r".*-msix|vtd-[0-9a-f.]+")  # hw/pci/msix.c, intel_iommu.c
-
-_READONLY_ALIASES = frozenset({"pam-rom"})  # hw/pci-host/pam.c, init_pam()
 
 # virtio-mem and hv-balloon slots must not merge (QEMU 8.2, commit 533f5d6679)
 _UNMERGEABLE_ALIAS = re.compile(r"memslot-\d+")
@@ -164,6 +161,7 @@ def render(root: Region | None, address_space: str = "memory") -> Rendering:
     Raises MtreeError when an alias contains itself.
     """
     collector = _Collector()
+    root = _flatview_root(root)
     if root is not None:
         collector.visit(root, 0, 0, ADDRESS_SPACE_SIZE, _Inherited(), 0)
     view = FlatView(list(_simplify(_sweep(collector.pieces))), address_space)
@@ -178,6 +176,33 @@ def render(root: Region | None, address_space: str = "memory") -> Rendering:
         tuple(sorted(collector.ambiguous)),
         tuple(sorted(collector.unresolved)),
     )
+
+
+def _flatview_root(region: Region | None) -> Region | None:
+    """The region that QEMU renders for an address space (`memory_region_get_flatview_root`).
+
+    It skips whole aliases and containers with one child at 0, to share views between address
+    spaces; the place of what it skips in *its* container is lost with it.
+    """
+    for _ in range(_MAX_DEPTH):
+        if region is None or not region.enabled:
+            return None
+        if region.target is not None:
+            target = region.resolved
+            if target is None or region.offset or region.size < target.size:
+                return region
+            region = target
+            continue
+        if _terminates(region):
+            return region
+        enabled = [c for c in region.children if c.enabled]
+        if not enabled:
+            return None
+        only = enabled[0]
+        if len(enabled) > 1 or only.addr or region.size < only.size:
+            return region
+        region = only
+    return region
 
 
 class _Collector:
@@ -205,7 +230,7 @@ class _Collector:
         if region.nonvolatile and not flags.nonvolatile:
             flags = flags._replace(nonvolatile=True)
         if region.target is not None:
-            if region.name in _READONLY_ALIASES:
+            if _is_readonly_alias(region):
                 flags = flags._replace(readonly=True)
             if _UNMERGEABLE_ALIAS.fullmatch(region.name):
                 flags = flags._replace(unmergeable=True)
@@ -267,6 +292,16 @@ class _Collector:
         for above, below in pairwise(stacks):
             self.ambiguous.add((above[0].name, below[0].name))
         return [sibling for stack in stacks for sibling in stack]
+
+
+def _is_readonly_alias(alias: Region) -> bool:
+    """Whether QEMU made the alias read-only though its target may be written.
+
+    `pam-rom` is, whatever the RAM behind it is made of (hw/pci-host/pam.c, `init_pam`); `isa-bios`
+    of flash since 9.1 (hw/i386/x86-common.c, `x86_isa_bios_init`), of ROM it makes no difference,
+    and RAM behind it is isapc's writable firmware.
+    """
+    return alias.name == "pam-rom" or (alias.name == "isa-bios" and alias.kind is Kind.ROMD)
 
 
 def _terminates(region: Region) -> bool:

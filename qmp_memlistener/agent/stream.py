@@ -1,0 +1,91 @@
+"""Hands each record to everybody who wants them: recorder, terminal, library users."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Callable, Iterable
+
+from ..recording import Lost, Record
+
+__all__ = ["RecordStream", "Records"]
+
+
+class Records:
+    """Where records are published; subscribers get them in order."""
+
+    def __init__(self) -> None:
+        self._callbacks: list[Callable[[Record], None]] = []
+        self._streams: list[RecordStream] = []
+        self._closed = False
+
+    def publish(self, records: Iterable[Record]) -> None:
+        """Hand out records at once; callbacks must be quick."""
+        for record in records:
+            for callback in tuple(self._callbacks):
+                callback(record)
+            for stream in tuple(self._streams):
+                stream.push(record)
+
+    def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]:
+        """Call `callback` with every record from now on; returns the way to stop that."""
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback)
+
+    def stream(self, limit: int) -> RecordStream:
+        """A new stream of the records from now on, that holds at most `limit` unread ones."""
+        stream = RecordStream(limit)
+        if self._closed:
+            stream.close()
+        else:
+            self._streams.append(stream)
+        return stream
+
+    def close(self) -> None:
+        """No more records will come: streams end after what they hold."""
+        self._closed = True
+        for stream in self._streams:
+            stream.close()
+        self._streams.clear()
+
+
+class RecordStream:
+    """Records in order, as an async iterator that ends when the agent does.
+
+    When nobody reads for long the oldest records go, and a `Lost` record stands in their place.
+    """
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._queue: deque[Record] = deque()
+        self._dropped = 0
+        self._wake = asyncio.Event()
+        self._closed = False
+
+    def push(self, record: Record) -> None:
+        """Add a record; the agent's side."""
+        if len(self._queue) >= self._limit:
+            self._queue.popleft()
+            self._dropped += 1
+        self._queue.append(record)
+        self._wake.set()
+
+    def close(self) -> None:
+        """End the iteration after what is queued."""
+        self._closed = True
+        self._wake.set()
+
+    def __aiter__(self) -> RecordStream:
+        return self
+
+    async def __anext__(self) -> Record:
+        while not self._queue:
+            if self._closed:
+                raise StopAsyncIteration
+            self._wake.clear()
+            await self._wake.wait()
+        if self._dropped:
+            count, self._dropped = self._dropped, 0
+            at = getattr(self._queue[0], "t_ns", 0)
+            return Lost(t_ns=at, what="records that were not read in time", count=count)
+        return self._queue.popleft()

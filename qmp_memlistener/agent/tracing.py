@@ -1,0 +1,251 @@
+"""The source that misses nothing: QEMU's trace lines, with a snapshot when something changed.
+
+QEMU logs the command that asks for a snapshot (event `handle_hmp_command`) before it runs, and
+holds the BQL from there until the text is whole.  So the line stands exactly where the snapshot
+belongs among the operations, and no commit can be on the wrong side of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable
+
+from ..errors import CommandFailed, DeadlineExceeded, ProtocolViolation
+from ..monitor import Command, Monitor, TraceSession, TraceTail
+from ..monitor.trace_lines import new_marker
+from ..monitor.trace_records import (
+    BarMapping,
+    FlatViewChange,
+    FlatViewEvent,
+    HmpCommand,
+    MemoryDeviceChange,
+    MemoryDeviceEvent,
+    RunStateChange,
+    SlotFailure,
+    SlotOp,
+    TraceRecord,
+    VirtioMemEvent,
+)
+from ..recording import Cause, GuestState, Lost, Note, Record
+from ..topology import MemoryMap
+from ..tracking import RawOp, Tracker
+from .mapping import maps_of
+
+__all__ = ["TraceSource"]
+
+SNAPSHOT_LINE = "info mtree -o -D"
+MIN_GAP_S = 0.002
+"""At least this long between two snapshots, and `GAP_FACTOR` times what the last one took."""
+GAP_FACTOR = 4.0
+_LINE_DEADLINE = 5.0
+
+
+class TraceSource:
+    """Feeds a tracker from one trace session.  `publish` is called when there is news.
+
+    `start` must be awaited first; then `read` and `keep_snapshots` run as tasks.
+    """
+
+    def __init__(
+        self,
+        monitor: Monitor,
+        session: TraceSession,
+        publish: Callable[[Iterable[Record]], None],
+        make_tracker: Callable[[dict[int, MemoryMap], int], Tracker],
+    ) -> None:
+        self._monitor = monitor
+        self._session = session
+        self._publish = publish
+        self._make_tracker = make_tracker
+        self.tracker: Tracker | None = None
+        self.snapshots = 0
+        self.snapshot_ns = 0
+        self._armed = False
+        self._marker: int | None = None
+        self._at_mark = asyncio.Event()
+        self._dirty = asyncio.Event()
+        self._snapshot_lock = asyncio.Lock()
+        self._sync: dict[int, asyncio.Event] = {}
+        self._resync = False
+        self._early: list[tuple[TraceRecord, int]] = []
+
+    async def read(self, tail: TraceTail) -> None:
+        """Fold lines in as they come, until the tail is finished."""
+        async for batch in tail:
+            extra: list[Record] = []
+            if batch.lost is not None:
+                extra.append(Lost(t_ns=batch.t_ns, what=batch.lost))
+                self._resync = True
+                self._dirty.set()
+            skew = time.time_ns() - time.monotonic_ns()
+            for line in batch.records:
+                t_ns = line.t_ns
+                if line.stamp_ns is not None:
+                    t_ns = min(max(line.stamp_ns - skew, batch.t_after_ns), batch.t_ns)
+                record = self._fold(line, t_ns)
+                if record is not None:
+                    extra.append(record)
+            if extra:
+                self._publish(extra)
+            if self.tracker is not None and self.tracker.pending:
+                self._dirty.set()
+
+    async def keep_snapshots(self) -> None:
+        """Take a snapshot whenever something changed, without taking more than a fifth of it."""
+        while True:
+            await self._dirty.wait()
+            self._dirty.clear()
+            took_s = await self.snapshot() / 1e9
+            await asyncio.sleep(max(MIN_GAP_S, GAP_FACTOR * took_s))
+
+    async def snapshot(self) -> int:
+        """Take one snapshot and fold it in; returns how long it took, in ns.
+
+        Raises DeadlineExceeded, TargetLost, CommandFailed.
+        """
+        async with self._snapshot_lock:
+            marker = self._marker = new_marker()
+            self._armed = False
+            self._at_mark.clear()
+            replies = await self._monitor.pipeline(
+                [_hmp(f"print {marker:#x}"), _hmp(SNAPSHOT_LINE)]
+            )
+            reply = replies[1]
+            if isinstance(reply, CommandFailed):
+                raise reply
+            if not isinstance(reply.value, str):
+                raise ProtocolViolation(f"{self._monitor.target} returned no text for info mtree")
+            try:
+                async with asyncio.timeout(_LINE_DEADLINE):
+                    await self._at_mark.wait()
+            except TimeoutError:
+                raise DeadlineExceeded(
+                    f"QEMU's log {self._session.path} does not show the last command",
+                    remedy="has somebody redirected QEMU's log? attach again",
+                ) from None
+            maps = maps_of(reply.value)
+            first = replies[0]
+            start = first.t_start_ns if not isinstance(first, CommandFailed) else reply.t_start_ns
+            took = reply.t_end_ns - start
+            self.snapshots += 1
+            self.snapshot_ns += took
+            if self.tracker is None:
+                self.tracker = self._make_tracker(maps, reply.t_end_ns)
+                early, self._early = self._early, []
+                for line, t_ns in early:
+                    self._fold(line, t_ns)
+            elif self._resync:
+                self._resync = False
+                self.tracker.resync(maps, reply.t_end_ns)
+            else:
+                self.tracker.snapshot(maps, reply.t_end_ns)
+            self._publish(())
+            return took
+
+    async def settle(self) -> None:
+        """Wait until everything QEMU has logged so far is folded in and reported."""
+        number = await self._session.marker()
+        seen = self._sync.setdefault(number, asyncio.Event())
+        try:
+            async with asyncio.timeout(_LINE_DEADLINE):
+                await seen.wait()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"QEMU's log {self._session.path} does not show the last command"
+            ) from None
+        finally:
+            del self._sync[number]
+        if self.tracker is not None and self.tracker.pending:
+            await self.snapshot()
+
+    def _fold(self, line: TraceRecord, t_ns: int) -> Record | None:
+        tracker = self.tracker
+        match line:
+            case HmpCommand():
+                self._hmp(line)
+            case _ if tracker is None:
+                # the first snapshot shows what was before its line, not what came after
+                if self._at_mark.is_set():
+                    self._early.append((line, t_ns))
+            case SlotOp():
+                tracker.commits.slot_operation(
+                    RawOp(
+                        t_ns,
+                        line.as_id,
+                        line.slot,
+                        line.gpa,
+                        line.size,
+                        line.flags,
+                        line.ua,
+                        line.ret,
+                    )  # fmt: skip
+                )
+            case FlatViewEvent(change=FlatViewChange.NEW):
+                tracker.commits.view_rebuilt(t_ns, line.root)
+            case BarMapping():
+                tracker.commits.cause(_bar_cause(line))
+            case MemoryDeviceEvent(change=MemoryDeviceChange.PLUG | MemoryDeviceChange.UNPLUG):
+                verb = "plugged" if line.change is MemoryDeviceChange.PLUG else "unplugged"
+                tracker.commits.cause(
+                    Cause("memory_device", device=line.id, detail=f"{verb} at {line.addr:#x}"),
+                    after=True,
+                )
+            case RunStateChange():
+                return GuestState(
+                    t_ns=t_ns, status=line.new, running=line.new == "running", event="runstate_set"
+                )
+            case VirtioMemEvent():
+                return Note(t_ns=t_ns, text=_virtio_mem_text(line))
+            case SlotFailure():
+                return Note(
+                    t_ns=t_ns,
+                    text=f"KVM refused slot {line.slot} at {line.start:#x}: {line.error}",
+                )
+        return None
+
+    def _hmp(self, line: HmpCommand) -> None:
+        if line.marker is not None:
+            if line.marker == self._marker:
+                self._armed = True
+            seen = self._sync.get(line.marker)
+            if seen is not None:
+                seen.set()
+            else:
+                # the line may come before settle() knows the number it waits for
+                self._sync[line.marker] = event = asyncio.Event()
+                event.set()
+                self._forget_old_syncs()
+        elif self._armed and line.line.strip() == SNAPSHOT_LINE:
+            self._armed = False
+            if self.tracker is not None:
+                self.tracker.mark()
+            self._at_mark.set()
+
+    def _forget_old_syncs(self) -> None:
+        while len(self._sync) > 64:
+            del self._sync[next(iter(self._sync))]
+
+
+def _hmp(line: str) -> Command:
+    return Command("human-monitor-command", {"command-line": line})
+
+
+def _bar_cause(line: BarMapping) -> Cause:
+    verb = "mapped" if line.mapped else "unmapped"
+    return Cause(
+        "pci_bar",
+        device=f"{line.device} {line.bus:02x}:{line.slot:02x}.{line.func}",
+        detail=f"BAR {line.bar} {verb} at {line.addr:#x}, {line.size:#x} bytes",
+    )
+
+
+def _virtio_mem_text(line: VirtioMemEvent) -> str:
+    known = {
+        "addr": line.addr,
+        "blocks": line.nb_blocks,
+        "old size": line.old_size,
+        "new size": line.new_size,
+    }
+    details = ", ".join(f"{k} {v:#x}" for k, v in known.items() if v is not None)
+    return f"virtio-mem {line.event.replace('_', ' ')}: {details}".rstrip(": ")

@@ -1,0 +1,80 @@
+"""`qmp-memlistener VERB`: finds the verb's module, turns errors into messages and exit codes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+import rich_click as click
+
+from .. import __version__
+from ..errors import MemListenerError
+from .common import Interrupted, print_error
+
+__all__ = ["cli", "run"]
+
+# the verbs in the order of the overview, each with its module
+VERBS = {
+    "list": "list_guests",
+    "doctor": "doctor",
+    "show": "show",
+    "watch": "watch",
+    "record": "record",
+    "plan": "plan",
+    "demo": "demo",
+}
+
+
+class _Verbs(click.RichGroup):
+    """Imports a verb's module when the verb is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's interface
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in VERBS:
+            return None
+        command = import_module(f".{VERBS[cmd_name]}", __package__).command
+        assert isinstance(command, click.Command)
+        return command
+
+
+@click.group(
+    cls=_Verbs,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    epilog="Exit codes: 0 good, 1 the check or operation failed, 2 bad usage or bad input, "
+    "3 target unreachable, busy or lost, 4 a needed privilege or component is missing, "
+    "130 interrupted before it was done.",
+)
+@click.version_option(__version__, prog_name="qmp-memlistener")
+def cli() -> None:
+    """Watch a running QEMU/KVM guest change its memory map.
+
+    TARGET is unix:PATH (or just a path), HOST:PORT, or pid:N.
+    """
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command line and return its exit code."""
+    try:
+        result = cli.main(argv, prog_name="qmp-memlistener", standalone_mode=False)
+        return result if isinstance(result, int) else 0
+    except click.ClickException as exc:
+        exc.show()
+        return 2
+    except MemListenerError as exc:
+        print_error(exc)
+        return exc.exit_code
+    except (click.Abort, KeyboardInterrupt, Interrupted):
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        # the reader of our output has gone; keep the interpreter from complaining at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+
+
+def run() -> None:
+    """Entry point of the `qmp-memlistener` script."""
+    sys.exit(main())

@@ -1,0 +1,203 @@
+"""`plan`: the slot operations of a transition under every strategy, and what they expose."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from ..errors import InputError
+from .common import json_option, print_json, print_table, read_text
+
+if TYPE_CHECKING:
+    from ..memslots import LogChange, Plan, Rules, SlotTable
+    from ..topology import FlatView
+
+Planner = Callable[
+    ["dict[int, FlatView]", "dict[int, FlatView]", "SlotTable | None", "Rules"], "list[Plan]"
+]
+STRATEGIES = ("all", "qemu", "pause", "batch-incremental", "batch-full", "hole")
+
+
+@click.command("plan")
+@click.argument("recording", required=False)
+@click.option("--before", metavar="FILE", help="`info mtree` output before the transition.")
+@click.option("--after", metavar="FILE", help="`info mtree` output after it.")
+@click.option("--slots", metavar="FILE", help="JSON list of the slots before; default: as QEMU "
+              "gives them from an empty table.")  # fmt: skip
+@click.option("--transition", type=int, metavar="SEQ", help="Which transition of the recording; "
+              "default: all.")  # fmt: skip
+@click.option("--rules", default=None, metavar="7.2|8.0", help="Order of QEMU up to 7.2, or from "
+              "8.0; default 8.0, or what the recording says.")  # fmt: skip
+@click.option("--strategy", type=click.Choice(STRATEGIES), default="all", show_default=True)
+@click.option("--log-start", multiple=True, metavar="REGION", help="Dirty logging of a region "
+              "starts with the transition; `all` for a migration.")  # fmt: skip
+@click.option("--log-stop", multiple=True, metavar="REGION", help="The same, stops.")
+@click.option("--bitmaps", type=click.Choice(["dropped", "handed-back"]), default="dropped",
+              show_default=True, help="What a batch does with the bitmaps of removed slots.")  # fmt: skip
+@click.option("--max-holes", type=click.IntRange(min=0), default=None, metavar="N",
+              help="Holes a slot may have under `hole`.")  # fmt: skip
+@json_option
+def command(
+    recording: str | None,
+    before: str | None,
+    after: str | None,
+    slots: str | None,
+    transition: int | None,
+    rules: str | None,
+    strategy: str,
+    log_start: tuple[str, ...],
+    log_stop: tuple[str, ...],
+    bitmaps: str,
+    max_holes: int | None,
+    as_json: bool,
+) -> None:
+    """Plan a transition: exact KVM slot operations, exposure, slot ids and dirty bitmaps.
+
+    The transition is given by two files with `info mtree` output, or by a RECORDING.
+
+    Example: qmp-memlistener plan --before a.txt --after b.txt --rules 7.2 --strategy qemu
+    """
+    from ..memslots import DEFAULT_MAX_HOLES, Rules, SlotTable, plan_document
+
+    log = _log_change(log_start, log_stop)
+    limit = DEFAULT_MAX_HOLES if max_holes is None else max_holes
+
+    def planned(
+        old: dict[int, FlatView], new: dict[int, FlatView], table: SlotTable | None, by: Rules
+    ) -> list[Plan]:
+        from ..memslots import plan, plan_all
+
+        common = {"table": table, "rules": by, "log": log, "hand_back": bitmaps == "handed-back"}
+        if strategy == "all":
+            return list(plan_all(old, new, max_holes=limit, **common))  # type: ignore[arg-type]
+        return [plan(old, new, strategy, max_holes=limit, **common)]  # type: ignore[arg-type]
+
+    if recording is not None:
+        if before or after or slots:
+            raise InputError("give a RECORDING, or --before and --after, not both")
+        results = _of_recording(recording, transition, rules, planned)
+        if as_json:
+            documents = [{"seq": seq, **plan_document(plans)} for seq, plans in results]
+            print_json({"schema": 1, "transitions": documents})
+        else:
+            for seq, plans in results:
+                click.echo(f"\ntransition {seq}")
+                print_plans(plans)
+        return
+    if before is None or after is None:
+        raise InputError(
+            "plan needs --before FILE and --after FILE, or a RECORDING",
+            remedy="see `qmp-memlistener plan --help`",
+        )
+    table = SlotTable.from_json(read_text(slots)) if slots else None
+    plans = planned(_views(before), _views(after), table, Rules.parse(rules or "8.0"))
+    if as_json:
+        print_json(plan_document(plans))
+    else:
+        print_plans(plans)
+
+
+def _log_change(start: Sequence[str], stop: Sequence[str]) -> LogChange | None:
+    from ..memslots import LogChange
+
+    if not start and not stop:
+        return None
+    if "all" in start and "all" in stop:
+        raise InputError("--log-start all and --log-stop all contradict each other")
+    migration = True if "all" in start else False if "all" in stop else None
+    return LogChange(frozenset(start) - {"all"}, frozenset(stop) - {"all"}, migration)
+
+
+def _views(path: str) -> dict[int, FlatView]:
+    """The address spaces of one file that KVM has slots for, by KVM's id."""
+    from ..memslots import ADDRESS_SPACES
+    from ..topology import read_maps
+
+    maps = read_maps(read_text(path), list(ADDRESS_SPACES))
+    if "memory" not in maps:
+        raise InputError(
+            f"{path} has no address space `memory`",
+            remedy="give the whole output of `info mtree`",
+        )
+    return {ADDRESS_SPACES[name]: m.view for name, m in maps.items()}
+
+
+def print_plans(plans: Sequence[Plan]) -> None:
+    from ..reports.terminal import flags_text, size_text
+
+    for p in plans:
+        click.echo(f"\n{p.strategy.value} (rules {p.rules.order.value})")
+        for op in p.ops:
+            if op.slot < 0:
+                click.echo(f"  {op.op.value}")
+                continue
+            space = f"as {op.as_id} " if op.as_id else ""
+            click.echo(
+                f"  {op.op.value:<10} {space}slot {op.slot}: {op.gpa:#x}+{size_text(op.size)} "
+                f"{flags_text(op.flags)}".rstrip()
+            )
+        if not p.ops:
+            click.echo("  nothing to do")
+        for m in p.missing:
+            states = "state" if m.steps == 1 else "states"
+            click.echo(
+                f"  missing in between: {m.start:#x}+{size_text(m.size)} for {m.steps} {states}"
+            )
+        for note in p.notes:
+            click.echo(f"  note: {note}")
+    rows = [
+        [
+            p.strategy.value,
+            str(len(p.ops)),
+            size_text(sum(m.size for m in p.missing)) if p.missing else "nothing",
+            "yes" if p.atomic else "no",
+            "yes" if p.vcpus_kicked else "no",
+            ", ".join(map(str, p.exposure.slot_ids_changed)) or "none",
+            _bitmap_text(p),
+        ]
+        for p in plans
+    ]
+    click.echo()
+    print_table(
+        ("strategy", "ops", "exposed", "atomic", "kicks all", "ids changed", "dirty bitmap"),
+        rows,
+    )
+
+
+def _bitmap_text(p: Plan) -> str:
+    parts = [
+        f"{size} B {word}"
+        for size, word in (
+            (p.dirty.kept, "kept"),
+            (p.dirty.dropped, "dropped"),
+            (p.dirty.reallocated, "new"),
+            (p.dirty.handed_back, "handed back"),
+        )
+        if size
+    ]
+    return ", ".join(parts) or "not logged"
+
+
+def _of_recording(
+    path: str, wanted: int | None, rules: str | None, planned: Planner
+) -> list[tuple[int, list[Plan]]]:
+    """Plans for the transitions of a recording, each from the views on both sides of it."""
+    from ..memslots import Rules
+    from ..recording import Recording
+    from ..tracking import replay
+
+    recording = Recording(path)
+    by = Rules.parse(rules or recording.header.qemu_version or "8.0")
+    results = []
+    for step in replay(recording):
+        if wanted is None or step.seq == wanted:
+            plans = planned({0: step.before}, {0: step.after}, step.table, by)
+            results.append((step.seq, plans))
+    if wanted is not None and not results:
+        raise InputError(
+            f"{path} has no transition {wanted} whose ranges are known",
+            remedy="leave out --transition to see those it has",
+        )
+    return results

@@ -1,0 +1,65 @@
+"""`record`: watch, and write everything to a recording."""
+
+from __future__ import annotations
+
+import rich_click as click
+
+from .common import json_option, print_json, run_async
+from .follow import follow, follow_options
+
+
+@click.command("record")
+@click.argument("target")
+@click.option("-o", "--output", required=True, metavar="FILE", help="The recording, a new file.")
+@follow_options
+@json_option
+def command(
+    target: str,
+    output: str,
+    for_ns: int | None,
+    count: int | None,
+    no_trace: bool,
+    ping_monitor: str | None,
+    ops_monitor: str | None,
+    as_json: bool,
+) -> None:
+    """Record a guest: what `watch` shows, as JSON lines in FILE.
+
+    The file can be read while it grows; a line cut off by a crash is no error.
+
+    TARGET is unix:PATH, HOST:PORT or pid:N.
+
+    Example: qmp-memlistener record /run/vm.qmp -o boot.jsonl --for 30s
+    """
+    seen = run_async(
+        follow(
+            target,
+            as_json=False,
+            quiet=True,
+            record=output,
+            for_ns=for_ns,
+            count=count,
+            no_trace=no_trace,
+            ping_monitor=ping_monitor,
+            ops_monitor=ops_monitor,
+        )
+    )
+    if as_json:
+        print_json(
+            {
+                "schema": 1,
+                "recording": output,
+                "transitions": seen.transitions,
+                "slot_ops": seen.slot_ops,
+                "differences": seen.differences,
+                "lost": seen.lost,
+            }
+        )
+    else:
+        click.echo(
+            f"{output}: {seen.transitions} transitions, {seen.slot_ops} slot operations"
+            + (f", {seen.lost} losses" if seen.lost else "")
+            + (f", slots differed {seen.differences} times" if seen.differences else "")
+        )
+    if seen.error is not None:
+        raise seen.error

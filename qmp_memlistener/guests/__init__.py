@@ -1,0 +1,53 @@
+"""Throw-away guests for the demo, the tests and the benchmarks."""
+
+from __future__ import annotations
+
+from .launch import Guest, GuestSpec, launch
+from .pci import HOST_BRIDGE, I440FX, PAM_RAM, PAM_ROM, Q35, HostBridge, PciAddress
+from .pulse import Answer, Pulse, Toggle, TscClock, boot_args, find_image
+from .pulse_memory import (
+    CpuState,
+    Gap,
+    GapLog,
+    Header,
+    Heartbeat,
+    High,
+    PulseMemory,
+    ToggleLog,
+    ToggleWrite,
+)
+from .qemus import KvmProbe, QemuBuild, find_qemus, kvm_usable
+from .qtest import QTest
+
+__all__ = [
+    "launch",
+    "GuestSpec",
+    "Guest",
+    "QemuBuild",
+    "find_qemus",
+    "kvm_usable",
+    "KvmProbe",
+    "Pulse",
+    "boot_args",
+    "find_image",
+    "PulseMemory",
+    "High",
+    "Header",
+    "CpuState",
+    "Heartbeat",
+    "Gap",
+    "GapLog",
+    "Toggle",
+    "ToggleLog",
+    "ToggleWrite",
+    "Answer",
+    "TscClock",
+    "QTest",
+    "PciAddress",
+    "HostBridge",
+    "HOST_BRIDGE",
+    "I440FX",
+    "Q35",
+    "PAM_RAM",
+    "PAM_ROM",
+]

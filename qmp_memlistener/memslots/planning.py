@@ -1,0 +1,173 @@
+"""A plan: the ops of one strategy for one transition, and what the guest can notice of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from enum import StrEnum
+
+from ..topology.model import FlatView
+from ..topology.transition import Transition
+from .dirty_log import LogChange
+from .exposure import DirtyBytes, Exposure, Missing, Step, expose
+from .ops import Op
+from .rules import Rules, name_backing, slot_table, views_by_as
+from .slots import SlotTable
+from .strategies import (
+    DEFAULT_MAX_HOLES,
+    Change,
+    Outcome,
+    batch_full,
+    batch_incremental,
+    hole,
+    pause,
+    qemu,
+)
+
+__all__ = ["Plan", "Strategy", "plan", "plan_all", "plan_transition"]
+
+Views = FlatView | Iterable[FlatView] | Mapping[int, FlatView]
+
+
+class Strategy(StrEnum):
+    """The ways to carry out a transition."""
+
+    QEMU = "qemu"
+    PAUSE = "pause"
+    BATCH_INCREMENTAL = "batch-incremental"
+    BATCH_FULL = "batch-full"
+    HOLE = "hole"
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a strategy does for a transition.
+
+    `before` is the table the ops start from: the one given, or for `hole` the same as if slots
+    had followed their RAM blocks all along.  `after` is what the ops leave.  `inhibit` says that
+    QEMU (>= 8.0) keeps vCPUs out of ioctls during its commit, in the address spaces
+    `inhibited`.  The ranges that miss between QEMU's ioctls are reported all the same.
+    """
+
+    strategy: Strategy
+    rules: Rules
+    ops: tuple[Op, ...]
+    before: SlotTable
+    after: SlotTable
+    exposure: Exposure
+    vcpus_kicked: bool
+    inhibited: tuple[int, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    @property
+    def inhibit(self) -> bool:
+        """QEMU blocks vCPU ioctls because a removed section overlaps an added one."""
+        return bool(self.inhibited)
+
+    @property
+    def missing(self) -> tuple[Missing, ...]:
+        """Ranges that are memory before and after, but not all the time."""
+        return self.exposure.missing
+
+    @property
+    def steps(self) -> tuple[Step, ...]:
+        """What the guest sees as one change each."""
+        return self.exposure.steps
+
+    @property
+    def dirty(self) -> DirtyBytes:
+        """What becomes of the dirty bitmaps."""
+        return self.exposure.dirty
+
+    @property
+    def atomic(self) -> bool:
+        """No vCPU can find memory missing: nothing misses, or only where QEMU inhibits."""
+        return all(m.as_id in self.inhibited for m in self.missing)
+
+
+def plan(
+    before: Views,
+    after: Views,
+    strategy: Strategy | str = Strategy.QEMU,
+    *,
+    table: SlotTable | None = None,
+    rules: Rules | None = None,
+    log: LogChange | None = None,
+    hand_back: bool = False,
+    max_holes: int | None = DEFAULT_MAX_HOLES,
+) -> Plan:
+    """Plan the transition from `before` to `after` under one strategy.
+
+    `table` is the slot table before (default: the one QEMU builds from nothing); slots of which
+    it does not say what backs them are matched with the ranges of `before`.  `log` says which
+    dirty logs start or stop.  `hand_back`: batches return the bitmaps of removed slots instead
+    of dropping them.  `max_holes` bounds the holes of a slot (`hole`; None: no bound).
+
+    Raises InputError when the table does not go with the views, ValueError for no strategy.
+    """
+    change = _change(before, after, table, rules or Rules(), log)
+    return _carry_out(change, Strategy(strategy), hand_back, max_holes)
+
+
+def plan_all(
+    before: Views,
+    after: Views,
+    *,
+    table: SlotTable | None = None,
+    rules: Rules | None = None,
+    log: LogChange | None = None,
+    hand_back: bool = False,
+    max_holes: int | None = DEFAULT_MAX_HOLES,
+) -> tuple[Plan, ...]:
+    """One plan for each strategy, in the order of `Strategy`; arguments as for `plan`."""
+    change = _change(before, after, table, rules or Rules(), log)
+    return tuple(_carry_out(change, strategy, hand_back, max_holes) for strategy in Strategy)
+
+
+def plan_transition(
+    transition: Transition,
+    strategy: Strategy | str = Strategy.QEMU,
+    *,
+    table: SlotTable | None = None,
+    rules: Rules | None = None,
+    log: LogChange | None = None,
+) -> Plan:
+    """Plan a transition of the `memory` address space; arguments as for `plan`."""
+    return plan(transition.before, transition.after, strategy, table=table, rules=rules, log=log)
+
+
+def _change(
+    before: Views, after: Views, table: SlotTable | None, rules: Rules, log: LogChange | None
+) -> Change:
+    old, new = views_by_as(before), views_by_as(after)
+    table = slot_table(old, rules) if table is None else name_backing(table, old, rules)
+    return Change(old, new, table, rules, log)
+
+
+def _carry_out(change: Change, strategy: Strategy, hand_back: bool, max_holes: int | None) -> Plan:
+    match strategy:
+        case Strategy.QEMU:
+            done = qemu(change)
+        case Strategy.PAUSE:
+            done = pause(change)
+        case Strategy.BATCH_INCREMENTAL:
+            done = batch_incremental(change)
+        case Strategy.BATCH_FULL:
+            done = batch_full(change)
+        case Strategy.HOLE:
+            done = hole(change, max_holes)
+    return _plan(change, strategy, done, hand_back)
+
+
+def _plan(change: Change, strategy: Strategy, done: Outcome, hand_back: bool) -> Plan:
+    return Plan(
+        strategy,
+        change.rules,
+        done.ops,
+        done.before,
+        done.after,
+        expose(done.ops, done.before, done.after, change.rules.page_size, hand_back=hand_back),
+        done.vcpus_kicked,
+        done.inhibited,
+        done.notes,
+    )

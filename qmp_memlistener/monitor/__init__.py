@@ -1,0 +1,128 @@
+"""Everything that speaks to a QEMU: targets, discovery, connections, HMP, tracing, snapshots.
+
+In order of use: `parse_target` and `find_guests` name a monitor, `Monitor.connect` connects to
+it, `companions_of` finds further ones, `read_facts` and `take_snapshot` read the guest,
+`start_tracing` has it write down every change, and the session's `tail()` brings the records.
+"""
+
+from .cmdline import CommandLine, MonitorMode
+from .connection import Command, Monitor, QemuVersion, Reply
+from .discovery import (
+    Guest,
+    GuestMonitor,
+    ListDocument,
+    find_guest,
+    find_guests,
+    list_document,
+)
+from .events import EventStream, QmpEvent
+from .hmp import Flag, hmp, hmp_line, hmp_timed
+from .siblings import Companions, companions_of, find_owner
+from .snapshot import (
+    GuestFacts,
+    IdleRoundTrip,
+    MemoryDevice,
+    Snapshot,
+    measure_idle,
+    read_facts,
+    take_snapshot,
+)
+from .sockets import MonitorState
+from .targets import (
+    TARGET_FORMS,
+    PidTarget,
+    SocketTarget,
+    Target,
+    TcpTarget,
+    UnixTarget,
+    parse_target,
+)
+from .trace_control import (
+    TRACE_EVENTS,
+    Restored,
+    TraceSession,
+    restore_stale,
+    start_tracing,
+)
+from .trace_errors import TraceReason, TraceUnavailable
+from .trace_lines import TraceDecoder
+from .trace_records import (
+    BarMapping,
+    FlatViewChange,
+    FlatViewEvent,
+    HmpCommand,
+    MemoryDeviceChange,
+    MemoryDeviceEvent,
+    RunStateChange,
+    SlotFailure,
+    SlotOp,
+    TraceRecord,
+    VirtioMemEvent,
+    VmStateChange,
+)
+from .trace_tail import TraceBatch, TraceTail
+
+__all__ = [
+    # naming and finding guests
+    "parse_target",
+    "Target",
+    "SocketTarget",
+    "UnixTarget",
+    "TcpTarget",
+    "PidTarget",
+    "TARGET_FORMS",
+    "find_guests",
+    "find_guest",
+    "Guest",
+    "GuestMonitor",
+    "MonitorMode",
+    "MonitorState",
+    "CommandLine",
+    "list_document",
+    "ListDocument",
+    # talking to them
+    "Monitor",
+    "Command",
+    "Reply",
+    "QemuVersion",
+    "QmpEvent",
+    "EventStream",
+    "hmp",
+    "hmp_timed",
+    "hmp_line",
+    "Flag",
+    "Companions",
+    "companions_of",
+    "find_owner",
+    # reading them
+    "take_snapshot",
+    "Snapshot",
+    "measure_idle",
+    "IdleRoundTrip",
+    "read_facts",
+    "GuestFacts",
+    "MemoryDevice",
+    # tracing them
+    "start_tracing",
+    "restore_stale",
+    "TraceSession",
+    "Restored",
+    "TRACE_EVENTS",
+    "TraceReason",
+    "TraceUnavailable",
+    "TraceTail",
+    "TraceBatch",
+    "TraceDecoder",
+    "TraceRecord",
+    "SlotOp",
+    "SlotFailure",
+    "FlatViewEvent",
+    "FlatViewChange",
+    "BarMapping",
+    "MemoryDeviceEvent",
+    "MemoryDeviceChange",
+    "VirtioMemEvent",
+    "RunStateChange",
+    "VmStateChange",
+    "HmpCommand",
+]

@@ -1,0 +1,133 @@
+"""qemu.qmp's QMPClient with what this project needs on top of it.
+
+Each message is time-stamped at the moment it is written to and read from the socket, events go
+to one synchronous callback (the stock client keeps every event of its life in memory), several
+commands can leave in one write, and the end of the session is announced at once.  Policy
+(deadlines, errors, locking) is `connection`'s job.
+
+Overrides the documented hooks `_cb_outbound` and `_cb_inbound`, and `_event_dispatch`,
+`_set_state`, `_pending`, `_writer` of qemu.qmp 0.0.6 (qmp/protocol.py, qmp/qmp_client.py).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+from qemu.qmp import Message, QMPClient, Runstate
+from qemu.qmp.qmp_client import BadReplyError
+
+__all__ = ["READ_LIMIT", "RawReply", "TimedClient"]
+
+# `info mtree` of 100,000 regions is about 10 MB of text; a peer that never ends a line must not
+# take all memory.
+READ_LIMIT = 32 * 1024 * 1024
+
+
+class _Demote(logging.Filter):
+    """Everything the client logs reaches the caller as an exception too: log it as DEBUG only."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+        return _LOGGER.isEnabledFor(logging.DEBUG)
+
+
+_LOGGER = logging.getLogger("qmp_memlistener.qmp")
+_LOGGER.addHandler(logging.NullHandler())
+_LOGGER.addFilter(_Demote())
+
+
+@dataclass(frozen=True, slots=True)
+class RawReply:
+    """One reply with the times (CLOCK_MONOTONIC) of the request's write and the reply's read."""
+
+    message: Message
+    t_start_ns: int
+    t_end_ns: int
+
+
+class TimedClient(QMPClient):
+    """A QMP client for one connection.
+
+    `on_event(message, t_ns)` and `on_end()` are called from the event loop and must not raise.
+    """
+
+    def __init__(
+        self, on_event: Callable[[Message, int], None], on_end: Callable[[], None]
+    ) -> None:
+        super().__init__(readbuflen=READ_LIMIT)
+        self.logger = _LOGGER
+        self._on_event = on_event
+        self._on_end = on_end
+        self._sent_ns: dict[object, int] = {}
+        self._received_ns: dict[object, int] = {}
+        self._inbound_ns = 0
+
+    async def run_commands(self, commands: Sequence[Mapping[str, object]]) -> list[RawReply]:
+        """Send all in one write, wait for all replies, in the order of the commands.
+
+        Raises ExecInterruptedError when the session ends before the last reply.
+        """
+        messages = []
+        for command in commands:
+            message = Message(command)
+            message["id"] = self._get_exec_id()
+            messages.append(message)
+        ids = [str(m["id"]) for m in messages]
+        if self._writer is None:
+            raise ConnectionError("not connected")
+        for exec_id in ids:
+            self._pending[exec_id] = asyncio.Queue(maxsize=1)
+        waiting = list(ids)
+        try:
+            data = b"".join(bytes(m) for m in messages)
+            now = time.monotonic_ns()
+            self._sent_ns.update((exec_id, now) for exec_id in ids)
+            self._writer.write(data)
+            replies = []
+            for exec_id in ids:
+                # _reply() forgets the id whether it returns, raises or is cancelled.
+                waiting.remove(exec_id)
+                message = await self._reply(exec_id)
+                if "return" not in message and "error" not in message:
+                    raise BadReplyError("neither return nor error", message, Message())
+                end = self._received_ns.get(exec_id, time.monotonic_ns())
+                replies.append(RawReply(message, self._sent_ns[exec_id], end))
+            return replies
+        finally:
+            for exec_id in waiting:
+                self._pending.pop(exec_id, None)
+            for exec_id in ids:
+                self._sent_ns.pop(exec_id, None)
+                self._received_ns.pop(exec_id, None)
+
+    @property
+    def is_running(self) -> bool:
+        return self.runstate is Runstate.RUNNING
+
+    def abort(self) -> None:
+        """Drop the connection without flushing what the peer does not take."""
+        if self._writer is not None:
+            self._writer.transport.abort()
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        self._inbound_ns = time.monotonic_ns()
+        exec_id = msg.get("id")
+        if isinstance(exec_id, str) and exec_id in self._sent_ns:
+            self._received_ns[exec_id] = self._inbound_ns
+        return msg
+
+    async def _event_dispatch(self, msg: Message) -> None:
+        self._on_event(msg, self._inbound_ns)
+
+    def _set_state(self, state: Runstate) -> None:
+        before = self.runstate
+        super()._set_state(state)
+        if before is Runstate.RUNNING and state is not Runstate.RUNNING:
+            self._on_end()

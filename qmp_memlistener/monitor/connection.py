@@ -1,0 +1,370 @@
+"""A connection to one QMP monitor: deadlines, typed errors, times, events, and its end.
+
+Wraps `client.TimedClient`; one object is one place at one monitor, and a QMP monitor has one
+place.  What is said over it is the business of `hmp`, `snapshot`, `trace_control` and others.
+
+    async with await Monitor.connect(parse_target("unix:/run/vm.qmp")) as monitor:
+        status = await monitor.execute("query-status")
+
+Sources: docs/interop/qmp-spec.rst; monitor/qmp.c for the in-band queue and OOB.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+from qemu.qmp import ConnectError, ExecInterruptedError, Message, QMPError, StateError
+from qemu.qmp.error import ProtocolError
+
+from ..errors import (
+    CommandFailed,
+    DeadlineExceeded,
+    ProtocolViolation,
+    TargetError,
+    TargetLost,
+    TargetUnreachable,
+)
+from .client import RawReply, TimedClient
+from .dial import (
+    dial,
+    explain_silence,
+    no_greeting,
+    peer_pid,
+    resolve,
+)
+from .events import EventStream, QmpEvent, decode_event
+from .targets import SocketTarget, Target
+
+__all__ = ["CONNECT_DEADLINE", "Command", "Monitor", "QemuVersion", "Reply"]
+
+CONNECT_DEADLINE = 2.0
+COMMAND_DEADLINE = 10.0
+_CLOSE_DEADLINE = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class QemuVersion:
+    """What the greeting says.  `package` is the distributor's text, "" when there is none."""
+
+    major: int
+    minor: int
+    micro: int
+    package: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.micro}"
+
+    @property
+    def release(self) -> tuple[int, int]:
+        return (self.major, self.minor)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command for `Monitor.pipeline`."""
+
+    name: str
+    arguments: Mapping[str, object] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a command returned, and when: `t_start_ns` at the write, `t_end_ns` at the read."""
+
+    value: object
+    t_start_ns: int
+    t_end_ns: int
+
+    @property
+    def duration_ns(self) -> int:
+        return self.t_end_ns - self.t_start_ns
+
+
+class Monitor:
+    """A connected QMP monitor.  Use `connect`; the constructor does not connect.
+
+    `lost` is a future that gets the error (a TargetLost or ProtocolViolation) as its *result*
+    when the session ends, whoever ended it.
+    """
+
+    def __init__(self, target: SocketTarget) -> None:
+        self.target = target
+        self.version = QemuVersion(0, 0, 0)
+        self.oob = False
+        self.peer_pid: int | None = None
+        self.lost: asyncio.Future[TargetError] = asyncio.get_running_loop().create_future()
+        self._client = self._new_client()
+        self._ended = asyncio.Event()
+        self._reaper: asyncio.Task[None] | None = None
+        self._in_band = asyncio.Lock()
+        self._callbacks: list[Callable[[QmpEvent], None]] = []
+        self._streams: list[EventStream] = []
+        self._closing = False
+
+    @classmethod
+    async def connect(cls, target: Target, *, deadline: float = CONNECT_DEADLINE) -> Monitor:
+        """Connect and negotiate, within `deadline` seconds.
+
+        A `pid:N` target means the first of that QEMU's monitors that is free.  Raises
+        TargetUnreachable, MonitorBusy, ProtocolViolation, DeadlineExceeded or TargetLost (the
+        peer hung up before it greeted).
+        """
+        monitor = cls(await resolve(target))
+        await monitor._open(deadline)
+        return monitor
+
+    async def reconnect(self, *, deadline: float = CONNECT_DEADLINE) -> None:
+        """Connect again to the same target.  Event streams and callbacks stay registered.
+
+        Raises as `connect` does.
+        """
+        await self._shut(_CLOSE_DEADLINE)
+        self.lost = asyncio.get_running_loop().create_future()
+        self._client = self._new_client()
+        self._ended = asyncio.Event()
+        self._in_band = asyncio.Lock()
+        self._closing = False
+        await self._open(deadline)
+
+    async def execute(
+        self,
+        name: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        deadline: float = COMMAND_DEADLINE,
+        oob: bool = False,
+    ) -> object:
+        """Run one command and return its value.  Raises as `timed` does."""
+        return (await self.timed(name, arguments, deadline=deadline, oob=oob)).value
+
+    async def timed(
+        self,
+        name: str,
+        arguments: Mapping[str, object] | None = None,
+        *,
+        deadline: float = COMMAND_DEADLINE,
+        oob: bool = False,
+    ) -> Reply:
+        """Run one command and return its value with its times.
+
+        In-band commands of one Monitor are sent one after the other; `oob` ones overtake them.
+        Raises CommandFailed (QEMU refused), DeadlineExceeded, TargetLost, ProtocolViolation.
+        After DeadlineExceeded the command may still run in QEMU; its reply is dropped.
+        """
+        if oob:
+            replies = await self._run([Command(name, arguments)], deadline, oob=True)
+        else:
+            replies = await self.pipeline([Command(name, arguments)], deadline=deadline)
+        reply = replies[0]
+        if isinstance(reply, CommandFailed):
+            raise reply
+        return reply
+
+    async def pipeline(
+        self, commands: Sequence[Command], *, deadline: float = COMMAND_DEADLINE
+    ) -> list[Reply | CommandFailed]:
+        """Send several commands in one write; QEMU runs them in order, also after a failure.
+
+        Each result is a Reply or, for a command QEMU refused, the CommandFailed (not raised).
+        Raises DeadlineExceeded, TargetLost, ProtocolViolation.
+        """
+        try:
+            async with asyncio.timeout(deadline):
+                async with self._in_band:
+                    return await self._run(commands, None)
+        except TimeoutError:
+            raise self._too_slow(commands, deadline) from None
+
+    def events(self, *, limit: int = 4096) -> EventStream:
+        """A new stream of the events from now on; see `EventStream`."""
+        stream = EventStream(limit, self._streams.remove)
+        self._streams.append(stream)
+        return stream
+
+    def subscribe(self, callback: Callable[[QmpEvent], None]) -> Callable[[], None]:
+        """Call `callback` with each event, in the event loop; returns the way to stop it.
+
+        The callback must be quick and must not raise.
+        """
+        self._callbacks.append(callback)
+        return lambda: self._callbacks.remove(callback)
+
+    @property
+    def is_connected(self) -> bool:
+        return self._client.is_running and not self._closing
+
+    async def close(self, *, deadline: float = _CLOSE_DEADLINE) -> None:
+        """End the session.  Idempotent; returns within about `deadline` even if QEMU hangs."""
+        await self._shut(deadline)
+        for stream in tuple(self._streams):
+            stream.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _new_client(self) -> TimedClient:
+        return TimedClient(self._on_event, lambda: self._ended.set())
+
+    async def _open(self, deadline: float) -> None:
+        client = self._client
+        try:
+            async with asyncio.timeout(deadline):
+                sock = await dial(self.target)
+                self.peer_pid = peer_pid(sock)
+                try:
+                    async with explain_silence(self.target, deadline):
+                        await client.connect(sock)
+                except BaseException:
+                    sock.close()
+                    raise
+        except TimeoutError:
+            raise no_greeting(self.target, deadline) from None
+        except ConnectError as error:
+            raise _session_error(self.target, error.exc) from error
+        greeting = client.greeting
+        if greeting is None:
+            raise _session_error(self.target, ProtocolError("no greeting"))
+        try:
+            self.version = _version(greeting.QMP.version)
+            self.oob = "oob" in greeting.QMP.capabilities
+        except (LookupError, TypeError, ValueError) as error:
+            with suppress(Exception):
+                await client.disconnect()
+            raise _session_error(self.target, ProtocolError(f"odd greeting: {error}")) from error
+        self._reaper = asyncio.create_task(self._reap(client), name=f"reap {self.target}")
+
+    async def _run(
+        self, commands: Sequence[Command], deadline: float | None, *, oob: bool = False
+    ) -> list[Reply | CommandFailed]:
+        if not self.is_connected:
+            raise self._lost_error()
+        verb = "exec-oob" if oob else "execute"
+        messages = [
+            {verb: c.name} | ({} if c.arguments is None else {"arguments": dict(c.arguments)})
+            for c in commands
+        ]
+        try:
+            async with asyncio.timeout(deadline):
+                raw = await self._client.run_commands(messages)
+        except TimeoutError:
+            raise self._too_slow(commands, deadline or 0) from None
+        except (ExecInterruptedError, StateError, ConnectionError):
+            await self._await_reaper()
+            raise self._lost_error() from None
+        except QMPError as error:
+            raise _session_error(self.target, error) from error
+        return [self._result(c, r) for c, r in zip(commands, raw, strict=True)]
+
+    def _result(self, command: Command, raw: RawReply) -> Reply | CommandFailed:
+        if "error" not in raw.message:
+            return Reply(raw.message["return"], raw.t_start_ns, raw.t_end_ns)
+        error = raw.message["error"]
+        if not isinstance(error, dict):
+            raise _session_error(self.target, ProtocolError("an error that is no object"))
+        kind, text = str(error.get("class", "GenericError")), str(error.get("desc", ""))
+        remedy = "this QEMU does not have that command" if kind == "CommandNotFound" else None
+        return CommandFailed(command.name, kind, text, remedy=remedy)
+
+    def _too_slow(self, commands: Sequence[Command], deadline: float) -> DeadlineExceeded:
+        names = ", ".join(c.name for c in commands)
+        return DeadlineExceeded(
+            f"{self.target} did not answer {names} within {deadline:g} s",
+            remedy="QEMU's main loop is stalled, or the process is stopped; it may still do it",
+        )
+
+    def _lost_error(self) -> TargetError:
+        if self.lost.done():
+            return self.lost.result()
+        return TargetLost(f"the connection to {self.target} is closed")
+
+    def _on_event(self, message: Message, t_ns: int) -> None:
+        event = decode_event(message, t_ns)
+        for callback in tuple(self._callbacks):
+            callback(event)
+        for stream in self._streams:
+            stream.push(event)
+
+    async def _reap(self, client: TimedClient) -> None:
+        """The only place that calls disconnect(): qemu.qmp does not bear two at a time."""
+        await self._ended.wait()
+        error: TargetError | None = None
+        try:
+            await client.disconnect()
+        except Exception as cause:
+            error = _session_error(self.target, cause)
+        if self._closing or error is None:
+            error = TargetLost(f"the connection to {self.target} is closed")
+        if not self.lost.done():
+            self.lost.set_result(error)
+        if self._closing:
+            return
+        for stream in tuple(self._streams):
+            stream.fail(error)
+
+    async def _await_reaper(self) -> None:
+        if self._reaper is not None:
+            await asyncio.wait((self._reaper,), timeout=_CLOSE_DEADLINE)
+
+    async def _shut(self, deadline: float) -> None:
+        self._closing = True
+        reaper, self._reaper = self._reaper, None
+        if reaper is None:
+            return
+        self._ended.set()
+        try:
+            done, _ = await asyncio.wait((reaper,), timeout=deadline)
+            if not done:
+                # The peer does not read: what we wanted to send cannot be flushed.
+                self._client.abort()
+                await asyncio.wait((reaper,), timeout=deadline)
+        finally:
+            if not reaper.done():
+                self._client.abort()
+                reaper.cancel()
+
+
+def _version(version: object) -> QemuVersion:
+    if not isinstance(version, Mapping):
+        raise TypeError("version")
+    qemu = version["qemu"]
+    if not isinstance(qemu, Mapping):
+        raise TypeError("version")
+    return QemuVersion(
+        int(qemu["major"]),
+        int(qemu["minor"]),
+        int(qemu["micro"]),
+        str(version.get("package", "")).strip(),
+    )
+
+
+def _session_error(target: SocketTarget, cause: BaseException) -> TargetError:
+    """The typed error for what qemu.qmp raised."""
+    if isinstance(cause, TargetError):
+        return cause
+    if isinstance(cause, EOFError):
+        return TargetLost(f"{target} hung up", remedy="QEMU quit, was killed or closed the monitor")
+    if isinstance(cause, QMPError):
+        lines = str(cause).splitlines() or [type(cause).__name__]
+        return ProtocolViolation(
+            f"{target} does not speak QMP: {lines[0][:200]}",
+            remedy="is this a QMP monitor (-qmp, or -mon mode=control)?",
+        )
+    if isinstance(cause, ConnectionError):
+        return TargetLost(f"the connection to {target} broke: {cause}")
+    if isinstance(cause, OSError):
+        return TargetUnreachable(f"cannot connect to {target}: {cause.strerror or cause}")
+    # asyncio reports a line longer than the read limit as ValueError.
+    return ProtocolViolation(f"{target} does not speak QMP: {str(cause)[:200]}")

@@ -1,0 +1,198 @@
+"""What /proc says about one process: command line, start time, sockets, file descriptors.
+
+Plain synchronous reads of small files.  Everything here copes with a process that disappears
+and with another user's process, whose `fd`, `exe` and `root` links only root may read: such
+facts are None, never a guess.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import stat
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+__all__ = [
+    "FileDescriptor",
+    "Process",
+    "boot_id",
+    "path_seen_by",
+    "process_ids",
+    "socket_inodes",
+]
+
+_SOCKET_LINK = re.compile(r"socket:\[(\d+)\]")
+
+
+@dataclass(frozen=True, slots=True)
+class FileDescriptor:
+    """One open file of a process.  `flags` are those of open(2), from fdinfo."""
+
+    number: int
+    link: str
+    device: int
+    inode: int
+    mode: int
+    uid: int
+    gid: int
+    flags: int
+
+    @property
+    def is_regular(self) -> bool:
+        return stat.S_ISREG(self.mode)
+
+    @property
+    def is_writable(self) -> bool:
+        return self.flags & os.O_ACCMODE in (os.O_WRONLY, os.O_RDWR)
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """A live process.  `start_ticks` (field 22 of stat) tells two users of one pid apart.
+
+    `exe` is None when it may not be read; " (deleted)" is stripped from it.
+    """
+
+    pid: int
+    start_ticks: int
+    argv: tuple[str, ...]
+    exe: str | None
+    uid: int
+    gid: int
+    groups: frozenset[int]
+
+    @classmethod
+    def read(cls, pid: int) -> Process | None:
+        """The process, or None when there is none (any more), or it is a zombie."""
+        try:
+            with open(f"/proc/{pid}/stat", "rb") as f:
+                # The name (field 2) may hold spaces and parentheses.
+                fields = f.read().rpartition(b")")[2].split()
+            with open(f"/proc/{pid}/cmdline", "rb") as f:
+                argv = f.read().split(b"\0")[:-1]
+            with open(f"/proc/{pid}/status", "rb") as f:
+                status = dict(line.split(b":", 1) for line in f.read().splitlines() if b":" in line)
+        except OSError:
+            return None
+        if fields[0] in (b"Z", b"X"):
+            return None
+        try:
+            exe: str | None = os.readlink(f"/proc/{pid}/exe").removesuffix(" (deleted)")
+        except OSError:
+            exe = None
+        return cls(
+            pid=pid,
+            start_ticks=int(fields[19]),
+            argv=tuple(os.fsdecode(a) for a in argv),
+            exe=exe,
+            # The fourth number is the file-system id: the one that opens files.
+            uid=int(status[b"Uid"].split()[3]),
+            gid=int(status[b"Gid"].split()[3]),
+            groups=frozenset(int(g) for g in status.get(b"Groups", b"").split()),
+        )
+
+    def is_alive(self) -> bool:
+        """The same process still runs."""
+        now = Process.read(self.pid)
+        return now is not None and now.start_ticks == self.start_ticks
+
+    def cwd(self) -> str | None:
+        try:
+            return os.readlink(f"/proc/{self.pid}/cwd")
+        except OSError:
+            return None
+
+    def shares_root(self) -> bool:
+        """Paths mean the same to it and to us.  True when it cannot be found out."""
+        try:
+            theirs, ours = os.stat(f"/proc/{self.pid}/root"), os.stat("/")
+            same_mounts = os.readlink(f"/proc/{self.pid}/ns/mnt") == os.readlink(
+                "/proc/self/ns/mnt"
+            )
+        except OSError:
+            return True
+        return same_mounts and (theirs.st_dev, theirs.st_ino) == (ours.st_dev, ours.st_ino)
+
+    def shares_network(self) -> bool:
+        """It lives in our network namespace.  True when it cannot be found out."""
+        try:
+            theirs = os.readlink(f"/proc/{self.pid}/ns/net")
+        except OSError:
+            return True
+        return theirs == os.readlink("/proc/self/ns/net")
+
+    def file_descriptors(self) -> tuple[FileDescriptor, ...] | None:
+        """Every open file, or None when we may not look."""
+        directory = f"/proc/{self.pid}/fd"
+        try:
+            numbers = os.listdir(directory)
+        except OSError:
+            return None
+        found = []
+        for number in sorted(numbers, key=int):
+            try:
+                link = os.readlink(f"{directory}/{number}")
+                status = os.stat(f"{directory}/{number}")
+                with open(f"/proc/{self.pid}/fdinfo/{number}") as f:
+                    info = f.read()
+            except OSError:
+                continue
+            flags = re.search(r"^flags:\s*([0-7]+)", info, re.MULTILINE)
+            found.append(
+                FileDescriptor(
+                    number=int(number),
+                    link=link,
+                    device=status.st_dev,
+                    inode=status.st_ino,
+                    mode=status.st_mode,
+                    uid=status.st_uid,
+                    gid=status.st_gid,
+                    flags=int(flags[1], 8) if flags else 0,
+                )
+            )
+        return tuple(found)
+
+
+def process_ids() -> Iterator[int]:
+    """Ids of all processes, ascending."""
+    yield from sorted(int(name) for name in os.listdir("/proc") if name.isdigit())
+
+
+def boot_id() -> str:
+    """Changes with every boot of the host; a pid and start time mean something within one."""
+    with open("/proc/sys/kernel/random/boot_id") as f:
+        return f.read().strip()
+
+
+def path_seen_by(process: Process, path: str) -> str | None:
+    """The name under which *we* reach what `process` calls `path`.
+
+    Relative paths are relative to its working directory, and a process in another mount
+    namespace or chroot is reached through /proc/PID/root.  None when that cannot be known.
+    """
+    if path.startswith("@"):
+        return path
+    if not os.path.isabs(path):
+        cwd = process.cwd()
+        if cwd is None:
+            return None
+        path = os.path.join(cwd, path)
+    return path if process.shares_root() else f"/proc/{process.pid}/root{path}"
+
+
+def socket_inodes(process: Process) -> dict[int, int] | None:
+    """File descriptor number to socket inode, or None when we may not look."""
+    directory = f"/proc/{process.pid}/fd"
+    found = {}
+    try:
+        for number in os.listdir(directory):
+            try:
+                match = _SOCKET_LINK.fullmatch(os.readlink(f"{directory}/{number}"))
+            except OSError:
+                continue
+            if match is not None:
+                found[int(number)] = int(match[1])
+    except OSError:
+        return None
+    return found

@@ -1,0 +1,123 @@
+"""Targets: how a user names a guest's monitor.  Parse and format, nothing is opened here.
+
+Accepted forms::
+
+    unix:PATH   a UNIX socket; a PATH that starts with `@` is in the abstract namespace
+    PATH        the same, when the text contains a `/` or names something that exists
+    HOST:PORT   a TCP monitor; `[V6]:PORT` for a literal IPv6 address, `tcp:` may stand in front
+    pid:N       the QEMU with that process id; one of its free monitors is used
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+
+from ..errors import InputError
+
+__all__ = [
+    "TARGET_FORMS",
+    "PidTarget",
+    "SocketTarget",
+    "Target",
+    "TcpTarget",
+    "UnixTarget",
+    "parse_target",
+]
+
+TARGET_FORMS = "unix:PATH, a path, HOST:PORT, [V6]:PORT or pid:N"
+
+# The kernel's own ceiling for process ids (PID_MAX_LIMIT, include/linux/threads.h).
+_PID_MAX = 1 << 22
+
+_HOST_PORT = re.compile(r"(?:\[([^\[\]\s]+)\]|([^\[\]:/\s]*)):([0-9]{1,5})")
+
+
+@dataclass(frozen=True, slots=True)
+class UnixTarget:
+    """A UNIX socket by path; `@NAME` is the abstract socket NAME."""
+
+    path: str
+
+    def __str__(self) -> str:
+        return f"unix:{self.path}"
+
+    @property
+    def is_abstract(self) -> bool:
+        return self.path.startswith("@")
+
+
+@dataclass(frozen=True, slots=True)
+class TcpTarget:
+    """A TCP address; `host` is a name or a literal address without brackets."""
+
+    host: str
+    port: int
+
+    def __str__(self) -> str:
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+
+@dataclass(frozen=True, slots=True)
+class PidTarget:
+    """A QEMU by process id."""
+
+    pid: int
+
+    def __str__(self) -> str:
+        return f"pid:{self.pid}"
+
+
+SocketTarget = UnixTarget | TcpTarget
+Target = UnixTarget | TcpTarget | PidTarget
+
+
+def parse_target(text: str) -> Target:
+    """The target that `text` names; `parse_target(str(target)) == target`.
+
+    Raises InputError, naming the accepted forms, for anything else.
+    """
+    if "\0" in text or "\n" in text:
+        raise _not_a_target(text, "it contains a control character")
+    if text.startswith("unix:"):
+        path = text.removeprefix("unix:")
+        if path in ("", "@"):
+            raise _not_a_target(text, "the path is empty")
+        return UnixTarget(path)
+    if text.startswith("pid:"):
+        return _pid(text)
+    if text.startswith("tcp:"):
+        return _tcp(text, text.removeprefix("tcp:"))
+    if "/" in text:
+        return UnixTarget(text)
+    if _HOST_PORT.fullmatch(text):
+        return _tcp(text, text)
+    if text and os.path.exists(text):
+        return UnixTarget(text)
+    raise _not_a_target(text, "no such path, and no form that is known")
+
+
+def _pid(text: str) -> PidTarget:
+    digits = text.removeprefix("pid:")
+    if not (digits.isascii() and digits.isdigit()) or not 0 < int(digits[:9]) <= _PID_MAX:
+        raise _not_a_target(text, "that is no process id")
+    return PidTarget(int(digits))
+
+
+def _tcp(text: str, address: str) -> TcpTarget:
+    match = _HOST_PORT.fullmatch(address)
+    if match is None:
+        raise _not_a_target(text, "a TCP address is HOST:PORT")
+    host = match[1] or match[2] or "localhost"
+    port = int(match[3])
+    if not 0 < port < 65536:
+        raise _not_a_target(text, f"{port} is no port number")
+    return TcpTarget(host, port)
+
+
+def _not_a_target(text: str, why: str) -> InputError:
+    return InputError(
+        f"not a target: {text!r} ({why})",
+        remedy=f"a target is {TARGET_FORMS}; `qmp-memlistener list` shows those on this host",
+    )

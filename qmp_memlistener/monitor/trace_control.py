@@ -1,0 +1,307 @@
+"""Tracing a running guest through its log, and leaving it as it was.
+
+`start_tracing` notes how things are, writes the note to disk, and only then enables trace events
+and, where it must, redirects QEMU's log to a file on tmpfs.  `TraceSession.stop` puts everything
+back; after a crash the next `start_tracing` or `restore_stale` does.
+
+- QEMU already logs to a regular file (-D, a stderr that is a file): it is read in place and
+  never redirected, because `logfile` truncates what it opens (see `trace_log`).  The trace lines
+  stay in that file.
+- Several agents of one user on one guest share the log; each disables, when it leaves, the
+  events that no other wants, and the last one restores the log.  Another user's agent is refused
+  (`trace_notes`).
+- Whether lines really reach the file is proved with a marker: the event `handle_hmp_command`
+  writes the text of each human-monitor command to the log, so `print 0x71…` shows up there.  The
+  same marker later tells that everything logged before it has been read.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from ..errors import TargetError, TargetUnreachable
+from .connection import Monitor
+from .discovery import Guest, find_guest
+from .siblings import find_owner
+from .trace_errors import TraceReason, TraceUnavailable
+from .trace_notes import Lease, Note, Place, sweep
+from .trace_setup import (
+    MARKER_EVENT,
+    Restored,
+    arrange_log,
+    event_states,
+    is_logged,
+    send_marker,
+    set_events,
+    undo,
+)
+from .trace_tail import TraceTail
+
+__all__ = ["TRACE_EVENTS", "Restored", "TraceSession", "restore_stale", "start_tracing"]
+
+TRACE_EVENTS = (
+    "kvm_set_user_memory",
+    "flatview_new",
+    "flatview_destroy",
+    "flatview_destroy_rcu",
+    "pci_update_mappings_add",
+    "pci_update_mappings_del",
+    "memory_device_pre_plug",
+    "memory_device_plug",
+    "memory_device_unplug",
+    "virtio_mem_plug_request",
+    "virtio_mem_unplug_request",
+    "virtio_mem_unplugged_all",
+    "virtio_mem_unplug_all_request",
+    "virtio_mem_resized_usable_region",
+    "runstate_set",
+    "vm_state_notify",
+)
+
+_LOCK_DEADLINE = 5.0
+_RESTORE_DEADLINE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Setting:
+    """What a session stands on."""
+
+    guest: Guest
+    place: Place
+    note: Note
+    lease: Lease
+
+
+class TraceSession:
+    """Tracing that is switched on.  Made by `start_tracing`; an async context manager that stops.
+
+    `path` is the log file for us and `start` the offset behind which our lines stand; `events`
+    are those that are on, `missing` those that this QEMU does not have; `in_place` says that the
+    file is QEMU's own log, `shared` that other agents read it too; `remarks` are for the user.
+    """
+
+    def __init__(self, monitor: Monitor, setting: _Setting, missing: Sequence[str]) -> None:
+        note = setting.note
+        self.monitor = monitor
+        self.in_place = note.in_place is not None
+        self.path = note.path
+        self.start = 0
+        self.events: frozenset[str] = frozenset()
+        self.missing = tuple(missing)
+        self.shared = False
+        self.timestamps = setting.guest.command_line.timestamps
+        self._setting = setting
+        self._stopped = False
+
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        found = []
+        note = self._setting.note
+        log = note.log
+        if self.in_place:
+            found.append(f"trace lines go to QEMU's own log and stay there: {note.in_place_name}")
+        elif self._setting.guest.command_line.uses_log:
+            found.append("QEMU's other log lines go to the trace log too until we leave")
+        if log is not None and not log.kept:
+            found.append(f"QEMU's log will go to {log.restore_path} afterwards: {log.why}")
+        if self.missing:
+            found.append(f"this QEMU does not have the events {', '.join(self.missing)}")
+        return tuple(found)
+
+    def tail(self) -> TraceTail:
+        """A reader of the log from where this session began."""
+        release = None if self.in_place else self._release
+        return TraceTail(self.path, start=self.start, release=release)
+
+    async def marker(self) -> int:
+        """Write a marker to the log and return its number.
+
+        When the tail brings the HmpCommand with this `marker`, everything that QEMU logged
+        before the call has been read.  Raises as `Monitor.timed` does.
+        """
+        return await send_marker(self.monitor)
+
+    async def stop(self) -> Restored:
+        """Put trace states and log back.  Idempotent.
+
+        Uses another free monitor when ours is lost but QEMU lives.  When QEMU cannot be asked,
+        the note stays and the next attach restores; that is in the remarks, not an exception.
+        """
+        if self._stopped:
+            return Restored()
+        self._stopped = True
+        place, guest = self._setting.place, self._setting.guest
+        try:
+            async with asyncio.timeout(_RESTORE_DEADLINE):
+                async with place.locked(_LOCK_DEADLINE):
+                    self._setting.lease.release()
+                    return await self._restore(place, guest)
+        except (TargetError, TimeoutError, OSError) as error:
+            return Restored(
+                remarks=(f"not restored, the next attach does it: {str(error) or 'too slow'}",)
+            )
+        finally:
+            self._setting.lease.release()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.stop()
+
+    async def _restore(self, place: Place, guest: Guest) -> Restored:
+        note = place.read_note()
+        if note is None or not guest.process.is_alive():
+            place.clear()
+            return Restored()
+        others = place.live_events()
+        if self.monitor.is_connected:
+            return await _leave(self.monitor, place, guest, note, others)
+        again = await asyncio.to_thread(find_guest, guest.pid)
+        free = again.free_targets() if again is not None else ()
+        if not free and await _died(guest):
+            place.clear()
+            return Restored()
+        if not free:
+            raise TargetUnreachable(f"no monitor of QEMU (pid {guest.pid}) is free")
+        async with await Monitor.connect(free[0]) as monitor:
+            return await _leave(monitor, place, guest, note, others)
+
+    def _release(self, offset: int) -> int:
+        """For the tail: up to where every agent has read."""
+        self._setting.lease.set_position(offset)
+        return self._setting.place.lowest_position(offset)
+
+
+async def start_tracing(
+    monitor: Monitor, events: Sequence[str] = TRACE_EVENTS, *, guest: Guest | None = None
+) -> TraceSession:
+    """Enable `events` in the guest behind `monitor` and have them written where we can read.
+
+    `guest` saves the search for it.  What a crashed agent left is restored first.  On failure and
+    on cancellation everything is put back.  Raises TraceUnavailable (with a TraceReason) and as
+    `Monitor.timed` does.
+    """
+    guest = guest or await asyncio.to_thread(find_owner, monitor.target, monitor.peer_pid)
+    if guest is None:
+        raise TraceUnavailable(
+            TraceReason.NO_PROCESS, f"the QEMU behind {monitor.target} is not visible on this host"
+        )
+    states = await event_states(monitor, (*events, MARKER_EVENT))
+    wanted = [e for e in events if e in states]
+    if not wanted or MARKER_EVENT not in states:
+        raise TraceUnavailable(
+            TraceReason.NO_EVENTS, f"QEMU {monitor.version} (pid {guest.pid}) has no trace events"
+        )
+    await asyncio.to_thread(sweep)
+    place = await asyncio.to_thread(Place, guest.process)
+    async with place.locked(_LOCK_DEADLINE):
+        others = place.live_events()
+        note = place.read_note()
+        if note is not None and not others:
+            await undo(monitor, place, guest, note)
+            states = await event_states(monitor, (*events, MARKER_EVENT))
+            note = None
+        missing = [e for e in events if e not in states]
+        before = {e: states[e] for e in (*wanted, MARKER_EVENT)}
+        lease = place.claim(before, 0)
+        try:
+            note = await _settle(monitor, guest, place, note, before)
+            session = TraceSession(monitor, _Setting(guest, place, note, lease), missing)
+            session.shared = bool(others)
+            session.start = _size(session.path)
+            lease.set_position(session.start)
+            refused = await set_events(monitor, wanted, True)
+            session.events = frozenset(wanted) - frozenset(refused)
+        except BaseException:
+            lease.release()
+            await _back_out(monitor, place, guest)
+            raise
+    return session
+
+
+async def restore_stale(monitor: Monitor, *, guest: Guest | None = None) -> Restored | None:
+    """Restore what a crashed agent of this user left in this guest; None when there is nothing.
+
+    Raises as `Monitor.timed` does, and TraceUnavailable when another user's agent is at work.
+    """
+    guest = guest or await asyncio.to_thread(find_owner, monitor.target, monitor.peer_pid)
+    if guest is None:
+        return None
+    place = await asyncio.to_thread(Place, guest.process)
+    if place.read_note() is None:
+        return None
+    async with place.locked(_LOCK_DEADLINE):
+        note = place.read_note()
+        if note is None or place.live_events():
+            return None
+        return await undo(monitor, place, guest, note)
+
+
+async def _settle(
+    monitor: Monitor, guest: Guest, place: Place, note: Note | None, before: dict[str, bool]
+) -> Note:
+    """The note on disk, and a log file that the marker has been seen in."""
+    if note is None:
+        note = place.new_note(before)
+        place.write_note(note)
+        return await arrange_log(monitor, guest, place, note)
+    # Beside another agent: what it noted is older, and so true; events new to it are added.
+    note = msgspec.structs.replace(note, events=before | note.events)
+    place.write_note(note)
+    start = _size(note.path)
+    await set_events(monitor, [MARKER_EVENT], True)
+    if not is_logged(note.path, start, await send_marker(monitor)):
+        raise TraceUnavailable(
+            TraceReason.NOT_LOGGED,
+            f"another agent's log of QEMU (pid {guest.pid}) is no longer written to",
+        )
+    return note
+
+
+async def _leave(
+    monitor: Monitor, place: Place, guest: Guest, note: Note, others: Sequence[set[str]]
+) -> Restored:
+    """The last agent restores everything; another disables what only it wanted."""
+    if not others:
+        return await undo(monitor, place, guest, note)
+    wanted = set().union(*others)
+    mine = [e for e, was_on in note.events.items() if not was_on and e not in wanted]
+    await set_events(monitor, mine, False)
+    return Restored(events=tuple(mine), remarks=("other agents still trace this guest",))
+
+
+async def _back_out(monitor: Monitor, place: Place, guest: Guest) -> None:
+    """After a failed or cancelled start, our lease released; the place is still locked."""
+    try:
+        async with asyncio.timeout(_RESTORE_DEADLINE):
+            note = place.read_note()
+            if note is not None:
+                await _leave(monitor, place, guest, note, place.live_events())
+    except (TargetError, TimeoutError):
+        return
+
+
+async def _died(guest: Guest) -> bool:
+    """A monitor that hung up is often the first sign of a QEMU that is about to be gone."""
+    for _ in range(10):
+        if not guest.process.is_alive():
+            return True
+        await asyncio.sleep(0.05)
+    return False
+
+
+def _size(path: str) -> int:
+    return os.stat(path).st_size

@@ -1,0 +1,48 @@
+"""Why a guest cannot be traced through its log: one reason each, with the remedy."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+
+from ..errors import MissingPrerequisite
+
+__all__ = ["TraceReason", "TraceUnavailable"]
+
+
+class TraceReason(StrEnum):
+    """What stands in the way of tracing."""
+
+    NO_PROCESS = "no-process"
+    NO_EVENTS = "no-events"
+    NOT_LOGGED = "not-logged"
+    LOG_REFUSED = "log-refused"
+    LOG_UNREADABLE = "log-unreadable"
+    LOG_SHARED = "log-shared"
+    LOG_PER_THREAD = "log-per-thread"
+    LOG_NOT_RESTORABLE = "log-not-restorable"
+    NO_PLACE = "no-place"
+    OTHER_AGENT = "other-agent"
+
+
+_REMEDIES = {
+    TraceReason.NO_PROCESS: "run this on the guest's host, in a place that sees QEMU's process",
+    TraceReason.NO_EVENTS: "use a QEMU built with trace events (--enable-trace-backends=log)",
+    TraceReason.NOT_LOGGED: "use a QEMU whose trace backend is log (this one may have dtrace "
+    "only, or be an 8.0 or 8.1, which cannot leave stderr); uprobes work without it",
+    TraceReason.LOG_REFUSED: "run as the user that QEMU runs as; SELinux or AppArmor may forbid "
+    "QEMU to write to /dev/shm",
+    TraceReason.LOG_UNREADABLE: "run as root or as the user that may read QEMU's log",
+    TraceReason.LOG_SHARED: "give each QEMU a log of its own (-D FILE)",
+    TraceReason.LOG_PER_THREAD: "start QEMU without -d tid",
+    TraceReason.LOG_NOT_RESTORABLE: "start QEMU with -D FILE; that file is then read in place",
+    TraceReason.NO_PLACE: "make /dev/shm or $XDG_RUNTIME_DIR writable for this user",
+    TraceReason.OTHER_AGENT: "end the other agent, or run as its user: then both share the log",
+}
+
+
+class TraceUnavailable(MissingPrerequisite):
+    """This guest cannot be traced through its log; `reason` says which kind of obstacle."""
+
+    def __init__(self, reason: TraceReason, message: str) -> None:
+        super().__init__(message, remedy=_REMEDIES[reason])
+        self.reason = reason

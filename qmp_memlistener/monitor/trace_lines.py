@@ -1,0 +1,385 @@
+"""PURE: bytes of QEMU's trace log to typed records.  No files, no clocks.
+
+One decoder follows one log.  Bytes come in any pieces; a line counts when its newline has come.
+Lines that are not ours are counted and skipped, whatever they hold; nothing raises, and order
+is kept.
+
+Formats (accel/kvm/trace-events, softmmu|system/trace-events, hw/pci/trace-events, hw/mem/
+trace-events, hw/virtio/trace-events, monitor/trace-events and scripts/tracetool/backend/log.py,
+compared in 7.2, 10.0.2 and master):
+
+- `kvm_set_user_memory` up to 8.x prints `Slot#N` with the address space in the upper 16 bits,
+  later `AddrSpace#A Slot#N`, and from 9.1 on also guest_memfd and guest_memfd_offset;
+- with `-msg timestamp=on` a line begins `TID@SEC.USEC:` up to 10.0 and with an ISO 8601 time
+  (UTC, fraction left out when it is zero) and a space from 10.1 on.
+"""
+
+from __future__ import annotations
+
+import calendar
+import re
+import secrets
+import time
+from collections.abc import Callable, Iterable
+
+from .trace_records import (
+    BarMapping,
+    FlatViewChange,
+    FlatViewEvent,
+    HmpCommand,
+    MemoryDeviceChange,
+    MemoryDeviceEvent,
+    RunStateChange,
+    SlotFailure,
+    SlotOp,
+    TraceRecord,
+    VirtioMemEvent,
+    VmStateChange,
+)
+
+__all__ = ["MAX_LINE", "TraceDecoder", "new_marker"]
+
+# A longer line is no trace line: it is dropped as it comes, so garbage cannot fill memory.
+MAX_LINE = 64 * 1024
+
+# A marker is the command `print 0x71…`, with a number that nobody types by chance.
+_MARKER_PREFIX = 0x71
+
+_STAMP = rb"(?:(\d{1,10})@(\d{1,12})\.(\d{6}):|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{6}))?Z )"
+_SLOT_OP = (
+    rb"kvm_set_user_memory (?:AddrSpace#(\d{1,5}) )?Slot#(-?\d{1,10}) flags=0x([0-9a-f]{1,8})"
+    rb" gpa=0x([0-9a-f]{1,16}) size=0x([0-9a-f]{1,16}) ua=0x([0-9a-f]{1,16})"
+    rb"(?: guest_memfd=(-?\d{1,10}) guest_memfd_offset=0x([0-9a-f]{1,16}))? ret=(-?\d{1,10})\n"
+)
+# Each match is one whole line: a slot operation or, last group, something else.
+_PLAIN_LINES = re.compile(_SLOT_OP + rb"|([^\n]*)\n")
+_STAMPED_LINES = re.compile(_STAMP + rb"?(?:" + _SLOT_OP + rb"|([^\n]*)\n)")
+
+_STAMPS = re.compile(_STAMP)
+
+_MEMO_LIMIT = 4096
+
+
+def new_marker() -> int:
+    """A number for a marker, unlike any other agent's."""
+    return _MARKER_PREFIX << 56 | secrets.randbits(56)
+
+
+class _Decimal(dict[bytes, int]):
+    """Memo of small numbers: slots, address spaces and return values are few; "" is 0."""
+
+    def __missing__(self, text: bytes) -> int:
+        if len(self) >= _MEMO_LIMIT:
+            self.clear()
+        value = self[text] = int(text) if text else 0
+        return value
+
+
+class _Hex(dict[bytes, int]):
+    """The same for hexadecimal numbers that repeat (flags); "" is 0."""
+
+    def __missing__(self, text: bytes) -> int:
+        if len(self) >= _MEMO_LIMIT:
+            self.clear()
+        value = self[text] = int(text, 16) if text else 0
+        return value
+
+
+class _Second(dict[bytes, int | None]):
+    """ISO 8601 second to ns since the epoch; None for a date that does not exist."""
+
+    def __missing__(self, text: bytes) -> int | None:
+        if len(self) >= _MEMO_LIMIT:
+            self.clear()
+        try:
+            parsed = time.strptime(text.decode(), "%Y-%m-%dT%H:%M:%S")
+            value: int | None = calendar.timegm(parsed) * 1_000_000_000
+        except ValueError:
+            value = None
+        self[text] = value
+        return value
+
+
+class TraceDecoder:
+    """Turns the bytes of one log into records.
+
+    `lines` counts complete lines, `unknown` those of them that are no record, `overlong` the
+    dropped ones longer than MAX_LINE (not in `lines`).
+    """
+
+    def __init__(self) -> None:
+        self.lines = 0
+        self.unknown = 0
+        self.overlong = 0
+        self.stamped = False
+        self._tail = b""
+        self._skipping = False
+        self._decimal = _Decimal()
+        self._hex = _Hex()
+        self._second = _Second()
+
+    def feed(self, data: bytes, t_ns: int) -> list[TraceRecord]:
+        """The records of all lines that `data` completes; `t_ns` is when it was read."""
+        if self._skipping:
+            newline = data.find(b"\n")
+            if newline < 0:
+                return []
+            self._skipping = False
+            data = data[newline + 1 :]
+        data = self._tail + data if self._tail else data
+        end = data.rfind(b"\n") + 1
+        tail = data[end:]
+        if len(tail) > MAX_LINE:
+            self.overlong += 1
+            self._skipping = True
+            tail = b""
+        self._tail = tail
+        if not end:
+            return []
+        whole = data[:end] if end < len(data) else data
+        if not self.stamped and _is_stamped(whole):
+            self.stamped = True
+        records: list[TraceRecord] = []
+        if self.stamped:
+            self._feed_stamped(whole, t_ns, records)
+        else:
+            self._feed_plain(whole, t_ns, records)
+        return records
+
+    def reset(self) -> None:
+        """Forget the incomplete line: what comes next does not continue it."""
+        self._tail = b""
+        self._skipping = False
+
+    @property
+    def pending(self) -> int:
+        """Bytes of the incomplete line."""
+        return len(self._tail)
+
+    def _feed_plain(self, data: bytes, t_ns: int, out: list[TraceRecord]) -> None:
+        append, integer, decimal, hexa = out.append, int, self._decimal, self._hex
+        matches = _PLAIN_LINES.findall(data)
+        self.lines += len(matches)
+        for as_id, slot, flags, gpa, size, ua, fd, fd_offset, ret, rest in matches:
+            if slot:
+                number = decimal[slot]
+                append(
+                    SlotOp(
+                        t_ns,
+                        decimal[as_id] if as_id else number >> 16 & 0xFFFF,
+                        number & 0xFFFF,
+                        hexa[flags],
+                        integer(gpa, 16),
+                        integer(size, 16),
+                        integer(ua, 16),
+                        decimal[ret],
+                        decimal[fd] if fd else -1,
+                        hexa[fd_offset],
+                    )
+                )
+            elif rest[:1].isdigit():
+                # Perhaps stamped after all: a log that several programs write to.
+                self.lines -= 1
+                self._feed_stamped(rest + b"\n", t_ns, out)
+            else:
+                record = _decode_other(rest, t_ns, None, None)
+                if record is None:
+                    self.unknown += 1
+                else:
+                    append(record)
+
+    def _feed_stamped(self, data: bytes, t_ns: int, out: list[TraceRecord]) -> None:
+        append, integer, decimal, hexa = out.append, int, self._decimal, self._hex
+        matches = _STAMPED_LINES.findall(data)
+        self.lines += len(matches)
+        for (
+            tid,
+            sec,
+            usec,
+            iso,
+            frac,
+            as_id,
+            slot,
+            flags,
+            gpa,
+            size,
+            ua,
+            fd,
+            off,
+            ret,
+            rest,
+        ) in matches:
+            stamp = self._stamp(sec, usec, iso, frac)
+            thread = integer(tid) if tid else None
+            if slot:
+                number = decimal[slot]
+                append(
+                    SlotOp(
+                        t_ns,
+                        decimal[as_id] if as_id else number >> 16 & 0xFFFF,
+                        number & 0xFFFF,
+                        hexa[flags],
+                        integer(gpa, 16),
+                        integer(size, 16),
+                        integer(ua, 16),
+                        decimal[ret],
+                        decimal[fd] if fd else -1,
+                        hexa[off],
+                        stamp,
+                        thread,
+                    )
+                )
+            else:
+                record = _decode_other(rest, t_ns, stamp, thread)
+                if record is None:
+                    self.unknown += 1
+                else:
+                    append(record)
+
+    def _stamp(self, sec: bytes, usec: bytes, iso: bytes, frac: bytes) -> int | None:
+        if sec:
+            return int(sec) * 1_000_000_000 + int(usec) * 1_000
+        if iso:
+            second = self._second[iso]
+            return second if second is None or not frac else second + int(frac) * 1_000
+        return None
+
+
+def _is_stamped(data: bytes) -> bool:
+    return _STAMPS.match(data) is not None
+
+
+_Stamp = int | None
+_Builder = Callable[[re.Match[bytes], int, _Stamp, _Stamp], TraceRecord]
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "replace")
+
+
+def _flatview(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+    # glibc prints a null pointer as "(nil)"; an empty address space has no root.
+    root = int(m[3], 16) if m[3] is not None else 0
+    return FlatViewEvent(t, FlatViewChange(m[1].decode()), int(m[2], 16), root, stamp, tid)
+
+
+def _bar(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+    bus, slot, func, addr, size = (int(m[i], 16) for i in (3, 4, 5, 7, 8))
+    return BarMapping(
+        t, m[1] == b"add", _text(m[2]), bus, slot, func, int(m[6]), addr, size, stamp, tid
+    )
+
+
+def _memory_device(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+    change = MemoryDeviceChange(m[1].decode())
+    return MemoryDeviceEvent(t, change, _text(m[2]) or None, int(m[3], 16), stamp, tid)
+
+
+def _virtio_mem(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+    def hexa(group: int) -> int | None:
+        return int(m[group], 16) if m[group] is not None else None
+
+    def decimal(group: int) -> int | None:
+        return int(m[group]) if m[group] is not None else None
+
+    return VirtioMemEvent(
+        t, _text(m[1]), hexa(2), decimal(3), hexa(4), hexa(5), decimal(6), stamp, tid
+    )
+
+
+def _runstate(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+    return RunStateChange(t, _text(m[1]), _text(m[2]), stamp, tid)
+
+
+def _vm_state(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+    return VmStateChange(t, m[1] == b"1", _text(m[2]), stamp, tid)
+
+
+def _hmp(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+    marker = int(m[2], 16) if m[2] is not None else None
+    if marker is not None and marker >> 56 != _MARKER_PREFIX:
+        marker = None
+    return HmpCommand(t, _text(m[1]), marker, stamp, tid)
+
+
+def _failure(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+    return SlotFailure(t, int(m[1]), int(m[2], 16), int(m[3], 16), _text(m[4]), stamp, tid)
+
+
+def _table(entries: Iterable[tuple[bytes, bytes, _Builder]]) -> _Table:
+    return {prefix: (re.compile(pattern, re.DOTALL), build) for prefix, pattern, build in entries}
+
+
+_Table = dict[bytes, tuple[re.Pattern[bytes], _Builder]]
+
+_H = rb"([0-9a-f]{1,16})"
+
+# Keyed by the event's name up to its first underscore, which is enough to tell them apart.
+_EVENTS: _Table = _table(
+    (
+        (
+            b"flatview",
+            rb"flatview_(new|destroy_rcu|destroy) 0x"
+            + _H
+            + rb" \(root (?:0x"
+            + _H
+            + rb"|\(nil\))\)",
+            _flatview,
+        ),
+        (
+            b"pci",
+            rb"pci_update_mappings_(add|del) (.*) ([0-9a-f]{2,8}):([0-9a-f]{2,8})\.([0-9a-f]{1,8})"
+            rb" (-?\d{1,10}),0x" + _H + rb"\+0x" + _H,
+            _bar,
+        ),
+        (
+            b"memory",
+            rb"memory_device_(pre_plug|plug|unplug) id=(.*) addr=0x" + _H,
+            _memory_device,
+        ),
+        (
+            b"virtio",
+            rb"virtio_mem_([a-z_]{1,40}) (?:addr=0x" + _H + rb" nb_blocks=(\d{1,5})"
+            rb"|old_size=0x" + _H + rb" ?new_size=0x" + _H + rb"|(?:type|state)=(\d{1,5}))?",
+            _virtio_mem,
+        ),
+        (
+            b"runstate",
+            rb"runstate_set current_run_state -?\d{1,10} \((.*?)\) new_state -?\d{1,10} \((.*)\)",
+            _runstate,
+        ),
+        (
+            b"vm",
+            rb"vm_state_notify running (-?\d{1,10}) reason -?\d{1,10} \((.*)\)",
+            _vm_state,
+        ),
+        (
+            b"handle",
+            rb"handle_hmp_command mon \S{1,20} cmdline: ((?:print 0x([0-9a-f]{16}))|.*)",
+            _hmp,
+        ),
+    )
+)
+
+# error_report() puts the program's name, and perhaps a time and the guest's name, in front.
+_FAILURE = re.compile(
+    rb".*KVM_SET_USER_MEMORY_REGION2? failed, slot=(\d{1,10}), start=0x"
+    + _H
+    + rb", size=0x"
+    + _H
+    + rb"(?:, flags=[^:]*)?: (.*)",
+    re.DOTALL,
+)
+
+
+def _decode_other(line: bytes, t_ns: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord | None:
+    entry = _EVENTS.get(line.partition(b"_")[0])
+    if entry is not None:
+        match = entry[0].fullmatch(line)
+        if match is not None:
+            return entry[1](match, t_ns, stamp, tid)
+    if b"KVM_SET_USER_MEMORY_REGION" in line:
+        match = _FAILURE.fullmatch(line)
+        if match is not None:
+            return _failure(match, t_ns, stamp, tid)
+    return None

@@ -1,0 +1,240 @@
+"""The steps of `trace_control`: event states, proving where the log goes, redirecting, undoing.
+
+Each step leaves things so that `undo` with the note on disk puts them back.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import msgspec
+
+from ..errors import CommandFailed
+from .connection import Command, Monitor
+from .discovery import Guest
+from .hmp import hmp
+from .procfs import Process
+from .trace_errors import TraceReason, TraceUnavailable
+from .trace_lines import new_marker
+from .trace_log import (
+    LogFile,
+    RestoreTarget,
+    allow_user,
+    find_log_files,
+    is_shared,
+    restore_target,
+)
+from .trace_notes import LogChange, Note, Place
+
+__all__ = [
+    "MARKER_EVENT",
+    "Restored",
+    "arrange_log",
+    "event_states",
+    "is_logged",
+    "send_marker",
+    "set_events",
+    "undo",
+]
+
+MARKER_EVENT = "handle_hmp_command"
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """What was put back: the events that were disabled, where the log goes now (None when it
+    was not touched), and `remarks` on what could not be put back."""
+
+    events: tuple[str, ...] = ()
+    log: str | None = None
+    remarks: tuple[str, ...] = ()
+
+
+async def event_states(monitor: Monitor, names: Sequence[str]) -> dict[str, bool]:
+    """Whether each event is enabled; those this QEMU does not have, or not in use, are absent."""
+    replies = await monitor.pipeline(
+        [Command("trace-event-get-state", {"name": name}) for name in names]
+    )
+    states = {}
+    for reply in replies:
+        if isinstance(reply, CommandFailed) or not isinstance(reply.value, list):
+            continue
+        for entry in reply.value:
+            # "unavailable": built without it (qapi/trace.json, TraceEventState).
+            if isinstance(entry, Mapping) and entry.get("state") in ("enabled", "disabled"):
+                states[str(entry.get("name"))] = entry["state"] == "enabled"
+    return states
+
+
+async def set_events(monitor: Monitor, names: Sequence[str], enable: bool) -> list[str]:
+    """Enable or disable events; returns those that QEMU refused."""
+    if not names:
+        return []
+    replies = await monitor.pipeline(
+        [Command("trace-event-set-state", {"name": n, "enable": enable}) for n in names]
+    )
+    return [n for n, r in zip(names, replies, strict=True) if isinstance(r, CommandFailed)]
+
+
+async def send_marker(monitor: Monitor) -> int:
+    """Have QEMU log a line with a number of ours.  It is in the log when this returns: the line
+    is written before the command runs (handle_hmp_command, monitor/hmp.c)."""
+    number = new_marker()
+    await hmp(monitor, "print", number)
+    return number
+
+
+def is_logged(path: str, start: int, number: int) -> bool:
+    """The marker's line stands in the file behind `start`."""
+    wanted = b"cmdline: print %#x\n" % number
+    try:
+        with open(path, "rb") as f:
+            f.seek(start)
+            return wanted in f.read(16 * 1024 * 1024)
+    except OSError:
+        return False
+
+
+async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) -> Note:
+    """Find or make the file that QEMU logs to; the note that is on disk by then.
+
+    Raises TraceUnavailable; the caller undoes what was done.
+    """
+    candidates = await asyncio.to_thread(find_log_files, guest.process, guest.command_line)
+    if candidates:
+        await set_events(monitor, [MARKER_EVENT], True)
+        log = await _prove(monitor, candidates)
+        if log is not None:
+            if await asyncio.to_thread(is_shared, log, guest.process):
+                raise TraceUnavailable(
+                    TraceReason.LOG_SHARED,
+                    f"QEMU (pid {guest.pid}) shares its log file with another QEMU",
+                )
+            note = msgspec.structs.replace(note, in_place=log.path, in_place_name=log.name)
+            place.write_note(note)
+            return note
+    if guest.command_line.log_per_thread:
+        raise TraceUnavailable(
+            TraceReason.LOG_PER_THREAD, f"QEMU (pid {guest.pid}) keeps one log per thread"
+        )
+    target = await asyncio.to_thread(restore_target, guest.process, guest.command_line)
+    if not target.faithful:
+        await _refuse_if_log_in_use(monitor, guest, note, target)
+    return await _redirect(monitor, guest, place, note, target)
+
+
+async def _prove(monitor: Monitor, candidates: Sequence[LogFile]) -> LogFile | None:
+    starts = []
+    for log in candidates:
+        with contextlib.suppress(OSError):
+            starts.append((log, log.size()))
+    number = await send_marker(monitor)
+    for log, start in starts:
+        if await asyncio.to_thread(is_logged, log.path, start, number):
+            return log
+    return None
+
+
+async def _refuse_if_log_in_use(
+    monitor: Monitor, guest: Guest, note: Note, target: RestoreTarget
+) -> None:
+    """A log that cannot be put back may be taken only while nothing is logged."""
+    enabled = [name for name, on in (await event_states(monitor, ["*"])).items() if on]
+    others = [n for n in enabled if n != MARKER_EVENT or note.events.get(MARKER_EVENT)]
+    if guest.command_line.uses_log or others:
+        in_use = f"trace event {others[0]}" if others else "-d or -trace on its command line"
+        raise TraceUnavailable(
+            TraceReason.LOG_NOT_RESTORABLE,
+            f"the log of QEMU (pid {guest.pid}) is in use ({in_use}) and could not be put back: "
+            f"{target.why}",
+        )
+
+
+async def _redirect(
+    monitor: Monitor, guest: Guest, place: Place, note: Note, target: RestoreTarget
+) -> Note:
+    ours, theirs = _create_log(guest.process, place)
+    change = LogChange(ours, target.path, target.faithful, target.why)
+    note = msgspec.structs.replace(note, log=change)
+    place.write_note(note)
+    try:
+        await hmp(monitor, "logfile", theirs, quiet=True)
+    except CommandFailed as error:
+        raise TraceUnavailable(
+            TraceReason.LOG_REFUSED, f"QEMU (pid {guest.pid}) cannot open a log: {error.desc}"
+        ) from error
+    # Only now: its line about `logfile` would have gone to the log as it was.
+    await set_events(monitor, [MARKER_EVENT], True)
+    number = await send_marker(monitor)
+    if not is_logged(ours, 0, number):
+        raise TraceUnavailable(
+            TraceReason.NOT_LOGGED,
+            f"trace events of QEMU {monitor.version} (pid {guest.pid}) do not reach its log",
+        )
+    return note
+
+
+def _create_log(process: Process, place: Place) -> tuple[str, str]:
+    """An empty file that we and QEMU can open: its path for us, and for QEMU."""
+    try:
+        if process.shares_root():
+            ours = theirs = place.log_path
+            if process.uid not in (0, os.geteuid()):
+                allow_user(place.directory, process.uid, 0o1)
+        else:
+            # Another mount namespace or a chroot: in its own /dev/shm.
+            theirs = f"/dev/shm/qmp-memlistener-{os.geteuid()}-{place.key}.log"
+            ours = f"/proc/{process.pid}/root{theirs}"
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(ours)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
+        os.close(os.open(ours, flags, 0o600))
+        if process.uid not in (0, os.geteuid()):
+            allow_user(ours, process.uid, 0o6)
+    except OSError as error:
+        raise TraceUnavailable(
+            TraceReason.NO_PLACE,
+            f"no log file that we and QEMU (pid {process.pid}) can both reach: {error}",
+        ) from error
+    return ours, theirs
+
+
+async def undo(monitor: Monitor, place: Place, guest: Guest, note: Note) -> Restored:
+    """Put everything back as `note` has it, and remove the note.
+
+    Raises as `Monitor.timed` does; the note then stays for the next attach.
+    """
+    disabled = [name for name, was_on in note.events.items() if not was_on]
+    refused = await set_events(monitor, disabled, False)
+    remarks = [f"trace event {name} could not be disabled" for name in refused]
+    where: str | None = None
+    if note.log is not None:
+        where = await _restore_log(monitor, guest, note.log, remarks)
+        with contextlib.suppress(OSError):
+            os.unlink(note.log.path)
+    place.clear()
+    return Restored(tuple(n for n in disabled if n not in refused), where, tuple(remarks))
+
+
+async def _restore_log(
+    monitor: Monitor, guest: Guest, log: LogChange, remarks: list[str]
+) -> str | None:
+    path, why = log.restore_path, log.why
+    if path == "/dev/stderr":
+        # Looked at again: opening a pipe that has lost its reader would hang QEMU.
+        now = await asyncio.to_thread(restore_target, guest.process, guest.command_line)
+        path, why = now.path, now.why
+    try:
+        await hmp(monitor, "logfile", path, quiet=True)
+    except CommandFailed as error:
+        why = error.desc
+        path = "/dev/null"
+        with contextlib.suppress(CommandFailed):
+            await hmp(monitor, "logfile", path, quiet=True)
+    if why:
+        remarks.append(f"QEMU's log goes to {path} now: {why}")
+    return path

@@ -1,0 +1,236 @@
+"""Following QEMU's trace log file as it grows, without missing a line and without blocking QEMU.
+
+A reader task sleeps on inotify, reads whatever is there, stamps it and keeps it until it is
+asked for; decoding is `trace_lines`' job, and where the file comes from `trace_control`'s.
+
+The file is ordinary, so QEMU never waits for us (a FIFO would freeze its main loop).  It stays
+small although QEMU only appends: what was read is given back with fallocate(PUNCH_HOLE |
+KEEP_SIZE), which changes neither the file's size nor the place where QEMU writes next.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ctypes
+import os
+import time
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
+
+from .trace_lines import TraceDecoder
+from .trace_records import TraceRecord
+
+__all__ = ["TraceBatch", "TraceTail"]
+
+_READ_SIZE = 256 * 1024
+_MAX_BACKLOG = 64 * 1024 * 1024
+_FREE_STEP = 1024 * 1024
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+# Without inotify (its instances are limited per user) the file is looked at this often.
+_POLL_SECONDS = 0.02
+
+_IN_MODIFY, _IN_ATTRIB = 0x2, 0x4  # include/uapi/linux/inotify.h
+_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 0x1, 0x2  # include/uapi/linux/falloc.h
+
+_libc = ctypes.CDLL(None, use_errno=True)
+_libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceBatch:
+    """What one read brought.
+
+    Every line in it was written after `t_after_ns` (the file was seen to end there then) and
+    before `t_ns` (CLOCK_MONOTONIC).  `lost`, in a batch without records, says that lines may be
+    missing here and why.
+    """
+
+    records: list[TraceRecord]
+    t_after_ns: int
+    t_ns: int
+    lost: str | None = None
+
+
+@dataclass(slots=True)
+class _Chunk:
+    data: bytes
+    t_after_ns: int
+    t_ns: int
+    lost: str | None = field(default=None)
+
+
+class TraceTail:
+    """Async iterator over the batches of one log file; use as an async context manager.
+
+    `start` is the offset to begin at.  `release(offset)` is called now and then with how far we
+    have read, and returns up to where the file's bytes may be given back; without it (a file
+    that is not ours) nothing is given back.  Iteration ends after `finish`.
+    """
+
+    def __init__(
+        self, path: str, *, start: int = 0, release: Callable[[int], int] | None = None
+    ) -> None:
+        self.decoder = TraceDecoder()
+        self.offset = start
+        self.unlinked = False
+        self._path = path
+        self._release = release
+        self._fd = -1
+        self._inotify = -1
+        self._freed = start // _PAGE * _PAGE
+        self._chunks: deque[_Chunk] = deque()
+        self._backlog = 0
+        self._changed = asyncio.Event()
+        self._available = asyncio.Event()
+        self._room = asyncio.Event()
+        self._drained_ns = 0
+        self._finishing = False
+        self._task: asyncio.Task[None] | None = None
+
+    async def __aenter__(self) -> Self:
+        """Open the file and begin to read.  Raises OSError."""
+        flags = os.O_RDWR if self._release is not None else os.O_RDONLY
+        self._fd = os.open(self._path, flags | os.O_CLOEXEC)
+        self._drained_ns = time.monotonic_ns()
+        self._watch()
+        self._changed.set()
+        self._task = asyncio.create_task(self._read_on(), name=f"tail {self._path}")
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait((task,))
+        if self._inotify >= 0:
+            asyncio.get_running_loop().remove_reader(self._inotify)
+            os.close(self._inotify)
+            self._inotify = -1
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def finish(self) -> None:
+        """Read once more to the end, then let the iteration end (QEMU is gone, or we leave)."""
+        self._finishing = True
+        self._changed.set()
+        self._room.set()
+
+    def __aiter__(self) -> TraceTail:
+        return self
+
+    async def __anext__(self) -> TraceBatch:
+        while not self._chunks:
+            task = self._task
+            if task is None or task.done():
+                if task is not None and not task.cancelled() and task.exception() is not None:
+                    raise task.exception() or StopAsyncIteration
+                raise StopAsyncIteration
+            self._available.clear()
+            await self._available.wait()
+        # A long backlog must not keep the event loop from everybody else.
+        await asyncio.sleep(0)
+        chunk = self._chunks.popleft()
+        self._backlog -= len(chunk.data)
+        self._room.set()
+        if chunk.lost is not None:
+            self.decoder.reset()
+        records = self.decoder.feed(chunk.data, chunk.t_ns)
+        return TraceBatch(records, chunk.t_after_ns, chunk.t_ns, chunk.lost)
+
+    def _watch(self) -> None:
+        handle = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
+        if handle < 0:
+            return
+        # By way of the open file, so that it is that very inode whatever the path means now.
+        link = f"/proc/self/fd/{self._fd}".encode()
+        if _libc.inotify_add_watch(handle, link, _IN_MODIFY | _IN_ATTRIB) < 0:
+            os.close(handle)
+            return
+        self._inotify = handle
+        asyncio.get_running_loop().add_reader(handle, self._on_inotify)
+
+    def _on_inotify(self) -> None:
+        try:
+            os.read(self._inotify, 64 * 1024)
+        except BlockingIOError:
+            return
+        self._changed.set()
+
+    async def _read_on(self) -> None:
+        try:
+            while True:
+                self._changed.clear()
+                await self._read_to_end()
+                if self._finishing:
+                    return
+                if self._inotify >= 0:
+                    await self._changed.wait()
+                else:
+                    await asyncio.sleep(_POLL_SECONDS)
+        finally:
+            self._available.set()
+
+    async def _read_to_end(self) -> None:
+        while True:
+            before = time.monotonic_ns()
+            status = os.fstat(self._fd)
+            self.unlinked = status.st_nlink == 0
+            if status.st_size < self.offset:
+                self._report_cut(status.st_size)
+            data = os.pread(self._fd, _READ_SIZE, self.offset)
+            now = time.monotonic_ns()
+            size = len(data)
+            if data.startswith(b"\0"):
+                data = self._skip_hole(data)
+            if data:
+                self.offset += len(data)
+                self._put(_Chunk(data, self._drained_ns, now))
+                self._give_back()
+            if size < _READ_SIZE:
+                self._drained_ns = before
+                return
+            while self._backlog > _MAX_BACKLOG and not self._finishing:
+                self._room.clear()
+                await self._room.wait()
+            await asyncio.sleep(0)
+
+    def _put(self, chunk: _Chunk) -> None:
+        self._chunks.append(chunk)
+        self._backlog += len(chunk.data)
+        self._available.set()
+
+    def _report_cut(self, size: int) -> None:
+        lost = f"the log was cut from at least {self.offset} to {size} bytes"
+        self.offset = self._freed = 0
+        self._put(_Chunk(b"", self._drained_ns, time.monotonic_ns(), lost))
+
+    def _skip_hole(self, data: bytes) -> bytes:
+        """A log that was cut while QEMU kept its offset begins with a hole: go behind it."""
+        rest = data.lstrip(b"\0")
+        if rest:
+            self.offset += len(data) - len(rest)
+            return rest
+        try:
+            self.offset = os.lseek(self._fd, self.offset + len(data), os.SEEK_DATA)
+        except OSError:
+            self.offset += len(data)
+        return b""
+
+    def _give_back(self) -> None:
+        if self._release is None or self.offset - self._freed < _FREE_STEP:
+            return
+        upto = min(self._release(self.offset), self.offset) // _PAGE * _PAGE
+        if upto <= self._freed:
+            return
+        mode = _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE
+        if _libc.fallocate64(self._fd, mode, self._freed, upto - self._freed) == 0:
+            self._freed = upto

@@ -1,0 +1,160 @@
+"""Records in words, one or a few lines each: what `watch`, `record` and `demo` print."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+from ..recording import (
+    Cause,
+    GuestState,
+    Header,
+    HoleInfo,
+    Lost,
+    MapRecord,
+    Note,
+    QmpEvent,
+    Reconciled,
+    Record,
+    Section,
+    SlotOp,
+    TransitionRecord,
+)
+
+__all__ = ["Narrator", "cause_text", "flags_text", "size_text"]
+
+_INDENT = " " * 12
+
+
+def size_text(size: int) -> str:
+    """A size as people write it: `4 KiB`, `511.94 MiB`."""
+    for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
+        if size >= 1 << shift:
+            value = size / (1 << shift)
+            return f"{value:.0f} {unit}" if value == int(value) else f"{value:.2f} {unit}"
+    return f"{size} B"
+
+
+def flags_text(flags: int) -> str:
+    """KVM_MEM_* bits by name."""
+    names = [n for bit, n in ((1, "LOG_DIRTY"), (2, "READONLY"), (4, "GUEST_MEMFD")) if flags & bit]
+    rest = flags & ~7
+    return "|".join([*names, f"{rest:#x}"] if rest else names)
+
+
+def cause_text(cause: Cause) -> str:
+    """Why, as far as it was seen."""
+    match cause.type:
+        case "pci_bar":
+            return f"PCI {cause.device}: {cause.detail}"
+        case "memory_device":
+            return f"memory device {cause.device or '(no id)'} {cause.detail}"
+        case "region":
+            who = f" of {cause.owner}" if cause.owner else ""
+            names = list(cause.regions or ())
+            more = f" and {len(names) - 4} more" if len(names) > 4 else ""
+            return f"{', '.join(names[:4])}{more}{who}"
+        case _:
+            return "cause not seen"
+
+
+class Narrator:
+    """Turns records into lines, with times relative to the first one it sees."""
+
+    def __init__(self) -> None:
+        self._zero_ns: int | None = None
+
+    def lines(self, record: Record) -> Iterator[str]:
+        """The lines for one record; none for those that say nothing to a person."""
+        match record:
+            case Header():
+                yield from _header(record)
+            case MapRecord():
+                self._stamp(record.t_ns)
+                holes = sum(len(b.holes) for b in record.ram_blocks)
+                yield (
+                    f"{self._stamp(record.t_ns)}  map: {len(record.ranges)} ranges, "
+                    f"{len(record.ram_blocks)} RAM blocks, {holes} holes in them"
+                )
+            case TransitionRecord():
+                yield from self._transition(record)
+            case SlotOp():
+                yield _slot_op(record)
+            case GuestState():
+                by = f" ({record.event})" if record.event else ""
+                yield f"{self._stamp(record.t_ns)}  guest: {record.status}{by}"
+            case QmpEvent():
+                details = ", ".join(f"{k}={v}" for k, v in record.data.items())
+                yield f"{self._stamp(record.t_ns)}  event: {record.event} {details}".rstrip()
+            case Reconciled(equal=True):
+                yield (
+                    f"{self._stamp(record.t_ns)}  slots: {record.slots}, as QEMU's rules predict"
+                )
+            case Reconciled():
+                yield f"{self._stamp(record.t_ns)}  slots differ from what QEMU's rules predict:"
+                yield from (f"{_INDENT}{d}" for d in record.differences)
+            case Lost():
+                count = f" ({record.count})" if record.count is not None else ""
+                yield f"{self._stamp(record.t_ns)}  LOST: {record.what}{count}"
+            case Note():
+                yield f"{self._stamp(record.t_ns)}  note: {record.text}"
+
+    def _stamp(self, t_ns: int) -> str:
+        if self._zero_ns is None:
+            self._zero_ns = t_ns
+        return f"{(t_ns - self._zero_ns) / 1e9:10.6f}"
+
+    def _transition(self, t: TransitionRecord) -> Iterator[str]:
+        merged = f", {t.merged} changes in one" if t.merged > 1 else ""
+        yield f"{self._stamp(t.t_ns)}  #{t.seq} {cause_text(t.cause)}{merged}"
+        for h in t.holes_punched:
+            yield f"{_INDENT}hole punched  {_hole(h, known=t.detail != 'slots')}"
+        for h in t.holes_filled:
+            yield f"{_INDENT}hole filled   {_hole(h, known=t.detail != 'slots')}"
+        for f in t.flips:
+            yield (f"{_INDENT}{f.before} to {f.after:<7} {f.name} {f.start:#x}+{size_text(f.size)}")
+        for c in t.ram_appeared:
+            yield f"{_INDENT}RAM appeared  {c.name} {c.start:#x}+{size_text(c.size)}"
+        for c in t.ram_vanished:
+            yield f"{_INDENT}RAM vanished  {c.name} {c.start:#x}+{size_text(c.size)}"
+        for m in t.mmio_moved:
+            yield f"{_INDENT}MMIO moved    {m.name} {m.before:#x} to {m.after:#x}"
+        told = t.holes_punched or t.holes_filled or t.flips or t.ram_appeared or t.ram_vanished
+        if not told and not t.mmio_moved:
+            yield from _sections("removed", t.removed)
+            yield from _sections("added", t.added)
+            if not t.removed and not t.added:
+                yield f"{_INDENT}QEMU rebuilt its map; what changed was not seen"
+
+
+def _header(h: Header) -> Iterator[str]:
+    name = f" {h.guest_name!r}" if h.guest_name else ""
+    yield (
+        f"QEMU {h.qemu_version or '(unknown version)'}{name}, machine {h.machine or '?'}, "
+        f"accelerator {h.accel or '?'}, pid {h.pid if h.pid is not None else '?'}"
+    )
+    yield f"source: {h.source}"
+
+
+def _hole(h: HoleInfo, *, known: bool) -> str:
+    behind = h.covered_by or ("nothing" if known else "not known yet")
+    owner = f" ({h.owner})" if h.owner else ""
+    return f"{h.block} {h.start:#x}+{size_text(h.size)} behind {behind}{owner}"
+
+
+def _sections(what: str, sections: Sequence[Section]) -> Iterator[str]:
+    for s in sections[:8]:
+        yield f"{_INDENT}{what:<9} {s.start:#x}+{size_text(s.size)} {s.kind} {s.name}"
+    if len(sections) > 8:
+        yield f"{_INDENT}{what:<9} and {len(sections) - 8} more"
+
+
+def _slot_op(op: SlotOp) -> str:
+    flags = flags_text(op.flags)
+    space = f"as {op.as_id} " if op.as_id else ""
+    tail = f" {flags}" if flags else ""
+    failed = f" FAILED: {op.ret}" if op.ret else ""
+    mark = " (predicted)" if op.predicted else ""
+    return (
+        f"{_INDENT}  {op.op:<6} {space}slot {op.slot}: "
+        f"{op.gpa:#x}+{size_text(op.size)}{tail}{failed}{mark}"
+    )

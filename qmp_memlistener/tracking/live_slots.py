@@ -1,0 +1,227 @@
+"""The memslots of a running guest, as far as they are known from outside.
+
+Nobody can ask KVM for its slots.  At attach the table is what QEMU's rules give for the map, with
+the ids unknown; every traced operation then tells an id and a host address, and with the host
+address which RAM block a slot shows.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from operator import attrgetter, itemgetter
+
+from ..memslots import READONLY, Rules, Slot, SlotTable, slot_table
+from ..topology import FlatRange, FlatView, Kind, MemoryMap
+
+__all__ = ["LiveSlot", "LiveSlots", "RawOp"]
+
+
+@dataclass(frozen=True, slots=True)
+class RawOp:
+    """One traced KVM_SET_USER_MEMORY_REGION; `size` 0 deletes."""
+
+    t_ns: int
+    as_id: int
+    slot: int
+    gpa: int
+    size: int
+    flags: int
+    hva: int
+    ret: int
+
+
+@dataclass(frozen=True, slots=True)
+class LiveSlot:
+    """A slot; `slot` and `hva` are None until an operation told them, so is `block` until known."""
+
+    as_id: int
+    slot: int | None
+    gpa: int
+    size: int
+    flags: int
+    hva: int | None
+    block: str | None
+    owner: str | None
+    offset: int
+
+    @property
+    def end(self) -> int:
+        return self.gpa + self.size
+
+
+class LiveSlots:
+    """Slots by address space and gpa, and the host addresses of RAM blocks."""
+
+    def __init__(self, maps: Mapping[int, MemoryMap], rules: Rules) -> None:
+        self._rules = rules
+        self._slots: dict[tuple[int, int], LiveSlot] = {}
+        self._bases: list[tuple[int, str, str | None]] = []  # hva of offset 0, block, owner
+        self._spans: dict[tuple[str, str | None], int] = {}
+        self._shapes: dict[tuple[int, int, str, int], FlatRange] = {}
+        self.learn(maps)
+        for slot in slot_table({a: m.view for a, m in maps.items()}, rules):
+            self._slots[slot.as_id, slot.gpa] = LiveSlot(
+                slot.as_id, None, slot.gpa, slot.size, slot.flags, None,
+                slot.block, slot.owner, slot.offset or 0,
+            )  # fmt: skip
+
+    def __len__(self) -> int:
+        return len(self._slots)
+
+    def __iter__(self) -> Iterator[LiveSlot]:
+        return iter(sorted(self._slots.values(), key=lambda s: (s.as_id, s.gpa)))
+
+    def copy(self) -> LiveSlots:
+        """The slots as they are now; what is known of RAM blocks is shared."""
+        new = LiveSlots.__new__(LiveSlots)
+        new.__dict__.update(self.__dict__)
+        new._slots = dict(self._slots)  # noqa: SLF001 - our own kind
+        return new
+
+    @property
+    def ids_known(self) -> bool:
+        """Every slot has been seen in an operation, so ids can be predicted."""
+        return all(s.slot is not None for s in self._slots.values())
+
+    def learn(self, maps: Mapping[int, MemoryMap]) -> None:
+        """Note how large each RAM block is and what its ranges look like."""
+        for m in maps.values():
+            for b in m.ram_blocks:
+                span = max(e.offset + e.size for e in b.mapped)
+                key = (b.name, b.owner)
+                self._spans[key] = max(span, self._spans.get(key, 0))
+            for r in m.view:
+                if r.kind.backed:
+                    self._shapes[r.start, r.size, r.name, r.offset] = r
+        for (as_id, gpa), s in list(self._slots.items()):
+            here = maps.get(as_id)
+            shown = here.view.lookup(gpa) if here is not None and s.block is None else None
+            if shown is None or not shown.kind.backed:
+                continue
+            offset = shown.offset + gpa - shown.start
+            self._slots[as_id, gpa] = replace(s, block=shown.name, owner=shown.owner, offset=offset)
+            if s.hva is not None:
+                self._note_base(s.hva, shown.name, shown.owner, offset)
+
+    def apply(self, op: RawOp) -> tuple[str, int]:
+        """Fold one operation in; returns what it was (`add`, `delete`, `flags`) and the size.
+
+        The size of a delete is that of the slot that went, 0 when we did not know it.  An
+        operation that KVM refused changes nothing.
+        """
+        key = (op.as_id, op.gpa)
+        old = self._slots.get(key)
+        if op.size == 0:
+            if old is not None and op.ret == 0:
+                del self._slots[key]
+                if old.block is not None:
+                    self._note_base(op.hva, old.block, old.owner, old.offset)
+            return "delete", old.size if old is not None else 0
+        what = "flags" if old is not None and old.size == op.size else "add"
+        if op.ret == 0:
+            block, owner, offset = self._backing(op.hva, op.size)
+            if what == "flags" and old is not None and block is None:
+                block, owner, offset = old.block, old.owner, old.offset
+            self._slots[key] = LiveSlot(
+                op.as_id, op.slot, op.gpa, op.size, op.flags, op.hva, block, owner, offset
+            )
+        return what, op.size
+
+    def view(self, slots: Iterable[LiveSlot], previous: FlatView) -> FlatView:
+        """The `memory` view that `slots` give: RAM and ROM from them, the rest as in `previous`.
+
+        What covers a new hole is not known, so nothing is put there.
+        """
+        ram: list[FlatRange] = []
+        for s in slots:
+            if s.as_id != 0:
+                continue
+            if s.block is None and s.hva is not None:
+                block, owner, offset = self._backing(s.hva, s.size)
+                s = replace(s, block=block, owner=owner, offset=offset)
+            shape = self._shapes.get((s.gpa, s.size, s.block or "", s.offset))
+            ram.append(shape or _range(s))
+        starts = [r.start for r in ram]
+        out = list(ram)
+        for r in previous:
+            if r.kind is Kind.IO:
+                i = bisect_right(starts, r.start) - 1
+                below = i < 0 or ram[i].end <= r.start
+                above = i + 1 >= len(ram) or ram[i + 1].start >= r.end
+                if below and above:
+                    out.append(r)
+        out.sort(key=attrgetter("start"))
+        return FlatView(out, previous.address_space)
+
+    def table(self) -> SlotTable:
+        """The slots as a table; ids are free numbers where they are not known."""
+        used = {(s.as_id, s.slot) for s in self._slots.values() if s.slot is not None}
+        slots: list[Slot] = []
+        free: dict[int, int] = {}
+        for s in self:
+            slot_id = s.slot
+            if slot_id is None:
+                slot_id = free.get(s.as_id, 0)
+                while (s.as_id, slot_id) in used:
+                    slot_id += 1
+                free[s.as_id] = slot_id + 1
+            slots.append(Slot(s.as_id, slot_id, s.gpa, s.size, s.flags, s.block, s.owner, s.offset))
+        return SlotTable(slots)
+
+    def compare(self, maps: Mapping[int, MemoryMap]) -> list[str]:
+        """What differs from the slots that QEMU's rules give for `maps`, in words.
+
+        Ids and dirty logging do not follow from a map and are left out.
+        """
+        wanted = {
+            (s.as_id, s.gpa): s
+            for s in slot_table({a: m.view for a, m in maps.items()}, self._rules)
+        }
+        out: list[str] = []
+        for key in sorted({*wanted, *self._slots}):
+            w, s = wanted.get(key), self._slots.get(key)
+            where = f"address space {key[0]}, gpa {key[1]:#x}"
+            if s is None and w is not None:
+                out.append(f"{where}: predicted a slot of {w.size:#x} bytes, traced none")
+            elif w is None and s is not None:
+                out.append(f"{where}: traced a slot of {s.size:#x} bytes, predicted none")
+            elif w is not None and s is not None:
+                if w.size != s.size:
+                    out.append(f"{where}: predicted {w.size:#x} bytes, traced {s.size:#x}")
+                elif (w.flags ^ s.flags) & READONLY:
+                    out.append(f"{where}: predicted flags {w.flags:#x}, traced {s.flags:#x}")
+        return out
+
+    def adopt(self, maps: Mapping[int, MemoryMap]) -> None:
+        """Start again from the rules, keeping what was traced and still fits."""
+        traced = dict(self._slots)
+        fresh = LiveSlots(maps, self._rules)
+        self._slots = {
+            key: traced[key] if key in traced and traced[key].size == s.size else s
+            for key, s in fresh._slots.items()
+        }
+        self.learn(maps)
+
+    def _backing(self, hva: int, size: int) -> tuple[str | None, str | None, int]:
+        i = bisect_right(self._bases, hva, key=itemgetter(0)) - 1
+        if i >= 0:
+            base, block, owner = self._bases[i]
+            if hva - base + size <= self._spans.get((block, owner), 0):
+                return block, owner, hva - base
+        return None, None, 0
+
+    def _note_base(self, hva: int, block: str, owner: str | None, offset: int) -> None:
+        entry = (hva - offset, block, owner)
+        if entry not in self._bases:
+            # a block that was freed may have left its address or its name to this one
+            self._bases = [b for b in self._bases if b[0] != entry[0] and b[1:] != entry[1:]]
+            self._bases.append(entry)
+            self._bases.sort(key=itemgetter(0))
+
+
+def _range(s: LiveSlot) -> FlatRange:
+    kind = Kind.ROM if s.flags & READONLY else Kind.RAM
+    name = s.block if s.block is not None else f"slot {s.slot}"
+    return FlatRange(s.gpa, s.size, kind, name, s.offset, s.owner, kind, memslot=True)

@@ -1,0 +1,133 @@
+"""Planned operations against those that QEMU really made, recorded step by step under KVM.
+
+`tests/conformance/slots/README.md` tells how the steps were recorded.
+"""
+
+from __future__ import annotations
+
+import gzip
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmp_memlistener.memslots import (
+    ADDRESS_SPACES,
+    LogChange,
+    Rules,
+    SlotTable,
+    Strategy,
+    TracedOp,
+    fold,
+    plan,
+    plan_all,
+)
+from qmp_memlistener.topology import FlatView, read_maps
+
+SAMPLES = sorted((Path(__file__).parent / "slots").rglob("*.json.gz"))
+
+# A migration logs all migratable RAM from its start on; the map does not show that.
+MIGRATION = {
+    "start-running": True,
+    "start-stopped": True,
+    "complete": True,  # of the migration that began in the same step
+    "cancel-running": False,
+    "cont-again": False,  # what was cancelled while stopped ends here
+}
+
+
+def name_of(path: Path) -> str:
+    return f"{path.parent.name}/{path.name.removesuffix('.json.gz')}"
+
+
+def load(path: Path) -> dict[str, Any]:
+    with gzip.open(path) as file:
+        sample: dict[str, Any] = json.load(file)
+    return sample
+
+
+def views(text: str) -> dict[int, FlatView]:
+    return {ADDRESS_SPACES[n]: m.view for n, m in read_maps(text, list(ADDRESS_SPACES)).items()}
+
+
+def table_of(step: dict[str, Any]) -> SlotTable:
+    keys = ("as_id", "slot", "gpa", "size", "flags")
+    return SlotTable.from_json([{k: entry[k] for k in keys} for entry in step["table_before"]])
+
+
+def traced(step: dict[str, Any]) -> list[TracedOp]:
+    keys = ("as_id", "slot", "gpa", "size", "flags", "ret")
+    return [TracedOp(**{k: op[k] for k in keys}) for op in step["ops"]]
+
+
+def single_commits(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Steps whose two maps show all there is: no commit, or one."""
+    for step in sample["steps"]:
+        if step["mtree_before"] and step["commits"] <= 1:
+            yield step
+
+
+def log_change(path: Path, step: dict[str, Any]) -> LogChange | None:
+    if path.name.endswith("-migration.json.gz") and step["name"] in MIGRATION:
+        return LogChange(migration=MIGRATION[step["name"]])
+    return None
+
+
+def test_there_are_samples() -> None:
+    assert {p.parent.name for p in SAMPLES} >= {"7.2", "10.0", "11.1"}
+    scenarios = " ".join(p.name for p in SAMPLES)
+    for what in (
+        "pam",
+        "smram",
+        "tseg",
+        "pciexbar",
+        "dimm",
+        "ivshmem",
+        "reset",
+        "vga",
+        "migration",
+    ):
+        assert what in scenarios, what
+    steps = [s for p in SAMPLES for s in single_commits(load(p))]
+    assert len(steps) > 800
+    assert sum(bool(s["ops"]) for s in steps) > 400
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=name_of)
+def test_planned_operations_equal_the_traced_ones(path: Path) -> None:
+    """Every operation, its slot id and flags, in order."""
+    sample = load(path)
+    rules = Rules.parse(sample["version"], sample["page_size"])
+    for step in single_commits(sample):
+        planned = plan(
+            views(step["mtree_before"]),
+            views(step["mtree_after"]),
+            Strategy.QEMU,
+            table=table_of(step),
+            rules=rules,
+            log=log_change(path, step),
+        )
+        assert [op.traced for op in planned.ops] == traced(step), step["name"]
+
+
+@pytest.mark.parametrize("path", SAMPLES, ids=name_of)
+def test_every_strategy_ends_in_the_same_reachable_memory(path: Path) -> None:
+    """On real transitions; and `hole` and the batches expose nothing."""
+    sample = load(path)
+    rules = Rules.parse(sample["version"], sample["page_size"])
+    for step in single_commits(sample):
+        plans = plan_all(
+            views(step["mtree_before"]),
+            views(step["mtree_after"]),
+            table=table_of(step),
+            rules=rules,
+            log=log_change(path, step),
+        )
+        reachable = fold(table_of(step), traced(step)).mapped(0)
+        for p in plans:
+            assert p.after.mapped(0) == reachable, (step["name"], p.strategy)
+            if p.strategy is not Strategy.QEMU:
+                assert p.missing == (), (step["name"], p.strategy)
+                assert p.atomic

@@ -1,0 +1,198 @@
+"""The tail brings every line once, in order, whatever happens to the file."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from qmp_memlistener.monitor import SlotOp, TraceTail
+
+MIB = 1 << 20
+
+
+def line(gpa: int) -> bytes:
+    return b"kvm_set_user_memory Slot#5 flags=0x0 gpa=%#x size=0x1000 ua=0x7f00 ret=0\n" % gpa
+
+
+class Log:
+    """A log file as QEMU writes it; `append` as 7.2 opens it, else as 10.0 does."""
+
+    def __init__(self, path: Path, *, append: bool) -> None:
+        self.path = str(path)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | (os.O_APPEND if append else 0)
+        self.fd = os.open(self.path, flags)
+
+    def write(self, *gpas: int) -> None:
+        os.write(self.fd, b"".join(map(line, gpas)))
+
+    def head(self, size: int) -> bytes:
+        with open(self.path, "rb") as f:
+            return f.read(size)
+
+    def allocated(self) -> int:
+        return os.stat(self.path).st_blocks * 512
+
+
+@pytest.fixture(params=[True, False], ids=["append", "truncate"])
+def log(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Log]:
+    made = Log(tmp_path / "log", append=request.param)
+    yield made
+    os.close(made.fd)
+
+
+async def take(tail: TraceTail, count: int) -> list[int]:
+    """The addresses of the next `count` slot operations."""
+    got: list[int] = []
+    async with asyncio.timeout(10):
+        while len(got) < count:
+            batch = await anext(tail)
+            got += [r.gpa for r in batch.records if isinstance(r, SlotOp)]
+    return got
+
+
+@pytest.mark.asyncio
+async def test_lines_come_as_they_are_written(log: Log) -> None:
+    log.write(0)
+    async with TraceTail(log.path) as tail:
+        assert await take(tail, 1) == [0]
+        for i in range(1, 50):
+            log.write(i)
+            assert await take(tail, 1) == [i]
+
+
+@pytest.mark.asyncio
+async def test_start_skips_what_was_there(log: Log) -> None:
+    log.write(1, 2)
+    async with TraceTail(log.path, start=os.stat(log.path).st_size) as tail:
+        log.write(3)
+        assert await take(tail, 1) == [3]
+
+
+@pytest.mark.asyncio
+async def test_times_bracket_the_write(log: Log) -> None:
+    async with TraceTail(log.path) as tail:
+        for i in range(5):
+            before = time.monotonic_ns()
+            log.write(i)
+            after = time.monotonic_ns()
+            batch = await anext(tail)
+            assert batch.t_after_ns < before
+            assert batch.t_ns > after
+            assert batch.records[0].t_ns == batch.t_ns
+
+
+@pytest.mark.asyncio
+async def test_a_line_in_pieces_is_one_record(log: Log) -> None:
+    async with TraceTail(log.path) as tail:
+        os.write(log.fd, line(7)[:20])
+        assert (await anext(tail)).records == []
+        os.write(log.fd, line(7)[20:])
+        assert await take(tail, 1) == [7]
+
+
+@pytest.mark.asyncio
+async def test_finish_reads_the_rest_and_ends(log: Log) -> None:
+    async with TraceTail(log.path) as tail:
+        log.write(*range(1000))
+        tail.finish()
+        got = [r.gpa async for b in tail for r in b.records if isinstance(r, SlotOp)]
+    assert got == list(range(1000))
+
+
+@pytest.mark.asyncio
+async def test_what_was_read_is_given_back_and_nothing_is_lost(log: Log) -> None:
+    total = 200_000
+    async with TraceTail(log.path, release=lambda offset: offset) as tail:
+        seen: list[int] = []
+        for start in range(0, total, 2000):
+            log.write(*range(start, start + 2000))
+            seen += await take(tail, 2000)
+        assert seen == list(range(total))
+        assert os.stat(log.path).st_size > 12 * MIB
+        assert log.allocated() < 3 * MIB
+        assert tail.decoder.unknown == 0
+
+
+@pytest.mark.asyncio
+async def test_a_second_reader_holds_back_what_it_has_not_read(log: Log) -> None:
+    async with TraceTail(log.path, release=lambda _: MIB) as tail:
+        log.write(*range(60_000))
+        await take(tail, 60_000)
+        log.write(60_000)
+        await take(tail, 1)
+        size = os.stat(log.path).st_size
+        assert size - 2 * MIB < log.allocated() < size
+    async with TraceTail(log.path, start=MIB) as other:
+        got = await take(other, 10_000)
+        assert got == list(range(got[0], got[0] + len(got)))
+
+
+@pytest.mark.asyncio
+async def test_a_file_that_is_not_ours_keeps_its_bytes(log: Log) -> None:
+    async with TraceTail(log.path) as tail:
+        log.write(*range(50_000))
+        await take(tail, 50_000)
+    assert log.allocated() >= os.stat(log.path).st_size
+    assert log.head(len(line(0))) == line(0)
+
+
+@pytest.mark.asyncio
+async def test_a_cut_log_is_reported_and_followed(log: Log) -> None:
+    """QEMU that appends begins anew at 0; one that does not leaves a hole before what it writes."""
+    async with TraceTail(log.path) as tail:
+        log.write(*range(100))
+        await take(tail, 100)
+        os.truncate(log.path, 0)
+        async with asyncio.timeout(10):
+            batch = await anext(tail)
+        assert batch.lost is not None
+        assert batch.records == []
+        log.write(200)
+        assert await take(tail, 1) == [200]
+        log.write(201)
+        assert await take(tail, 1) == [201]
+        assert tail.decoder.unknown == 0
+
+
+@pytest.mark.asyncio
+async def test_an_unlinked_log_is_still_read(log: Log) -> None:
+    async with TraceTail(log.path) as tail:
+        os.unlink(log.path)
+        log.write(1)
+        assert await take(tail, 1) == [1]
+        assert tail.unlinked
+
+
+@pytest.mark.asyncio
+async def test_without_inotify_it_polls(log: Log, monkeypatch: pytest.MonkeyPatch) -> None:
+    no_watch: Callable[[TraceTail], None] = lambda _self: None  # noqa: E731
+    monkeypatch.setattr(TraceTail, "_watch", no_watch)
+    async with TraceTail(log.path) as tail:
+        log.write(1)
+        assert await take(tail, 1) == [1]
+        log.write(2)
+        assert await take(tail, 1) == [2]
+
+
+@pytest.mark.asyncio
+async def test_no_such_file(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError):
+        async with TraceTail(str(tmp_path / "none")):
+            pass
+
+
+@pytest.mark.asyncio
+async def test_leaving_while_waiting_leaves_nothing_open(log: Log) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    async with TraceTail(log.path) as tail:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await anext(tail)
+    assert len(os.listdir("/proc/self/fd")) == before
+    with pytest.raises(StopAsyncIteration):
+        await anext(tail)

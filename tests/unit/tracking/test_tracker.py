@@ -1,0 +1,273 @@
+"""Lines and snapshots become transitions: nothing missed, nothing invented, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmp_memlistener.memslots import Rules
+from qmp_memlistener.recording import (
+    Cause,
+    MapRecord,
+    Reconciled,
+    Record,
+    SlotOp,
+    TransitionRecord,
+)
+from qmp_memlistener.topology import FlatRange, FlatView, Kind, MemoryMap, ram_blocks
+from qmp_memlistener.tracking import RawOp, Tracker
+
+MIB = 1 << 20
+BASE = 0x7F00_0000_0000  # where the host has the RAM block
+HOLES = (0xA0000, 0xC0000, 0xE0000)
+
+
+def make_map(*holes: int) -> MemoryMap:
+    """64 MiB of RAM with 64 KiB MMIO holes."""
+    ranges, at = [], 0
+    for start in sorted(holes):
+        ranges.append(FlatRange(at, start - at, Kind.RAM, "ram", at, None, Kind.RAM))
+        ranges.append(FlatRange(start, 0x10000, Kind.IO, f"dev-{start:x}", owner=f"d{start:x}"))
+        at = start + 0x10000
+    ranges.append(FlatRange(at, 64 * MIB - at, Kind.RAM, "ram", at, None, Kind.RAM))
+    view = FlatView(ranges)
+    return MemoryMap(view, ram_blocks(view), rendered=True)
+
+
+class Kvm:
+    """The slots of a pretended QEMU: turns a change of holes into its operations, 7.2's order."""
+
+    def __init__(self, *holes: int) -> None:
+        self.slots: dict[int, tuple[int, int]] = {}  # gpa: (id, size)
+        self.t_ns = 0
+        self.apply(make_map(*holes))
+
+    def apply(self, m: MemoryMap) -> list[RawOp]:
+        wanted = {r.start: r.size for r in m.view if r.kind is Kind.RAM}
+        ops = []
+        for gpa in sorted(self.slots):
+            slot, size = self.slots[gpa]
+            if wanted.get(gpa) != size:
+                ops.append(self._op(slot, gpa, 0))
+                del self.slots[gpa]
+        for gpa in sorted(wanted):
+            if gpa not in self.slots:
+                used = {s for s, _ in self.slots.values()}
+                slot = next(i for i in range(99) if i not in used)
+                self.slots[gpa] = (slot, wanted[gpa])
+                ops.append(self._op(slot, gpa, wanted[gpa]))
+        return ops
+
+    def _op(self, slot: int, gpa: int, size: int, flags: int = 0) -> RawOp:
+        self.t_ns += 10
+        return RawOp(self.t_ns, 0, slot, gpa, size, flags, BASE + gpa, 0)
+
+
+def tracker(*holes: int, has_slots: bool = True, traced: bool = True) -> Tracker:
+    t = Tracker(
+        {0: make_map(*holes)}, 0, has_slots=has_slots, traced=traced, rules=Rules.parse("7.2")
+    )
+    records, changes = t.take()
+    assert [type(r) for r in records] == [MapRecord]
+    assert changes == []
+    return t
+
+
+def commit(t: Tracker, ops: list[RawOp], t_ns: int = 1) -> None:
+    for root in (0x10, 0x20):
+        t.commits.view_rebuilt(t_ns, root)
+    for op in ops:
+        t.commits.slot_operation(op)
+
+
+def taken(t: Tracker) -> tuple[list[TransitionRecord], list[SlotOp], list[Record]]:
+    records, _ = t.take()
+    return (
+        [r for r in records if isinstance(r, TransitionRecord)],
+        [r for r in records if isinstance(r, SlotOp)],
+        [r for r in records if not isinstance(r, TransitionRecord | SlotOp)],
+    )
+
+
+def test_one_commit_between_two_snapshots_is_known_in_full() -> None:
+    t, kvm = tracker(), Kvm()
+    commit(t, kvm.apply(make_map(0xA0000)))
+    t.snapshot({0: make_map(0xA0000)}, 100)
+    (transition,), ops, rest = taken(t)
+    assert transition.detail == "full"
+    (hole,) = transition.holes_punched
+    assert (hole.block, hole.start, hole.size) == ("ram", 0xA0000, 0x10000)
+    assert (hole.covered_by, hole.owner) == ("dev-a0000", "da0000")
+    assert transition.cause == Cause("region", owner="da0000", regions=["dev-a0000"])
+    assert [(o.op, o.slot, o.gpa, o.size) for o in ops] == [
+        ("delete", 0, 0, 64 * MIB),
+        ("add", 0, 0, 0xA0000),
+        ("add", 1, 0xB0000, 64 * MIB - 0xB0000),
+    ]
+    assert {o.transition for o in ops} == {1}
+    assert not any(o.predicted for o in ops)
+    assert rest == []
+
+
+def test_several_commits_between_two_snapshots_keep_their_own_operations() -> None:
+    t, kvm = tracker(), Kvm()
+    for holes in ((0xA0000,), (), (0xC0000,)):
+        commit(t, kvm.apply(make_map(*holes)))
+    t.snapshot({0: make_map(0xC0000)}, 100)
+    transitions, ops, _ = taken(t)
+    assert [x.detail for x in transitions] == ["slots", "slots", "net"]
+    assert [[h.start for h in x.holes_punched] for x in transitions] == [[0xA0000], [], [0xC0000]]
+    assert [[h.start for h in x.holes_filled] for x in transitions] == [[], [0xA0000], []]
+    assert transitions[0].holes_punched[0].covered_by is None  # no snapshot saw it
+    assert transitions[2].holes_punched[0].covered_by == "dev-c0000"
+    assert [o.transition for o in ops] == [1, 1, 1, 2, 2, 2, 3, 3, 3]
+
+
+def test_lines_behind_the_mark_wait_for_the_next_snapshot() -> None:
+    t, kvm = tracker(), Kvm()
+    commit(t, kvm.apply(make_map(0xA0000)))
+    t.mark()
+    commit(t, kvm.apply(make_map()))
+    t.snapshot({0: make_map(0xA0000)}, 100)
+    transitions, _, rest = taken(t)
+    assert [x.detail for x in transitions] == ["full"]
+    assert rest == []  # compared with the slots at the mark, not with those of now
+    assert t.pending == 1
+    t.snapshot({0: make_map()}, 200)
+    (transition,), _, rest = taken(t)
+    assert transition.detail == "full"
+    assert [h.start for h in transition.holes_filled] == [0xA0000]
+    assert rest == []
+
+
+def test_a_root_that_comes_again_begins_the_next_commit() -> None:
+    t = tracker(has_slots=False)
+    for _ in range(3):
+        commit(t, [])
+    assert t.pending == 3
+    t.snapshot({0: make_map(0xA0000)}, 100)
+    transitions, ops, _ = taken(t)
+    assert [x.detail for x in transitions] == ["none", "none", "net"]
+    assert transitions[-1].merged == 3
+    assert ops
+    assert all(o.predicted for o in ops)
+
+
+def test_commits_in_other_address_spaces_are_no_transitions() -> None:
+    t = tracker()
+    commit(t, [])
+    t.snapshot({0: make_map()}, 100)
+    assert taken(t) == ([], [], [])
+    assert t.elsewhere == 1
+
+
+def test_dirty_logging_is_reported_without_a_transition() -> None:
+    t = tracker()
+    t.commits.view_rebuilt(1, 0x10)
+    t.commits.slot_operation(RawOp(2, 0, 0, 0, 64 * MIB, 1, BASE, 0))
+    t.snapshot({0: make_map()}, 100)
+    transitions, ops, _ = taken(t)
+    assert transitions == []
+    assert [(o.op, o.flags, o.transition) for o in ops] == [("flags", 1, None)]
+
+
+def test_slots_that_differ_from_the_rules_are_reported_once() -> None:
+    t, kvm = tracker(), Kvm()
+    ops = kvm.apply(make_map(0xA0000))
+    commit(t, ops[:-1])  # KVM was never given the upper part
+    t.snapshot({0: make_map(0xA0000)}, 100)
+    _, _, rest = taken(t)
+    (difference,) = rest
+    assert isinstance(difference, Reconciled)
+    assert not difference.equal
+    assert any("0xb0000" in d for d in difference.differences)
+    commit(t, [])
+    t.snapshot({0: make_map(0xA0000)}, 200)
+    _, _, again = taken(t)
+    assert again == [] or isinstance(again[0], Reconciled)
+
+
+def test_another_order_than_planned_is_reported() -> None:
+    t, kvm = tracker(0xA0000, 0xC0000), Kvm(0xA0000, 0xC0000)
+    ops = kvm.apply(make_map())
+    commit(t, [ops[1], ops[0], *ops[2:]])
+    t.snapshot({0: make_map()}, 100)
+    _, _, (difference,) = taken(t)
+    assert isinstance(difference, Reconciled)
+    assert "order" in difference.differences[0]
+
+
+def test_a_guest_that_goes_leaves_what_the_lines_tell() -> None:
+    t, kvm = tracker(), Kvm()
+    commit(t, kvm.apply(make_map(0xA0000)))
+    t.flush()
+    (transition,), ops, _ = taken(t)
+    assert transition.detail == "slots"
+    assert [h.start for h in transition.holes_punched] == [0xA0000]
+    assert len(ops) == 3
+
+
+def test_causes_go_to_the_commit_they_stand_at() -> None:
+    t, kvm = tracker(), Kvm()
+    bar = Cause("pci_bar", device="d", detail="BAR 0 mapped")
+    plug = Cause("memory_device", device="m0", detail="plugged")
+    t.commits.cause(bar)
+    commit(t, kvm.apply(make_map(0xA0000)))
+    commit(t, kvm.apply(make_map()))
+    t.commits.cause(plug, after=True)
+    t.snapshot({0: make_map()}, 100)
+    transitions, _, _ = taken(t)
+    assert [x.cause for x in transitions] == [bar, plug]
+
+
+def test_without_a_trace_the_operations_are_predicted() -> None:
+    t = tracker(traced=False)
+    t.snapshot({0: make_map(0xA0000)}, 100)
+    (transition,), ops, _ = taken(t)
+    assert transition.detail == "full"
+    assert [(o.op, o.predicted) for o in ops] == [("delete", True), ("add", True), ("add", True)]
+    t.snapshot({0: make_map(0xA0000)}, 200)
+    assert taken(t) == ([], [], [])
+
+
+def test_an_operation_that_kvm_refused_changes_nothing() -> None:
+    t = tracker()
+    t.commits.view_rebuilt(1, 0x10)
+    t.commits.slot_operation(RawOp(2, 0, 0, 0, 0, 0, BASE, -22))
+    t.snapshot({0: make_map()}, 100)
+    _, ops, rest = taken(t)
+    assert [(o.op, o.ret) for o in ops] == [("delete", -22)]
+    assert not [r for r in rest if isinstance(r, Reconciled) and "traced none" in str(r)]
+
+
+holes = st.sets(st.sampled_from(HOLES), max_size=3)
+
+
+@given(st.lists(st.tuples(holes, st.booleans()), max_size=12))
+def test_every_changing_commit_is_one_transition_in_order(
+    steps: list[tuple[set[int], bool]],
+) -> None:
+    """Whenever snapshots come, each commit that changed slots is reported once, with its own."""
+    t, kvm = tracker(), Kvm()
+    expected: list[list[tuple[int, int, int]]] = []
+    current: Mapping[int, MemoryMap] = {0: make_map()}
+    for wanted, snapshot in steps:
+        current = {0: make_map(*wanted)}
+        ops = kvm.apply(current[0])
+        commit(t, ops)
+        if ops:
+            expected.append([(o.slot, o.gpa, o.size) for o in ops])
+        if snapshot:
+            t.snapshot(current, 100)
+    t.snapshot(current, 1000)
+    transitions, ops_seen, rest = taken(t)
+    assert [x.seq for x in transitions] == list(range(1, len(expected) + 1))
+    got: dict[int | None, list[tuple[int, int, int]]] = {}
+    for op in ops_seen:
+        size = 0 if op.op == "delete" else op.size
+        got.setdefault(op.transition, []).append((op.slot, op.gpa, size))
+    assert list(got.values()) == expected
+    assert [r for r in rest if isinstance(r, Reconciled) and not r.equal] == []
+    assert t.map.view == current[0].view

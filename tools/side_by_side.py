@@ -1,0 +1,554 @@
+#!/usr/bin/env python3
+"""Unpack other QEMU versions beside the installed one, without touching the system.
+
+    $ python tools/side_by_side.py              # 10.0 and 11.1
+    $ python tools/side_by_side.py --list
+    $ python tools/side_by_side.py 10.0 --also qemu-system-modules-spice    # qxl too
+
+Each version comes from the Debian suites named in RELEASES together with every library that it
+needs, the C library included, so a QEMU newer than the machine's Debian runs as well.  apt runs
+with a private configuration (own lists, cache, sources and an empty package status); it works for
+any user.  The archive is the one that the machine's own apt sources name.  The packages are
+unpacked with `dpkg-deb -x`, nothing is installed and no maintainer script runs.  The unpacked
+binaries get their own loader and a DT_RPATH (patchelf), so they are started in place, by their
+own name, with no wrapper and no LD_LIBRARY_PATH.
+
+A version lies in `DIR/<VERSION>/`; it is there when `qemu.json` is there, which is written last:
+
+    {"version": "10.0.2", "binary": "…/qemu-system-x86_64", "aarch64": "…/qemu-system-aarch64",
+     "args": ["-L", …], "env": {"QEMU_MODULE_DIR": …}, "packages": [...]}
+
+Start it with `args` and `env`: firmware and modules (virtio-vga and others) are found by them.
+
+Exit codes: 0 all versions are there, 1 one of them does not run, 2 usage, 4 the archive, the
+suite or a tool is missing.  The other versions are done all the same.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fcntl
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+__all__ = ["RELEASES", "Release", "cache_dir", "main"]
+
+OK, FAILED, MISSING = 0, 1, 4
+
+PACKAGES = ("qemu-system-x86", "qemu-system-arm", "seabios", "ipxe-qemu", "patchelf")
+TOOLS = ("apt-get", "apt-cache", "apt-config", "dpkg", "dpkg-deb")
+BINARIES = ("qemu-system-x86_64", "qemu-system-aarch64")
+DATA_DIRS = ("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe/qemu")
+TRIPLET = "x86_64-linux-gnu"
+KEPT = (
+    *(f"usr/bin/{name}" for name in BINARIES),
+    *("usr/share/qemu", "usr/share/seabios", "usr/lib/ipxe"),
+    *(f"usr/lib/{TRIPLET}", f"lib/{TRIPLET}"),
+)
+RUN_TIMEOUT_S = 60.0
+APT_TIMEOUT_S = 1800.0
+
+
+class Unavailable(Exception):
+    """The machine or the archive does not offer what is needed: exit code 4."""
+
+
+class Broken(Exception):
+    """What was unpacked does not work: exit code 1."""
+
+
+@dataclass(frozen=True, slots=True)
+class Release:
+    """A QEMU version and the Debian suites that carry it and its libraries."""
+
+    label: str
+    suite: str
+    base: str
+
+
+RELEASES: Mapping[str, Release] = {
+    "10.0": Release("10.0", "bookworm-backports", "bookworm"),
+    "11.1": Release("11.1", "trixie-backports", "trixie"),
+}
+
+
+def say(label: str, text: str) -> None:
+    print(f"{label}: {text}", flush=True)
+
+
+def cache_dir() -> Path:
+    """Where versions are kept: QMP_MEMLISTENER_QEMUS, else the user's cache directory."""
+    explicit = os.environ.get("QMP_MEMLISTENER_QEMUS")
+    if explicit:
+        return Path(explicit)
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path.home() / ".cache") / "qmp-memlistener" / "qemu"
+
+
+def run(
+    argv: Sequence[str],
+    *,
+    env: Mapping[str, str] | None = None,
+    stdin: str | None = None,
+    timeout: float = RUN_TIMEOUT_S,
+) -> str:
+    """Standard output of a command; raises Unavailable with its last lines when it fails."""
+    try:
+        done = subprocess.run(
+            argv,
+            env={**os.environ, "LC_ALL": "C", **(env or {})},
+            input=stdin,
+            stdin=subprocess.DEVNULL if stdin is None else None,
+            capture_output=True,
+            text=True,
+            timeout=timeout,
+            check=False,
+        )
+    except subprocess.TimeoutExpired as exc:
+        raise Unavailable(f"{argv[0]} gave no answer within {timeout:.0f} s") from exc
+    except OSError as exc:
+        raise Unavailable(f"{argv[0]} cannot be started: {exc.strerror}") from exc
+    if done.returncode:
+        tail = [line for line in (done.stdout + done.stderr).splitlines() if line.strip()][-4:]
+        raise Unavailable(
+            f"{Path(argv[0]).name} {argv[1]} failed ({done.returncode}): {' | '.join(tail)}"
+        )
+    return done.stdout
+
+
+# The archive that the machine uses.
+
+
+@dataclass(frozen=True, slots=True)
+class Archive:
+    """URIs of a Debian archive and the source options that go with it (Signed-By and such)."""
+
+    uris: str
+    options: Mapping[str, str] = field(default_factory=dict)
+
+
+# Options about which files to fetch from the machine's own suites; they mean nothing here.
+_NOT_COPIED = {"types", "uris", "suites", "components", "enabled", "architectures", "arch"}
+_NOT_COPIED |= {"languages", "lang", "targets", "target", "pdiffs"}
+_DEBIAN_SUITES = {"stable", "oldstable", "oldoldstable", "testing", "unstable", "sid"}
+_ONE_LINE = re.compile(
+    r"^deb\s+(?:\[(?P<options>[^]]*)\]\s*)?(?P<uri>\S+)\s+(?P<suite>\S+)(?P<rest>.*)"
+)
+
+
+def deb822_stanzas(text: str) -> Iterator[dict[str, str]]:
+    """Fields of each stanza of a `.sources` file, names in lower case (sources.list(5))."""
+    fields: dict[str, str] = {}
+    last = ""
+    for line in [*text.splitlines(), ""]:
+        if line.startswith("#"):
+            continue
+        if not line.strip():
+            if fields:
+                yield fields
+            fields, last = {}, ""
+        elif line[0].isspace() and last:
+            fields[last] += "\n" + line
+        elif ":" in line:
+            name, value = line.split(":", 1)
+            last = name.strip().lower()
+            fields[last] = value.strip()
+
+
+def one_line_stanzas(text: str) -> Iterator[dict[str, str]]:
+    """The `deb` lines of a `.list` file as stanzas of the other format."""
+    for line in text.splitlines():
+        m = _ONE_LINE.match(line.strip())
+        if m is None:
+            continue
+        fields = {"types": "deb", "uris": m["uri"], "suites": m["suite"]}
+        fields["components"] = m["rest"].split("#", 1)[0]
+        for option in (m["options"] or "").split():
+            name, _, value = option.partition("=")
+            fields[name.lower()] = value.replace(",", " ")
+        yield fields
+
+
+def find_archive(etc: Path, codename: str | None) -> Archive:
+    """The Debian archive in the apt sources under `etc`.  Raises Unavailable.
+
+    It is the first enabled entry with component `main` whose suite is Debian's: the machine's
+    own codename or a name such as `stable`.  Security and update suites are other archives.
+    """
+    files = [etc / "sources.list", *sorted((etc / "sources.list.d").glob("*"))]
+    wanted = _DEBIAN_SUITES | {r.base for r in RELEASES.values()} | {codename or "stable"}
+    for path in files:
+        if not path.is_file() or path.suffix not in {".list", ".sources"}:
+            continue
+        text = path.read_text(errors="replace")
+        for fields in (deb822_stanzas if path.suffix == ".sources" else one_line_stanzas)(text):
+            if (
+                "deb" in fields.get("types", "").split()
+                and "main" in fields.get("components", "").split()
+                and wanted & set(fields.get("suites", "").split())
+                and fields.get("enabled", "yes").lower() not in {"no", "false", "0"}
+                and not fields.get("uris", "cdrom:").startswith("cdrom:")
+            ):
+                kept = {k: v for k, v in fields.items() if k not in _NOT_COPIED and v}
+                return Archive(" ".join(fields["uris"].split()), kept)
+    raise Unavailable(f"no Debian archive among the apt sources in {etc}; add one and try again")
+
+
+def machine_archive() -> Archive:
+    """The archive of this machine.  Raises Unavailable."""
+    for tool in TOOLS:
+        if shutil.which(tool) is None:
+            raise Unavailable(f"{tool} is missing; this needs a Debian machine")
+    if (arch := run(["dpkg", "--print-architecture"]).strip()) != "amd64":
+        raise Unavailable(f"packages are picked for amd64, this machine is {arch}")
+    codename = None
+    for line in Path("/etc/os-release").read_text().splitlines():
+        if line.startswith("VERSION_CODENAME="):
+            codename = line.split("=", 1)[1].strip("\"'")
+    return find_archive(Path("/etc/apt"), codename)
+
+
+# A private apt.
+
+
+class Apt:
+    """apt-get and apt-cache over two suites, with state that lives in `home` alone."""
+
+    def __init__(self, home: Path, archive: Archive, release: Release) -> None:
+        self._suite = release.suite
+        self.archives = home / "cache" / "archives"
+        for name in ("lists/partial", "cache/archives/partial", "parts", "log"):
+            (home / name).mkdir(parents=True)
+        (home / "status").touch()
+        stanza = {
+            "Types": "deb",
+            "URIs": archive.uris,
+            "Suites": f"{release.base} {release.suite}",
+            "Components": "main",
+            **{name.title(): value for name, value in archive.options.items()},
+        }
+        text = "".join(f"{name}: {value}\n" for name, value in stanza.items())
+        (home / "parts" / "debian.sources").write_text(text)
+        conf = home / "apt.conf"
+        conf.write_text("\n".join([*_inherited(), *_private(home)]) + "\n")
+        self._env = {"APT_CONFIG": str(conf), "DEBIAN_FRONTEND": "noninteractive"}
+
+    def update(self) -> None:
+        run(["apt-get", "update", "-q"], env=self._env, timeout=APT_TIMEOUT_S)
+
+    def versions(self, package: str) -> list[str]:
+        """Package versions on offer, newest first."""
+        lines = run(["apt-cache", "madison", package], env=self._env).splitlines()
+        return [line.split("|")[1].strip() for line in lines if line.count("|") == 2]
+
+    def closure(self, packages: Sequence[str]) -> tuple[int, int]:
+        """How many packages, and bytes, `packages` need on a machine that has none."""
+        sizes = [
+            int(line.split()[2])
+            for line in self._install("--print-uris", packages).splitlines()
+            if line.startswith("'")
+        ]
+        return len(sizes), sum(sizes)
+
+    def download(self, packages: Sequence[str]) -> list[Path]:
+        """Fetch that closure; apt checks sizes and hashes."""
+        self._install("--download-only", packages)
+        return sorted(self.archives.glob("*.deb"))
+
+    def _install(self, mode: str, packages: Sequence[str]) -> str:
+        argv = ["apt-get", "install", mode, "-q", "-y", "--no-install-recommends"]
+        argv += ["-t", self._suite, *packages]
+        return run(argv, env=self._env, timeout=APT_TIMEOUT_S)
+
+
+def _inherited() -> Iterator[str]:
+    """The machine's own ways to reach an archive (proxies, timeouts), and nothing else.
+
+    Hooks stay out: apt.conf.d may hold some that write to the system after an update.
+    """
+    skip = ("Acquire::IndexTargets", "Acquire::Languages", "Acquire::cdrom", "Acquire::Changelogs")
+    for line in run(["apt-config", "dump"]).splitlines():
+        if line.startswith("Acquire::") and not line.startswith(skip):
+            yield line
+
+
+def _private(home: Path) -> Iterator[str]:
+    """Settings that keep apt inside `home`."""
+    null = "/dev/null"
+    values = {
+        "Dir::Etc::main": null,
+        "Dir::Etc::parts": null,
+        "Dir::Etc::preferences": null,
+        "Dir::Etc::preferencesparts": null,
+        "Dir::Etc::sourcelist": null,
+        "Dir::Etc::sourceparts": home / "parts",
+        "Dir::State": home,
+        "Dir::State::lists": home / "lists",
+        "Dir::State::status": home / "status",
+        "Dir::Cache": home / "cache",
+        "Dir::Cache::archives": home / "cache" / "archives",
+        "Dir::Log": home / "log",
+        "Acquire::Languages": "none",
+        "Acquire::Retries": "2",
+        "Acquire::http::Timeout": "30",
+        "Acquire::https::Timeout": "30",
+        "APT::Update::Error-Mode": "any",
+        "APT::Sandbox::User": "root",
+        "Debug::NoLocking": "true",
+    }
+    return (f'{name} "{value}";' for name, value in values.items())
+
+
+# Unpacking.
+
+
+def loader(root: Path) -> Path:
+    """The dynamic loader below `root`; packages of older suites keep it in /lib."""
+    for top in ("usr/lib", "lib"):
+        path = root / top / TRIPLET / "ld-linux-x86-64.so.2"
+        if path.exists():
+            return path
+    raise Broken(f"no dynamic loader below {root}")
+
+
+def library_dirs(root: Path) -> list[Path]:
+    """Directories that hold shared libraries which the loader has to find below `root`."""
+    return [d for top in ("usr/lib", "lib") if (d := root / top / TRIPLET).is_dir()]
+
+
+def patch(root: Path, home: Path) -> None:
+    """Make the binaries below `root` use the loader and libraries below `home`, its later place.
+
+    DT_RPATH, not RUNPATH: it also counts for the libraries' own needs, for modules, and it wins
+    over LD_LIBRARY_PATH.  patchelf comes from the same suite and runs under the same loader.
+    """
+    dirs = library_dirs(root)
+    final_loader = home / loader(root).relative_to(root)
+    rpath = ":".join(str(home / d.relative_to(root)) for d in dirs)
+    tool = [str(loader(root)), "--library-path", ":".join(map(str, dirs))]
+    tool.append(str(root / "usr/bin/patchelf"))
+    for name in BINARIES:
+        what = ["--set-interpreter", str(final_loader), "--force-rpath", "--set-rpath", rpath]
+        run([*tool, *what, str(root / "usr/bin" / name)])
+
+
+def blind(root: Path) -> None:
+    """Hide the installed QEMU's modules from the binaries below `root`.
+
+    QEMU looks in QEMU_MODULE_DIR and then always in the directory it was configured with
+    (util/module.c); a module of another build there is complained about and then missed, and
+    `-device help` aborts.  The configured path becomes one that never exists, of equal length.
+    """
+    configured = f"\0/usr/lib/{TRIPLET}/qemu\0".encode()
+    nowhere = b"\0" + b"/nonexistent".ljust(len(configured) - 2, b"-") + b"\0"
+    for name in BINARIES:
+        path = root / "usr/bin" / name
+        data = path.read_bytes()
+        path.write_bytes(data.replace(configured, nowhere))
+
+
+def keep(root: Path, chosen: Path) -> None:
+    """Move what a QEMU reads from `root` to `chosen`: 130 of 480 MB, less than half the files."""
+    for name in KEPT:
+        if (root / name).exists():
+            (chosen / name).parent.mkdir(parents=True, exist_ok=True)
+            (root / name).rename(chosen / name)
+
+
+# Trying out.
+
+
+def reported_version(binary: Path) -> str:
+    m = re.search(r"version (\d+(?:\.\d+)+)", run([str(binary), "--version"]))
+    if m is None:
+        raise Broken(f"{binary} does not tell its version")
+    return m[1]
+
+
+def boots(argv: Sequence[str], env: Mapping[str, str]) -> str:
+    """Start a stopped guest and ask it over QMP; returns the version that it tells.
+
+    Raises Unavailable when it does not start and Broken when it answers nonsense.
+    """
+    asks = ("qmp_capabilities", "query-version", "quit")
+    script = "".join(json.dumps({"execute": name}) + "\n" for name in asks)
+    common = ["-nodefaults", "-display", "none", "-m", "64", "-S", "-qmp", "stdio"]
+    for line in run([*argv, *common], env=env, stdin=script).splitlines():
+        answer = json.loads(line).get("return")
+        if isinstance(answer, dict) and "qemu" in answer:
+            v = answer["qemu"]
+            return f"{v['major']}.{v['minor']}.{v['micro']}"
+    raise Broken(f"{argv[0]} gave no answer over QMP")
+
+
+def try_out(home: Path, label: str) -> dict[str, object]:
+    """Start what lies below `home` for real and return the contents of its qemu.json.
+
+    Raises Broken.
+    """
+    x86, arm = (home / "usr/bin" / name for name in BINARIES)
+    args = [a for d in DATA_DIRS if (home / d).is_dir() for a in ("-L", str(home / d))]
+    modules = home / "usr/lib" / TRIPLET / "qemu"
+    modules.mkdir(parents=True, exist_ok=True)
+    env = {"QEMU_MODULE_DIR": str(modules)}
+    try:
+        for binary in (x86, arm):
+            run([str(binary), "-device", "help"], env=env)
+            for line in run([str(loader(home)), "--list", str(binary)]).splitlines():
+                if "=>" in line and str(home) not in line:
+                    raise Broken(f"{binary.name} uses a library of the system: {line.strip()}")
+        version = reported_version(x86)
+        if not version.startswith(f"{label}."):
+            raise Broken(f"{x86} is version {version}, not {label}")
+        for accel in ("kvm", "tcg"):
+            if accel == "kvm" and not os.access("/dev/kvm", os.R_OK | os.W_OK):
+                say(label, "not tried under -accel kvm: /dev/kvm is not usable by this user")
+                continue
+            told = boots([str(x86), *args, "-M", "pc", "-accel", accel], env)
+            say(label, f"a guest answers over QMP under -accel {accel}: {told}")
+        boots([str(arm), *args, "-M", "virt", "-accel", "tcg"], env)
+    except Unavailable as exc:
+        raise Broken(str(exc)) from exc
+    return {
+        "version": version,
+        "binary": str(x86),
+        "aarch64": str(arm),
+        "args": args,
+        "env": env,
+    }
+
+
+# One version from start to end.
+
+
+def present(home: Path, packages: Sequence[str] = ()) -> str | None:
+    """The version below `home`, or None when it is absent, moved, or lacks one of `packages`."""
+    try:
+        known = json.loads((home / "qemu.json").read_text())
+        if not set(packages) <= set(known["packages"]):
+            return None
+        binary = Path(known["binary"])
+        if binary != home / "usr/bin" / BINARIES[0] or reported_version(binary) != known["version"]:
+            return None
+        return str(known["version"])
+    except (OSError, ValueError, KeyError, TypeError, Unavailable, Broken):
+        return None
+
+
+def unpack(release: Release, top: Path, archive: Archive, also: Sequence[str]) -> None:
+    """Fetch, unpack, patch and try out one version.  Raises Unavailable and Broken."""
+    label, home = release.label, top / release.label
+    packages = sorted({*PACKAGES, *also})
+    with tempfile.TemporaryDirectory(prefix=f".{label}.", dir=top) as scratch:
+        say(label, f"reading the lists of {release.base} and {release.suite}")
+        apt = Apt(Path(scratch) / "apt", archive, release)
+        apt.update()
+        offered = apt.versions("qemu-system-x86")
+        exact = [v for v in offered if v.split(":")[-1].startswith(f"{label}.")]
+        if not exact:
+            raise Unavailable(f"the archive has no QEMU {label}, only {', '.join(offered)}")
+        pinned = [f"{p}={exact[0]}" if p.startswith("qemu-system-") else p for p in packages]
+        count, size = apt.closure(pinned)
+        say(label, f"downloading {count} packages, {size / 1e6:.0f} MB, QEMU {exact[0]}")
+        debs = apt.download(pinned)
+        if len(debs) != count:
+            raise Unavailable(f"{len(debs)} of {count} packages arrived")
+        say(label, "unpacking")
+        root = Path(scratch) / "root"
+        for deb in debs:
+            run(["dpkg-deb", "-x", str(deb), str(root)])
+        patch(root, home)
+        blind(root)
+        chosen = Path(scratch) / "chosen"
+        keep(root, chosen)
+        if home.exists():
+            home.rename(Path(scratch) / "old")
+        chosen.rename(home)
+        known = {**try_out(home, label), "packages": packages}
+        note = Path(scratch) / "qemu.json"
+        note.write_text(json.dumps(known, indent=1) + "\n")
+        note.rename(home / "qemu.json")
+    say(label, f"ready: QEMU {known['version']} in {home}")
+
+
+@contextmanager
+def locked(top: Path) -> Iterator[None]:
+    """Hold `top` for this process; a second run waits.  Leftovers of killed runs are removed."""
+    top.mkdir(parents=True, exist_ok=True)
+    with (top / ".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another run that works in {top}", flush=True)
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        for label in RELEASES:
+            for stale in top.glob(f".{label}.*"):
+                shutil.rmtree(stale, ignore_errors=True)
+        yield
+
+
+def show(top: Path) -> int:
+    """Print what is there; exit code 0 also when nothing is."""
+    for label in RELEASES:
+        version = present(top / label)
+        say(label, f"QEMU {version} in {top / label}" if version else f"not in {top}")
+    return OK
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(
+        prog="side_by_side.py",
+        description="Unpack other QEMU versions beside the installed one.",
+        epilog="example: python tools/side_by_side.py 10.0",
+    )
+    parser.add_argument("version", nargs="*", help=f"of {', '.join(RELEASES)} (default: all)")
+    parser.add_argument("--list", action="store_true", help="say what is there and change nothing")
+    parser.add_argument("--dir", type=Path, default=None, help=f"default: {cache_dir()}")
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="PACKAGE",
+        help="one more package",
+    )
+    args = parser.parse_args(argv)
+    for label in args.version:
+        if label not in RELEASES:
+            parser.error(f"unknown version {label}, known: {', '.join(RELEASES)}")
+    top: Path = (args.dir or cache_dir()).absolute()
+    if args.list:
+        return show(top)
+
+    worst = OK
+    with locked(top):
+        for label in dict.fromkeys(args.version or RELEASES):
+            began = time.monotonic()
+            version = present(top / label, (*PACKAGES, *args.also))
+            if version is not None:
+                say(label, f"QEMU {version} is there already: {top / label}")
+                continue
+            try:
+                unpack(RELEASES[label], top, machine_archive(), args.also)
+            except Unavailable as exc:
+                say(label, f"not available here: {exc}")
+                worst = MISSING
+            except Broken as exc:
+                say(label, f"does not work: {exc}")
+                worst = worst or FAILED
+            else:
+                say(label, f"took {time.monotonic() - began:.0f} s")
+    return worst
+
+
+if __name__ == "__main__":
+    sys.exit(main())
