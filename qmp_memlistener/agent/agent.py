@@ -12,19 +12,23 @@ were, whatever the reason for leaving.
 from __future__ import annotations
 
 import asyncio
-import os
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import Callable, Coroutine, Iterable
+from contextlib import AsyncExitStack
+from types import TracebackType
+from typing import Self
 
-from ..errors import CommandFailed, MemListenerError, TargetError, TargetLost
+from ..errors import CommandFailed, InputError, MemListenerError, TargetError, TargetLost
 from ..listener import Dispatcher, MemoryListener
 from ..memslots import Rules, SlotTable
 from ..monitor import (
     Companions,
+    Guest,
+    GuestFacts,
     Monitor,
     QmpEvent,
     Target,
+    TraceSession,
     TraceUnavailable,
     companions_of,
     find_owner,
@@ -33,12 +37,13 @@ from ..monitor import (
     read_facts,
     start_tracing,
 )
-from ..monitor import GuestFacts as Facts
 from ..recording import GuestState, Header, Note, Record, RecordingWriter
 from ..recording import QmpEvent as EventRecord
 from ..topology import MemoryMap
 from ..tracking import Tracker
+from .header import header_of, rules_of
 from .polling import PollSource
+from .source import Source
 from .stream import Records, RecordStream
 from .tracing import TraceSource
 
@@ -60,31 +65,104 @@ _DEVICE_EVENTS = frozenset(
         "UNPLUG_PRIMARY",
     }
 )
-_INHIBIT_SYMBOL = b"\0accel_ioctl_inhibit_begin\0"
+_END_DEADLINE = 2.0
+
+
+def attach(
+    target: str | Target,
+    *,
+    trace: bool = True,
+    record: str | None = None,
+    ping_monitor: str | Target | None = None,
+    ops_monitor: str | Target | None = None,
+    on_record: Callable[[Record], None] | None = None,
+    deadline: float = 2.0,
+) -> Agent:
+    """Attach to a running guest and follow its memory map: `async with attach(...) as agent`.
+
+    `target` is `unix:PATH`, a path, `HOST:PORT` or `pid:N`.  `trace=False` never touches trace
+    events or the log.  `record` names a new file for the recording, `on_record` is called with
+    every record from the header on.  `ping_monitor` and `ops_monitor` name further monitors of
+    the same QEMU; otherwise free ones are found.  `deadline` is for the connection, in seconds.
+
+    Entering the block raises InputError (no such form of target, the recording exists, a monitor
+    of another QEMU), TargetUnreachable, MonitorBusy, ProtocolViolation, DeadlineExceeded or
+    TargetLost.
+    """
+    return Agent(
+        target,
+        trace=trace,
+        record=record,
+        ping_monitor=ping_monitor,
+        ops_monitor=ops_monitor,
+        on_record=on_record,
+        deadline=deadline,
+    )
 
 
 class Agent:
-    """A watched guest.  Made by `attach`.
+    """A watched guest; made by `attach`, usable inside its block.
 
-    `facts` is what the guest said of itself, `header` the first record, `source` how changes are
-    seen (`trace` or `polling`), `remarks` what the user should know about this attachment.
+    `monitor` is the connection it observes through, `operations` the one for commands that take
+    long (the same one when there is no other), `ping` one of its own for probing or None.
+    `facts` is what the guest said of itself, `header` the first record, `remarks` what the user
+    should know about this attachment.
     """
 
-    def __init__(self, monitor: Monitor, facts: Facts, companions: Companions) -> None:
-        self.monitor = monitor
-        self.facts = facts
-        self.companions = companions
+    monitor: Monitor
+    operations: Monitor
+    ping: Monitor | None
+    facts: GuestFacts
+    companions: Companions
+    header: Header
+
+    def __init__(
+        self,
+        target: str | Target,
+        *,
+        trace: bool,
+        record: str | None,
+        ping_monitor: str | Target | None,
+        ops_monitor: str | Target | None,
+        on_record: Callable[[Record], None] | None,
+        deadline: float,
+    ) -> None:
         self.remarks: list[str] = []
-        self.source = "polling"
-        self.header: Header
+        self._target = target
+        self._trace = trace
+        self._record = record
+        self._named = (ping_monitor, ops_monitor)
+        self._on_record = on_record
+        self._deadline = deadline
         self._records = Records()
         self._dispatcher = Dispatcher(self._listener_failed)
-        self._source: TraceSource | PollSource
-        self._lost: asyncio.Future[MemListenerError] = asyncio.get_running_loop().create_future()
+        self._source: Source
+        self._lost: asyncio.Future[MemListenerError]
         self._tasks: list[asyncio.Task[None]] = []
         self._asides: set[asyncio.Task[None]] = set()
+        self._stack = AsyncExitStack()
+
+    async def __aenter__(self) -> Self:
+        self._lost = asyncio.get_running_loop().create_future()
+        async with AsyncExitStack() as stack:
+            await self._open(stack)
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self._stack.__aexit__(kind, error, trace)
 
     # -- what is known ---------------------------------------------------------------------
+
+    @property
+    def source(self) -> str:
+        """How changes are seen: `trace` (every one) or `polling` (some may be missed)."""
+        return self._source.name
 
     @property
     def map(self) -> MemoryMap:
@@ -151,13 +229,121 @@ class Agent:
         """The guest is gone or cannot be followed any more."""
         return self._lost.done()
 
+    # -- opening and closing -----------------------------------------------------------------
+
+    async def _open(self, stack: AsyncExitStack) -> None:
+        """Connect, start tracing, take the first snapshot; `stack` undoes it in reverse."""
+        self.monitor = await self._connect(stack, _target(self._target))
+        owner = await asyncio.to_thread(find_owner, self.monitor.target, self.monitor.peer_pid)
+        await self._connect_companions(stack, owner)
+        self.facts = await read_facts(self.monitor)
+        pid = owner.pid if owner is not None else self.monitor.peer_pid
+        self._rules = await asyncio.to_thread(rules_of, self.facts.version, pid)
+        stack.push_async_callback(self._dispatcher.close)
+        stack.callback(self._records.close)
+        session, why_not = await self._start_tracing(stack, owner)
+        stack.push_async_callback(self._end_tasks)
+        if session is not None:
+            tail = await stack.enter_async_context(session.tail())
+            source = TraceSource(self.monitor, session, tail, self._publish, self._make_tracker)
+            self._source = source
+            self._spawn(source.read(), "trace lines")
+        else:
+            idle = await measure_idle(self.monitor)
+            self._source = PollSource(self.monitor, idle, self._publish, self._make_tracker)
+        self.header = header_of(
+            str(self._target), self.facts, pid, traced=session is not None, why_not=why_not
+        )
+        self._publish_header(stack)
+        stack.callback(self.monitor.subscribe(self._on_event))
+        await self._source.snapshot()
+        self._spawn(self._source.keep_snapshots(), "snapshots")
+        self._spawn(self._watch_monitor(), "monitor")
+
+    async def _connect(self, stack: AsyncExitStack, target: Target) -> Monitor:
+        monitor = await Monitor.connect(target, deadline=self._deadline)
+        return await stack.enter_async_context(monitor)
+
+    async def _connect_companions(self, stack: AsyncExitStack, owner: Guest | None) -> None:
+        """Connect the monitors that the user named, and choose among those that are free."""
+        self.ping, operations = None, None
+        named: list[Monitor] = []
+        for name, role in zip(self._named, ("ping", "operations"), strict=True):
+            if name is None:
+                continue
+            monitor = await self._connect(stack, _target(name))
+            pid = self.monitor.peer_pid
+            if pid is not None and monitor.peer_pid is not None and monitor.peer_pid != pid:
+                raise InputError(
+                    f"{monitor.target} is a monitor of pid {monitor.peer_pid}, "
+                    f"{self.monitor.target} of pid {pid}",
+                    remedy="name two monitors of the same QEMU",
+                )
+            named.append(monitor)
+            if role == "ping":
+                self.ping = monitor
+            else:
+                operations = monitor
+        self.operations = operations or self.monitor
+        self.companions = companions_of(
+            owner,
+            [self.monitor.target, *(m.target for m in named)],
+            ping=self.ping.target if self.ping is not None else None,
+            operations=operations.target if operations is not None else None,
+        )
+        self.remarks += self.companions.without
+
+    async def _start_tracing(
+        self, stack: AsyncExitStack, owner: Guest | None
+    ) -> tuple[TraceSession | None, str | None]:
+        """The session, or why there is none."""
+        if not self._trace:
+            self.remarks.append(_MISSED)
+            return None, "tracing was not asked for"
+        try:
+            session = await start_tracing(self.monitor, guest=owner)
+        except TraceUnavailable as exc:
+            remedy = f"; to get it: {exc.remedy}" if exc.remedy else ""
+            self.remarks += [f"no tracing: {exc.message}{remedy}", _MISSED]
+            return None, exc.message
+        self.remarks += session.remarks
+        return await stack.enter_async_context(session), None
+
+    def _publish_header(self, stack: AsyncExitStack) -> None:
+        if self._record is not None:
+            writer = stack.enter_context(RecordingWriter(self._record, self.header))
+            self._records.subscribe(writer.write)
+        if self._on_record is not None:
+            self._on_record(self.header)
+            self._records.subscribe(self._on_record)
+        now = time.monotonic_ns()
+        self._records.publish(Note(t_ns=now, text=remark) for remark in self.remarks)
+
+    async def _end_tasks(self) -> None:
+        """Stop the tasks and publish what they had in hand."""
+        tasks = [*self._tasks, *self._asides]
+        for task in tasks:
+            task.cancel()
+        if tasks:
+            await asyncio.wait(tasks, timeout=_END_DEADLINE)
+        self._publish(())
+
     # -- inside ----------------------------------------------------------------------------
 
     @property
     def _tracker(self) -> Tracker:
         tracker = self._source.tracker
-        assert tracker is not None, "attach() takes the first snapshot"
+        assert tracker is not None, "entering the block takes the first snapshot"
         return tracker
+
+    def _make_tracker(self, maps: dict[int, MemoryMap], t_ns: int) -> Tracker:
+        return Tracker(
+            maps,
+            t_ns,
+            has_slots=self.facts.accel == "kvm" or self.facts.kvm is True,
+            traced=self._source.name == "trace",
+            rules=self._rules,
+        )
 
     def _publish(self, records: Iterable[Record]) -> None:
         """Hand out what the tracker has, then `records`."""
@@ -178,11 +364,12 @@ class Agent:
         async def guarded() -> None:
             try:
                 await work
+            except TargetLost:
+                pass  # the monitor says so too, once everything is reported
             except MemListenerError as exc:
-                if not isinstance(exc, TargetLost):
-                    self._give_up(exc)
+                self._give_up(exc)
             except OSError as exc:
-                self._give_up(TargetLost(f"{name} failed: {exc.strerror or exc}"))
+                self._give_up(TargetLost(f"{name}: {exc.strerror or exc}"))
 
         self._tasks.append(asyncio.create_task(guarded(), name=name))
 
@@ -193,38 +380,25 @@ class Agent:
     async def _watch_monitor(self) -> None:
         """When the peer goes: report what is left, then say that it is lost."""
         error = await asyncio.shield(self.monitor.lost)
-        self._finish_tail()
-        reader = next((t for t in self._tasks if t.get_name() == "trace lines"), None)
-        if reader is not None:
-            await asyncio.wait([reader], timeout=1.0)
-        tracker = self._source.tracker
-        if tracker is not None:
-            tracker.flush()
+        await self._source.finish()
+        self._tracker.flush()
         self._publish(())
         self._give_up(error)
 
-    def _finish_tail(self) -> None:
-        """Overridden at attach when there is a tail."""
-
     def _on_event(self, event: QmpEvent) -> None:
         if event.name in _STATE_EVENTS:
-            self._aside(self._report_state(event))
+            # with a trace `runstate_set` tells, and tells why
+            if self.source != "trace" or event.name not in ("STOP", "RESUME"):
+                task = asyncio.create_task(self._report_state(event))
+                self._asides.add(task)
+                task.add_done_callback(self._asides.discard)
         elif event.name in _DEVICE_EVENTS:
             record = EventRecord(t_ns=event.t_ns, event=event.name, data=dict(event.data))
             self._publish([record])
-        if isinstance(self._source, PollSource):
-            self._source.poke()
-
-    def _aside(self, work: Coroutine[object, object, None]) -> None:
-        task = asyncio.create_task(work)
-        self._asides.add(task)
-        task.add_done_callback(self._asides.discard)
+        self._source.poke()
 
     async def _report_state(self, event: QmpEvent) -> None:
-        """STOP does not say why: ask, unless the trace tells anyway."""
-        traced = self.source == "trace"
-        if traced and event.name in ("STOP", "RESUME"):
-            return
+        """STOP does not say why the guest stopped: ask."""
         status, running = event.name.lower(), event.name in ("RESUME", "RESET", "WAKEUP")
         try:
             value = await self.monitor.execute("query-status", deadline=2.0)
@@ -237,149 +411,8 @@ class Agent:
         )
 
 
-@asynccontextmanager
-async def attach(
-    target: str | Target,
-    *,
-    trace: bool = True,
-    record: str | None = None,
-    ping_monitor: str | Target | None = None,
-    ops_monitor: str | Target | None = None,
-    on_record: Callable[[Record], None] | None = None,
-    deadline: float = 2.0,
-) -> AsyncIterator[Agent]:
-    """Attach to a running guest and follow its memory map until the block is left.
-
-    `target` is `unix:PATH`, a path, `HOST:PORT` or `pid:N`.  `trace=False` never touches trace
-    events or the log.  `record` names a new file for the recording, `on_record` is called with
-    every record from the header on.  `ping_monitor` and `ops_monitor` name further monitors of
-    the same QEMU; otherwise free ones are found.
-
-    Raises InputError (no such form of target, the recording exists), TargetUnreachable,
-    MonitorBusy, ProtocolViolation, DeadlineExceeded, TargetLost.
-    """
-    async with AsyncExitStack() as stack:
-        monitor = await Monitor.connect(_target(target), deadline=deadline)
-        await stack.enter_async_context(monitor)
-        owner = await asyncio.to_thread(find_owner, monitor.target, monitor.peer_pid)
-        companions = companions_of(
-            owner,
-            [monitor.target],
-            ping=await _socket(ping_monitor),
-            operations=await _socket(ops_monitor),
-        )
-        facts = await read_facts(monitor)
-        agent = Agent(monitor, facts, companions)
-        agent.remarks += companions.without
-        rules = _rules(facts, companions)
-        has_slots = facts.accel == "kvm" or facts.kvm is True
-
-        def tracker(maps: dict[int, MemoryMap], t_ns: int) -> Tracker:
-            traced = agent.source == "trace"
-            return Tracker(maps, t_ns, has_slots=has_slots, traced=traced, rules=rules)
-
-        stack.push_async_callback(agent._dispatcher.close)
-        stack.callback(agent._records.close)
-        why = "tracing was not asked for"
-        if trace:
-            try:
-                session = await start_tracing(monitor, guest=owner)
-            except TraceUnavailable as exc:
-                why = exc.message
-                agent.remarks.append(f"no tracing: {exc.message}")
-                if exc.remedy:
-                    agent.remarks.append(f"to get it: {exc.remedy}")
-            else:
-                await stack.enter_async_context(session)
-                tail = await stack.enter_async_context(session.tail())
-                agent.source = "trace"
-                agent.remarks += session.remarks
-                source = TraceSource(monitor, session, agent._publish, tracker)
-                agent._source = source
-                agent._finish_tail = tail.finish  # type: ignore[method-assign]
-                stack.push_async_callback(_end, agent)
-                agent._spawn(source.read(tail), "trace lines")
-        if agent.source == "polling":
-            agent.remarks.append(
-                "holes that come and go between two snapshots are not seen: the map is polled"
-            )
-            agent._source = PollSource(
-                monitor, await measure_idle(monitor), agent._publish, tracker
-            )
-            stack.push_async_callback(_end, agent)
-        agent.header = _header(agent, str(target), why, owner.pid if owner is not None else None)
-        if record is not None:
-            writer = stack.enter_context(RecordingWriter(record, agent.header))
-            agent._records.subscribe(writer.write)
-        if on_record is not None:
-            on_record(agent.header)
-            agent._records.subscribe(on_record)
-        agent._records.publish(Note(t_ns=time.monotonic_ns(), text=r) for r in agent.remarks)
-        stack.callback(monitor.subscribe(agent._on_event))
-        await agent._source.snapshot()
-        agent._spawn(agent._source.keep_snapshots(), "snapshots")
-        agent._spawn(agent._watch_monitor(), "monitor")
-        yield agent
-
-
-async def _end(agent: Agent) -> None:
-    """Stop the tasks, the reader last, and report what they had in hand."""
-    for task in [*agent._tasks, *agent._asides]:
-        task.cancel()
-    if agent._tasks:
-        await asyncio.wait(agent._tasks, timeout=2.0)
-    agent._publish(())
+_MISSED = "the map is polled: holes that come and go between two snapshots are not seen"
 
 
 def _target(target: str | Target) -> Target:
     return parse_target(target) if isinstance(target, str) else target
-
-
-async def _socket(target: str | Target | None):  # type: ignore[no-untyped-def]
-    from ..monitor.dial import resolve
-
-    return None if target is None else await resolve(_target(target))
-
-
-def _rules(facts: Facts, companions: Companions) -> Rules:
-    """The order of slot operations: by what the binary has, by its version otherwise.
-
-    Distributors backport the atomic update (QEMU 8.0, commit f39b7d2b96), so the symbol counts.
-    """
-    page = os.sysconf("SC_PAGE_SIZE")
-    rules = Rules.parse(facts.version, page)
-    if companions.guest is not None and not rules.queued:
-        try:
-            with open(f"/proc/{companions.guest.pid}/exe", "rb") as file:
-                if _INHIBIT_SYMBOL in file.read():
-                    return Rules.parse("8.0", page)
-        except OSError:
-            pass
-    return rules
-
-
-def _header(agent: Agent, target: str, why: str, pid: int | None) -> Header:
-    from .. import __version__
-
-    facts = agent.facts
-    traced = agent.source == "trace"
-    stamp = None
-    source = f"snapshots only, short-lived holes may be missed ({why})"
-    if traced:
-        source = "trace events: every slot operation and topology change"
-        stamp = 200_000  # line to inotify to us, p90 150 us; see docs
-    return Header(
-        tool_version=__version__,
-        monotonic_ns=time.monotonic_ns(),
-        realtime_ns=time.time_ns(),
-        host_kernel=os.uname().release,
-        target=target,
-        qemu_version=facts.version,
-        qemu_package=facts.package or None,
-        machine=facts.machine,
-        accel=facts.accel,
-        guest_name=facts.name,
-        pid=pid if pid is not None else agent.monitor.peer_pid,
-        source=source,
-        stamp_bound_ns=stamp,
-    )

@@ -6,13 +6,11 @@ What comes and goes between two snapshots is not seen; the header of the records
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable
 
 from ..monitor import IdleRoundTrip, Monitor, take_snapshot
-from ..recording import Record
-from ..topology import MemoryMap
 from ..tracking import Tracker
 from .mapping import maps_of
+from .source import MakeTracker, Publish
 
 __all__ = ["PollSource"]
 
@@ -24,17 +22,16 @@ SHARE = 50
 
 
 class PollSource:
-    """Takes snapshots: often after something happened, rarely while nothing does.
+    """A `Source` that takes snapshots: often after something happened, rarely otherwise."""
 
-    `start` by awaiting `snapshot` once; then `keep_snapshots` runs as a task.
-    """
+    name = "polling"
 
     def __init__(
         self,
         monitor: Monitor,
         idle: IdleRoundTrip,
-        publish: Callable[[Iterable[Record]], None],
-        make_tracker: Callable[[dict[int, MemoryMap], int], Tracker],
+        publish: Publish,
+        make_tracker: MakeTracker,
     ) -> None:
         self._monitor = monitor
         self._idle = idle
@@ -87,3 +84,6 @@ class PollSource:
     async def settle(self) -> None:
         """Take a snapshot now."""
         await self.snapshot()
+
+    async def finish(self) -> None:
+        """Nothing is left to take in."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable
 
 from ..errors import CommandFailed, DeadlineExceeded, ProtocolViolation
 from ..monitor import Command, Monitor, TraceSession, TraceTail
@@ -28,9 +27,9 @@ from ..monitor.trace_records import (
     VirtioMemEvent,
 )
 from ..recording import Cause, GuestState, Lost, Note, Record
-from ..topology import MemoryMap
 from ..tracking import RawOp, Tracker
 from .mapping import maps_of
+from .source import MakeTracker, Publish
 
 __all__ = ["TraceSource"]
 
@@ -39,23 +38,26 @@ MIN_GAP_S = 0.002
 """At least this long between two snapshots, and `GAP_FACTOR` times what the last one took."""
 GAP_FACTOR = 4.0
 _LINE_DEADLINE = 5.0
+_FINISH_DEADLINE = 1.0
 
 
 class TraceSource:
-    """Feeds a tracker from one trace session.  `publish` is called when there is news.
+    """A `Source` that feeds a tracker from one trace session; `read` runs as a task as well."""
 
-    `start` must be awaited first; then `read` and `keep_snapshots` run as tasks.
-    """
+    name = "trace"
 
     def __init__(
         self,
         monitor: Monitor,
         session: TraceSession,
-        publish: Callable[[Iterable[Record]], None],
-        make_tracker: Callable[[dict[int, MemoryMap], int], Tracker],
+        tail: TraceTail,
+        publish: Publish,
+        make_tracker: MakeTracker,
     ) -> None:
         self._monitor = monitor
         self._session = session
+        self._tail = tail
+        self._read_all = asyncio.Event()
         self._publish = publish
         self._make_tracker = make_tracker
         self.tracker: Tracker | None = None
@@ -70,9 +72,27 @@ class TraceSource:
         self._resync = False
         self._early: list[tuple[TraceRecord, int]] = []
 
-    async def read(self, tail: TraceTail) -> None:
+    async def read(self) -> None:
         """Fold lines in as they come, until the tail is finished."""
-        async for batch in tail:
+        try:
+            await self._read()
+        finally:
+            self._read_all.set()
+
+    def poke(self) -> None:
+        """Nothing to do: whatever happened is in the log."""
+
+    async def finish(self) -> None:
+        """Read the log to its end."""
+        self._tail.finish()
+        try:
+            async with asyncio.timeout(_FINISH_DEADLINE):
+                await self._read_all.wait()
+        except TimeoutError:
+            pass
+
+    async def _read(self) -> None:
+        async for batch in self._tail:
             extra: list[Record] = []
             if batch.lost is not None:
                 extra.append(Lost(t_ns=batch.t_ns, what=batch.lost))
@@ -169,18 +189,7 @@ class TraceSource:
                 if self._at_mark.is_set():
                     self._early.append((line, t_ns))
             case SlotOp():
-                tracker.commits.slot_operation(
-                    RawOp(
-                        t_ns,
-                        line.as_id,
-                        line.slot,
-                        line.gpa,
-                        line.size,
-                        line.flags,
-                        line.ua,
-                        line.ret,
-                    )  # fmt: skip
-                )
+                tracker.commits.slot_operation(_raw(line, t_ns))
             case FlatViewEvent(change=FlatViewChange.NEW):
                 tracker.commits.view_rebuilt(t_ns, line.root)
             case BarMapping():
@@ -229,6 +238,10 @@ class TraceSource:
 
 def _hmp(line: str) -> Command:
     return Command("human-monitor-command", {"command-line": line})
+
+
+def _raw(line: SlotOp, t_ns: int) -> RawOp:
+    return RawOp(t_ns, line.as_id, line.slot, line.gpa, line.size, line.flags, line.ua, line.ret)
 
 
 def _bar_cause(line: BarMapping) -> Cause:

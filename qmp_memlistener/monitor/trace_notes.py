@@ -110,10 +110,10 @@ class Place:
         """Raises TraceUnavailable when there is no safe directory, or when another user's agent
         is at work on this QEMU."""
         self.process = process
-        self.base = _base()
         self.key = f"{process.pid}-{process.start_ticks}"
-        self.directory = os.path.join(self.base, self.key)
         self._check_others()
+        self.base = _base()
+        self.directory = os.path.join(self.base, self.key)
 
     @property
     def log_path(self) -> str:
@@ -265,7 +265,7 @@ class Place:
 def sweep() -> int:
     """Remove what was left about QEMU processes that are gone; returns how many."""
     try:
-        base = _base()
+        base = _base(create=False)
         names = os.listdir(base)
     except (OSError, TraceUnavailable):
         return 0
@@ -285,7 +285,7 @@ def sweep() -> int:
     return removed
 
 
-def _base() -> str:
+def _base(*, create: bool = True) -> str:
     """This user's directory: ours alone to write, and no symbolic link."""
     uid = os.geteuid()
     choices = [f"{_SHM}/qmp-memlistener-{uid}"]
@@ -293,7 +293,8 @@ def _base() -> str:
         choices.append(os.path.join(os.environ["XDG_RUNTIME_DIR"], "qmp-memlistener"))
     for path in choices:
         try:
-            os.makedirs(path, mode=0o755, exist_ok=True)
+            if create:
+                os.makedirs(path, mode=0o755, exist_ok=True)
             status = os.lstat(path)
         except OSError:
             continue
