@@ -12,6 +12,7 @@ Sources: docs/interop/qmp-spec.rst; monitor/qmp.c for the in-band queue and OOB.
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,7 +34,7 @@ from .client import RawReply, TimedClient
 from .dial import (
     dial,
     explain_silence,
-    no_greeting,
+    no_answer,
     peer_pid,
     resolve,
 )
@@ -130,6 +131,8 @@ class Monitor:
         self._in_band = asyncio.Lock()
         self._closing = False
         await self._open(deadline)
+        for stream in self._streams:
+            stream.revive()
 
     async def execute(
         self,
@@ -220,20 +223,23 @@ class Monitor:
 
     async def _open(self, deadline: float) -> None:
         client = self._client
+        sock: socket.socket | None = None
         try:
             async with asyncio.timeout(deadline):
                 sock = await dial(self.target)
                 self.peer_pid = peer_pid(sock)
                 try:
                     async with explain_silence(self.target, deadline):
-                        await client.connect(sock)
+                        await client.open(sock)
                 except BaseException:
                     sock.close()
                     raise
         except TimeoutError:
-            raise no_greeting(self.target, deadline) from None
+            raise no_answer(self.target, deadline, connected=sock is not None) from None
         except ConnectError as error:
             raise _session_error(self.target, error.exc) from error
+        except (EOFError, OSError, QMPError) as error:
+            raise _session_error(self.target, error) from error
         greeting = client.greeting
         if greeting is None:
             raise _session_error(self.target, ProtocolError("no greeting"))

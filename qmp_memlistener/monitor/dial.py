@@ -24,7 +24,7 @@ from .targets import (
     UnixTarget,
 )
 
-__all__ = ["dial", "explain_silence", "no_greeting", "peer_pid", "resolve"]
+__all__ = ["dial", "explain_silence", "no_answer", "peer_pid", "resolve"]
 
 # How long a monitor may take to greet before the kernel is asked whether it serves another.
 _PATIENCE = 0.4
@@ -153,12 +153,17 @@ async def explain_silence(target: SocketTarget, deadline: float) -> AsyncIterato
         timer.cancel()
 
 
-def no_greeting(target: SocketTarget, deadline: float) -> TargetError:
+def no_answer(target: SocketTarget, deadline: float, *, connected: bool) -> TargetError:
     """What to say when the deadline passed before the peer greeted.
 
     The kernel shows whether another client is served; for a peer on another host it does not,
     and being busy is by far the likeliest reason.
     """
+    if not connected:
+        return TargetUnreachable(
+            f"{target} did not accept a connection within {deadline:g} s",
+            remedy="is the host up, and does a firewall let you through?",
+        )
     state = listener_state(target)
     if state is not None and state.listening and not state.accepted:
         return DeadlineExceeded(

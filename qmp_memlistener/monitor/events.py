@@ -75,6 +75,10 @@ class EventStream:
         self._error = error
         self._wake.set()
 
+    def revive(self) -> None:
+        """The monitor is connected again; its side."""
+        self._error = None
+
     def close(self) -> None:
         """Stop listening.  Idempotent."""
         if not self._closed:

@@ -134,7 +134,8 @@ class Cause(msgspec.Struct, frozen=True, omit_defaults=True):
     """Why a transition happened, as far as it was seen.
 
     `type`: `pci_bar` (QEMU traced a BAR being mapped or unmapped), `memory_device` (plug or unplug
-    traced), `region` (no event was seen; the regions that came or went), `unknown`.
+    traced), `several` (`causes` has them, of a record that sums up several changes), `region` (no
+    event was seen; the regions that came or went), `unknown`.
     """
 
     type: str
@@ -142,6 +143,7 @@ class Cause(msgspec.Struct, frozen=True, omit_defaults=True):
     detail: str | None = None
     owner: str | None = None
     regions: list[str] | None = None
+    causes: list[Cause] | None = None
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):

@@ -48,6 +48,10 @@ def cause_text(cause: Cause) -> str:
             return f"PCI {cause.device}: {cause.detail}"
         case "memory_device":
             return f"memory device {cause.device or '(no id)'} {cause.detail}"
+        case "several":
+            causes = cause.causes or []
+            more = f"; and {len(causes) - 3} more" if len(causes) > 3 else ""
+            return "; ".join(cause_text(c) for c in causes[:3]) + more
         case "region":
             who = f" of {cause.owner}" if cause.owner else ""
             names = list(cause.regions or ())

@@ -185,7 +185,9 @@ class Tracker:
         for commit in pending:
             if changing and commit is changing[-1]:
                 transition = _diff(before[MEMORY], maps[MEMORY])
-                self._report(transition, commit, detail, merged=len(pending))
+                others = [c for c in pending if c is not commit and not c.changes_slots]
+                commit.causes += [cause for c in others for cause in c.causes]
+                self._report(transition, commit, detail, merged=1 + len(others))
             elif commit.changes_slots:
                 before = self._report_by_slots(before, commit)
             elif commit.ops:
@@ -194,7 +196,7 @@ class Tracker:
             transition = _diff(before[MEMORY], maps[MEMORY])
             if transition:
                 last = pending[-1] if pending else Commit(t_ns)
-                quiet = Commit(last.t_ns, causes=last.causes)
+                quiet = Commit(last.t_ns, causes=[cause for c in pending for cause in c.causes])
                 self._report(transition, quiet, detail, merged=max(len(pending), 1))
             else:
                 self.elsewhere += sum(not c.ops for c in pending)
@@ -375,6 +377,8 @@ def _cause(
     transition: Transition, seen: Sequence[Cause], filled: Sequence[Hole], punched: Sequence[Hole]
 ) -> Cause:
     """What was seen to cause it; else the regions that came or went, which is all there is."""
+    if len(seen) > 1:
+        return Cause("several", causes=list(seen))
     if seen:
         return seen[0]
     regions: dict[tuple[str, str | None], None] = {

@@ -34,7 +34,10 @@ from qmp_memlistener.monitor import (
     restore_stale,
     start_tracing,
     trace_control,
+    trace_setup,
 )
+from qmp_memlistener.monitor.procfs import Process
+from qmp_memlistener.monitor.trace_notes import Place
 from qmp_memlistener.monitor.trace_setup import event_states
 from tests.live.test_monitor_qemu import (
     NEW_MOUNTS,
@@ -461,6 +464,48 @@ async def test_cancelling_a_start_anywhere_restores(tmp_path: Path) -> None:
             assert await states(monitor) == before
             assert left_behind(qemu) == []
         assert cancelled
+
+
+@pytest.mark.asyncio
+@every_qemu
+@pytest.mark.parametrize(
+    ("theirs", "reason"),
+    [
+        ("/nonexistent/log", TraceReason.LOG_REFUSED),
+        ("/dev/null", TraceReason.NOT_LOGGED),
+    ],
+)
+async def test_a_log_that_qemu_does_not_write_to(
+    build: QemuBuild,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    theirs: str,
+    reason: TraceReason,
+) -> None:
+    """As with a QEMU that may not open our file, or whose trace backend is not the log."""
+    create = trace_setup._create_log
+
+    def other_place(process: Process, place: Place) -> tuple[str, str]:
+        return create(process, place)[0], theirs
+
+    monkeypatch.setattr(trace_setup, "_create_log", other_place)
+    reader, writer = os.pipe()
+    async with running(build, tmp_path, stderr=writer) as qemu:
+        os.close(writer)
+        os.set_blocking(reader, False)
+        async with await Monitor.connect(qemu.a) as monitor:
+            before = await states(monitor)
+            with pytest.raises(TraceUnavailable) as refused:
+                await start_tracing(monitor)
+            assert refused.value.reason is reason
+            assert refused.value.remedy is not None
+            assert await states(monitor) == before
+            assert left_behind(qemu) == []
+            # 7.2 has no log at all after a file that it could not open: it is put back too.
+            await monitor.execute("trace-event-set-state", {"name": "vm_state*", "enable": True})
+            await monitor.execute("cont")
+            assert b"vm_state_notify running 1" in read_all(reader)
+    os.close(reader)
 
 
 @pytest.mark.asyncio

@@ -5,9 +5,12 @@ The arithmetic under the `hole` strategy; `hole` itself says what is done about 
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
+
+import msgspec
 
 from ...topology.model import FlatView
 from ..dirty_log import DirtyLog
@@ -89,9 +92,9 @@ def follow_blocks(
     """The table as it would be had slots followed their RAM blocks all along.
 
     The slots that QEMU gave to one block at one place become one, under the lowest id among
-    them, that reaches as far as the block is mapped in the table or in any of `views`.  Where
-    that takes more than `max_holes` holes they stay as they are; so do slots of which nobody
-    knows what backs them.
+    them, that reaches as far as the block is mapped in the table or in any of `views`; where that
+    takes more than `max_holes` holes, one for each mapped range.  Slots of which nobody knows
+    what backs them stay as they are.
     """
     views = list(views)
     log = DirtyLog(table)
@@ -113,11 +116,19 @@ def follow_blocks(
             lo, hi = extents.get((as_id, key), block.was[0])
             lo, hi = min(lo, block.was[0][0]), max(hi, block.was[-1][1])
             holes = complement(lo, hi, block.was)
-            if block.whole is not None or (max_holes is not None and len(holes) > max_holes):
+            if block.whole is not None:
                 out += block.slots
                 continue
-            lowest = min(block.slots, key=lambda s: s.slot)
-            out.append(_whole(as_id, key, lowest.slot, (lo, hi), holes, lowest.logged))
+            logged = any(s.logged for s in block.slots)
+            if max_holes is None or len(holes) <= max_holes:
+                slot_id = min(s.slot for s in block.slots)
+                out.append(_whole(as_id, key, slot_id, (lo, hi), holes, logged))
+                continue
+            lowest: dict[int, int] = {}
+            for s in block.slots:
+                i = bisect_right(block.was, (s.gpa, s.end)) - 1
+                lowest[i] = min(s.slot, lowest.get(i, s.slot))
+            out += [_plain(as_id, key, lowest[i], r, logged) for i, r in enumerate(block.was)]
     return SlotTable(out, retired=table.retired)
 
 
@@ -139,9 +150,7 @@ def target(as_id: int, block: Block, table: SlotTable, max_holes: int | None) ->
     holes = complement(lo, hi, block.now)
     if max_holes is None or len(holes) <= max_holes:
         return [_whole(as_id, block.key, -1, (lo, hi), holes, block.logged)]
-    name, owner, delta, fixed = block.key
-    flags = fixed | LOG_DIRTY_PAGES if block.logged else fixed
-    return [Slot(as_id, -1, s, e - s, flags, name, owner, s - delta) for s, e in block.now]
+    return [_plain(as_id, block.key, -1, r, block.logged) for r in block.now]
 
 
 def give_ids(as_id: int, blocks: Sequence[Block], table: SlotTable) -> None:
@@ -196,10 +205,14 @@ def _form(slot: Slot) -> tuple[object, ...]:
     return ("range", slot.as_id, slot.key, slot.gpa, slot.size)
 
 
+def _plain(as_id: int, key: BlockKey, slot_id: int, r: Range, logged: bool) -> Slot:
+    name, owner, delta, fixed = key
+    flags = fixed | LOG_DIRTY_PAGES if logged else fixed
+    return Slot(as_id, slot_id, r[0], r[1] - r[0], flags, name, owner, r[0] - delta)
+
+
 def _whole(
     as_id: int, key: BlockKey, slot_id: int, extent: Range, holes: Iterable[Range], logged: bool
 ) -> Slot:
-    name, owner, delta, fixed = key
-    flags = fixed | LOG_DIRTY_PAGES if logged else fixed
-    lo, hi = extent
-    return Slot(as_id, slot_id, lo, hi - lo, flags, name, owner, lo - delta, tuple(holes), True)
+    plain = _plain(as_id, key, slot_id, extent, logged)
+    return msgspec.structs.replace(plain, holes=tuple(holes), follows_block=True)

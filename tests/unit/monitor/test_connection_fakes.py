@@ -21,7 +21,7 @@ from qmp_memlistener.errors import (
     TargetLost,
     TargetUnreachable,
 )
-from qmp_memlistener.monitor import Command, Monitor, TcpTarget, UnixTarget, hmp
+from qmp_memlistener.monitor import Command, Monitor, TcpTarget, UnixTarget, connection, hmp
 
 GREETING: dict[str, object] = {
     "QMP": {
@@ -423,6 +423,58 @@ async def test_reconnect_keeps_streams(tmp_path: Path) -> None:
         assert not monitor.lost.done()
         await monitor.execute("one")
         assert [(await anext(stream)).name for _ in range(2)] == ["STOP", "STOP"]
+
+
+@pytest.mark.asyncio
+async def test_reconnect_after_the_peer_hung_up(tmp_path: Path) -> None:
+    greeted = 0
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal greeted
+        greeted += 1
+        writer.write(message(GREETING))
+        await reader.readuntil(b"}}")
+        writer.write(b'{"return": {}}\n')
+        if greeted == 1:
+            await reader.readuntil(b"}")
+            writer.close()
+            return
+        writer.write(message({"event": "STOP"}))
+        await reader.read()
+
+    async with serving(tmp_path, serve) as target, await Monitor.connect(target) as monitor:
+        stream = monitor.events()
+        with pytest.raises(TargetLost):
+            await monitor.execute("one")
+        with pytest.raises(TargetLost):
+            await anext(stream)
+        await monitor.reconnect()
+        assert (await anext(stream)).name == "STOP"
+
+
+@pytest.mark.asyncio
+async def test_a_hang_up_right_after_the_negotiation(tmp_path: Path) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(message(GREETING))
+        await reader.readuntil(b"}}")
+        writer.write(b'{"return": {}}\n')
+        writer.close()
+
+    async with serving(tmp_path, serve) as target, within(2):
+        with pytest.raises(TargetLost):
+            async with await Monitor.connect(target) as monitor:
+                raise await monitor.lost
+
+
+@pytest.mark.asyncio
+async def test_a_connection_that_is_never_accepted(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def never(_: object) -> socket.socket:
+        await asyncio.Event().wait()
+        raise AssertionError
+
+    monkeypatch.setattr(connection, "dial", never)
+    with pytest.raises(TargetUnreachable):
+        await Monitor.connect(TcpTarget("192.0.2.1", 4444), deadline=0.05)
 
 
 @pytest.mark.asyncio
