@@ -124,23 +124,12 @@ def run_async(main: Coroutine[object, object, T]) -> T:
 _UNITS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "min": 60_000_000_000}
 
 
-class Duration(click.ParamType):
-    """`200ms`, `5s`, `2min`: nanoseconds as int."""
-
-    name = "duration"
-
-    def convert(
-        self, value: object, param: click.Parameter | None, ctx: click.Context | None
-    ) -> int:
-        if isinstance(value, int):
-            return value
-        m = re.fullmatch(r"(\d+(?:\.\d+)?)(ns|us|ms|s|min)?", str(value).strip())
-        if m is None:
-            self.fail(f"{value!r} is not a duration such as 200ms, 5s or 2min", param, ctx)
-        return round(float(m[1]) * _UNITS[m[2] or "s"])
-
-
-duration = Duration()
+def duration(text: str) -> int:
+    """`200ms`, `5s`, `2min` in nanoseconds, for an option's `type`."""
+    m = re.fullmatch(r"(\d+(?:\.\d+)?)(ns|us|ms|s|min)?", text.strip())
+    if m is None:
+        raise click.BadParameter(f"{text!r} is not a duration such as 200ms, 5s or 2min")
+    return round(float(m[1]) * _UNITS[m[2] or "s"])
 
 
 def span_text(start: int, size: int) -> str:

@@ -178,7 +178,9 @@ def _checks() -> list[Check]:
                 "KVM",
                 bool(probe),
                 None if probe else probe.reason,
-                None if probe else "use a host with /dev/kvm and the right to open it; without, "
+                None
+                if probe
+                else "use a host with /dev/kvm and the right to open it; without, "
                 "guests run under TCG",
             )
         )

@@ -35,7 +35,8 @@ STRATEGIES = ("all", "qemu", "pause", "batch-incremental", "batch-full", "hole")
               "starts with the transition; `all` for a migration.")  # fmt: skip
 @click.option("--log-stop", multiple=True, metavar="REGION", help="The same, stops.")
 @click.option("--bitmaps", type=click.Choice(["dropped", "handed-back"]), default="dropped",
-              show_default=True, help="What a batch does with the bitmaps of removed slots.")  # fmt: skip
+              show_default=True,
+              help="What a batch does with the bitmaps of removed slots.")  # fmt: skip
 @click.option("--max-holes", type=click.IntRange(min=0), default=None, metavar="N",
               help="Holes a slot may have under `hole`.")  # fmt: skip
 @json_option

@@ -140,8 +140,13 @@ def _change(
     before: Views, after: Views, table: SlotTable | None, rules: Rules, log: LogChange | None
 ) -> Change:
     old, new = views_by_as(before), views_by_as(after)
-    table = slot_table(old, rules) if table is None else name_backing(table, old, rules)
-    return Change(old, new, table, rules, log)
+    if table is None:
+        mine = slot_table(old, rules)
+    else:
+        mine = name_backing(table, old, rules)
+        if mine is table:
+            mine = table.copy()  # the plan keeps it, the caller may go on changing theirs
+    return Change(old, new, mine, rules, log)
 
 
 def _carry_out(change: Change, strategy: Strategy, hand_back: bool, max_holes: int | None) -> Plan:

@@ -49,8 +49,6 @@ __all__ = ["TRACE_EVENTS", "Restored", "TraceSession", "restore_stale", "start_t
 TRACE_EVENTS = (
     "kvm_set_user_memory",
     "flatview_new",
-    "flatview_destroy",
-    "flatview_destroy_rcu",
     "pci_update_mappings_add",
     "pci_update_mappings_del",
     "memory_device_pre_plug",
@@ -62,7 +60,6 @@ TRACE_EVENTS = (
     "virtio_mem_unplug_all_request",
     "virtio_mem_resized_usable_region",
     "runstate_set",
-    "vm_state_notify",
 )
 
 _LOCK_DEADLINE = 5.0

@@ -186,7 +186,7 @@ class Place:
         os.makedirs(self.directory, mode=0o700, exist_ok=True)
         number = 1 + max((_lease_number(p) for p in self._lease_paths()), default=0)
         path = os.path.join(self.directory, f"agent-{number}.json")
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        handle = os.open(f"{path}.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         live = os.open(
             os.path.join(self.base, f"{self.key}.live"),
             os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
@@ -197,6 +197,8 @@ class Place:
         os.write(handle, msgspec.json.encode(_LeaseDocument(os.getpid(), sorted(events))))
         lease = Lease(path, handle, live)
         lease.set_position(offset)
+        # Locked before it can be seen: whoever finds it unlocked may take it for a dead one's.
+        os.rename(f"{path}.new", path)
         return lease
 
     def live_events(self, but: Lease | None = None) -> list[set[str]]:

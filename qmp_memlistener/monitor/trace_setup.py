@@ -104,6 +104,10 @@ async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) 
 
     Raises TraceUnavailable; the caller undoes what was done.
     """
+    if guest.command_line.log_per_thread:
+        raise TraceUnavailable(
+            TraceReason.LOG_PER_THREAD, f"QEMU (pid {guest.pid}) keeps one log per thread"
+        )
     candidates = await asyncio.to_thread(find_log_files, guest.process, guest.command_line)
     if candidates:
         await set_events(monitor, [MARKER_EVENT], True)
@@ -117,10 +121,8 @@ async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) 
             note = msgspec.structs.replace(note, in_place=log.path, in_place_name=log.name)
             place.write_note(note)
             return note
-    if guest.command_line.log_per_thread:
-        raise TraceUnavailable(
-            TraceReason.LOG_PER_THREAD, f"QEMU (pid {guest.pid}) keeps one log per thread"
-        )
+        if not note.events[MARKER_EVENT]:
+            await set_events(monitor, [MARKER_EVENT], False)
     target = await asyncio.to_thread(restore_target, guest.process, guest.command_line)
     if not target.faithful:
         await _refuse_if_log_in_use(monitor, guest, note, target)
@@ -225,7 +227,7 @@ async def _restore_log(
 ) -> str | None:
     path, why = log.restore_path, log.why
     if path == "/dev/stderr":
-        # Looked at again: opening a pipe that has lost its reader would hang QEMU.
+        # Looked at again: opening a FIFO that has lost its reader would hang QEMU.
         now = await asyncio.to_thread(restore_target, guest.process, guest.command_line)
         path, why = now.path, now.why
     try:

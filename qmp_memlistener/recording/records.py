@@ -186,10 +186,10 @@ class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition"):
     """One change of the map.
 
     A hole that moved or changed size is in `holes_filled` with its old place and in `holes_punched`
-    with the new one.  `detail` says how far it is known: `full` (seen in the region tree before and after), `slots`
-    (from the slot operations: RAM and ROM are exact, what covers a hole is not known), `none` (QEMU
-    rebuilt its views and the next change came before a snapshot could), `net` (sum of the `merged`
-    last changes).
+    with the new one.  `detail` says how far it is known: `full` (seen in the region tree before
+    and after), `slots` (from the slot operations: RAM and ROM are exact, what covers a hole is not
+    known), `none` (QEMU rebuilt its views and the next change came before a snapshot could), `net`
+    (the sum of the `merged` last changes that nothing tells apart).
     """
 
     seq: int

@@ -126,7 +126,7 @@ def follow_blocks(
                 continue
             lowest: dict[int, int] = {}
             for s in block.slots:
-                i = bisect_right(block.was, (s.gpa, s.end)) - 1
+                i = bisect_right(block.was, s.gpa, key=_start) - 1
                 lowest[i] = min(s.slot, lowest.get(i, s.slot))
             out += [_plain(as_id, key, lowest[i], r, logged) for i, r in enumerate(block.was)]
     return SlotTable(out, retired=table.retired)
@@ -186,14 +186,18 @@ def give_ids(as_id: int, blocks: Sequence[Block], table: SlotTable) -> None:
 
 
 def retire(table: SlotTable, blocks: Iterable[Block]) -> dict[tuple[object, ...], Slot]:
-    """What to remember after the transition: old forms whose id no other slot has taken."""
+    """What to remember after the transition: old forms whose id no other slot has taken.
+
+    A block may take its own id in another form and go back later, so the last form before is
+    kept; what it was before that is not.
+    """
     removed = {_form(s): s for b in blocks for s in b.removed}
     taken = {(s.as_id, s.slot): _form(s) for b in blocks for s in b.added}
     out: dict[tuple[object, ...], Slot] = {}
     for form, slot in {**table.retired, **removed}.items():
         by = taken.get((slot.as_id, slot.slot))
-        # a block may take its own id in its other form, and go back to this one
-        if by is None or (by[1:3] == form[1:3] and by[0] != form[0]):
+        own = by is not None and by != form and by[1:3] == form[1:3]
+        if by is None or (own and (form in removed or by[0] != form[0])):
             out[form] = slot
     return out
 
@@ -216,3 +220,7 @@ def _whole(
 ) -> Slot:
     plain = _plain(as_id, key, slot_id, extent, logged)
     return msgspec.structs.replace(plain, holes=tuple(holes), follows_block=True)
+
+
+def _start(r: Range) -> int:
+    return r[0]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from itertools import pairwise
 
+import msgspec
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -123,7 +124,7 @@ def test_hole_keeps_ids_and_dirty_bits(
     table = slot_table(before)
     for slot in list(table):  # a migration runs, so that every slot has a bitmap
         table.remove(slot.as_id, slot.slot)
-        table.add(type(slot)(*_fields(slot, flags=slot.flags | LOG_DIRTY_PAGES)))
+        table.add(msgspec.structs.replace(slot, flags=slot.flags | LOG_DIRTY_PAGES))
     done = plan(before, after, Strategy.HOLE, table=table, log=log, max_holes=None)
     vm = Vm(done.before)
     for live in vm.slots.values():
@@ -145,11 +146,6 @@ def test_hole_keeps_ids_and_dirty_bits(
     # A slot comes only for a block that was not mapped at its place, so no bitmap is made anew
     # for one that was.
     assert not {o.slot for o in done.ops if o.op is OpKind.ADD} & {s.slot for s in done.before}
-
-
-def _fields(slot: object, flags: int) -> tuple[object, ...]:
-    values = {name: getattr(slot, name) for name in type(slot).__struct_fields__}  # type: ignore[attr-defined]
-    return tuple({**values, "flags": flags}.values())
 
 
 @settings(max_examples=200, deadline=None)
