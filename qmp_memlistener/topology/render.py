@@ -19,7 +19,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from heapq import heappop, heappush
+from heapq import heapify, heappop, heappush
 from itertools import pairwise
 from operator import attrgetter
 from typing import NamedTuple
@@ -43,7 +43,11 @@ _TERMINATING_PARENTS = frozenset(
         "bochs-display-mmio",  # hw/display/bochs-display.c
         "rtc",  # hw/rtc/mc146818rtc.c
         "iocsr",  # hw/loongarch/virt.c
+        "ahci",  # hw/ide/ahci-allwinner.c adds its own registers
         "aspeed.i2c",  # hw/i2c/aspeed_i2c.c
+        "aspeed.sdhci",  # hw/sd/aspeed_sdhci.c
+        "aspeed.smc.flash",  # hw/ssi/aspeed_smc.c
+        "xlnx.versal-canfd",  # hw/net/can/xlnx-versal-canfd.c
         "gt64120-isd",  # hw/pci-host/gt64120.c
         "sabre-config",  # hw/pci-host/sabre.c
         "elroy",  # hw/pci-host/astro.c
@@ -52,8 +56,10 @@ _TERMINATING_PARENTS = frozenset(
     }
 )
 # hw/vfio/pci.c ("... base BAR 0"), hw/vfio/helpers.c (mmapped parts are ramd children),
-# hw/virtio/virtio-pci.c (host notifiers of vhost-user back ends).
-_TERMINATING_PARENT_PATTERN = re.compile(r".* base BAR \d+|.* BAR \d+|virtio-pci-notify.*")
+# hw/virtio/virtio-pci.c (host notifiers of vhost-user back ends), hw/pci-host/aspeed_pcie.c (11.1).
+_TERMINATING_PARENT_PATTERN = re.compile(
+    r".* BAR \d+|virtio-pci-notify.*|pcie\.\d+\.(?:mmio|ioport)_window"
+)
 
 # Pure containers (memory_region_init()) that may have no visible child.
 _EMPTY_CONTAINERS = frozenset(
@@ -69,6 +75,8 @@ _EMPTY_CONTAINERS = frozenset(
         "pci_bridge_io",
         "gpex_mmio",  # hw/pci-host/gpex.c
         "gpex_ioport",
+        "pci_io",  # hw/pci-host/versatile.c
+        "pci_mem",
         "platform bus",  # hw/core/platform-bus.c
         "device-memory",  # hw/mem/memory-device.c
         "hotplug-memory",
@@ -100,6 +108,7 @@ _EMPTY_CONTAINERS = frozenset(
         "rocker-msix-bar",  # hw/net/rocker/rocker.c
         "pci-testdev-membar",  # hw/misc/pci-testdev.c
         "multiserial",  # hw/char/serial-pci-multi.c
+        "bcm2838-peripherals",  # hw/arm/bcm2838_peripherals.c
         "secure-memory",  # hw/arm/virt.c
         "secure-tag-memory",
         "tag-memory",
@@ -255,7 +264,7 @@ class _Collector:
         Higher priority first; among equals the one added last, which QEMU does not print.  At one
         address `info mtree` keeps that order.  Where equals overlap at different addresses, devices
         are taken to be added after RAM (MMCONFIG over RAM, hw/pci/pcie_host.c), and the smaller
-        region after the larger.
+        region after the larger (see `_in_front`).
         """
         groups: dict[int, list[Region]] = {}
         for child in region.children:
@@ -288,10 +297,28 @@ class _Collector:
             by_addr.setdefault(sibling.addr, []).append(sibling)
         if len(by_addr) == 1:
             return cluster
-        stacks = sorted(by_addr.values(), key=lambda s: (s[0].kind.backed, s[0].size))
-        for above, below in pairwise(stacks):
-            self.ambiguous.add((above[0].name, below[0].name))
-        return [sibling for stack in stacks for sibling in stack]
+        # take the best of the heads each time, so that QEMU's order at one address is kept
+        heads = [(_in_front(stack[0]), n, 0, stack) for n, stack in enumerate(by_addr.values())]
+        heapify(heads)
+        out: list[Region] = []
+        while heads:
+            _, n, i, stack = heappop(heads)
+            out.append(stack[i])
+            if i + 1 < len(stack):
+                heappush(heads, (_in_front(stack[i + 1]), n, i + 1, stack))
+        for above, below in pairwise(out):
+            if above.addr != below.addr:
+                self.ambiguous.add((above.name, below.name))
+        return out
+
+
+def _in_front(region: Region) -> tuple[bool, int, int]:
+    """Sorts siblings whose order is not printed: the least comes in front.
+
+    Of equally large ones that is the one at the higher address: boards add devices in address
+    order.
+    """
+    return (region.kind.backed, region.size, -region.addr)
 
 
 def _is_readonly_alias(alias: Region) -> bool:

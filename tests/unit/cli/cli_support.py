@@ -43,7 +43,7 @@ class Ran:
         assert "Traceback" not in self.err
         lines = self.err.strip().splitlines()
         assert any(line.lower().startswith("error: ") for line in lines), self.err
-        assert any(line.startswith("remedy: ") or line.startswith("Try ") for line in lines), (
+        assert any(line.startswith(("remedy: ", "Try ")) for line in lines), (
             f"no remedy: {self.err}"
         )
         return self.err

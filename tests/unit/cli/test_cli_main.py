@@ -127,7 +127,7 @@ def test_bad_usage_of_the_process() -> None:
         (["watch", "/nonexistent/qmp"], 3),
         (["show", "unix:/nonexistent/qmp"], 3),
         (["record", "/nonexistent/qmp", "-o", "/nonexistent/r"], 3),
-        (["watch", "pid:999999999"], 3),
+        (["watch", "pid:4194303"], 3),
         (["watch", "no target at all"], 2),
         (["watch", ""], 2),
         (["watch", "/x", "--for", "0"], 2),
@@ -234,8 +234,7 @@ def shell(redirection: str, *argv: str) -> subprocess.CompletedProcess[bytes]:
     return subprocess.run(
         ["sh", "-c", f'"$@" {redirection}', "sh", *command],
         stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
+        capture_output=True,
         timeout=30,
         check=False,
     )

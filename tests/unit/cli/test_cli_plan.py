@@ -47,9 +47,15 @@ STEP = {"first": int, "count": int, "missing": int, "atomic": bool}
 
 # PAM, TSEG and MMCONFIG over RAM, devices, dirty logs: each is one change of the map a step.
 SLOT_SAMPLES = [
-    f"{version}/{name}"
-    for version in ("7.2", "10.0")
-    for name in ("pc-pam", "q35-tseg", "q35-pciexbar", "pc-dimm", "q35-rom")
+    "7.2/pc-pam",
+    "7.2/pc-dimm",
+    "7.2/q35-tseg",
+    "7.2/q35-pciexbar",
+    "7.2/q35-rom",
+    "10.0/pc-pam",
+    "10.0/q35-pciexbar",
+    "10.0/q35-dimm",
+    "11.1/q35-pflash",
 ]
 
 
@@ -121,18 +127,20 @@ def tseg(tmp_path: Path) -> tuple[Path, Path, Path]:
 
     Slot 6, gpa 0x100000, size 2146435072, then 0, then 2129657856.
     """
-    low = [(0xA0000 + i * 0x4000, 0x2000) for i in range(5)]
+    low = [(i << 17, 1 << 17, f"low-{i}") for i in range(SLOT)] + [(SLOT << 17, 1 << 18, "bios")]
 
     def machine() -> RamMap:
         m = RamMap(GPA + OLD_SIZE)
-        for i, (start, size) in enumerate(low):
-            m.cover(start, size, f"window-{i}")
-        return m.cover(0xB4000, GPA - 0xB4000, "bios")
+        for start, size, name in low:
+            m.cover(start, size, name, "i/o" if name == "bios" else "ram")
+        return m
 
     before = machine().file(tmp_path / "before.txt")
     after = machine().cover(GPA + NEW_SIZE, TSEG, "tseg-window").file(tmp_path / "after.txt")
-    ram = [(0, 0xA0000)] + [(start + size, 0x2000) for start, size in low]
-    table = [{"slot": i, "gpa": g, "size": s, "flags": 0} for i, (g, s) in enumerate(ram)]
+    table = [
+        {"slot": i, "gpa": start, "size": size, "flags": 0}
+        for i, (start, size, _) in enumerate(low[:SLOT])
+    ]
     table.append({"slot": SLOT, "gpa": GPA, "size": OLD_SIZE, "flags": 0})
     return before, after, slots_file(tmp_path / "slots.json", table)
 

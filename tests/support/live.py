@@ -1,0 +1,453 @@
+"""What the live tests of the agent and of the verbs share.
+
+Booted pulse guests, the records of an attachment, the state of a guest that must be left as it was,
+and verbs as processes.  Everything that waits does so for an event and with a deadline.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import os
+import re
+import signal
+import stat
+import sys
+import time
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+import pytest
+
+from qmp_memlistener import MemoryListener
+from qmp_memlistener.errors import CommandFailed
+from qmp_memlistener.guests import (
+    HOST_BRIDGE,
+    I440FX,
+    PAM_RAM,
+    Q35,
+    Guest,
+    GuestSpec,
+    HostBridge,
+    Pulse,
+    QemuBuild,
+    boot_args,
+    find_qemus,
+    kvm_usable,
+    launch,
+)
+from qmp_memlistener.memslots import Op, SlotTable
+from qmp_memlistener.monitor import Monitor, UnixTarget
+from qmp_memlistener.recording import (
+    Header,
+    Lost,
+    Note,
+    Reconciled,
+    Record,
+    SlotOp,
+    TransitionRecord,
+)
+from qmp_memlistener.topology import Transition
+
+__all__ = [
+    "BASE",
+    "EVENTS_OF_OURS",
+    "NO_QEMU",
+    "QEMUS",
+    "Commits",
+    "Ran",
+    "Seen",
+    "Shape",
+    "Verb",
+    "Vm",
+    "booted",
+    "builds",
+    "cases",
+    "flush_rcu",
+    "left_behind",
+    "live_views",
+    "log_targets",
+    "op_shapes",
+    "planned_shapes",
+    "qmp",
+    "run_verb",
+    "silenced",
+    "skip_without_kvm",
+    "started_verb",
+    "trace_states",
+    "why_no_kvm",
+]
+
+QEMUS = find_qemus()
+NO_QEMU = "qemu-system-x86_64 is not installed"
+BRIDGES = {"pc": I440FX, "q35": Q35}
+BASE = Path(f"/dev/shm/qmp-memlistener-{os.geteuid()}")
+EVENTS_OF_OURS = ("kvm_set_user_memory", "flatview_new", "runstate_set", "handle_hmp_command")
+_NONE = pytest.param(None, marks=pytest.mark.skip(reason=NO_QEMU), id="none")
+
+builds = pytest.mark.parametrize(
+    "build", [pytest.param(b, id=b.version) for b in QEMUS] or [_NONE]
+)
+"""One run on every QEMU here."""
+
+
+def cases(*accels: str) -> pytest.MarkDecorator:
+    """One run on every QEMU here under each of `accels` (default: KVM and TCG)."""
+    params = [
+        pytest.param(build, accel, id=f"{build.version}-{accel}", marks=_marks(accel))
+        for build in QEMUS
+        for accel in accels or ("kvm", "tcg")
+    ]
+    none = pytest.param(None, "", marks=pytest.mark.skip(reason=NO_QEMU), id="none")
+    return pytest.mark.parametrize(("build", "accel"), params or [none])
+
+
+def _marks(accel: str) -> Sequence[pytest.MarkDecorator]:
+    return (pytest.mark.kvm,) if accel == "kvm" else ()
+
+
+@functools.cache
+def why_no_kvm(binary: str) -> str:
+    """Why KVM does not work with this QEMU; empty when it does."""
+    return kvm_usable(next(b for b in QEMUS if b.binary == binary)).reason
+
+
+def skip_without_kvm(build: QemuBuild, accel: str) -> None:
+    if accel == "kvm" and (reason := why_no_kvm(build.binary)):
+        pytest.skip(f"KVM is not usable with QEMU {build.version}: {reason}")
+
+
+def silenced(build: QemuBuild, directory: Path) -> QemuBuild:
+    """The same QEMU with /dev/null as its standard error, so that its log must be redirected."""
+    script = directory / "silent-qemu"
+    script.write_text(f'#!/bin/sh\nexec "{build.binary}" "$@" 2>/dev/null\n')
+    script.chmod(0o755)
+    return replace(build, binary=str(script))
+
+
+# -- a booted guest ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Vm:
+    """A pulse guest that is up, with two free monitors."""
+
+    guest: Guest
+    pulse: Pulse
+    bridge: HostBridge
+
+    @property
+    def target(self) -> str:
+        return f"unix:{self.guest.monitors[0]}"
+
+    @property
+    def other_target(self) -> str:
+        return f"unix:{self.guest.monitors[1]}"
+
+    async def write(self, register: int, value: int, width: int = 1) -> None:
+        """The guest writes a register of its host bridge."""
+        await self.pulse.write_config(HOST_BRIDGE, register, value, width)
+
+    async def open_pam(self) -> None:
+        """RAM in place of the BIOS area 0xf0000-0xfffff."""
+        await self.write(self.bridge.pam, PAM_RAM << 4)
+
+    async def close_pam(self) -> None:
+        await self.write(self.bridge.pam, 0)
+
+    async def toggle(self, count: int, period_ns: int = 0) -> None:
+        """`count` such transitions, the first one opens; returns when they are done."""
+        period = 0
+        if period_ns:
+            period = (await self.pulse.calibrate(0.05)).ticks(period_ns)
+        toggle = await self.pulse.toggle(
+            HOST_BRIDGE,
+            self.bridge.pam,
+            (PAM_RAM << 4, 0),
+            count,
+            period=period,
+            unit="ticks" if period_ns else "turns",
+        )
+        assert await toggle.wait() == count
+
+
+@asynccontextmanager
+async def booted(
+    build: QemuBuild,
+    accel: str,
+    machine: str = "pc",
+    *args: str,
+    memory: int = 64 << 20,
+    smp: int = 1,
+    binary: QemuBuild | None = None,
+) -> AsyncIterator[Vm]:
+    """A pulse guest without firmware; `binary` is what to start in place of `build`."""
+    skip_without_kvm(build, accel)
+    spec = GuestSpec(
+        machine=machine, accel=accel, memory=memory, smp=smp, args=(*boot_args(), *args)
+    )
+    async with launch(spec.on(binary or build)) as guest:
+        assert guest.ram is not None
+        with Pulse(guest.ram) as pulse:
+            await pulse.wait_ready()
+            yield Vm(guest, pulse, BRIDGES[machine])
+
+
+@asynccontextmanager
+async def qmp(path: Path) -> AsyncIterator[Monitor]:
+    """A connection of the test's own."""
+    async with await Monitor.connect(UnixTarget(str(path))) as monitor:
+        yield monitor
+
+
+# -- what the agent said -------------------------------------------------------------------------
+
+R = TypeVar("R", bound=Record)
+Shape = tuple[str, int, int, int, int, int]
+"""op, address space, slot, gpa, size, flags."""
+
+
+class Seen:
+    """The records of an attachment in order: `attach(..., on_record=seen)`."""
+
+    def __init__(self) -> None:
+        self.records: list[Record] = []
+        self._news = asyncio.Event()
+
+    def __call__(self, record: Record) -> None:
+        self.records.append(record)
+        self._news.set()
+
+    def of(self, kind: type[R]) -> list[R]:
+        return [r for r in self.records if isinstance(r, kind)]
+
+    @property
+    def header(self) -> Header:
+        first = self.records[0]
+        assert isinstance(first, Header)
+        return first
+
+    @property
+    def transitions(self) -> list[TransitionRecord]:
+        return self.of(TransitionRecord)
+
+    @property
+    def notes(self) -> list[str]:
+        return [n.text for n in self.of(Note)]
+
+    def ops(self, seq: int | None) -> list[SlotOp]:
+        """The operations of one transition."""
+        return [op for op in self.of(SlotOp) if op.transition == seq]
+
+    def ops_by_transition(self) -> dict[int | None, list[SlotOp]]:
+        found: dict[int | None, list[SlotOp]] = {}
+        for op in self.of(SlotOp):
+            found.setdefault(op.transition, []).append(op)
+        return found
+
+    @property
+    def differences(self) -> list[str]:
+        """What was said of slots that are not as QEMU's rules predict."""
+        return [d for r in self.of(Reconciled) if not r.equal for d in r.differences]
+
+    def check_nothing_wrong(self) -> None:
+        """Nothing lost, nothing unpredicted, transitions numbered and stamped in order."""
+        assert self.of(Lost) == []
+        assert self.differences == []
+        assert [t.seq for t in self.transitions] == list(range(1, len(self.transitions) + 1))
+        stamps = [t.t_ns for t in self.transitions]
+        assert stamps == sorted(stamps)
+        ops = self.ops_by_transition()
+        assert all(op.ret == 0 for op in self.of(SlotOp))
+        for t in self.transitions:
+            mine = ops.get(t.seq, [])
+            assert len(mine) == t.slot_ops
+            assert all(op.t_ns >= t.t_ns for op in mine)
+
+    async def wait_for(self, true: Callable[[], bool], seconds: float = 10.0) -> None:
+        """Until `true`, which is asked anew at every record."""
+        async with asyncio.timeout(seconds):
+            while not true():
+                self._news.clear()
+                await self._news.wait()
+
+
+class Commits(MemoryListener):
+    """Keeps the transitions that a listener is told, the first one (the present map) left out."""
+
+    def __init__(self) -> None:
+        self.transitions: list[Transition] = []
+        self._begun = False
+
+    def commit(self, transition: Transition) -> None:
+        if self._begun:
+            self.transitions.append(transition)
+        self._begun = True
+
+
+def op_shapes(ops: Iterable[SlotOp]) -> list[Shape]:
+    return [(op.op, op.as_id, op.slot, op.gpa, op.size, op.flags) for op in ops]
+
+
+def planned_shapes(ops: Iterable[Op]) -> list[Shape]:
+    return [(str(op.op), op.as_id, op.slot, op.gpa, op.size, op.flags) for op in ops]
+
+
+def slots_of(table: SlotTable) -> list[tuple[int, int, int, int, int]]:
+    return sorted((s.as_id, s.gpa, s.size, s.slot, s.flags) for s in table)
+
+
+# -- what must be left as it was -----------------------------------------------------------------
+
+
+async def trace_states(monitor: Monitor, names: Sequence[str] = ("*",)) -> dict[str, str]:
+    """State of every trace event that matches; patterns as in QEMU."""
+    states: dict[str, str] = {}
+    for name in names:
+        try:
+            found = await monitor.execute("trace-event-get-state", {"name": name})
+        except CommandFailed:
+            continue  # this QEMU has no such event
+        assert isinstance(found, list)
+        for entry in found:
+            assert isinstance(entry, dict)
+            states[str(entry["name"])] = str(entry["state"])
+    return states
+
+
+def log_targets(pid: int) -> dict[str, str]:
+    """Where the output descriptors of a process lead: 2 and every regular file or device that is
+    written, sockets and RAM left out."""
+    found = {}
+    for entry in os.scandir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):
+            target = os.readlink(entry.path)
+            kind = os.stat(entry.path).st_mode
+            if entry.name in ("1", "2") or (stat.S_ISREG(kind) and not target.endswith(".ram")):
+                found[entry.name] = target
+    return found
+
+
+def left_behind(pid: int) -> list[str]:
+    """What the agent keeps on disk about this QEMU."""
+    if not BASE.exists():
+        return []
+    return sorted(name for name in os.listdir(BASE) if name.startswith(f"{pid}-"))
+
+
+async def flush_rcu(monitor: Monitor) -> None:
+    """Return when QEMU has freed every view that is no longer in use, and logged that.
+
+    A `device_add` that fails waits for all RCU callbacks (`drain_call_rcu`, qdev-monitor.c of 7.2
+    to 11.1).  A vCPU that spins under TCG would make it wait for ever, so the guest is stopped.
+    """
+    await monitor.execute("stop")
+    with pytest.raises(CommandFailed):
+        await monitor.execute("device_add", {"driver": "no-such-device"})
+    await monitor.execute("cont")
+
+
+def live_views(log: Path) -> tuple[int, int]:
+    """From a log with `-trace flatview_new -trace flatview_destroy` since the start: the views
+    created so far, and how many of them there still are."""
+    data = log.read_bytes()
+    created = data.count(b"flatview_new ")
+    return created, created - data.count(b"flatview_destroy ")
+
+
+# -- verbs ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Ran:
+    """How a verb ended; `seconds` is from the start, or from the cause of its end if there was one."""
+
+    code: int
+    out: str
+    err: str
+    seconds: float
+
+    @property
+    def lines(self) -> list[str]:
+        return self.out.splitlines()
+
+    @property
+    def documents(self) -> list[dict[str, object]]:
+        """Every line of stdout as JSON."""
+        return [msgspec.json.decode(line, type=dict[str, object]) for line in self.lines]
+
+    def check_error(self, code: int, *words: str) -> None:
+        """The documented exit code, one message on stderr with a remedy, nothing raw."""
+        assert self.code == code, self.err
+        assert re.match(r"error: \S", self.err), self.err
+        for word in words:
+            assert word in self.err
+        assert "Traceback" not in self.err
+
+
+class Verb:
+    """A running verb whose output is read line by line."""
+
+    def __init__(self, process: asyncio.subprocess.Process) -> None:
+        self.process = process
+        self._lines: list[str] = []
+
+    async def line(self, seconds: float = 10.0) -> str:
+        """The next line of stdout."""
+        assert self.process.stdout is not None
+        async with asyncio.timeout(seconds):
+            line = (await self.process.stdout.readline()).decode()
+        if not line:
+            raise AssertionError(f"the verb ended after {self._lines!r}")
+        self._lines.append(line)
+        return line
+
+    async def until(self, text: str, seconds: float = 10.0) -> str:
+        """Lines up to the first that holds `text`, which is returned."""
+        async with asyncio.timeout(seconds):
+            while text not in (line := await self.line(seconds)):
+                pass
+        return line
+
+    async def end(self, seconds: float = 10.0) -> Ran:
+        """Wait for the end; the output includes what was read before."""
+        start = time.monotonic()
+        async with asyncio.timeout(seconds):
+            out, err = await self.process.communicate()
+        took = time.monotonic() - start
+        assert self.process.returncode is not None
+        text = "".join(self._lines) + out.decode()
+        return Ran(self.process.returncode, text, err.decode(), took)
+
+    def signal(self, number: signal.Signals) -> None:
+        self.process.send_signal(number)
+
+
+@asynccontextmanager
+async def started_verb(*args: str | Path, stdout: int = asyncio.subprocess.PIPE) -> AsyncIterator[Verb]:
+    """`qmp-memlistener args` as a process; killed when the block is left."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "qmp_memlistener", *map(str, args)),
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=stdout,
+        stderr=asyncio.subprocess.PIPE,
+        env={**os.environ, "COLUMNS": "80"},
+        limit=1 << 22,
+    )
+    try:
+        yield Verb(process)
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+
+
+async def run_verb(*args: str | Path, seconds: float = 20.0) -> Ran:
+    """Run `qmp-memlistener args` to its end."""
+    async with started_verb(*args) as verb:
+        return await verb.end(seconds)
