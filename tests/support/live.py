@@ -90,9 +90,7 @@ BASE = Path(f"/dev/shm/qmp-memlistener-{os.geteuid()}")
 EVENTS_OF_OURS = ("kvm_set_user_memory", "flatview_new", "runstate_set", "handle_hmp_command")
 _NONE = pytest.param(None, marks=pytest.mark.skip(reason=NO_QEMU), id="none")
 
-builds = pytest.mark.parametrize(
-    "build", [pytest.param(b, id=b.version) for b in QEMUS] or [_NONE]
-)
+builds = pytest.mark.parametrize("build", [pytest.param(b, id=b.version) for b in QEMUS] or [_NONE])
 """One run on every QEMU here."""
 
 
@@ -365,7 +363,7 @@ def live_views(log: Path) -> tuple[int, int]:
 
 @dataclass(frozen=True, slots=True)
 class Ran:
-    """How a verb ended; `seconds` is from the start, or from the cause of its end if there was one."""
+    """How a verb ended; `seconds` is from the call of `Verb.end`."""
 
     code: int
     out: str
@@ -429,7 +427,9 @@ class Verb:
 
 
 @asynccontextmanager
-async def started_verb(*args: str | Path, stdout: int = asyncio.subprocess.PIPE) -> AsyncIterator[Verb]:
+async def started_verb(
+    *args: str | Path, stdout: int = asyncio.subprocess.PIPE
+) -> AsyncIterator[Verb]:
     """`qmp-memlistener args` as a process; killed when the block is left."""
     process = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "qmp_memlistener", *map(str, args)),

@@ -60,9 +60,10 @@ class Log(MemoryListener):
         self.calls: list[Call] = []
         self._more = asyncio.Event()
 
-    def note(self, name: str, argument: object = None) -> None:
+    def note(self, name: str, argument: object = None) -> object:
         self.calls.append((name, argument))
         self._more.set()
+        return None
 
     async def wait(self, count: int) -> list[Call]:
         async with asyncio.timeout(PATIENCE_S):
@@ -120,7 +121,7 @@ class SlowLog(Log):
         super().note(name, argument)
         await asyncio.sleep(0)
 
-    def note(self, name: str, argument: object = None) -> object:  # type: ignore[override]
+    def note(self, name: str, argument: object = None) -> object:
         return self._slowly(name, argument)  # handed on to the dispatcher, which awaits it
 
 
@@ -337,8 +338,9 @@ async def test_a_listener_that_unregisters_itself() -> None:
         dispatcher.register(once, None)
         dispatcher.register(other, None)
         dispatcher.dispatch([PUNCH, FILL])
-        await other.wait(2 * 6)
-        await once.wait(len(other.calls) // 2)
+        each = 8  # callbacks of either transition
+        await other.wait(2 * each)
+        await once.wait(each + 1)
         await told(dispatcher)
         assert failed == []
         assert once.names[-2:] == ["commit", "unregistered"]
@@ -356,10 +358,11 @@ class Failing(Log):
         self._where = where
         self._what = what
 
-    def note(self, name: str, argument: object = None) -> None:
+    def note(self, name: str, argument: object = None) -> object:
         super().note(name, argument)
         if name == self._where:
             raise self._what
+        return None
 
 
 @pytest.mark.parametrize("where", ["begin", "region_del", "region_add", "hole_punched", "commit"])
@@ -382,7 +385,7 @@ async def test_a_failure_is_reported_and_harms_nobody(where: str) -> None:
 @pytest.mark.asyncio
 async def test_an_async_failure() -> None:
     class Bad(MemoryListener):
-        async def commit(self, transition: Transition) -> None:
+        async def commit(self, _: Transition) -> None:
             await asyncio.sleep(0)
             raise OSError(28, "disk full")
 
@@ -419,7 +422,7 @@ async def test_a_callback_that_ends_in_a_cancellation_of_its_own() -> None:
 
 @pytest.mark.asyncio
 async def test_what_reports_a_failure_may_fail_too() -> None:
-    def on_failure(listener: MemoryListener, name: str, exc: BaseException) -> None:
+    def on_failure(*_: object) -> None:
         raise RuntimeError("nobody wants to know")
 
     bad = Failing("begin", ValueError("x"))
@@ -491,7 +494,7 @@ async def test_a_hanging_listener_is_ended_at_the_deadline(how: str) -> None:
 @pytest.mark.asyncio
 async def test_a_listener_that_ignores_its_end_does_not_keep_us() -> None:
     hanging = Hanging(stubborn=3)
-    dispatcher = Dispatcher(lambda listener, name, exc: None)
+    dispatcher = Dispatcher(lambda *_: None)
     dispatcher.register(hanging, None)
     dispatcher.dispatch([PUNCH])
     await hanging.wait(1)

@@ -124,10 +124,14 @@ class TestPam:
         assert [d.inhibit for d in (opened, locked, closed)] == [rules.queued] * 3
 
     def test_ids_live_on_elsewhere(self) -> None:
-        done = plan(self.shadow, self.locked, table=self.table_7_2)
-        assert done.exposure.slot_ids_changed == ()  # the table knows no slot of this range
-        table = plan(self.closed, self.shadow, table=self.table_7_2).after
-        assert plan(self.shadow, self.locked, table=table).exposure.slot_ids_changed == (4,)
+        opened = plan(self.closed, self.shadow, table=self.table_7_2)
+        assert opened.exposure.slot_ids_changed == (3, 4), "made anew under their old ids"
+        locked = plan(self.shadow, self.locked, table=opened.after)
+        assert locked.exposure.slot_ids_changed == (4,), "most of it is in slot 5 now"
+
+    def test_a_table_of_another_time_is_refused(self) -> None:
+        with pytest.raises(InputError, match="overlaps"):
+            plan(self.shadow, self.locked, table=self.table_7_2)
 
 
 def test_a_hole_in_ram_takes_two_slots() -> None:
