@@ -7,7 +7,7 @@ import signal
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TypeVar
+from functools import wraps
 
 import rich_click as click
 
@@ -15,13 +15,35 @@ from ..errors import InputError, MemListenerError
 from ..recording import Lost, Reconciled, Record, SlotOp, TransitionRecord
 from .common import duration, print_json
 
-__all__ = ["Followed", "follow", "follow_options"]
-
-F = TypeVar("F", bound=Callable[..., object])
+__all__ = ["FollowOptions", "Followed", "follow", "follow_options"]
 
 
-def follow_options(function: F) -> F:
-    """The options of every verb that attaches."""
+@dataclass(frozen=True, slots=True)
+class FollowOptions:
+    """What a user may say of every attachment."""
+
+    for_ns: int | None
+    count: int | None
+    no_trace: bool
+    ping_monitor: str | None
+    ops_monitor: str | None
+
+
+def follow_options(function: Callable[..., None]) -> Callable[..., None]:
+    """The options of every verb that attaches; the verb gets them as `options`."""
+
+    @wraps(function)
+    def verb(
+        for_ns: int | None,
+        count: int | None,
+        no_trace: bool,
+        ping_monitor: str | None,
+        ops_monitor: str | None,
+        **rest: object,
+    ) -> None:
+        options = FollowOptions(for_ns, count, no_trace, ping_monitor, ops_monitor)
+        function(options=options, **rest)
+
     for option in (
         click.option("--ops-monitor", metavar="TARGET", help="Another QMP monitor of the same "
                      "QEMU, for operations."),
@@ -34,8 +56,8 @@ def follow_options(function: F) -> F:
         click.option("--for", "for_ns", type=duration, metavar="DURATION", help="End after this "
                      "time, such as 500ms, 30s or 5min."),
     ):  # fmt: skip
-        function = option(function)
-    return function
+        verb = option(verb)
+    return verb
 
 
 @dataclass
@@ -63,21 +85,17 @@ class Followed:
 
 async def follow(
     target: str,
+    options: FollowOptions,
     *,
-    as_json: bool,
+    as_json: bool = False,
     quiet: bool = False,
     record: str | None = None,
-    for_ns: int | None,
-    count: int | None,
-    no_trace: bool,
-    ping_monitor: str | None,
-    ops_monitor: str | None,
 ) -> Followed:
     """Attach and print records until the time is over, the count reached, a signal or the end."""
     from ..agent import attach
     from ..reports import Narrator
 
-    if for_ns == 0:
+    if options.for_ns == 0:
         raise InputError("--for needs a time longer than 0")
     seen = Followed()
     narrator = Narrator()
@@ -87,7 +105,7 @@ async def follow(
     def on_record(r: Record) -> None:
         nonlocal reader_gone
         seen.note(r)
-        if count is not None and seen.transitions >= count:
+        if options.count is not None and seen.transitions >= options.count:
             stop.set()
         if reader_gone:
             return
@@ -103,10 +121,10 @@ async def follow(
 
     async with attach(
         target,
-        trace=not no_trace,
+        trace=not options.no_trace,
         record=record,
-        ping_monitor=ping_monitor,
-        ops_monitor=ops_monitor,
+        ping_monitor=options.ping_monitor,
+        ops_monitor=options.ops_monitor,
         on_record=on_record,
     ) as agent:
         loop = asyncio.get_running_loop()
@@ -115,7 +133,7 @@ async def follow(
         lost = asyncio.create_task(agent.wait_lost())
         stopped = asyncio.create_task(stop.wait())
         try:
-            timeout = None if for_ns is None else for_ns / 1e9
+            timeout = None if options.for_ns is None else options.for_ns / 1e9
             await asyncio.wait(
                 [lost, stopped], timeout=timeout, return_when=asyncio.FIRST_COMPLETED
             )

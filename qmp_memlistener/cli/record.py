@@ -5,7 +5,7 @@ from __future__ import annotations
 import rich_click as click
 
 from .common import json_option, print_json, run_async
-from .follow import follow, follow_options
+from .follow import FollowOptions, follow, follow_options
 
 
 @click.command("record")
@@ -13,16 +13,7 @@ from .follow import follow, follow_options
 @click.option("-o", "--output", required=True, metavar="FILE", help="The recording, a new file.")
 @follow_options
 @json_option
-def command(
-    target: str,
-    output: str,
-    for_ns: int | None,
-    count: int | None,
-    no_trace: bool,
-    ping_monitor: str | None,
-    ops_monitor: str | None,
-    as_json: bool,
-) -> None:
+def command(target: str, output: str, options: FollowOptions, as_json: bool) -> None:
     """Record a guest: what `watch` shows, as JSON lines in FILE.
 
     The file can be read while it grows; a line cut off by a crash is no error.
@@ -31,19 +22,7 @@ def command(
 
     Example: qmp-memlistener record /run/vm.qmp -o boot.jsonl --for 30s
     """
-    seen = run_async(
-        follow(
-            target,
-            as_json=False,
-            quiet=True,
-            record=output,
-            for_ns=for_ns,
-            count=count,
-            no_trace=no_trace,
-            ping_monitor=ping_monitor,
-            ops_monitor=ops_monitor,
-        )
-    )
+    seen = run_async(follow(target, options, quiet=True, record=output))
     if as_json:
         print_json(
             {

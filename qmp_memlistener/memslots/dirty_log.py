@@ -106,10 +106,13 @@ class DirtyLog:
 
     def after(self, r: FlatRange) -> bool:
         """The range's region is logged after the transition."""
-        seen = self._seen.get(r.region)
         if r.name in self._change.start:
             return True
-        display = r.name in DISPLAY_RAM and seen is not False and r.name not in self._change.stop
+        seen = self._seen.get(r.region)
+        stops = r.name in self._change.stop
+        if seen is not None and not stops and self._migration_before == self._migration_after:
+            return seen
+        display = r.name in DISPLAY_RAM and seen is not False and not stops
         if display or not self._migration_after:
             return display
         if self._migration_before and seen is False:
