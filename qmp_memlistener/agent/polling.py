@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import asyncio
 
+from ..errors import DeadlineExceeded
 from ..monitor import IdleRoundTrip, Monitor, take_snapshot
 from ..tracking import Tracker
 from .mapping import maps_of
-from .source import MakeTracker, Publish
+from .source import MakeTracker, Patience, Publish, snapshot_deadline
 
 __all__ = ["PollSource"]
 
@@ -40,6 +41,7 @@ class PollSource:
         self.tracker: Tracker | None = None
         self.snapshots = 0
         self.snapshot_ns = 0
+        self._patience = Patience(publish)
         self._text = ""
         self._poked = asyncio.Event()
         self._lock = asyncio.Lock()
@@ -60,7 +62,13 @@ class PollSource:
             poked = self._poked.is_set()
             self._poked.clear()
             before = self._text
-            took_s = await self.snapshot() / 1e9
+            try:
+                took_s = await self.snapshot() / 1e9
+            except DeadlineExceeded as exc:
+                self._patience.stalled(exc)
+                took_s = LONGEST_S
+            else:
+                self._patience.answered()
             lively = poked or self._text is not before
             pause_s = SHORTEST_S if lively else min(pause_s * SLOWER, LONGEST_S)
             await asyncio.sleep(min(SHARE * took_s, LONGEST_S))
@@ -68,7 +76,7 @@ class PollSource:
     async def snapshot(self) -> int:
         """Take one snapshot and fold it in; returns how long it took, in ns."""
         async with self._lock:
-            shot = await take_snapshot(self._monitor, self._idle)
+            shot = await take_snapshot(self._monitor, self._idle, deadline=snapshot_deadline())
             self.snapshots += 1
             self.snapshot_ns += shot.duration_ns
             if shot.text != self._text:

@@ -2,20 +2,30 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from ..recording import Record
+from ..errors import DeadlineExceeded
+from ..recording import Note, Record
 from ..topology import MemoryMap
 from ..tracking import Tracker
 
-__all__ = ["MakeTracker", "Publish", "Source"]
+__all__ = ["MakeTracker", "Patience", "Publish", "Source", "snapshot_deadline"]
 
 Publish = Callable[[Iterable[Record]], None]
 """Takes the records that do not come from the tracker; called, also without any, on news."""
 
 MakeTracker = Callable[[dict[int, MemoryMap], int], Tracker]
 """Makes the tracker from the first snapshot and its time."""
+
+
+SNAPSHOT_DEADLINE_S = 10.0
+
+
+def snapshot_deadline() -> float:
+    """Seconds after which a snapshot is given up for this time."""
+    return SNAPSHOT_DEADLINE_S
 
 
 class Source(Protocol):
@@ -40,3 +50,28 @@ class Source(Protocol):
 
     async def finish(self) -> None:
         """The guest is gone: take in what it left."""
+
+
+class Patience:
+    """What to do when a snapshot takes too long: a stalled guest is what users look for.
+
+    It is said once, and again when the guest answers; the agent goes on trying.
+    """
+
+    def __init__(self, publish: Publish) -> None:
+        self._publish = publish
+        self._since_ns: int | None = None
+
+    def stalled(self, error: DeadlineExceeded) -> None:
+        """A snapshot did not come in time."""
+        if self._since_ns is None:
+            self._since_ns = time.monotonic_ns()
+            self._publish([Note(t_ns=self._since_ns, text=f"no snapshot: {error.message}")])
+
+    def answered(self) -> None:
+        """A snapshot came."""
+        if self._since_ns is not None:
+            now = time.monotonic_ns()
+            late_s = (now - self._since_ns) / 1e9
+            self._since_ns = None
+            self._publish([Note(t_ns=now, text=f"snapshots again, {late_s:.1f} s later")])

@@ -29,7 +29,7 @@ from ..monitor.trace_records import (
 from ..recording import Cause, GuestState, Lost, Note, Record
 from ..tracking import RawOp, Tracker
 from .mapping import maps_of
-from .source import MakeTracker, Publish
+from .source import MakeTracker, Patience, Publish, snapshot_deadline
 
 __all__ = ["TraceSource"]
 
@@ -37,6 +37,7 @@ SNAPSHOT_LINE = "info mtree -o -D"
 MIN_GAP_S = 0.002
 """At least this long between two snapshots, and `GAP_FACTOR` times what the last one took."""
 GAP_FACTOR = 4.0
+RETRY_S = 1.0
 _LINE_DEADLINE = 5.0
 _FINISH_DEADLINE = 1.0
 
@@ -63,6 +64,7 @@ class TraceSource:
         self.tracker: Tracker | None = None
         self.snapshots = 0
         self.snapshot_ns = 0
+        self._patience = Patience(publish)
         self._armed = False
         self._marker: int | None = None
         self._at_mark = asyncio.Event()
@@ -116,7 +118,14 @@ class TraceSource:
         while True:
             await self._dirty.wait()
             self._dirty.clear()
-            took_s = await self.snapshot() / 1e9
+            try:
+                took_s = await self.snapshot() / 1e9
+            except DeadlineExceeded as exc:
+                self._patience.stalled(exc)
+                self._dirty.set()
+                took_s = RETRY_S / GAP_FACTOR
+            else:
+                self._patience.answered()
             await asyncio.sleep(max(MIN_GAP_S, GAP_FACTOR * took_s))
 
     async def snapshot(self) -> int:
@@ -129,7 +138,7 @@ class TraceSource:
             self._armed = False
             self._at_mark.clear()
             replies = await self._monitor.pipeline(
-                [_hmp(f"print {marker:#x}"), _hmp(SNAPSHOT_LINE)]
+                [_hmp(f"print {marker:#x}"), _hmp(SNAPSHOT_LINE)], deadline=snapshot_deadline()
             )
             reply = replies[1]
             if isinstance(reply, CommandFailed):

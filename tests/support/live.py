@@ -94,11 +94,11 @@ builds = pytest.mark.parametrize("build", [pytest.param(b, id=b.version) for b i
 """One run on every QEMU here."""
 
 
-def cases(*accels: str) -> pytest.MarkDecorator:
-    """One run on every QEMU here under each of `accels` (default: KVM and TCG)."""
+def cases(*accels: str, of: Sequence[QemuBuild] = QEMUS) -> pytest.MarkDecorator:
+    """One run on every QEMU `of` those here under each of `accels` (default: KVM and TCG)."""
     params = [
         pytest.param(build, accel, id=f"{build.version}-{accel}", marks=_marks(accel))
-        for build in QEMUS
+        for build in of
         for accel in accels or ("kvm", "tcg")
     ]
     none = pytest.param(None, "", marks=pytest.mark.skip(reason=NO_QEMU), id="none")
@@ -193,7 +193,7 @@ async def booted(
         assert guest.ram is not None
         with Pulse(guest.ram) as pulse:
             await pulse.wait_ready()
-            yield Vm(guest, pulse, BRIDGES[machine])
+            yield Vm(guest, pulse, BRIDGES[machine.split(",")[0]])
 
 
 @asynccontextmanager

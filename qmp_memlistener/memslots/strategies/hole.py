@@ -134,10 +134,10 @@ def _carry_out(
         _replace(block, block.key in crossing, work, max_holes)
     if swapped:
         first = shrink[min(leaving)]
+        more = f" and {len(leaving) - 1} more" if len(leaving) > 1 else ""
         work.notes.append(
-            f"address space {as_id}: addresses change from one RAM block to another "
-            f"(at {first[0][0]:#x}, {first[1].key[0]}, and {len(leaving) - 1} more), "
-            "in one batch"
+            f"at {first[0][0]:#x}{more}, {first[1].key[0]} gives way to another RAM block: "
+            "both change in one batch"
         )
 
 

@@ -301,6 +301,14 @@ class TestFlags:
         moved = view_of(ram(0, 0x4000), ram(0x9000, 0x1000, "odd", 0))
         assert ops(plan(view, moved, table=table))[-1] == ("add", 1, 0x9000, 0x1000, 0)
 
+    def test_a_region_stays_as_its_slots_show_it(self) -> None:
+        """Device RAM is no business of a migration, but a table that has it logged is right."""
+        bar = FlatRange(0x8000, 0x1000, Kind.RAMD, "bar", region_kind=Kind.RAMD)
+        moved = FlatRange(0x9000, 0x1000, Kind.RAMD, "bar", region_kind=Kind.RAMD)
+        table = table_of((0, 0x8000, 0x1000, 1))
+        assert ops(plan(view_of(bar), view_of(moved), table=table))[-1][-1] == 1
+        assert ops(plan(view_of(bar), view_of(moved), log=self.start))[-1][-1] == 0
+
     def test_readonly_cannot_be_toggled_on_a_live_slot(self) -> None:
         """Seen only when the region changes behind a read-only alias while a log starts."""
         a = view_of(FlatRange(0, 0x1000, Kind.ROM, "x", region_kind=Kind.RAM))
