@@ -28,6 +28,7 @@ __all__ = ["Dispatcher", "MemoryListener"]
 log = logging.getLogger(__name__)
 
 QUEUE_LIMIT = 100_000  # changes; a listener that is further behind loses some and is told so
+_CANCEL_DEADLINE = 0.5
 
 
 class MemoryListener:
@@ -73,45 +74,68 @@ class MemoryListener:
 Failure = Callable[[MemoryListener, str, BaseException], None]
 
 
+class _Gap:
+    """Stands in a queue where changes were dropped."""
+
+    def __init__(self) -> None:
+        self.dropped = 0
+
+
 class _Runner:
     """One listener's queue and the task that empties it."""
 
     def __init__(self, listener: MemoryListener, on_failure: Failure) -> None:
         self.listener = listener
         self._on_failure = on_failure
-        self._queue: asyncio.Queue[Change | None] = asyncio.Queue()
-        self._dropped = 0
+        self._queue: asyncio.Queue[Change | _Gap | None] = asyncio.Queue()
+        self._gap: _Gap | None = None  # the last thing in the queue, if that is one
+        self._ended = False
         self.task = asyncio.create_task(self._run(), name=f"listener {type(listener).__name__}")
 
     def put(self, change: Change) -> None:
-        if self._queue.qsize() >= QUEUE_LIMIT:
-            self._dropped += 1
-        else:
+        if self._gap is None and self._queue.qsize() < QUEUE_LIMIT:
             self._queue.put_nowait(change)
+            return
+        if self._gap is None:
+            self._gap = _Gap()
+            self._queue.put_nowait(self._gap)
+        self._gap.dropped += 1
 
     async def close(self, deadline_s: float) -> None:
-        """Let the queue run empty, but not longer than `deadline_s` seconds."""
+        """Let the queue run empty, but not longer than `deadline_s` seconds.
+
+        Called from one of the listener's own callbacks it ends behind the present change.
+        """
+        if asyncio.current_task() is self.task:
+            self._ended = True
+            return
         self._queue.put_nowait(None)
         _, late = await asyncio.wait([self.task], timeout=deadline_s)
         for task in late:
             task.cancel()
-            await asyncio.wait([task])
+            _, stubborn = await asyncio.wait([task], timeout=_CANCEL_DEADLINE)
+            if stubborn:
+                log.warning("listener %s does not end", type(self.listener).__name__)
 
     async def idle(self) -> None:
         await self._queue.join()
 
     async def _run(self) -> None:
-        while True:
+        while not self._ended:
             change = await self._queue.get()
             try:
                 if change is None:
                     return
-                if self._dropped:
-                    dropped, self._dropped = self._dropped, 0
-                    await self._call("lost", dropped)
-                await self._deliver(change)
+                if isinstance(change, _Gap):
+                    self._gap = None
+                    await self._call("lost", change.dropped)
+                else:
+                    await self._deliver(change)
             finally:
                 self._queue.task_done()
+        while not self._queue.empty():  # nobody may wait for what will not be delivered
+            self._queue.get_nowait()
+            self._queue.task_done()
 
     async def _deliver(self, change: Change) -> None:
         t = change.transition
@@ -144,9 +168,19 @@ class _Runner:
             result = getattr(self.listener, name)(*args)
             if inspect.isawaitable(result):
                 await result
+        except asyncio.CancelledError as exc:
+            if self.task.cancelling():
+                raise
+            self._report(name, exc)  # of something the listener itself had cancelled
         except Exception as exc:  # a listener's own error must not reach the others
-            log.warning("listener %s failed in %s: %r", type(self.listener).__name__, name, exc)
+            self._report(name, exc)
+
+    def _report(self, name: str, exc: BaseException) -> None:
+        log.warning("listener %s failed in %s: %r", type(self.listener).__name__, name, exc)
+        try:
             self._on_failure(self.listener, name, exc)
+        except Exception:
+            log.exception("the failure of a listener could not be reported")
 
 
 class Dispatcher:

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections import Counter
 
 import pytest
-from hypothesis import settings
+from hypothesis import HealthCheck, settings
 
 TIERS = ("unit", "conformance", "live", "kvm", "fuzz")
 
 # the machines are slow and noisy: a deadline for one example would test them, not us
-settings.register_profile("default", deadline=None, max_examples=100)
+settings.register_profile(
+    "default", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
+)
 settings.load_profile("default")
 
 

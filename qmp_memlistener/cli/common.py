@@ -23,6 +23,7 @@ __all__ = [
     "duration",
     "json_option",
     "print_error",
+    "printable",
     "print_json",
     "print_table",
     "read_text",
@@ -46,10 +47,16 @@ def json_option(function: F) -> F:
 
 
 def console(*, stderr: bool = False) -> Console:
-    """A rich console; plain text when the output is not a terminal."""
+    """A rich console; on anything but a terminal, lines are as long as they need to be."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=not sys.stdout.isatty())
+    wide = None if sys.stdout.isatty() else 1000
+    return Console(stderr=stderr, highlight=False, width=wide)
+
+
+def printable(text: str) -> str:
+    """Guests choose names: control characters in them must not reach the terminal."""
+    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
 
 
 def print_json(document: object) -> None:
@@ -69,6 +76,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
     """A plain table; long cells fold, ranges and numbers do not."""
     from rich.box import SIMPLE_HEAD
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     for name in columns:
@@ -76,7 +84,7 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:
         right = name in ("size", "pid", "ops")
         table.add_column(name, justify="right" if right else "left", no_wrap=keep, overflow="fold")
     for row in rows:
-        table.add_row(*row)
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console().print(table)
 
 
@@ -89,7 +97,10 @@ def read_text(path: str) -> str:
             with open(path, "rb") as file:
                 data = file.read()
     except OSError as exc:
-        raise InputError(f"{path} cannot be read: {exc.strerror}") from exc
+        raise InputError(
+            f"{path or 'the empty file name'} cannot be read: {exc.strerror}",
+            remedy="name a file that is there and that you may read; - is stdin",
+        ) from exc
     try:
         return data.decode("utf-8")
     except UnicodeDecodeError:

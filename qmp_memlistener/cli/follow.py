@@ -13,7 +13,7 @@ import rich_click as click
 
 from ..errors import InputError, MemListenerError
 from ..recording import Lost, Reconciled, Record, SlotOp, TransitionRecord
-from .common import duration, print_json
+from .common import duration, print_json, printable
 
 __all__ = ["FollowOptions", "Followed", "follow", "follow_options"]
 
@@ -96,7 +96,7 @@ async def follow(
     from ..reports import Narrator
 
     if options.for_ns == 0:
-        raise InputError("--for needs a time longer than 0")
+        raise InputError("--for needs a time longer than 0", remedy="such as --for 30s")
     seen = Followed()
     narrator = Narrator()
     stop = asyncio.Event()
@@ -114,7 +114,7 @@ async def follow(
                 print_json(r)
             elif not quiet:
                 for line in narrator.lines(r):
-                    click.echo(line)
+                    click.echo(printable(line))
         except BrokenPipeError:
             reader_gone = True
             stop.set()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import os
 import sys
 from importlib import import_module
@@ -9,7 +11,7 @@ from importlib import import_module
 import rich_click as click
 
 from .. import __version__
-from ..errors import MemListenerError
+from ..errors import MemListenerError, OperationFailed
 from .common import Interrupted, print_error
 
 __all__ = ["cli", "run"]
@@ -59,7 +61,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command line and return its exit code."""
     try:
         result = cli.main(argv, prog_name="qmp-memlistener", standalone_mode=False)
-        return result if isinstance(result, int) else 0
+        sys.stdout.flush()
     except click.ClickException as exc:
         exc.show()
         return 2
@@ -69,12 +71,37 @@ def main(argv: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt, Interrupted):
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:
-        # the reader of our output has gone; keep the interpreter from complaining at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
+    except (SystemExit, OSError) as exc:
+        return _end_of_output(exc)
+    return result if isinstance(result, int) else 0
+
+
+def _end_of_output(exc: SystemExit | OSError) -> int:
+    """Exit code when stdout could not be written; click turns EPIPE into SystemExit."""
+    cause = exc if isinstance(exc, OSError) else exc.__context__
+    if not isinstance(cause, OSError):
+        assert isinstance(exc, SystemExit)
+        return exc.code if isinstance(exc.code, int) else 1
+    # what is still buffered has nowhere to go: keep the interpreter from complaining at exit
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+    if cause.errno == errno.EPIPE:
+        return 0  # as in `| head`: whoever read has had enough
+    print_error(
+        OperationFailed(
+            f"the output cannot be written: {cause.strerror or cause}",
+            remedy="make room, or send it somewhere else",
+        )
+    )
+    return 1
 
 
 def run() -> None:
     """Entry point of the `qmp-memlistener` script."""
+    # Python leaves a stream that was closed at the start None; print() would then take stdout
+    sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - for the rest of the process
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     sys.exit(main())

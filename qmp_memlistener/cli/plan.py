@@ -77,7 +77,10 @@ def command(
 
     if recording is not None:
         if before or after or slots:
-            raise InputError("give a RECORDING, or --before and --after, not both")
+            raise InputError(
+                "a RECORDING and --before, --after or --slots exclude each other",
+                remedy="see `qmp-memlistener plan --help`",
+            )
         results = _of_recording(recording, transition, rules, planned)
         if as_json:
             documents = [{"seq": seq, **plan_document(plans)} for seq, plans in results]
@@ -92,8 +95,14 @@ def command(
             "plan needs --before FILE and --after FILE, or a RECORDING",
             remedy="see `qmp-memlistener plan --help`",
         )
+    if transition is not None:
+        raise InputError(
+            "--transition goes with a RECORDING", remedy="see `qmp-memlistener plan --help`"
+        )
     table = SlotTable.from_json(read_text(slots)) if slots else None
-    plans = planned(_views(before), _views(after), table, Rules.parse(rules or "8.0"))
+    plans = planned(
+        _views(before), _views(after), table, Rules.parse("8.0" if rules is None else rules)
+    )
     if as_json:
         print_json(plan_document(plans))
     else:
@@ -106,7 +115,10 @@ def _log_change(start: Sequence[str], stop: Sequence[str]) -> LogChange | None:
     if not start and not stop:
         return None
     if "all" in start and "all" in stop:
-        raise InputError("--log-start all and --log-stop all contradict each other")
+        raise InputError(
+            "--log-start all and --log-stop all contradict each other",
+            remedy="leave one of them out",
+        )
     migration = True if "all" in start else False if "all" in stop else None
     return LogChange(frozenset(start) - {"all"}, frozenset(stop) - {"all"}, migration)
 
@@ -190,7 +202,7 @@ def _of_recording(
     from ..tracking import replay
 
     recording = Recording(path)
-    by = Rules.parse(rules or recording.header.qemu_version or "8.0")
+    by = Rules.parse(rules if rules is not None else recording.header.qemu_version or "8.0")
     results = []
     for step in replay(recording):
         if wanted is None or step.seq == wanted:

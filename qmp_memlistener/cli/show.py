@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import InputError
-from .common import json_option, print_json, print_table, read_text, run_async, span_text
+from .common import json_option, print_json, print_table, printable, read_text, run_async, span_text
 
 if TYPE_CHECKING:
     from ..memslots import SlotTable
@@ -53,7 +53,10 @@ def command(
     live: _Live | None = None
     if file is not None:
         if unsafe_flatview:
-            raise InputError("--unsafe-flatview goes with a TARGET only")
+            raise InputError(
+                "--unsafe-flatview goes with a TARGET only",
+                remedy="a file is shown as it is: leave the option out",
+            )
         text = read_text(file)
     else:
         assert target is not None
@@ -218,8 +221,8 @@ def _print(result: MemoryMap, address_space: str) -> None:
     print_table(("block", "range", "size", "covered by", "owner"), rows)
     for above, below in result.ambiguous:
         click.echo(
-            f"note: {above} and {below} overlap at equal priority; QEMU does not print which is in "
-            f"front, {above} is assumed to be"
+            f"note: {printable(above)} and {printable(below)} overlap at equal priority; QEMU does "
+            f"not print which is in front, {printable(above)} is assumed to be"
         )
     for name in result.unresolved:
-        click.echo(f"note: the text does not describe {name}, the target of an alias")
+        click.echo(f"note: the text does not describe {printable(name)}, the target of an alias")

@@ -118,6 +118,18 @@ class _Entry(msgspec.Struct, forbid_unknown_fields=False):
     as_id: int | None = None
 
 
+def _slot_of(e: _Entry) -> Slot:
+    as_id = e.slot >> AS_SHIFT if e.as_id is None else e.as_id
+    slot_id = e.slot & LAST_SLOT if e.as_id is None else e.slot
+    fits = 0 <= slot_id <= LAST_SLOT and 0 <= as_id <= LAST_SLOT and 0 <= e.flags < 1 << 32
+    if not fits or e.slot < 0 or e.gpa < 0 or e.size <= 0 or e.gpa + e.size > 1 << 64:
+        raise InputError(
+            f"not a memslot: {msgspec.to_builtins(e)}",
+            remedy="an id has 16 bits, flags 32, and a range lies within 64 bits",
+        )
+    return Slot(as_id, slot_id, e.gpa, e.size, e.flags)
+
+
 _Piece = tuple[int, int, int]  # start, end, slot id
 
 
@@ -209,13 +221,7 @@ class SlotTable:
                 remedy='give [{"slot": 0, "gpa": 0, "size": 4096, "flags": 0}, ...] '
                 "with integers only",
             ) from exc
-        slots = []
-        for e in entries:
-            as_id = e.slot >> AS_SHIFT if e.as_id is None else e.as_id
-            slots.append(Slot(as_id, e.slot & LAST_SLOT, e.gpa, e.size, e.flags))
-            if e.slot < 0 or e.gpa < 0 or e.size <= 0 or e.flags < 0 or as_id < 0:
-                raise InputError(f"not a memslot: {msgspec.to_builtins(e)}")
-        return cls(slots)
+        return cls(_slot_of(e) for e in entries)
 
     def copy(self) -> SlotTable:
         """A table of its own with the same slots."""
@@ -346,7 +352,10 @@ def _by_place(slot: Slot) -> tuple[int, int]:
 
 def _check(slot: Slot, space: _Space) -> None:
     if slot.slot in space.by_id:
-        raise InputError(f"{slot} and {space.by_id[slot.slot]} have the same id")
+        raise InputError(
+            f"{slot} and {space.by_id[slot.slot]} have the same id",
+            remedy="give each slot of an address space an id of its own",
+        )
     if slot.size <= 0 or not 0 <= slot.slot <= LAST_SLOT:
         raise InputError(f"{slot} is not a memslot")
 

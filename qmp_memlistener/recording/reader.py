@@ -7,7 +7,7 @@ not an error (the writer may be in the middle of it, or was killed there).
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, BinaryIO
 
 import msgspec
 
@@ -57,37 +57,48 @@ class Recording:
 
     def __iter__(self) -> Iterator[Record]:
         try:
-            file = open(self.path, "rb")  # noqa: SIM115 - closed below, errors named here
+            with open(self.path, "rb") as file:
+                yield from self._read(file)
         except OSError as exc:
-            raise InputError(f"{self.path} cannot be read: {exc.strerror}") from exc
-        with file:
-            file.seek(self._position)
-            self.truncated = False
-            for line in file:
-                if not line.endswith(b"\n"):
-                    self.truncated = True
-                    return
-                self._line_no += 1
-                self._position += len(line)
-                record = self._decode(line)
-                if record is not None:
-                    yield record
+            raise InputError(
+                f"{self.path} cannot be read: {exc.strerror}",
+                remedy="name a recording that is there and that you may read",
+            ) from exc
+
+    def _read(self, file: BinaryIO) -> Iterator[Record]:
+        file.seek(self._position)
+        self.truncated = False
+        for line in file:
+            if not line.endswith(b"\n"):
+                self.truncated = True
+                return
+            self._line_no += 1
+            self._position += len(line)
+            record = self._decode(line)
+            if record is not None:
+                yield record
 
     def _decode(self, line: bytes) -> Record | None:
         try:
             tag = self._peek.decode(line).get("type")
-        except msgspec.DecodeError as exc:
-            raise RecordingError(f"{self.path}, line {self._line_no}: not JSON ({exc})") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise self._bad(f"not JSON ({exc})") from None
         decoder = self._decoders.get(tag) if isinstance(tag, str) else None
         if decoder is None:
             if self._line_no == 1:
-                raise RecordingError(f"{self.path} is not a recording: line 1 has no known type")
+                raise self._bad("no record of a known type")
             self.skipped += 1
             return None
         try:
             return decoder.decode(line)
-        except msgspec.ValidationError as exc:
-            raise RecordingError(f"{self.path}, line {self._line_no}: {exc}") from None
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            raise self._bad(str(exc)) from None
+
+    def _bad(self, why: str) -> RecordingError:
+        return RecordingError(
+            f"{self.path}, line {self._line_no}: {why}",
+            remedy="give a file that `qmp-memlistener record` wrote, unchanged",
+        )
 
 
 def is_recording(path: str) -> bool:

@@ -26,19 +26,20 @@ __all__ = ["Dump", "parse"]
 _OWNERS = r"(?P<owners>(?: (?:owner|parent):\{[^}]*\}| orphan)*)"
 _REGION = re.compile(
     r"(?:\[DETECTED OVERFLOW!\] )?(?P<indent> +)(?P<start>[0-9a-f]{16})-(?P<last>[0-9a-f]{16})"
-    r" \(prio (?P<prio>-?\d+), (?P<nv>nv-)?(?P<kind>[a-z/]+)\): "
+    r" \(prio (?P<prio>-?\d{1,10}), (?P<nv>nv-)?(?P<kind>[a-z/]+)\): "
     r"(?:alias (?P<alias>.*) @(?P<target>.*) (?P<offset>[0-9a-f]{16})-[0-9a-f]{16}|(?P<name>.*?))"
     r"(?P<disabled> \[disabled\])?" + _OWNERS
 )
 _RANGE = re.compile(
     r"  (?P<start>[0-9a-f]{16})-(?P<last>[0-9a-f]{16})"
-    r" \(prio (?P<prio>-?\d+), (?P<nv>nv-)?(?P<kind>[a-z/]+)\): "
+    r" \(prio (?P<prio>-?\d{1,10}), (?P<nv>nv-)?(?P<kind>[a-z/]+)\): "
     r"(?P<name>.*?)(?: @(?P<offset>[0-9a-f]{16}))?" + _OWNERS +
     # AccelClass.name of the accelerators that have slots; once per address space of the view
     r"(?P<slots>(?: (?:KVM|HVF|NVMM|WHPX|MSHV|Xen))*)"
 )  # fmt: skip
 _OWNER = re.compile(r" owner:\{(?:dev|obj) (?:id|path|type)=([^}]*)\}")
 _VIEW_SPACE = re.compile(r' AS "(?P<name>.*)", root: (?P<root>.*)')
+_MAX_LINE = 8192  # the longest that QEMU prints are device paths of some hundred characters
 _KINDS = {k.value: k for k in Kind} | {"container": Kind.IO}  # the latter: roots, 10.1 and later
 
 
@@ -69,6 +70,9 @@ def parse(text: str) -> Dump:
     Raises MtreeError (with line number) for anything that QEMU does not print.
     """
     lines = text.replace("\r", "").split("\n")
+    for line_no, line in enumerate(lines, 1):
+        if len(line) > _MAX_LINE:
+            raise MtreeError(line_no, line, "longer than any line of QEMU's")
     for line in lines:
         if line.startswith("FlatView #"):
             return _parse_flat(lines)

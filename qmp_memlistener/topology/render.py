@@ -30,7 +30,8 @@ from .model import ADDRESS_SPACE_SIZE, FlatRange, FlatView, Kind, Region
 __all__ = ["Extent", "Rendering", "render"]
 
 HOST_PAGE = 4096
-_MAX_DEPTH = 64  # nesting of real machines stays below 20; deeper is an alias that contains itself
+_MAX_DEPTH = 64  # nesting of real machines stays below 20
+_MAX_VISITS = 1_000_000  # aliases of aliases may multiply; machines stay below a thousandth of it
 
 # i/o regions that have children and answer by themselves as well: memory_region_init_io() and
 # memory_region_add_subregion() on the same region (QEMU 7.2 and 10.0).
@@ -167,7 +168,7 @@ class _Piece:
 def render(root: Region | None, address_space: str = "memory") -> Rendering:
     """Render the linked tree below `root` (None: an address space with nothing in it).
 
-    Raises MtreeError when an alias contains itself.
+    Raises MtreeError when an alias contains itself or aliases multiply without an end.
     """
     collector = _Collector()
     root = _flatview_root(root)
@@ -222,6 +223,7 @@ class _Collector:
         self.ambiguous: set[tuple[str, str]] = set()
         self.unresolved: set[str] = set()
         self._order: dict[int, list[Region]] = {}
+        self._visits = 0
 
     def visit(
         self, region: Region, base: int, lo: int, hi: int, flags: _Inherited, depth: int
@@ -229,8 +231,11 @@ class _Collector:
         """`base` is where the parent's offset 0 lies; `[lo, hi)` is what the parent shows."""
         if not region.enabled:
             return
+        self._visits += 1
         if depth > _MAX_DEPTH:
-            raise MtreeError(region.line_no, region.name, "the region contains itself")
+            raise MtreeError(region.line_no, region.name, "nested too deep, or contains itself")
+        if self._visits > _MAX_VISITS:
+            raise MtreeError(region.line_no, region.name, "aliases of aliases without an end")
         base += region.addr
         lo = max(lo, base)
         hi = min(hi, base + region.size)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
+from ..errors import RecordingError
 from ..memslots import Slot, SlotTable
 from ..recording import MapRecord, Record, Section, SlotOp, TransitionRecord
 from ..topology import FlatRange, FlatView, Kind
@@ -29,8 +30,8 @@ class ReplayStep:
 def replay(records: Iterable[Record]) -> Iterator[ReplayStep]:
     """The transitions in order.
 
-    Transitions of which nothing is known are left out.  Raises ValueError when sections do not fit
-    the view they are applied to.
+    Transitions of which nothing is known are left out.  Raises RecordingError when sections do not
+    fit the view they are applied to.
     """
     view: FlatView | None = None
     slots: dict[int, Slot] = {}
@@ -51,7 +52,8 @@ def replay(records: Iterable[Record]) -> Iterator[ReplayStep]:
         match record:
             case MapRecord():
                 yield from finish()
-                view = FlatView([_range(s) for s in record.ranges], record.address_space)
+                ranges = [_range(s) for s in record.ranges]
+                view = _view(ranges, record.address_space, "the map")
             case TransitionRecord():
                 yield from finish()
                 pending = record
@@ -65,11 +67,26 @@ def _apply(view: FlatView, t: TransitionRecord) -> FlatView:
     ranges = [r for r in view if (r.start, r.size) not in gone]
     ranges += [_range(s) for s in t.added]
     ranges.sort(key=lambda r: r.start)
-    return FlatView(ranges, view.address_space)
+    return _view(ranges, view.address_space, f"transition {t.seq}")
+
+
+def _view(ranges: list[FlatRange], address_space: str, where: str) -> FlatView:
+    try:
+        return FlatView(ranges, address_space)
+    except ValueError as exc:
+        raise _unfit(f"{where} does not fit the map before it: {exc}") from None
 
 
 def _range(s: Section) -> FlatRange:
-    return FlatRange(s.start, s.size, Kind(s.kind), s.name, s.offset, s.owner, memslot=s.memslot)
+    try:
+        kind = Kind(s.kind)
+    except ValueError:
+        raise _unfit(f"a section of unknown kind {s.kind!r}") from None
+    return FlatRange(s.start, s.size, kind, s.name, s.offset, s.owner, memslot=s.memslot)
+
+
+def _unfit(why: str) -> RecordingError:
+    return RecordingError(why, remedy="give a file that `qmp-memlistener record` wrote, unchanged")
 
 
 def _fold(slots: dict[int, Slot], op: SlotOp) -> None:

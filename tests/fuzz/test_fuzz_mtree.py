@@ -24,13 +24,13 @@ from qmp_memlistener.topology import FlatView, MemoryMap, parse, read_map, read_
 
 SAMPLES = sorted((Path(__file__).parents[1] / "conformance" / "mtree").rglob("*.json.gz"))
 LONGEST = 12_000  # characters; the same grammar as the longer ones, and many more tries
-ROUNDS = 400
+ROUNDS = 2000
 HEX = "0123456789abcdef"
 PIECES = [
-    " ", "\r", "\n", "\0", "  ", "-", "@", ":", "[disabled]", " [disabled]", "owner:{", "}", "alias ",
-    " orphan", " KVM", "(prio ", "99999999999999999999", "ffffffffffffffff", "0000000000000000",
-    "nv-", "ram", "i/o", "container", "FlatView #0", "address-space: memory", "memory-region: ",
-    "[DETECTED OVERFLOW!] ", "é", "\u0661", "\ud7ff", "\x1b", "\u2028", "\x85",
+    " ", "\r", "\n", "\0", "  ", "-", "@", ":", "[disabled]", " [disabled]", "owner:{", "}",
+    "alias ", " orphan", " KVM", "(prio ", "99999999999999999999", "ffffffffffffffff",
+    "0000000000000000", "nv-", "ram", "i/o", "container", "FlatView #0", "address-space: memory",
+    "memory-region: ", "[DETECTED OVERFLOW!] ", "é", "\u0661", "\ud7ff", "\x1b", "\u2028", "\x85",
 ]  # fmt: skip
 
 
@@ -117,11 +117,13 @@ def read(text: str) -> dict[str, MemoryMap]:
         dump = parse(text)
         maps = read_maps(text, [*dump.flat_views] if dump.is_flat else [*dump.address_spaces])
     except MtreeError as exc:
-        assert 1 <= exc.line_no <= text.count("\n") + 1
-        assert exc.remedy
-        return {}
-    check(maps)
-    return maps
+        refused = exc
+    else:
+        check(maps)
+        return maps
+    assert 1 <= refused.line_no <= text.count("\n") + 1
+    assert refused.remedy
+    return {}
 
 
 @pytest.mark.timeout(60)
@@ -144,7 +146,7 @@ def test_what_is_read_can_be_planned() -> None:
     rng = random.Random(8)
     spaces = list(ADDRESS_SPACES)
     planned = 0
-    for n in range(60):
+    for n in range(200):
         base = texts()[n % len(texts())]
         pair: list[dict[int, FlatView]] = []
         for text in (base, mutated(rng, base)):
@@ -227,7 +229,7 @@ def alias_beside_alias(levels: int = 28) -> str:
     return "\n".join(lines) + "\n"
 
 
-def fan(n: int = 3000) -> str:
+def fan(n: int = 1500) -> str:
     """n aliases to one section of n regions: n * n pieces from 2 * n lines."""
     lines = space(*(f"    {WHOLE} (prio {i}, i/o): alias a{i} @l {WHOLE}" for i in range(n)))
     ram = (f"    {i << 12:016x}-{(i << 12) + 0xFFF:016x} (prio 0, ram): r{i}" for i in range(n))
@@ -306,18 +308,17 @@ BOMBS: dict[str, Callable[[], str]] = {
 }
 
 
-@pytest.mark.timeout(15)
+@pytest.mark.timeout(10)
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_bomb_is_read_or_refused_soon(name: str) -> None:
     """The timeout is there for what would never end; nothing here needs a fraction of it."""
     text = BOMBS[name]()
+    refused: InputError | None = None
     try:
-        m = read_map(text)
+        check({"memory": read_map(text)})
     except InputError as exc:
-        assert exc.exit_code == 2
-        assert len(exc.message) < 500
-    else:
-        check({"memory": m})
+        refused = exc
+    assert refused is None or len(refused.message) < 500
 
 
 def test_small_bombs_are_read_as_they_are() -> None:

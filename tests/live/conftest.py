@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.live import Seen
+pytest.register_assert_rewrite("tests.support.live")
+
+from tests.support.live import Seen  # noqa: E402 - its assertions must be rewritten first
 
 
 @pytest.fixture

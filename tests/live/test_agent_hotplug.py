@@ -22,6 +22,7 @@ from qmp_memlistener.guests import (
     QTest,
     launch,
 )
+from qmp_memlistener.guests.pci import COMMAND, COMMAND_MEMORY
 from qmp_memlistener.monitor import Monitor
 from qmp_memlistener.recording import Cause, QmpEvent, SlotOp, TransitionRecord
 from qmp_memlistener.topology import Kind
@@ -314,6 +315,32 @@ async def test_hotplug_while_the_guest_reshapes_its_map(
                 ops = seen.ops(t.seq)
                 assert (len(ops) == 1) == (t.cause.type == "memory_device"), t
         assert len([b for b in agent.map.ram_blocks if b.name in ("m0", "m1", "m2")]) == 3
+    seen.check_nothing_wrong()
+
+
+@cases()
+@pytest.mark.asyncio
+async def test_a_burst_of_bar_mappings_is_seen_one_by_one(
+    build: QemuBuild, accel: str, seen: Seen
+) -> None:
+    """A driver that probes a device does this; no slot is concerned, so only the trace tells."""
+    times = 40
+    device = PciAddress(0, 6)
+    async with (
+        booted(build, accel, "pc", "-device", "edu,id=edu0,addr=6") as vm,
+        attach(vm.target, on_record=seen) as agent,
+    ):
+        await vm.pulse.map_bar(device, 0, BAR)
+        await vm.pulse.unmap_bar(device)
+        await agent.settle()
+        start = agent.transitions
+        toggle = await vm.pulse.toggle(device, COMMAND, (COMMAND_MEMORY, 0), times, width=2)
+        assert await toggle.wait() == times
+        await agent.settle()
+        causes = [t.cause for t in seen.transitions[start:]]
+        assert [c.type for c in causes] == ["pci_bar"] * times
+        for i, cause in enumerate(causes):
+            check_bar(cause, "edu 00:06.0", 0, "unmapped" if i % 2 else "mapped", BAR, MIB)
     seen.check_nothing_wrong()
 
 

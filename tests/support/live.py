@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import functools
 import os
 import re
-import signal
 import stat
+import struct
 import sys
+import termios
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
@@ -56,7 +58,6 @@ from qmp_memlistener.topology import Transition
 
 __all__ = [
     "BASE",
-    "EVENTS_OF_OURS",
     "NO_QEMU",
     "QEMUS",
     "Commits",
@@ -65,9 +66,12 @@ __all__ = [
     "Shape",
     "Verb",
     "Vm",
+    "best_accel",
     "booted",
     "builds",
     "cases",
+    "enabled_events",
+    "file_has",
     "flush_rcu",
     "left_behind",
     "live_views",
@@ -75,11 +79,11 @@ __all__ = [
     "op_shapes",
     "planned_shapes",
     "qmp",
+    "run_in_terminal",
     "run_verb",
     "silenced",
     "skip_without_kvm",
     "started_verb",
-    "trace_states",
     "why_no_kvm",
 ]
 
@@ -87,11 +91,13 @@ QEMUS = find_qemus()
 NO_QEMU = "qemu-system-x86_64 is not installed"
 BRIDGES = {"pc": I440FX, "q35": Q35}
 BASE = Path(f"/dev/shm/qmp-memlistener-{os.geteuid()}")
-EVENTS_OF_OURS = ("kvm_set_user_memory", "flatview_new", "runstate_set", "handle_hmp_command")
-_NONE = pytest.param(None, marks=pytest.mark.skip(reason=NO_QEMU), id="none")
 
-builds = pytest.mark.parametrize("build", [pytest.param(b, id=b.version) for b in QEMUS] or [_NONE])
-"""One run on every QEMU here."""
+
+def builds(of: Sequence[QemuBuild] = QEMUS) -> pytest.MarkDecorator:
+    """One run on every QEMU `of` those here."""
+    params = [pytest.param(build, id=build.version) for build in of]
+    none = pytest.param(None, marks=pytest.mark.skip(reason=NO_QEMU), id="none")
+    return pytest.mark.parametrize("build", params or [none])
 
 
 def cases(*accels: str, of: Sequence[QemuBuild] = QEMUS) -> pytest.MarkDecorator:
@@ -107,6 +113,11 @@ def cases(*accels: str, of: Sequence[QemuBuild] = QEMUS) -> pytest.MarkDecorator
 
 def _marks(accel: str) -> Sequence[pytest.MarkDecorator]:
     return (pytest.mark.kvm,) if accel == "kvm" else ()
+
+
+def best_accel(build: QemuBuild) -> str:
+    """KVM where it works."""
+    return "tcg" if why_no_kvm(build.binary) else "kvm"
 
 
 @functools.cache
@@ -133,7 +144,7 @@ def silenced(build: QemuBuild, directory: Path) -> QemuBuild:
 
 @dataclass(frozen=True, slots=True)
 class Vm:
-    """A pulse guest that is up, with two free monitors."""
+    """A pulse guest that is up, its monitors free."""
 
     guest: Guest
     pulse: Pulse
@@ -142,10 +153,6 @@ class Vm:
     @property
     def target(self) -> str:
         return f"unix:{self.guest.monitors[0]}"
-
-    @property
-    def other_target(self) -> str:
-        return f"unix:{self.guest.monitors[1]}"
 
     async def write(self, register: int, value: int, width: int = 1) -> None:
         """The guest writes a register of its host bridge."""
@@ -182,12 +189,18 @@ async def booted(
     *args: str,
     memory: int = 64 << 20,
     smp: int = 1,
+    monitors: int = 2,
     binary: QemuBuild | None = None,
 ) -> AsyncIterator[Vm]:
     """A pulse guest without firmware; `binary` is what to start in place of `build`."""
     skip_without_kvm(build, accel)
     spec = GuestSpec(
-        machine=machine, accel=accel, memory=memory, smp=smp, args=(*boot_args(), *args)
+        machine=machine,
+        accel=accel,
+        memory=memory,
+        smp=smp,
+        monitors=monitors,
+        args=(*boot_args(), *args),
     )
     async with launch(spec.on(binary or build)) as guest:
         assert guest.ram is not None
@@ -303,32 +316,21 @@ def slots_of(table: SlotTable) -> list[tuple[int, int, int, int, int]]:
 # -- what must be left as it was -----------------------------------------------------------------
 
 
-async def trace_states(monitor: Monitor, names: Sequence[str] = ("*",)) -> dict[str, str]:
-    """State of every trace event that matches; patterns as in QEMU."""
-    states: dict[str, str] = {}
-    for name in names:
-        try:
-            found = await monitor.execute("trace-event-get-state", {"name": name})
-        except CommandFailed:
-            continue  # this QEMU has no such event
-        assert isinstance(found, list)
-        for entry in found:
-            assert isinstance(entry, dict)
-            states[str(entry["name"])] = str(entry["state"])
-    return states
+async def enabled_events(monitor: Monitor) -> frozenset[str]:
+    """The trace events that are on."""
+    found = await monitor.execute("trace-event-get-state", {"name": "*"})
+    assert isinstance(found, list)
+    return frozenset(str(event["name"]) for event in found if event["state"] == "enabled")
 
 
-def log_targets(pid: int) -> dict[str, str]:
-    """Where the output descriptors of a process lead: 2 and every regular file or device that is
-    written, sockets and RAM left out."""
-    found = {}
+def log_targets(pid: int) -> list[str]:
+    """Where the descriptors of a process lead: standard error, and all regular files."""
+    found = [f"2: {os.readlink(f'/proc/{pid}/fd/2')}"]
     for entry in os.scandir(f"/proc/{pid}/fd"):
         with contextlib.suppress(FileNotFoundError):
-            target = os.readlink(entry.path)
-            kind = os.stat(entry.path).st_mode
-            if entry.name in ("1", "2") or (stat.S_ISREG(kind) and not target.endswith(".ram")):
-                found[entry.name] = target
-    return found
+            if stat.S_ISREG(os.stat(entry.path).st_mode):
+                found.append(os.readlink(entry.path))
+    return sorted(found)
 
 
 def left_behind(pid: int) -> list[str]:
@@ -356,6 +358,17 @@ def live_views(log: Path) -> tuple[int, int]:
     data = log.read_bytes()
     created = data.count(b"flatview_new ")
     return created, created - data.count(b"flatview_destroy ")
+
+
+async def file_has(path: Path, text: bytes, times: int = 1) -> None:
+    """Until a file that another process writes has `text` so often; at most ten seconds."""
+
+    def has() -> bool:
+        return path.exists() and path.read_bytes().count(text) >= times
+
+    async with asyncio.timeout(10):
+        while not has():  # noqa: ASYNC110 (who writes it does not tell us)
+            await asyncio.sleep(0.005)
 
 
 # -- verbs ---------------------------------------------------------------------------------------
@@ -419,11 +432,13 @@ class Verb:
             out, err = await self.process.communicate()
         took = time.monotonic() - start
         assert self.process.returncode is not None
-        text = "".join(self._lines) + out.decode()
+        text = "".join(self._lines) + (out or b"").decode()
         return Ran(self.process.returncode, text, err.decode(), took)
 
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
+    async def ready(self) -> None:
+        """Until the first map was printed: the verb is attached and will see what comes."""
+        while not re.search(r'"type":"map"|  map: \d', await self.line()):
+            pass
 
 
 @asynccontextmanager
@@ -436,7 +451,7 @@ async def started_verb(
         stdin=asyncio.subprocess.DEVNULL,
         stdout=stdout,
         stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "COLUMNS": "80"},
+        env={**os.environ, "TERM": "xterm"},
         limit=1 << 22,
     )
     try:
@@ -451,3 +466,26 @@ async def run_verb(*args: str | Path, seconds: float = 20.0) -> Ran:
     """Run `qmp-memlistener args` to its end."""
     async with started_verb(*args) as verb:
         return await verb.end(seconds)
+
+
+async def run_in_terminal(*args: str | Path, columns: int = 80, seconds: float = 20.0) -> list[str]:
+    """The lines that `qmp-memlistener args` prints on a terminal, without colours."""
+    ours, theirs = os.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
+    out = bytearray()
+
+    def read() -> None:
+        with contextlib.suppress(OSError):  # EIO: the other end is closed
+            while data := os.read(ours, 65536):
+                out.extend(data)
+
+    try:
+        async with started_verb(*args, stdout=theirs) as verb:
+            os.close(theirs)
+            reading = asyncio.create_task(asyncio.to_thread(read))
+            ran = await verb.end(seconds)
+            await reading
+        assert (ran.code, ran.err) == (0, "")
+    finally:
+        os.close(ours)
+    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.decode()).splitlines()

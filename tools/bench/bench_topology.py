@@ -1,99 +1,76 @@
-"""Parsing, rendering and diffing maps of 1,000 to 100,000 regions.
+"""Parsing, linking, rendering and diffing maps of 1,000 to 100,000 regions.
 
-    python tools/bench/bench_topology.py
-
-The synthetic map is RAM with page-sized i/o holes in it, PCI windows with BARs and disabled
-aliases, printed as `info mtree -o -D` prints it.
+python -m tools.bench.bench_topology
 """
 
 from __future__ import annotations
 
-import sys
-from pathlib import Path
+from functools import partial
 
-sys.path.insert(0, str(Path(__file__).parent))
+from qmp_memlistener.topology import diff, link, parse, ram_blocks, read_map, render
+from tools.bench.growth import Figure, Sample, interleaved, print_growth, print_table, sizes
+from tools.bench.synthetic import tree_text
 
-from growth import interleaved, print_growth  # noqa: E402
-
-from qmp_memlistener.topology import diff, link, parse, ram_blocks, render  # noqa: E402
-
-SIZES = (1_000, 3_000, 10_000, 30_000, 100_000)
+AT = 10_000
 
 
-def region(start: int, size: int, prio: int, kind: str, rest: str, level: int = 2) -> str:
-    return f"{'  ' * level}{start:016x}-{start + size - 1:016x} (prio {prio}, {kind}): {rest}"
+def run(quick: bool) -> list[Figure]:
+    """Print the tables; the figures at 10,000."""
+    all_sizes = sizes(quick)
+    runs = 3 if quick else 5
+    texts = {n: tree_text(n) for n in all_sizes}
 
+    def rendered(text: str) -> object:
+        dump = parse(text)
+        link(dump)
+        return render(dump.address_spaces["memory"])
 
-def tree_text(n: int, shift: int = 0) -> str:
-    """A map of about `n` regions; `shift` moves one hole in a hundred."""
-    ram_size = (n + 2) << 16
-    owner = "owner:{dev path=/machine/q35/mch}"
-    lines = ["address-space: memory", region(0, 1 << 64, 0, "i/o", "system", 1)]
-    body = [
-        region(0, ram_size, 0, "ram", f"alias ram-below-4g @pc.ram {0:016x}-{ram_size - 1:016x}")
+    reading = _by_size(
+        interleaved({str(n): partial(rendered, text) for n, text in texts.items()}, runs)
+    )
+    title = "parse, link and render `info mtree -o -D`"
+    print_growth(title, reading, wanted="<= 500 ms at 10,000")
+    _parts(texts[AT], runs)
+
+    pairs = {}
+    for n, text in texts.items():
+        old, new = read_map(text), read_map(tree_text(n, 1))
+        pairs[n] = (old.view, new.view, old.ram_blocks, new.ram_blocks)
+    differing = interleaved({str(len(p[0])): partial(diff, *p) for p in pairs.values()}, runs)
+    ranges = {len(p[0]): differing[str(len(p[0]))] for p in pairs.values()}
+    print_growth("diff of two views, one hole in a hundred moved", ranges, each="range",
+                 wanted="<= 100 ms at 10,000")  # fmt: skip
+    nearest = min(ranges, key=lambda n: abs(n - AT))
+    return [
+        Figure(f"parse and render {AT:,} regions", "<= 0.5 s", f"{reading[AT].median:.3f} s"),
+        Figure(f"diff of {nearest:,} ranges", "<= 0.1 s", f"{ranges[nearest].median:.3f} s"),
     ]
-    for i in range(n // 2):
-        at = (i << 17) + (0x1000 if shift and i % 100 == 0 else 0)
-        body.append(region(at, 0x1000, 1, "i/o", f"hole-{i} {owner}"))
-    pci = 1 << 40
-    body.append(region(pci, n << 13, -1, "i/o", "pci"))
-    for i in range(n // 4):
-        body.append(region(pci + (i << 13), 0x1000, 1, "i/o", f"bar-{i} owner:{{dev id=d{i}}}", 3))
-        body.append(
-            region(
-                pci + (i << 13),
-                0x1000,
-                1,
-                "ram",
-                f"alias off-{i} @pc.ram {i << 12:016x}-{(i << 12) + 0xFFF:016x} [disabled] {owner}",
-                3,
-            )  # fmt: skip
-        )
-    lines += body + ["", "memory-region: pc.ram", region(0, ram_size, 0, "ram", "pc.ram", 1), ""]
-    return "\r\n".join(lines) + "\r\n"
 
 
-def parsed_and_rendered(text: str) -> object:
+def _by_size(samples: dict[str, Sample]) -> dict[int, Sample]:
+    return {int(name): sample for name, sample in samples.items()}
+
+
+def _parts(text: str, runs: int) -> None:
+    """Where the time of one reading goes."""
     dump = parse(text)
     link(dump)
     rendering = render(dump.address_spaces["memory"])
-    return rendering
-
-
-def main() -> None:
-    texts = {n: tree_text(n) for n in SIZES}
-    shifted = {n: tree_text(n, 1) for n in SIZES}
-    print_growth(
-        "parse, link and render `info mtree -o -D`, n regions",
-        SIZES,
-        interleaved({str(n): (lambda t=texts[n]: parsed_and_rendered(t)) for n in SIZES}),
-    )
-
-    def rendering(text: str):  # type: ignore[no-untyped-def]
-        dump = parse(text)
-        link(dump)
-        r = render(dump.address_spaces["memory"])
-        return r.view, ram_blocks(r.view, r.extents)
-
-    pairs = {n: (rendering(texts[n]), rendering(shifted[n])) for n in SIZES}
-    print_growth(
-        "diff of two views, n ranges",
-        [len(pairs[n][0][0]) for n in SIZES],
+    parts = interleaved(
         {
-            str(len(pairs[n][0][0])): sample
-            for n, sample in zip(
-                SIZES,
-                interleaved(
-                    {
-                        str(n): (lambda p=pairs[n]: diff(p[0][0], p[1][0], p[0][1], p[1][1]))
-                        for n in SIZES
-                    }
-                ).values(),
-                strict=True,
-            )
+            "parse": lambda: parse(text),
+            "link": lambda: link(dump),
+            "render": lambda: render(dump.address_spaces["memory"]),
+            "ram_blocks": lambda: ram_blocks(rendering.view, rendering.extents),
         },
+        runs,
+    )
+    print(f"\nof which, at {AT:,}")
+    print_table(
+        ["part", "median ms", "spread ms"],
+        [[name, f"{s.median * 1e3:.2f}", s.spread(1e3, 2)] for name, s in parts.items()],
     )
 
 
 if __name__ == "__main__":
-    main()
+    run(quick=False)

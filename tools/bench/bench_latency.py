@@ -1,0 +1,113 @@
+"""From QEMU's log line to us: how old a slot operation is when it is read, and when it is told.
+
+    python -m tools.bench.bench_latency
+
+With `-msg timestamp=on` the line has QEMU's own stamp (microseconds, realtime clock), taken just
+before it is written.  `read` is when the tail of the log has decoded the line; `told` is when a
+subscriber of the agent has the record, with the snapshot that explains it taken in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+from qmp_memlistener.agent import attach
+from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, Guest, Pulse
+from qmp_memlistener.monitor import FlatViewEvent, Monitor, SlotOp, parse_target, start_tracing
+from qmp_memlistener.recording import Record, TransitionRecord
+from qmp_memlistener.recording import SlotOp as SlotOpRecord
+from tools.bench.growth import Figure, percentile, print_table
+from tools.bench.live import Host, hosts, pulse_guest
+
+PAUSE_S = 0.02
+
+
+def run(quick: bool) -> list[Figure]:
+    """Print a table a QEMU; the worst p90 is the figure."""
+    worst: dict[str, tuple[float, Host]] = {}
+    for host in hosts(quick):
+        for name, p90 in asyncio.run(_measure(host, 40 if quick else 200)).items():
+            worst[name] = max(worst.get(name, (0.0, host)), (p90, host), key=lambda x: x[0])
+    return [
+        Figure(f"log line to {name}, p90", "as short as can be", f"{p90 / 1e3:.0f} µs ({host})")
+        for name, (p90, host) in worst.items()
+    ]
+
+
+async def _measure(host: Host, writes: int) -> dict[str, float]:
+    async with pulse_guest(host, "-msg", "timestamp=on") as (guest, pulse):
+        read = await _read_by_the_tail(guest, pulse, writes)
+        told = await _told_to_a_subscriber(guest, pulse, writes)
+    ages = {"the tail": read, **told}
+    print(f"\n{host}: {writes} changes, {PAUSE_S * 1e3:.0f} ms apart; µs since QEMU's stamp")
+    print_table(
+        ["who", "lines", "p50", "p90", "p99", "most"],
+        [
+            [
+                name,
+                f"{len(age)}",
+                *(f"{percentile(age, p) / 1e3:.0f}" for p in (50, 90, 99, 100)),
+            ]
+            for name, age in ages.items()
+            if age
+        ],
+    )
+    return {name: percentile(age, 90) for name, age in ages.items() if age}
+
+
+async def _change(pulse: Pulse, writes: int) -> None:
+    """Open and close a PAM segment; a slow step lets the agent catch up, as in real life."""
+    for i in range(writes):
+        value = PAM_RAM << 4 if i % 2 == 0 else 0
+        await pulse.write_config(HOST_BRIDGE, I440FX.pam, value, 1)
+        await asyncio.sleep(PAUSE_S)
+
+
+async def _read_by_the_tail(guest: Guest, pulse: Pulse, writes: int) -> list[float]:
+    """The tail of the log alone, no snapshots."""
+    ages: list[float] = []
+    async with (
+        await Monitor.connect(parse_target(f"unix:{guest.monitors[0]}")) as monitor,
+        await start_tracing(monitor) as session,
+        session.tail() as tail,
+    ):
+
+        async def collect() -> None:
+            async for batch in tail:
+                now = time.time_ns()
+                ages.extend(
+                    now - line.stamp_ns
+                    for line in batch.records
+                    if isinstance(line, SlotOp | FlatViewEvent) and line.stamp_ns is not None
+                )
+
+        collecting = asyncio.create_task(collect())
+        await _change(pulse, writes)
+        collecting.cancel()
+        await asyncio.wait([collecting])
+    return ages
+
+
+async def _told_to_a_subscriber(guest: Guest, pulse: Pulse, writes: int) -> dict[str, list[float]]:
+    """The whole agent; the records' times are QEMU's stamps."""
+    ages: dict[str, list[float]] = {"a subscriber: operation": [], "a subscriber: transition": []}
+
+    def on_record(record: Record) -> None:
+        now = time.monotonic_ns()
+        if isinstance(record, SlotOpRecord) and not record.predicted:
+            ages["a subscriber: operation"].append(now - record.t_ns)
+        elif isinstance(record, TransitionRecord):
+            ages["a subscriber: transition"].append(now - record.t_ns)
+
+    async with attach(f"unix:{guest.monitors[0]}") as agent:
+        await agent.settle()
+        stop = agent.subscribe(on_record)
+        await _change(pulse, writes)
+        await agent.settle()
+        stop()
+    return ages
+
+
+if __name__ == "__main__":
+    run(quick=False)
