@@ -22,6 +22,7 @@ from ..errors import CommandFailed, InputError, MemListenerError, TargetError, T
 from ..listener import Dispatcher, MemoryListener
 from ..memslots import Rules, SlotTable
 from ..monitor import (
+    CONNECT_DEADLINE,
     Companions,
     Guest,
     GuestFacts,
@@ -66,6 +67,7 @@ _DEVICE_EVENTS = frozenset(
     }
 )
 _END_DEADLINE = 2.0
+_CLOSE_DEADLINE = 10.0
 
 
 def attach(
@@ -76,7 +78,7 @@ def attach(
     ping_monitor: str | Target | None = None,
     ops_monitor: str | Target | None = None,
     on_record: Callable[[Record], None] | None = None,
-    deadline: float = 2.0,
+    deadline: float = CONNECT_DEADLINE,
 ) -> Agent:
     """Attach to a running guest and follow its memory map: `async with attach(...) as agent`.
 
@@ -134,7 +136,7 @@ class Agent:
         self._named = (ping_monitor, ops_monitor)
         self._on_record = on_record
         self._deadline = deadline
-        self._records = Records()
+        self._records = Records(self._subscriber_failed)
         self._dispatcher = Dispatcher(self._listener_failed)
         self._source: Source
         self._lost: asyncio.Future[MemListenerError]
@@ -155,7 +157,13 @@ class Agent:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        await self._stack.__aexit__(kind, error, trace)
+        closing = asyncio.ensure_future(self._stack.__aexit__(kind, error, trace))
+        try:
+            await asyncio.shield(closing)
+        except asyncio.CancelledError:
+            # the guest is put back as it was all the same
+            await asyncio.wait([closing], timeout=_CLOSE_DEADLINE)
+            raise
 
     # -- what is known ---------------------------------------------------------------------
 
@@ -212,13 +220,18 @@ class Agent:
 
     # -- waiting ---------------------------------------------------------------------------
 
-    async def settle(self) -> None:
+    async def settle(self, *, listeners_s: float = 2.0) -> None:
         """Return when everything that has happened so far is reported and listeners know it.
 
-        With tracing that is exact; without, a snapshot is taken.  Raises TargetError.
+        With tracing that is exact; without, a snapshot is taken.  A listener that is busy for
+        longer than `listeners_s` seconds is not waited for.  Raises TargetError.
         """
         await self._source.settle()
-        await self._dispatcher.idle()
+        told = asyncio.ensure_future(self._dispatcher.idle())
+        try:
+            await asyncio.wait([told], timeout=listeners_s)
+        finally:
+            told.cancel()
 
     async def wait_lost(self) -> MemListenerError:
         """Wait until the guest is gone or cannot be followed any more; returns the reason."""
@@ -356,6 +369,10 @@ class Agent:
 
     def _listener_failed(self, listener: MemoryListener, name: str, exc: BaseException) -> None:
         text = f"listener {type(listener).__name__} failed in {name}: {exc!r}"
+        self._records.publish([Note(t_ns=time.monotonic_ns(), text=text)])
+
+    def _subscriber_failed(self, exc: Exception) -> None:
+        text = f"a subscriber failed and gets no more records: {exc!r}"
         self._records.publish([Note(t_ns=time.monotonic_ns(), text=text)])
 
     def _spawn(self, work: Coroutine[object, object, None], name: str) -> None:

@@ -3,18 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections import deque
 from collections.abc import Callable, Iterable
 
+from ..errors import MemListenerError
 from ..recording import Lost, Record
 
 __all__ = ["RecordStream", "Records"]
 
+log = logging.getLogger(__name__)
+
 
 class Records:
-    """Where records are published; subscribers get them in order."""
+    """Where records are published; subscribers get them in order.
 
-    def __init__(self) -> None:
+    One that raises is dropped and `on_failure` told; only our own errors (a full disk under the
+    recording) reach the publisher.
+    """
+
+    def __init__(self, on_failure: Callable[[Exception], None]) -> None:
+        self._on_failure = on_failure
         self._callbacks: list[Callable[[Record], None]] = []
         self._streams: list[RecordStream] = []
         self._closed = False
@@ -23,14 +32,25 @@ class Records:
         """Hand out records at once; callbacks must be quick."""
         for record in records:
             for callback in tuple(self._callbacks):
-                callback(record)
+                try:
+                    callback(record)
+                except MemListenerError:
+                    raise
+                except Exception as exc:
+                    log.warning("a subscriber failed: %r", exc)
+                    self._forget(callback)
+                    self._on_failure(exc)
             for stream in tuple(self._streams):
                 stream.push(record)
 
     def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]:
         """Call `callback` with every record from now on; returns the way to stop that."""
         self._callbacks.append(callback)
-        return lambda: self._callbacks.remove(callback)
+        return lambda: self._forget(callback)
+
+    def _forget(self, callback: Callable[[Record], None]) -> None:
+        if callback in self._callbacks:
+            self._callbacks.remove(callback)
 
     def stream(self, limit: int) -> RecordStream:
         """A new stream of the records from now on, that holds at most `limit` unread ones."""

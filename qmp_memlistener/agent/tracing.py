@@ -8,6 +8,7 @@ belongs among the operations, and no commit can be on the wrong side of it.
 from __future__ import annotations
 
 import asyncio
+import secrets
 import time
 
 from ..errors import CommandFailed, DeadlineExceeded, ProtocolViolation
@@ -33,7 +34,6 @@ from .source import MakeTracker, Patience, Publish, snapshot_deadline
 
 __all__ = ["TraceSource"]
 
-SNAPSHOT_LINE = "info mtree -o -D"
 MIN_GAP_S = 0.002
 """At least this long between two snapshots, and `GAP_FACTOR` times what the last one took."""
 GAP_FACTOR = 4.0
@@ -65,6 +65,7 @@ class TraceSource:
         self.snapshots = 0
         self.snapshot_ns = 0
         self._patience = Patience(publish)
+        self._line = _snapshot_line()
         self._armed = False
         self._marker: int | None = None
         self._at_mark = asyncio.Event()
@@ -138,7 +139,7 @@ class TraceSource:
             self._armed = False
             self._at_mark.clear()
             replies = await self._monitor.pipeline(
-                [_hmp(f"print {marker:#x}"), _hmp(SNAPSHOT_LINE)], deadline=snapshot_deadline()
+                [_hmp(f"print {marker:#x}"), _hmp(self._line)], deadline=snapshot_deadline()
             )
             reply = replies[1]
             if isinstance(reply, CommandFailed):
@@ -234,7 +235,7 @@ class TraceSource:
                 self._sync[line.marker] = event = asyncio.Event()
                 event.set()
                 self._forget_old_syncs()
-        elif self._armed and line.line.strip() == SNAPSHOT_LINE:
+        elif self._armed and line.line == self._line:
             self._armed = False
             if self.tracker is not None:
                 self.tracker.mark()
@@ -243,6 +244,12 @@ class TraceSource:
     def _forget_old_syncs(self) -> None:
         while len(self._sync) > 64:
             del self._sync[next(iter(self._sync))]
+
+
+def _snapshot_line() -> str:
+    """The command, with blanks of our own: another agent's snapshots must not look like ours."""
+    gaps = (" " * (1 + secrets.randbelow(32)) for _ in range(3))
+    return "info{}mtree{}-o{}-D".format(*gaps)
 
 
 def _hmp(line: str) -> Command:

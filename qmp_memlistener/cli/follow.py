@@ -101,14 +101,21 @@ async def follow(
     narrator = Narrator()
     stop = asyncio.Event()
     reader_gone = False
+    enough = False
 
     def on_record(r: Record) -> None:
-        nonlocal reader_gone
-        seen.note(r)
-        if options.count is not None and seen.transitions >= options.count:
-            stop.set()
-        if reader_gone:
+        nonlocal reader_gone, enough
+        if enough or reader_gone:
             return
+        if options.count is not None and seen.transitions >= options.count:
+            # the operations of the last one still belong to it
+            enough = not (isinstance(r, SlotOp) and r.transition is not None)
+            stop.set()
+            if enough:
+                return
+        seen.note(r)
+        if seen.transitions == options.count:
+            stop.set()
         try:
             if as_json:
                 print_json(r)

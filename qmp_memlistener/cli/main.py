@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import io
 import os
 import sys
@@ -84,7 +83,7 @@ def _end_of_output(exc: SystemExit | OSError) -> int:
         return exc.code if isinstance(exc.code, int) else 1
     # what is still buffered has nowhere to go: keep the interpreter from complaining at exit
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if cause.errno == errno.EPIPE:
+    if isinstance(cause, BrokenPipeError):
         return 0  # as in `| head`: whoever read has had enough
     print_error(
         OperationFailed(

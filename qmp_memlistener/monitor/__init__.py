@@ -6,7 +6,7 @@ it, `companions_of` finds further ones, `read_facts` and `take_snapshot` read th
 """
 
 from .cmdline import CommandLine, MonitorMode
-from .connection import Command, Monitor, QemuVersion, Reply
+from .connection import CONNECT_DEADLINE, Command, Monitor, QemuVersion, Reply
 from .discovery import (
     Guest,
     GuestMonitor,
@@ -81,6 +81,7 @@ __all__ = [
     "list_document",
     "ListDocument",
     # talking to them
+    "CONNECT_DEADLINE",
     "Monitor",
     "Command",
     "Reply",

@@ -10,6 +10,7 @@ from __future__ import annotations
 from bisect import bisect_right
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from itertools import count
 from operator import attrgetter, itemgetter
 
 from ..memslots import READONLY, Rules, Slot, SlotTable, slot_table
@@ -57,6 +58,7 @@ class LiveSlots:
     def __init__(self, maps: Mapping[int, MemoryMap], rules: Rules) -> None:
         self._rules = rules
         self._slots: dict[tuple[int, int], LiveSlot] = {}
+        self._taken: dict[int, set[int]] = {}  # ids that slots without a known id must have
         self._bases: list[tuple[int, str, str | None]] = []  # hva of offset 0, block, owner
         self._spans: dict[tuple[str, str | None], int] = {}
         self._shapes: dict[tuple[int, int, str, int], FlatRange] = {}
@@ -78,6 +80,7 @@ class LiveSlots:
         new = LiveSlots.__new__(LiveSlots)
         new.__dict__.update(self.__dict__)
         new._slots = dict(self._slots)  # noqa: SLF001 - our own kind
+        new._taken = {as_id: set(ids) for as_id, ids in self._taken.items()}  # noqa: SLF001
         return new
 
     @property
@@ -113,6 +116,8 @@ class LiveSlots:
         """
         key = (op.as_id, op.gpa)
         old = self._slots.get(key)
+        if op.ret == 0:
+            self._learn_ids(op)
         if op.size == 0:
             if old is not None and op.ret == 0:
                 del self._slots[key]
@@ -156,18 +161,26 @@ class LiveSlots:
         return FlatView(out, previous.address_space)
 
     def table(self) -> SlotTable:
-        """The slots as a table; ids are free numbers where they are not known."""
-        used = {(s.as_id, s.slot) for s in self._slots.values() if s.slot is not None}
+        """The slots as a table.
+
+        Where ids are not known they are those of a fresh start, or, once QEMU has given out an id,
+        the ones that must be in use for that and then any that it would not give next.
+        """
         slots: list[Slot] = []
-        free: dict[int, int] = {}
-        for s in self:
-            slot_id = s.slot
-            if slot_id is None:
-                slot_id = free.get(s.as_id, 0)
-                while (s.as_id, slot_id) in used:
-                    slot_id += 1
-                free[s.as_id] = slot_id + 1
-            slots.append(Slot(s.as_id, slot_id, s.gpa, s.size, s.flags, s.block, s.owner, s.offset))
+        for as_id in sorted({s.as_id for s in self._slots.values()}):
+            here = [s for s in self if s.as_id == as_id]
+            known = {s.slot for s in here if s.slot is not None}
+            taken = self._taken.get(as_id)
+            guesses = [i for i in sorted(taken or ()) if i not in known]
+            above = 1 + max((*known, *guesses), default=-1) if taken is not None else 0
+            spare = (i for i in count(above) if i not in known)
+            for s in here:
+                slot_id = s.slot
+                if slot_id is None:
+                    slot_id = guesses.pop(0) if guesses else next(spare)
+                slots.append(
+                    Slot(s.as_id, slot_id, s.gpa, s.size, s.flags, s.block, s.owner, s.offset)
+                )
         return SlotTable(slots)
 
     def compare(self, maps: Mapping[int, MemoryMap]) -> list[str]:
@@ -203,6 +216,14 @@ class LiveSlots:
             for key, s in fresh._slots.items()
         }
         self.learn(maps)
+
+    def _learn_ids(self, op: RawOp) -> None:
+        """QEMU gives the lowest free id: those below it are in use, by slots we know or not."""
+        taken = self._taken.setdefault(op.as_id, set())
+        known = {s.slot for s in self._slots.values() if s.as_id == op.as_id}
+        if op.size and op.slot not in known:
+            taken |= {i for i in range(op.slot) if i not in known}
+        taken.discard(op.slot)
 
     def _backing(self, hva: int, size: int) -> tuple[str | None, str | None, int]:
         i = bisect_right(self._bases, hva, key=itemgetter(0)) - 1

@@ -104,14 +104,13 @@ async def test_watch_prints_records_and_ends_after_a_count(build: QemuBuild, acc
     for t in transitions:
         assert t.keys() >= TRANSITION_KEYS
     ops = [r for r in records if r["type"] == "slot_op"]
-    assert ops
     for op in ops:
         assert op.keys() >= SLOT_OP_KEYS
-        assert op["transition"] in (1, 2, 3)
         assert op["predicted"] is (accel == "tcg")
         assert op["op"] in ("add", "delete", "flags")
-    if accel == "kvm":  # the last transition is complete
-        assert {op["transition"] for op in ops} == {1, 2, 3}
+    # The last transition is complete.  TCG has operations to predict only where the map is known.
+    told = {op["transition"] for op in ops}
+    assert told == {1, 2, 3} if accel == "kvm" else told <= {1, 2, 3}
 
 
 @builds()

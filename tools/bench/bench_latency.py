@@ -20,27 +20,31 @@ from qmp_memlistener.recording import SlotOp as SlotOpRecord
 from tools.bench.growth import Figure, percentile, print_table
 from tools.bench.live import Host, hosts, pulse_guest
 
-PAUSE_S = 0.02
+PAUSES_MS = (100, 20)
+"""Between two changes: one at a time, and faster than every snapshot can be taken."""
 
 
 def run(quick: bool) -> list[Figure]:
-    """Print a table a QEMU; the worst p90 is the figure."""
+    """Print a table a QEMU; the worst p90 of changes that come one at a time is the figure."""
     worst: dict[str, tuple[float, Host]] = {}
     for host in hosts(quick):
-        for name, p90 in asyncio.run(_measure(host, 40 if quick else 200)).items():
+        for name, p90 in asyncio.run(_measure(host, 30 if quick else 100)).items():
             worst[name] = max(worst.get(name, (0.0, host)), (p90, host), key=lambda x: x[0])
     return [
-        Figure(f"log line to {name}, p90", "as short as can be", f"{p90 / 1e3:.0f} µs ({host})")
+        Figure(f"log line to {name}, p90", "(no limit set)", f"{p90 / 1e3:.0f} µs ({host})")
         for name, (p90, host) in worst.items()
     ]
 
 
 async def _measure(host: Host, writes: int) -> dict[str, float]:
+    ages: dict[str, list[float]] = {}
     async with pulse_guest(host, "-msg", "timestamp=on") as (guest, pulse):
-        read = await _read_by_the_tail(guest, pulse, writes)
-        told = await _told_to_a_subscriber(guest, pulse, writes)
-    ages = {"the tail": read, **told}
-    print(f"\n{host}: {writes} changes, {PAUSE_S * 1e3:.0f} ms apart; µs since QEMU's stamp")
+        for pause_ms in PAUSES_MS:
+            read = await _read_by_the_tail(guest, pulse, writes, pause_ms)
+            ages[f"the tail, {pause_ms} ms apart"] = read
+            told = await _told_to_a_subscriber(guest, pulse, writes, pause_ms)
+            ages |= {f"{name}, {pause_ms} ms apart": age for name, age in told.items()}
+    print(f"\n{host}: {writes} changes; µs since QEMU's stamp")
     print_table(
         ["who", "lines", "p50", "p90", "p99", "most"],
         [
@@ -53,18 +57,23 @@ async def _measure(host: Host, writes: int) -> dict[str, float]:
             if age
         ],
     )
-    return {name: percentile(age, 90) for name, age in ages.items() if age}
+    first = f", {PAUSES_MS[0]} ms apart"
+    return {
+        name.removesuffix(first): percentile(age, 90)
+        for name, age in ages.items()
+        if age and name.endswith(first)
+    }
 
 
-async def _change(pulse: Pulse, writes: int) -> None:
-    """Open and close a PAM segment; a slow step lets the agent catch up, as in real life."""
+async def _change(pulse: Pulse, writes: int, pause_ms: int) -> None:
+    """Open and close a PAM segment."""
     for i in range(writes):
         value = PAM_RAM << 4 if i % 2 == 0 else 0
         await pulse.write_config(HOST_BRIDGE, I440FX.pam, value, 1)
-        await asyncio.sleep(PAUSE_S)
+        await asyncio.sleep(pause_ms / 1e3)
 
 
-async def _read_by_the_tail(guest: Guest, pulse: Pulse, writes: int) -> list[float]:
+async def _read_by_the_tail(guest: Guest, pulse: Pulse, writes: int, pause_ms: int) -> list[float]:
     """The tail of the log alone, no snapshots."""
     ages: list[float] = []
     async with (
@@ -83,13 +92,15 @@ async def _read_by_the_tail(guest: Guest, pulse: Pulse, writes: int) -> list[flo
                 )
 
         collecting = asyncio.create_task(collect())
-        await _change(pulse, writes)
+        await _change(pulse, writes, pause_ms)
         collecting.cancel()
         await asyncio.wait([collecting])
     return ages
 
 
-async def _told_to_a_subscriber(guest: Guest, pulse: Pulse, writes: int) -> dict[str, list[float]]:
+async def _told_to_a_subscriber(
+    guest: Guest, pulse: Pulse, writes: int, pause_ms: int
+) -> dict[str, list[float]]:
     """The whole agent; the records' times are QEMU's stamps."""
     ages: dict[str, list[float]] = {"a subscriber: operation": [], "a subscriber: transition": []}
 
@@ -103,7 +114,7 @@ async def _told_to_a_subscriber(guest: Guest, pulse: Pulse, writes: int) -> dict
     async with attach(f"unix:{guest.monitors[0]}") as agent:
         await agent.settle()
         stop = agent.subscribe(on_record)
-        await _change(pulse, writes)
+        await _change(pulse, writes, pause_ms)
         await agent.settle()
         stop()
     return ages

@@ -37,13 +37,20 @@ class Host:
         return f"QEMU {self.build.version}, {self.accel}"
 
 
-def hosts(quick: bool) -> list[Host]:
-    """Every QEMU here, oldest first; only that one when quick.  Prints why there is none."""
+def hosts(quick: bool, *, ends: bool = False) -> list[Host]:
+    """Every QEMU here, oldest first; the `ends` are the oldest and the newest, quick the oldest.
+
+    Prints why there is none.
+    """
     builds = find_qemus()
     if not builds:
         print("\nleft out: no qemu-system-x86_64 here (Debian package qemu-system-x86)")
+    if quick:
+        builds = builds[:1]
+    elif ends and len(builds) > 2:
+        builds = [builds[0], builds[-1]]
     found = []
-    for build in builds[:1] if quick else builds:
+    for build in builds:
         probe = kvm_usable(build)
         if not probe:
             print(f"\nQEMU {build.version} without KVM: {probe.reason}")

@@ -56,7 +56,8 @@ def main() -> int:
         figures += run(options.quick)
         print(f"\n({time.monotonic() - started:.0f} s)", flush=True)
     print("\n== what is wanted, and what was seen here")
-    print_table(["number", "wanted", "seen"], [[f.what, f.wanted, f.seen] for f in figures])
+    rows = [[f.what, f.wanted, f.seen] for f in figures]
+    print_table(["number", "wanted", "seen"], rows, words=3)
     return 0
 
 
