@@ -284,6 +284,11 @@ class Agent:
         for name, role in zip(self._named, ("ping", "operations"), strict=True):
             if name is None:
                 continue
+            if _target(name) in (self.monitor.target, *(m.target for m in named)):
+                raise InputError(
+                    f"{name} is in use by this agent already",
+                    remedy="name another monitor of the same QEMU; each serves one client",
+                )
             monitor = await self._connect(stack, _target(name))
             pid = self.monitor.peer_pid
             if pid is not None and monitor.peer_pid is not None and monitor.peer_pid != pid:

@@ -170,6 +170,8 @@ class TraceSource:
                 self.tracker.resync(maps, reply.t_end_ns)
             else:
                 self.tracker.snapshot(maps, reply.t_end_ns)
+            if not self.tracker.pending:
+                self._dirty.clear()  # lines that came meanwhile are behind this snapshot's place
             self._publish(())
             return took
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
 import re
-import signal
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -109,6 +107,9 @@ def read_text(path: str) -> str:
 
 def run_async(main: Coroutine[object, object, T]) -> T:
     """Run to the end; SIGINT and SIGTERM cancel `main`, which cleans up, and raise Interrupted."""
+
+    import asyncio
+    import signal
 
     async def supervised() -> T:
         loop = asyncio.get_running_loop()

@@ -29,8 +29,11 @@ def size_text(size: int) -> str:
     """A size as people write it: `4 KiB`, `511.94 MiB`."""
     for unit, shift in (("TiB", 40), ("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if size >= 1 << shift:
-            value = size / (1 << shift)
-            return f"{value:.0f} {unit}" if value == int(value) else f"{value:.2f} {unit}"
+            text = f"{size / (1 << shift):.2f}"
+            if size % (1 << shift) == 0:
+                return f"{size >> shift} {unit}"
+            if not text.endswith(".00"):  # else it would look exact: say it in a smaller unit
+                return f"{text} {unit}"
     return f"{size} B"
 
 

@@ -31,7 +31,8 @@ __all__ = ["Extent", "Rendering", "render"]
 
 HOST_PAGE = 4096
 _MAX_DEPTH = 64  # nesting of real machines stays below 20
-_MAX_VISITS = 1_000_000  # aliases of aliases may multiply; machines stay below a thousandth of it
+# Aliases of aliases may multiply: 32 root ports take a thousand visits, 100,000 regions that many.
+_MAX_VISITS = 1_000_000
 
 # i/o regions that have children and answer by themselves as well: memory_region_init_io() and
 # memory_region_add_subregion() on the same region (QEMU 7.2 and 10.0).

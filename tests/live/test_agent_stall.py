@@ -39,7 +39,7 @@ async def test_a_stopped_qemu_is_waited_for(trace: bool, monkeypatch: pytest.Mon
         async with attach(str(guest.monitors[0]), trace=trace, on_record=on_record) as agent:
             # changes all the time, so that a snapshot is always wanted
             toggle = await pulse.toggle(
-                HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), 1_000_000, period=1000
+                HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), 1_000_000, period=300_000
             )
             os.kill(guest.pid, signal.SIGSTOP)
             try:
@@ -57,3 +57,30 @@ async def test_a_stopped_qemu_is_waited_for(trace: bool, monkeypatch: pytest.Mon
             await agent.settle()
             assert agent.transitions == seen + 1
             assert [h.start for h in transitions[-1].holes_filled] == [0xF0000]
+
+
+@pytest.mark.asyncio
+async def test_an_isolated_change_costs_one_snapshot() -> None:
+    """Each holds the BQL for a moment: one more than needed is one too many."""
+    async with launch(GuestSpec(machine="pc", accel="tcg", args=boot_args())) as guest:
+        assert guest.ram is not None
+        pulse = Pulse(guest.ram)
+        await pulse.wait_ready()
+        seen: asyncio.Queue[TransitionRecord] = asyncio.Queue()
+
+        def on_record(record: Record) -> None:
+            if isinstance(record, TransitionRecord):
+                seen.put_nowait(record)
+
+        async with attach(str(guest.monitors[0]), on_record=on_record) as agent:
+            before = agent.snapshots[0]
+            changes = 12
+            for turn in range(changes):
+                value = 0 if turn % 2 else PAM_RAM << 4
+                await pulse.write_config(HOST_BRIDGE, I440FX.pam, value, 1)
+                async with asyncio.timeout(10):
+                    await seen.get()
+                # longer than the pause after a snapshot, so that a second one would be taken
+                await asyncio.sleep(0.05)
+            assert agent.transitions == changes
+            assert agent.snapshots[0] - before == changes

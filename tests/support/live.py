@@ -165,18 +165,18 @@ class Vm:
     async def close_pam(self) -> None:
         await self.write(self.bridge.pam, 0)
 
-    async def toggle(self, count: int, period_ns: int = 0) -> None:
-        """`count` such transitions, the first one opens; returns when they are done."""
-        period = 0
-        if period_ns:
-            period = (await self.pulse.calibrate(0.05)).ticks(period_ns)
+    async def toggle(self, count: int, period_ms: int = 0) -> None:
+        """`count` such transitions, the first one opens; returns when they are done.
+
+        The period is a rough one: it takes the TSC to run at 3 GHz.
+        """
         toggle = await self.pulse.toggle(
             HOST_BRIDGE,
             self.bridge.pam,
             (PAM_RAM << 4, 0),
             count,
-            period=period,
-            unit="ticks" if period_ns else "turns",
+            period=period_ms * 3_000_000,
+            unit="ticks",
         )
         assert await toggle.wait() == count
 

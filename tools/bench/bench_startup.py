@@ -9,6 +9,8 @@ installation; the checkout is not touched.
 from __future__ import annotations
 
 import os
+import resource
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -26,6 +28,7 @@ def run(quick: bool) -> list[Figure]:
     """Print the table; the figure is --version."""
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         directory = Path(name)
+        cpu: dict[str, list[float]] = {}
         tree = directory / "mtree.txt"
         tree.write_text(tree_text(60))
         env = {k: v for k, v in os.environ.items() if k != "PYTHONDONTWRITEBYTECODE"}
@@ -43,28 +46,31 @@ def run(quick: bool) -> list[Figure]:
             "import the library": [sys.executable, "-c", "from qmp_memlistener import attach"],
         }
 
-        def ran(command: list[str]) -> None:
+        def ran(name: str, command: list[str]) -> None:
+            before = _children_cpu()
             done = subprocess.run(
                 command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, check=False
             )
             if done.returncode:
                 raise SystemExit(f"{command} failed: {done.stderr.decode()[-2000:]}")
+            cpu.setdefault(name, []).append(_children_cpu() - before)
 
         samples = interleaved(
-            {name: partial(ran, command) for name, command in commands.items()},
+            {name: partial(ran, name, command) for name, command in commands.items()},
             5 if quick else 15,
             clock=time.perf_counter,
         )
     base = samples[NOTHING]
     print("\nstart to end of a process   (wanted: --version <= 200 ms)")
     print_table(
-        ["command", "median ms", "spread ms", "to nothing"],
+        ["command", "median ms", "spread ms", "to nothing", "of it CPU ms"],
         [
             [
                 name,
                 f"{s.median * 1e3:.0f}",
                 s.spread(1e3, 0),
                 f"{ratios(s, base).median:.1f}x",
+                f"{statistics.median(cpu[name][1:]) * 1e3:.0f}",
             ]
             for name, s in samples.items()
         ],
@@ -77,6 +83,12 @@ def run(quick: bool) -> list[Figure]:
             f"{version.median:.3f} s, {ratios(version, base).median:.1f}x of an empty interpreter",
         )
     ]
+
+
+def _children_cpu() -> float:
+    """Seconds of CPU of all processes that have been waited for."""
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return used.ru_utime + used.ru_stime
 
 
 if __name__ == "__main__":
