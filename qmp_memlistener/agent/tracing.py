@@ -38,6 +38,8 @@ MIN_GAP_S = 0.002
 """At least this long between two snapshots, and `GAP_FACTOR` times what the last one took."""
 GAP_FACTOR = 4.0
 RETRY_S = 1.0
+IO_SPACE = 1 << 16
+"""BARs of I/O ports lie below, those of memory never do on the machines that have ports."""
 _LINE_DEADLINE = 5.0
 _FINISH_DEADLINE = 1.0
 
@@ -205,7 +207,8 @@ class TraceSource:
             case FlatViewEvent(change=FlatViewChange.NEW):
                 tracker.commits.view_rebuilt(t_ns, line.root)
             case BarMapping():
-                tracker.commits.cause(_bar_cause(line))
+                in_memory = line.addr + line.size > IO_SPACE
+                tracker.commits.cause(_bar_cause(line), moves_bar=in_memory)
             case MemoryDeviceEvent(change=MemoryDeviceChange.PLUG | MemoryDeviceChange.UNPLUG):
                 verb = "plugged" if line.change is MemoryDeviceChange.PLUG else "unplugged"
                 tracker.commits.cause(

@@ -43,7 +43,7 @@ from .targets import SocketTarget, Target
 
 __all__ = ["CONNECT_DEADLINE", "Command", "Monitor", "QemuVersion", "Reply"]
 
-CONNECT_DEADLINE = 1.5
+CONNECT_DEADLINE = 1.0
 COMMAND_DEADLINE = 10.0
 _CLOSE_DEADLINE = 1.0
 

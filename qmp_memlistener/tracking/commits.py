@@ -33,6 +33,7 @@ class Commit:
     roots: set[int] = field(default_factory=set)
     ops: list[SeenOp] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
+    moves_bar: bool = False  # of memory; no slot need change for it
     slots_after: tuple[LiveSlot, ...] = ()
 
     @property
@@ -49,6 +50,7 @@ class CommitGrouper:
         self._live = live
         self._open: Commit | None = None
         self._causes: list[Cause] = []
+        self._moves_bar = False
 
     @property
     def count(self) -> int:
@@ -75,10 +77,14 @@ class CommitGrouper:
         what, size = self._live.apply(op)
         now.ops.append(SeenOp(op, what, size))
 
-    def cause(self, cause: Cause, *, after: bool = False) -> None:
-        """A line that tells why: printed before the commit it concerns, or `after` it."""
+    def cause(self, cause: Cause, *, after: bool = False, moves_bar: bool = False) -> None:
+        """A line that tells why: printed before the commit it concerns, or `after` it.
+
+        `moves_bar`: a memory BAR comes or goes, so the map changes even where no slot does.
+        """
         if not after:
             self._causes.append(cause)
+            self._moves_bar |= moves_bar
             return
         target = self._open or (self.done[-1] if self.done else None)
         if target is not None:
@@ -100,6 +106,6 @@ class CommitGrouper:
 
     def _begin(self, t_ns: int) -> Commit:
         self.close()
-        self._open = Commit(t_ns, causes=self._causes)
-        self._causes = []
+        self._open = Commit(t_ns, causes=self._causes, moves_bar=self._moves_bar)
+        self._causes, self._moves_bar = [], False
         return self._open

@@ -131,6 +131,8 @@ class Tracker:
                 self._report(_nothing(before[MEMORY]), commit, "none")
             elif commit.changes_slots:
                 before = self._report_by_slots(before, commit)
+            elif commit.moves_bar:
+                self._report(_nothing(before[MEMORY]), commit, "none")
             elif commit.ops:
                 self._report_ops(commit, None)
         self.maps = dict(before)
@@ -179,24 +181,30 @@ class Tracker:
         self, maps: Maps, pending: Sequence[Commit], live: LiveSlots, t_ns: int
     ) -> None:
         alone = len(pending) == 1
-        detail = "full" if alone else "net"
-        changing = [c for c in pending if c.changes_slots]
+        told = [c for c in pending if c.changes_slots or c.moves_bar]
+        silent = [c for c in pending if not c.changes_slots and not c.moves_bar]
         before: Maps = self.maps
         for commit in pending:
-            if changing and commit is changing[-1]:
+            if told and commit is told[-1]:
                 transition = _diff(before[MEMORY], maps[MEMORY])
-                others = [c for c in pending if c is not commit and not c.changes_slots]
-                commit.causes += [cause for c in others for cause in c.causes]
-                self._report(transition, commit, detail, merged=1 + len(others))
+                if alone and not transition and not commit.changes_slots:
+                    self.elsewhere += 1  # a BAR behind a closed bridge window
+                    continue
+                detail = "full" if alone else "net" if transition else "none"
+                commit.causes += [cause for c in silent for cause in c.causes]
+                self._report(transition, commit, detail, merged=1 + len(silent))
             elif commit.changes_slots:
                 before = self._report_by_slots(before, commit)
+            elif commit.moves_bar:
+                self._report(_nothing(before[MEMORY]), commit, "none")
             elif commit.ops:
                 self._report_ops(commit, None)
-        if not changing:
+        if not told:
             transition = _diff(before[MEMORY], maps[MEMORY])
             if transition:
                 last = pending[-1] if pending else Commit(t_ns)
                 quiet = Commit(last.t_ns, causes=[cause for c in pending for cause in c.causes])
+                detail = "full" if alone else "net"
                 self._report(transition, quiet, detail, merged=max(len(pending), 1))
             else:
                 self.elsewhere += sum(not c.ops for c in pending)

@@ -39,7 +39,7 @@ async def test_a_stopped_qemu_is_waited_for(trace: bool, monkeypatch: pytest.Mon
         async with attach(str(guest.monitors[0]), trace=trace, on_record=on_record) as agent:
             # changes all the time, so that a snapshot is always wanted
             toggle = await pulse.toggle(
-                HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), 1_000_000, period=300_000
+                HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), 1_000_000, period=20_000
             )
             os.kill(guest.pid, signal.SIGSTOP)
             try:

@@ -43,7 +43,7 @@ from qmp_memlistener.guests import (
     kvm_usable,
     launch,
 )
-from qmp_memlistener.memslots import Op, SlotTable
+from qmp_memlistener.memslots import Op
 from qmp_memlistener.monitor import Monitor, UnixTarget
 from qmp_memlistener.recording import (
     Header,
@@ -307,10 +307,6 @@ def op_shapes(ops: Iterable[SlotOp]) -> list[Shape]:
 
 def planned_shapes(ops: Iterable[Op]) -> list[Shape]:
     return [(str(op.op), op.as_id, op.slot, op.gpa, op.size, op.flags) for op in ops]
-
-
-def slots_of(table: SlotTable) -> list[tuple[int, int, int, int, int]]:
-    return sorted((s.as_id, s.gpa, s.size, s.slot, s.flags) for s in table)
 
 
 # -- what must be left as it was -----------------------------------------------------------------

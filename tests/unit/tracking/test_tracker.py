@@ -222,6 +222,28 @@ def test_causes_go_to_the_commit_they_stand_at() -> None:
     assert [x.cause for x in transitions] == [bar, plug]
 
 
+def test_bars_that_come_and_go_between_two_snapshots_are_reported_one_by_one() -> None:
+    """No slot changes for them, and afterwards the map is as it was."""
+    t = tracker()
+    bars = [Cause("pci_bar", device="d", detail=detail) for detail in ("mapped", "unmapped") * 2]
+    for bar in bars:
+        t.commits.cause(bar, moves_bar=True)
+        commit(t, [])
+    t.snapshot({0: make_map()}, 100)
+    transitions, ops, rest = taken(t)
+    assert [x.cause for x in transitions] == bars
+    assert {x.detail for x in transitions} == {"none"}
+    assert (ops, rest) == ([], [])
+
+
+def test_a_bar_that_nothing_shows_is_no_transition() -> None:
+    t = tracker()
+    t.commits.cause(Cause("pci_bar", device="d", detail="mapped"), moves_bar=True)
+    commit(t, [])
+    t.snapshot({0: make_map()}, 100)
+    assert taken(t) == ([], [], [])
+
+
 def test_without_a_trace_the_operations_are_predicted() -> None:
     t = tracker(traced=False)
     t.snapshot({0: make_map(0xA0000)}, 100)
