@@ -5,15 +5,13 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-packages=()
-need() { # COMMAND PACKAGE
-    command -v "$1" >/dev/null 2>&1 || packages+=("$2")
-}
-need qemu-system-x86_64 qemu-system-x86
-need qemu-system-aarch64 qemu-system-arm
-need as binutils
-need make make
+packages=() # nothing works without
+optional=() # some tests are skipped without
+have() { command -v "$1" >/dev/null 2>&1; }
+have qemu-system-x86_64 || packages+=(qemu-system-x86)
 [ -e /usr/share/seabios/bios-256k.bin ] || packages+=(seabios)
+have qemu-system-aarch64 || optional+=(qemu-system-arm)
+have as || optional+=(binutils)
 
 python=""
 for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
@@ -24,12 +22,17 @@ for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
 done
 [ -n "$python" ] || packages+=(python3 python3-venv)
 
+if [ "$(id -u)" = 0 ] && have apt-get; then
+    packages+=("${optional[@]}")
+elif [ ${#optional[@]} -gt 0 ]; then
+    echo "some tests will be skipped without: ${optional[*]}" >&2
+fi
 if [ ${#packages[@]} -gt 0 ]; then
     if [ "${1:-}" = --check ]; then
         echo "missing Debian packages: ${packages[*]}" >&2
         exit 4
     fi
-    if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
+    if [ "$(id -u)" = 0 ] && have apt-get; then
         echo "installing: ${packages[*]}" >&2
         log=$(mktemp)
         if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${packages[@]}"; } >"$log" 2>&1; then

@@ -160,16 +160,17 @@ async def test_a_change_right_behind_a_snapshot_is_not_read_with_its_map(
     The map is open when the snapshot is taken; the guest closes it before the text is folded in,
     with a slot of which nothing is known yet.
     """
-    async with booted(build, accel) as vm, qmp(vm.guest.monitors[1]) as monitor:
-        async with attach(vm.target, on_record=seen) as agent:
-            await vm.open_pam()
-            await agent.settle()
-            text = await monitor.execute(
-                "human-monitor-command", {"command-line": "info mtree -o -D"}
-            )
-            await vm.close_pam()
-            await agent.settle()
-            rules = agent.rules
+    async with (
+        booted(build, accel) as vm,
+        qmp(vm.guest.monitors[1]) as monitor,
+        attach(vm.target, on_record=seen) as agent,
+    ):
+        await vm.open_pam()
+        await agent.settle()
+        text = await monitor.execute("human-monitor-command", {"command-line": "info mtree -o -D"})
+        await vm.close_pam()
+        await agent.settle()
+        rules = agent.rules
     assert isinstance(text, str)
     maps = {ADDRESS_SPACES[name]: m for name, m in read_maps(text, list(ADDRESS_SPACES)).items()}
     tracker = Tracker(maps, 0, has_slots=True, traced=True, rules=rules)
