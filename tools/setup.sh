@@ -9,7 +9,7 @@ packages=() # nothing works without
 optional=() # some tests are skipped without
 have() { command -v "$1" >/dev/null 2>&1; }
 have qemu-system-x86_64 || packages+=(qemu-system-x86)
-[ -e /usr/share/seabios/bios-256k.bin ] || packages+=(seabios)
+[ -e /usr/share/seabios/bios-256k.bin ] || [ -e /usr/share/qemu/bios-256k.bin ] || packages+=(seabios)
 have qemu-system-aarch64 || optional+=(qemu-system-arm)
 have as || optional+=(binutils)
 

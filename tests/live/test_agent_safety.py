@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener import attach
+from qmp_memlistener.agent import tracing
 from qmp_memlistener.errors import MonitorBusy, TargetError, TargetLost
 from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, High, QemuBuild
 from qmp_memlistener.monitor import Monitor
@@ -273,6 +274,32 @@ async def test_a_guest_that_is_killed_leaves_its_last_transitions(
                 await agent.settle()
         assert left_behind(vm.guest.pid) == []
     seen.check_nothing_wrong()
+
+
+@builds(QEMUS[:1])
+@pytest.mark.asyncio
+async def test_a_defect_of_ours_ends_the_attachment(
+    build: QemuBuild, seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An agent that has stopped following must say so, not look like a quiet guest."""
+
+    def broken(_: str) -> None:
+        raise ZeroDivisionError("a defect of a test")
+
+    async with (
+        booted(build, best_accel(build)) as vm,
+        qmp(vm.guest.monitors[1]) as monitor,
+    ):
+        before = await enabled_events(monitor)
+        async with attach(vm.target, on_record=seen) as agent:
+            with monkeypatch.context() as patch:
+                patch.setattr(tracing, "maps_of", broken)
+                await vm.open_pam()
+                async with asyncio.timeout(5):
+                    reason = await agent.wait_lost()
+            assert "a defect of a test" in str(reason)
+        assert await enabled_events(monitor) == before
+        assert left_behind(vm.guest.pid) == []
 
 
 @cases("kvm")
