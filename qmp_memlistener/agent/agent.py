@@ -12,13 +12,21 @@ were, whatever the reason for leaving.
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
 
-from ..errors import CommandFailed, InputError, MemListenerError, TargetError, TargetLost
+from ..errors import (
+    CommandFailed,
+    InputError,
+    MemListenerError,
+    OperationFailed,
+    TargetError,
+    TargetLost,
+)
 from ..listener import Dispatcher, MemoryListener
 from ..memslots import Rules, SlotTable
 from ..monitor import (
@@ -49,6 +57,8 @@ from .stream import Records, RecordStream
 from .tracing import TraceSource
 
 __all__ = ["Agent", "attach"]
+
+log = logging.getLogger(__name__)
 
 # QMP events that tell of the guest's state, and those that tell of devices and memory
 _STATE_EVENTS = frozenset(
@@ -392,6 +402,14 @@ class Agent:
                 self._give_up(exc)
             except OSError as exc:
                 self._give_up(TargetLost(f"{name}: {exc.strerror or exc}"))
+            except Exception as exc:  # a defect of ours must not leave the user blind
+                log.exception("the task for %s failed", name)
+                self._give_up(
+                    OperationFailed(
+                        f"the agent cannot go on: {name} failed with {exc!r}",
+                        remedy="please report it with the recording and what the log says",
+                    )
+                )
 
         self._tasks.append(asyncio.create_task(guarded(), name=name))
 

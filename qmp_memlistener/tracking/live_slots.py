@@ -16,7 +16,10 @@ from operator import attrgetter, itemgetter
 from ..memslots import READONLY, Rules, Slot, SlotTable, slot_table
 from ..topology import FlatRange, FlatView, Kind, MemoryMap
 
-__all__ = ["LiveSlot", "LiveSlots", "RawOp"]
+__all__ = ["UNKNOWN_BLOCK", "LiveSlot", "LiveSlots", "RawOp"]
+
+UNKNOWN_BLOCK = "RAM of slot "
+"""What a section of a RAM block that is not known yet is called, with the slot's id behind it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +110,15 @@ class LiveSlots:
             self._slots[as_id, gpa] = replace(s, block=shown.name, owner=shown.owner, offset=offset)
             if s.hva is not None:
                 self._note_base(s.hva, shown.name, shown.owner, offset)
+
+    def take_names(self, marked: LiveSlots) -> None:
+        """Name our slots as in `marked`, an older copy of us, where they are still the same."""
+        for key, s in list(self._slots.items()):
+            named = marked._slots.get(key)
+            if s.block is None and named is not None and (named.slot, named.hva) == (s.slot, s.hva):
+                self._slots[key] = replace(
+                    s, block=named.block, owner=named.owner, offset=named.offset
+                )
 
     def apply(self, op: RawOp) -> tuple[str, int]:
         """Fold one operation in; returns what it was (`add`, `delete`, `flags`) and the size.
@@ -237,12 +249,11 @@ class LiveSlots:
         entry = (hva - offset, block, owner)
         if entry not in self._bases:
             # a block that was freed may have left its address or its name to this one
-            self._bases = [b for b in self._bases if b[0] != entry[0] and b[1:] != entry[1:]]
-            self._bases.append(entry)
-            self._bases.sort(key=itemgetter(0))
+            others = [b for b in self._bases if b[0] != entry[0] and b[1:] != entry[1:]]
+            self._bases[:] = sorted([*others, entry], key=itemgetter(0))  # copies share the list
 
 
 def _range(s: LiveSlot) -> FlatRange:
     kind = Kind.ROM if s.flags & READONLY else Kind.RAM
-    name = s.block if s.block is not None else f"slot {s.slot}"
+    name = s.block if s.block is not None else f"{UNKNOWN_BLOCK}{s.slot}"
     return FlatRange(s.gpa, s.size, kind, name, s.offset, s.owner, kind, memslot=True)

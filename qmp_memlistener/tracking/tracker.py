@@ -16,7 +16,7 @@ hole stays open until the next snapshot.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 from ..memslots import DirtyLog, LogChange, Op, OpKind, Rules, SlotTable, qemu_ops, slot_table
 from ..recording import (
@@ -45,7 +45,7 @@ from ..topology import (
 )
 from .changes import Change
 from .commits import Commit, CommitGrouper
-from .live_slots import LiveSlots
+from .live_slots import UNKNOWN_BLOCK, LiveSlots
 
 __all__ = ["Maps", "Tracker"]
 
@@ -111,6 +111,7 @@ class Tracker:
             self.mark()
         assert self._marked is not None
         (pending, live), self._marked = self._marked, None
+        live.learn(maps)
         if not self.traced:
             self._untraced(maps, t_ns)
         elif not self.has_slots:
@@ -118,7 +119,7 @@ class Tracker:
         else:
             self._with_slots(maps, pending, live, t_ns)
         self.maps = dict(maps)
-        self._live.learn(maps)
+        self._live.take_names(live)  # it is ahead of the map that was marked
 
     def flush(self) -> None:
         """No snapshot will come (the guest is gone): report what the lines alone tell."""
@@ -209,7 +210,6 @@ class Tracker:
             else:
                 self.elsewhere += sum(not c.ops for c in pending)
         if pending:
-            live.learn(maps)
             self._reconcile(maps, pending, live, t_ns)
 
     def _report_by_slots(self, before: Maps, commit: Commit) -> dict[int, MemoryMap]:
@@ -303,8 +303,8 @@ class Tracker:
                 cause=_cause(transition, commit.causes, filled, punched),
                 removed=Section.list_of(transition.removed),
                 added=Section.list_of(transition.added),
-                holes_punched=[HoleInfo.of(h) for h in sorted(punched, key=_start)],
-                holes_filled=[HoleInfo.of(h) for h in sorted(filled, key=_start)],
+                holes_punched=[_hole_info(h) for h in sorted(punched, key=_start)],
+                holes_filled=[_hole_info(h) for h in sorted(filled, key=_start)],
                 ram_appeared=[RamInfo(**asdict(c)) for c in transition.ram_appeared],
                 ram_vanished=[RamInfo(**asdict(c)) for c in transition.ram_vanished],
                 flips=[
@@ -402,6 +402,13 @@ def _cause(
     owners = {owner for _, owner in regions}
     owner = owners.pop() if len(owners) == 1 else None
     return Cause("region", owner=owner, regions=list(dict.fromkeys(name for name, _ in regions)))
+
+
+def _hole_info(hole: Hole) -> HoleInfo:
+    """For a record; RAM of a block that is not known covers as something not known."""
+    if hole.covered_by is not None and hole.covered_by.startswith(UNKNOWN_BLOCK):
+        hole = replace(hole, covered_by=None)
+    return HoleInfo.of(hole)
 
 
 def _start(hole: Hole) -> int:
