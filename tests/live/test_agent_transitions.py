@@ -5,13 +5,12 @@ On every QEMU here, under KVM and TCG.  What hotplug and PCI devices do is in te
 
 from __future__ import annotations
 
-import asyncio
 import time
 from pathlib import Path
 
 import pytest
 
-from qmp_memlistener import MemoryListener, attach
+from qmp_memlistener import attach
 from qmp_memlistener.guests import (
     PAM_RAM,
     PAM_ROM,
@@ -21,9 +20,9 @@ from qmp_memlistener.guests import (
     boot_args,
     launch,
 )
-from qmp_memlistener.memslots import ADDRESS_SPACES, Rules, SlotTable, plan
+from qmp_memlistener.memslots import ADDRESS_SPACES
 from qmp_memlistener.recording import GuestState, SlotOp, TransitionRecord
-from qmp_memlistener.topology import FlatRange, Hole, Kind, Transition, read_maps
+from qmp_memlistener.topology import Hole, Kind, Transition, read_maps
 from qmp_memlistener.tracking import RawOp, Tracker
 from tests.support.live import (
     QEMUS,
@@ -31,15 +30,13 @@ from tests.support.live import (
     Seen,
     Shape,
     Vm,
-    best_accel,
     booted,
-    builds,
     cases,
     enabled_events,
     flush_rcu,
     live_views,
     op_shapes,
-    planned_shapes,
+    planned,
     qmp,
     silenced,
     skip_without_kvm,
@@ -49,14 +46,6 @@ pytestmark = pytest.mark.qemu
 
 BIOS_AREA = (0xF0000, 0x10000)
 TOGGLES = 200
-
-
-def planned(
-    transition: Transition, table: SlotTable, rules: Rules
-) -> tuple[list[Shape], SlotTable]:
-    """What `plan` says QEMU does for a transition, and the slots after it."""
-    p = plan(transition.before, transition.after, table=table, rules=rules)
-    return planned_shapes(p.ops), p.after
 
 
 def without_ids(ops: list[Shape]) -> list[Shape]:
@@ -378,318 +367,3 @@ async def test_views_are_freed_as_without_the_agent(
         await monitor.execute("human-monitor-command", {"command-line": "info mtree -f"})
         await vm.toggle(2)
         assert (await count())[1] > alive
-
-
-# -- listeners -----------------------------------------------------------------------------------
-
-
-class Diary(MemoryListener):
-    """Writes down every callback."""
-
-    def __init__(self) -> None:
-        self.calls: list[tuple[str, object]] = []
-
-    def begin(self) -> None:
-        self.calls.append(("begin", None))
-
-    def region_del(self, section: FlatRange) -> None:
-        self.calls.append(("region_del", section))
-
-    def region_add(self, section: FlatRange) -> None:
-        self.calls.append(("region_add", section))
-
-    def region_nop(self, section: FlatRange) -> None:
-        self.calls.append(("region_nop", section))
-
-    def log_start(self, section: FlatRange) -> None:
-        self.calls.append(("log_start", section))
-
-    def log_stop(self, section: FlatRange) -> None:
-        self.calls.append(("log_stop", section))
-
-    def hole_punched(self, hole: Hole) -> None:
-        self.calls.append(("hole_punched", hole))
-
-    def hole_filled(self, hole: Hole) -> None:
-        self.calls.append(("hole_filled", hole))
-
-    def slot_changed(self, op: SlotOp) -> None:
-        self.calls.append(("slot_changed", op))
-
-    def commit(self, transition: Transition) -> None:
-        self.calls.append(("commit", transition))
-
-    @property
-    def names(self) -> list[str]:
-        return [name for name, _ in self.calls]
-
-    def of(self, name: str) -> list[object]:
-        return [what for called, what in self.calls if called == name]
-
-
-class AsyncDiary(MemoryListener):
-    """The same with coroutines that let others run."""
-
-    def __init__(self) -> None:
-        self.sections: list[tuple[str, FlatRange]] = []
-        self.commits: list[Transition] = []
-
-    async def region_del(self, section: FlatRange) -> None:
-        await asyncio.sleep(0)
-        self.sections.append(("region_del", section))
-
-    async def region_add(self, section: FlatRange) -> None:
-        await asyncio.sleep(0)
-        self.sections.append(("region_add", section))
-
-    async def commit(self, transition: Transition) -> None:
-        await asyncio.sleep(0)
-        self.commits.append(transition)
-
-
-class Raising(MemoryListener):
-    """Fails in one callback, works in the others."""
-
-    def __init__(self) -> None:
-        self.commits = 0
-
-    def region_del(self, section: FlatRange) -> None:
-        raise KeyError(section.name)
-
-    async def commit(self, transition: Transition) -> None:  # noqa: ARG002
-        self.commits += 1
-        await asyncio.sleep(0)
-        raise ValueError("commit of a test")
-
-
-class Hanging(MemoryListener):
-    """Never returns from its first callback until it is let go."""
-
-    def __init__(self) -> None:
-        self.release = asyncio.Event()
-        self.hung = asyncio.Event()
-        self.commits = 0
-
-    async def begin(self) -> None:
-        self.hung.set()
-        await self.release.wait()
-
-    def commit(self, transition: Transition) -> None:  # noqa: ARG002
-        self.commits += 1
-
-
-@cases()
-@pytest.mark.asyncio
-async def test_a_listener_is_told_in_qemus_order(build: QemuBuild, accel: str, seen: Seen) -> None:
-    diary, other = Diary(), AsyncDiary()
-    async with booted(build, accel) as vm, attach(vm.target, on_record=seen) as agent:
-        agent.register(diary)
-        agent.register(other)
-        with pytest.raises(ValueError, match="registered already"):
-            agent.register(diary)
-        await agent.settle()
-        # First the present map, as QEMU tells a new listener.
-        present = agent.map.view
-        assert diary.names == ["begin", *["region_add"] * len(present), "commit"]
-        assert diary.of("region_add") == list(present)
-        diary.calls.clear()
-        other.sections.clear()
-
-        await vm.open_pam()
-        await agent.settle()
-        (transition,) = diary.of("commit")
-        assert isinstance(transition, Transition)
-        assert (transition.before, transition.after) == (present, agent.map.view)
-        # begin, the del pass, the add pass with what stays in between, both ascending; commit.
-        dels, adds = len(transition.removed), len(transition.after)
-        assert diary.names[: 1 + dels] == ["begin", *["region_del"] * dels]
-        passed = diary.names[1 + dels : 1 + dels + adds]
-        assert set(passed) == {"region_add", "region_nop"}
-        assert diary.names[-1] == "commit"
-        assert diary.names.count("begin") == diary.names.count("commit") == 1
-        assert diary.of("region_del") == list(transition.removed)
-        second_pass = [what for _, what in diary.calls[1 + dels : 1 + dels + adds]]
-        assert second_pass == list(transition.after)
-        assert diary.of("region_add") == list(transition.added)
-        assert diary.of("region_nop") == list(transition.kept)
-        assert diary.of("slot_changed") == seen.ops(1) != []
-        assert diary.of("hole_filled") == list(transition.holes_filled) != []
-        assert diary.of("hole_punched") == []
-        assert other.sections == [
-            *(("region_del", s) for s in transition.removed),
-            *(("region_add", s) for s in transition.added),
-        ]
-        assert other.commits[-1] is transition
-
-        await agent.unregister(diary)
-        diary.calls.clear()
-        await vm.close_pam()
-        await agent.settle()
-        assert diary.calls == []
-        assert len(other.commits) == 3
-        with pytest.raises(ValueError, match="not registered"):
-            await agent.unregister(diary)
-
-
-@builds(QEMUS[:1])
-@pytest.mark.asyncio
-async def test_a_listener_that_raises_or_hangs_harms_no_other(build: QemuBuild, seen: Seen) -> None:
-    raising, good, hanging = Raising(), Commits(), Hanging()
-    async with booted(build, best_accel(build)) as vm:
-        async with attach(vm.target, on_record=seen) as agent:
-            for listener in (raising, good):
-                agent.register(listener)
-            for step in (vm.open_pam, vm.close_pam):
-                await step()
-                await agent.settle()
-            assert len(good.transitions) == len(seen.transitions) == 2
-            assert raising.commits == 3
-            failures = [n for n in seen.notes if "Raising" in n]
-            assert any("region_del" in n and "KeyError" in n for n in failures)
-            assert sum("commit of a test" in n for n in failures) == 3
-
-            agent.register(hanging)
-            await asyncio.wait_for(hanging.hung.wait(), 5)
-            await vm.toggle(20)
-            await seen.wait_for(lambda: len(seen.transitions) == 22)
-            async with asyncio.timeout(5):
-                while len(good.transitions) < 22:  # noqa: ASYNC110 (its queue is its own)
-                    await asyncio.sleep(0)
-            assert hanging.commits == 0
-            start = time.monotonic()
-        # Leaving does not wait for it for ever.
-        assert time.monotonic() - start < 4
-        seen.check_nothing_wrong()
-
-
-@builds(QEMUS[:1])
-@pytest.mark.asyncio
-async def test_settling_does_not_wait_for_ever_for_a_listener_that_hangs(
-    build: QemuBuild, seen: Seen
-) -> None:
-    hanging = Hanging()
-    async with booted(build, best_accel(build)) as vm, attach(vm.target, on_record=seen) as agent:
-        agent.register(hanging)
-        await asyncio.wait_for(hanging.hung.wait(), 5)
-        try:
-            await vm.open_pam()
-            async with asyncio.timeout(6):
-                await agent.settle()
-            assert len(seen.transitions) == 1
-        finally:
-            hanging.release.set()
-
-
-@cases(of=QEMUS[:1])
-@pytest.mark.asyncio
-async def test_a_subscriber_that_raises_harms_nobody(
-    build: QemuBuild, accel: str, seen: Seen
-) -> None:
-    def broken(_: object) -> None:
-        raise RuntimeError("subscriber of a test")
-
-    async with booted(build, accel) as vm, attach(vm.target) as agent:
-        agent.subscribe(broken)
-        unsubscribe = agent.subscribe(seen)
-        await vm.toggle(4)
-        async with asyncio.timeout(5):
-            await agent.settle()
-        assert len(seen.transitions) == 4
-        unsubscribe()
-        await vm.toggle(2)
-        await agent.settle()
-        assert len(seen.transitions) == 4
-        assert agent.transitions == 6
-
-
-@cases("kvm")
-@pytest.mark.asyncio
-async def test_dirty_logging_is_told(build: QemuBuild, accel: str, seen: Seen) -> None:
-    """A migration logs every slot: flag changes and no transition."""
-    diary = Diary()
-    async with (
-        booted(build, accel) as vm,
-        attach(vm.target, on_record=seen) as agent,
-        qmp(vm.guest.monitors[1]) as monitor,
-    ):
-        agent.register(diary)
-        await agent.settle()
-        view = agent.map.view
-        slots = list(agent.slots)
-        await monitor.execute("migrate-set-parameters", {"max-bandwidth": 4096})
-        await monitor.execute("migrate", {"uri": "exec:cat >/dev/null"})
-        await seen.wait_for(lambda: len(seen.of(SlotOp)) >= len(slots))
-        await monitor.execute("migrate_cancel")
-        await seen.wait_for(lambda: len(seen.of(SlotOp)) >= 2 * len(slots))
-        await agent.settle()
-        ops = seen.of(SlotOp)
-        assert {op.op for op in ops} == {"flags"}
-        assert {op.transition for op in ops} == {None}
-        assert [op.flags & 1 for op in ops] == [1] * len(slots) + [0] * len(slots)
-        writable = [r for r in view if r.memslot]
-        assert diary.of("log_start") == diary.of("log_stop") == writable
-        assert agent.map.view == view
-    assert seen.transitions == []
-    seen.check_nothing_wrong()
-
-
-# -- polling -------------------------------------------------------------------------------------
-
-
-@cases()
-@pytest.mark.asyncio
-async def test_polling_sees_what_stays_and_says_what_it_cannot(
-    build: QemuBuild, accel: str, seen: Seen
-) -> None:
-    async with booted(build, accel) as vm, qmp(vm.guest.monitors[1]) as monitor:
-        before = await enabled_events(monitor)
-        commits = Commits()
-        async with attach(vm.target, trace=False, on_record=seen) as agent:
-            assert agent.source == "polling"
-            assert "short-lived holes may be missed" in seen.header.source
-            assert any("not seen" in note for note in seen.notes)
-            assert seen.header.stamp_bound_ns is None
-            agent.register(commits)
-            table = agent.slots
-            for i, step in enumerate((vm.open_pam, vm.close_pam), 1):
-                await step()
-                await seen.wait_for(lambda i=i: len(seen.transitions) >= i)  # type: ignore[misc]
-            await agent.settle()
-            ops = seen.of(SlotOp)
-            assert ops
-            assert all(op.predicted for op in ops)
-            wanted, _ = planned(commits.transitions[0], table, agent.rules)
-            assert op_shapes(seen.ops(1)) == wanted
-
-            for command, event, status, running in (
-                ("stop", "STOP", "paused", False),
-                ("cont", "RESUME", "running", True),
-                ("system_reset", "RESET", "running", True),
-            ):
-                count = len(seen.of(GuestState))
-                await monitor.execute(command)
-                await seen.wait_for(lambda n=count: len(seen.of(GuestState)) > n)  # type: ignore[misc]
-                state = seen.of(GuestState)[-1]
-                assert (state.event, state.status, state.running) == (event, status, running)
-            assert await enabled_events(monitor) == before
-        assert [t.detail for t in seen.transitions] == ["full", "full"]
-        seen.check_nothing_wrong()
-
-
-@cases()
-@pytest.mark.asyncio
-async def test_with_a_trace_the_guests_state_is_told_too(
-    build: QemuBuild, accel: str, seen: Seen
-) -> None:
-    async with (
-        booted(build, accel) as vm,
-        attach(vm.target, on_record=seen) as agent,
-        qmp(vm.guest.monitors[1]) as monitor,
-    ):
-        assert "every slot operation" in seen.header.source
-        for command in ("stop", "cont", "system_reset"):
-            await monitor.execute(command)
-        await seen.wait_for(lambda: any(s.event == "RESET" for s in seen.of(GuestState)))
-        await agent.settle()
-        states = [(s.status, s.running) for s in seen.of(GuestState) if s.event != "RESET"]
-        assert states[:2] == [("paused", False), ("running", True)]

@@ -43,7 +43,7 @@ from qmp_memlistener.guests import (
     kvm_usable,
     launch,
 )
-from qmp_memlistener.memslots import Op
+from qmp_memlistener.memslots import Op, Rules, SlotTable, plan
 from qmp_memlistener.monitor import Monitor, UnixTarget
 from qmp_memlistener.recording import (
     Header,
@@ -77,6 +77,7 @@ __all__ = [
     "live_views",
     "log_targets",
     "op_shapes",
+    "planned",
     "planned_shapes",
     "qmp",
     "run_in_terminal",
@@ -485,3 +486,11 @@ async def run_in_terminal(*args: str | Path, columns: int = 80, seconds: float =
     finally:
         os.close(ours)
     return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.decode()).splitlines()
+
+
+def planned(
+    transition: Transition, table: SlotTable, rules: Rules
+) -> tuple[list[Shape], SlotTable]:
+    """What `plan` says QEMU does for a transition, and the slots after it."""
+    p = plan(transition.before, transition.after, table=table, rules=rules)
+    return planned_shapes(p.ops), p.after
