@@ -14,13 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable, Coroutine, Iterable
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
+from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
 
 from ..errors import (
-    CommandFailed,
     InputError,
     MemListenerError,
     OperationFailed,
@@ -35,7 +34,6 @@ from ..monitor import (
     Guest,
     GuestFacts,
     Monitor,
-    QmpEvent,
     Target,
     TraceSession,
     TraceUnavailable,
@@ -46,10 +44,10 @@ from ..monitor import (
     read_facts,
     start_tracing,
 )
-from ..recording import GuestState, Header, Note, Record, RecordingWriter
-from ..recording import QmpEvent as EventRecord
+from ..recording import Header, Note, Record, RecordingWriter
 from ..topology import MemoryMap
 from ..tracking import Tracker
+from .guest_events import GuestEvents
 from .header import header_of, rules_of
 from .polling import PollSource
 from .source import Source
@@ -60,22 +58,6 @@ __all__ = ["Agent", "attach"]
 
 log = logging.getLogger(__name__)
 
-# QMP events that tell of the guest's state, and those that tell of devices and memory
-_STATE_EVENTS = frozenset(
-    {"STOP", "RESUME", "RESET", "SHUTDOWN", "POWERDOWN", "SUSPEND", "WAKEUP", "GUEST_PANICKED"}
-)
-_DEVICE_EVENTS = frozenset(
-    {
-        "ACPI_DEVICE_OST",
-        "BALLOON_CHANGE",
-        "DEVICE_DELETED",
-        "DEVICE_UNPLUG_GUEST_ERROR",
-        "MEMORY_DEVICE_SIZE_CHANGE",
-        "MEM_UNPLUG_ERROR",
-        "MIGRATION",
-        "UNPLUG_PRIMARY",
-    }
-)
 _END_DEADLINE = 2.0
 _CLOSE_DEADLINE = 10.0
 
@@ -115,8 +97,8 @@ def attach(
 class Agent:
     """A watched guest; made by `attach`, usable inside its block.
 
-    `monitor` is the connection it observes through, `operations` the one for commands that take
-    long (the same one when there is no other), `ping` one of its own for probing or None.
+    `monitor` is the connection it observes through; `operations` and `ping` are those that were
+    named for these uses (`operations` is the observer's when none was, see `operating`).
     `facts` is what the guest said of itself, `header` the first record, `remarks` what the user
     should know about this attachment.
     """
@@ -151,7 +133,6 @@ class Agent:
         self._source: Source
         self._lost: asyncio.Future[MemListenerError]
         self._tasks: list[asyncio.Task[None]] = []
-        self._asides: set[asyncio.Task[None]] = set()
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
@@ -228,6 +209,27 @@ class Agent:
         """An async iterator over the records from now on; it ends with the attachment."""
         return self._records.stream(limit)
 
+    # -- operating -------------------------------------------------------------------------
+
+    @asynccontextmanager
+    async def operating(self) -> AsyncIterator[Monitor]:
+        """A monitor for commands that take long, so that snapshots need not wait for them.
+
+        The one that was named, else one that is free, for as long as the block lasts; the
+        observer's own when there is no other.
+        """
+        free = self.companions.operations
+        if self.operations is not self.monitor or free is None:
+            yield self.operations
+            return
+        try:
+            monitor = await Monitor.connect(free, deadline=self._deadline)
+        except TargetError:
+            yield self.monitor  # somebody else was quicker
+            return
+        async with monitor:
+            yield monitor
+
     # -- waiting ---------------------------------------------------------------------------
 
     async def settle(self, *, listeners_s: float = 2.0) -> None:
@@ -278,7 +280,9 @@ class Agent:
             str(self._target), self.facts, pid, traced=session is not None, why_not=why_not
         )
         self._publish_header(stack)
-        stack.callback(self.monitor.subscribe(self._on_event))
+        events = GuestEvents(self.monitor, self._source, self._publish)
+        stack.push_async_callback(events.close)
+        stack.callback(self.monitor.subscribe(events.take))
         await self._source.snapshot()
         self._spawn(self._source.keep_snapshots(), "snapshots")
         self._spawn(self._watch_monitor(), "monitor")
@@ -349,11 +353,10 @@ class Agent:
 
     async def _end_tasks(self) -> None:
         """Stop the tasks and publish what they had in hand."""
-        tasks = [*self._tasks, *self._asides]
-        for task in tasks:
+        for task in self._tasks:
             task.cancel()
-        if tasks:
-            await asyncio.wait(tasks, timeout=_END_DEADLINE)
+        if self._tasks:
+            await asyncio.wait(self._tasks, timeout=_END_DEADLINE)
         self._publish(())
 
     # -- inside ----------------------------------------------------------------------------
@@ -424,31 +427,6 @@ class Agent:
         self._tracker.flush()
         self._publish(())
         self._give_up(error)
-
-    def _on_event(self, event: QmpEvent) -> None:
-        if event.name in _STATE_EVENTS:
-            # with a trace `runstate_set` tells, and tells why
-            if self.source != "trace" or event.name not in ("STOP", "RESUME"):
-                task = asyncio.create_task(self._report_state(event))
-                self._asides.add(task)
-                task.add_done_callback(self._asides.discard)
-        elif event.name in _DEVICE_EVENTS:
-            record = EventRecord(t_ns=event.t_ns, event=event.name, data=dict(event.data))
-            self._publish([record])
-        self._source.poke()
-
-    async def _report_state(self, event: QmpEvent) -> None:
-        """STOP does not say why the guest stopped: ask."""
-        status, running = event.name.lower(), event.name in ("RESUME", "RESET", "WAKEUP")
-        try:
-            value = await self.monitor.execute("query-status", deadline=2.0)
-            if isinstance(value, dict):
-                status, running = str(value.get("status")), value.get("running") is True
-        except (TargetError, CommandFailed):
-            pass  # it is going down; the event is all there is
-        self._publish(
-            [GuestState(t_ns=event.t_ns, status=status, running=running, event=event.name)]
-        )
 
 
 _MISSED = "the map is polled: holes that come and go between two snapshots are not seen"

@@ -1,0 +1,61 @@
+"""Which monitors of a QEMU an agent uses for what."""
+
+from __future__ import annotations
+
+import pytest
+
+from qmp_memlistener import attach
+from qmp_memlistener.errors import InputError, MonitorBusy
+from qmp_memlistener.guests import GuestSpec, launch
+from qmp_memlistener.monitor import Monitor, parse_target
+
+SPEC = GuestSpec(machine="pc", accel="tcg", args=("-S",), monitors=3)
+
+
+@pytest.mark.asyncio
+async def test_a_free_monitor_is_found_for_operations() -> None:
+    async with launch(SPEC) as guest, attach(str(guest.monitors[0])) as agent:
+        assert not any("operations" in remark for remark in agent.remarks)
+        async with agent.operating() as monitor:
+            assert monitor is not agent.monitor
+            assert monitor.peer_pid == guest.pid
+            assert await monitor.execute("query-status")
+        async with agent.operating() as again:
+            assert again.target == monitor.target
+
+
+@pytest.mark.asyncio
+async def test_a_single_monitor_is_shared_and_that_is_said() -> None:
+    one = GuestSpec(machine="pc", accel="tcg", args=("-S",), monitors=1)
+    async with launch(one) as guest, attach(str(guest.monitors[0])) as agent:
+        assert any("operations" in remark for remark in agent.remarks)
+        async with agent.operating() as monitor:
+            assert monitor is agent.monitor
+
+
+@pytest.mark.asyncio
+async def test_monitors_that_are_named_are_used() -> None:
+    async with launch(SPEC) as guest:
+        target, ping, operations = (f"unix:{path}" for path in guest.monitors)
+        async with attach(target, ping_monitor=ping, ops_monitor=operations) as agent:
+            assert agent.ping is not None
+            assert str(agent.ping.target) == ping
+            async with agent.operating() as monitor:
+                assert monitor is agent.operations
+                assert str(monitor.target) == operations
+            with pytest.raises(MonitorBusy):
+                await Monitor.connect(parse_target(ping))
+        async with await Monitor.connect(parse_target(ping)) as freed:
+            assert freed.is_connected
+
+
+@pytest.mark.asyncio
+async def test_the_observers_own_monitor_or_another_qemus_is_refused() -> None:
+    async with launch(SPEC) as guest, launch(SPEC) as other:
+        target = str(guest.monitors[0])
+        with pytest.raises(InputError, match="in use by this agent"):
+            async with attach(target, ops_monitor=target):
+                pass
+        with pytest.raises(InputError, match="of pid"):
+            async with attach(target, ping_monitor=str(other.monitors[0])):
+                pass
