@@ -74,7 +74,8 @@ class TraceSource:
         self._dirty = asyncio.Event()
         self._snapshot_lock = asyncio.Lock()
         self._sync: dict[int, asyncio.Event] = {}
-        self._resync = False
+        self._losses = 0
+        self._losses_mended = 0
         self._early: list[tuple[TraceRecord, int]] = []
 
     async def read(self) -> None:
@@ -101,7 +102,7 @@ class TraceSource:
             extra: list[Record] = []
             if batch.lost is not None:
                 extra.append(Lost(t_ns=batch.t_ns, what=batch.lost))
-                self._resync = True
+                self._losses += 1
                 self._dirty.set()
             skew = time.time_ns() - time.monotonic_ns()
             for line in batch.records:
@@ -137,6 +138,7 @@ class TraceSource:
         Raises DeadlineExceeded, TargetLost, CommandFailed.
         """
         async with self._snapshot_lock:
+            losses = self._losses  # one that comes later needs a later snapshot
             marker = self._marker = new_marker()
             self._armed = False
             self._at_mark.clear()
@@ -167,13 +169,15 @@ class TraceSource:
                 early, self._early = self._early, []
                 for line, t_ns in early:
                     self._fold(line, t_ns)
-            elif self._resync:
-                self._resync = False
+            elif losses != self._losses_mended:
                 self.tracker.resync(maps, reply.t_end_ns)
             else:
                 self.tracker.snapshot(maps, reply.t_end_ns)
-            if not self.tracker.pending:
-                self._dirty.clear()  # lines that came meanwhile are behind this snapshot's place
+            self._losses_mended = losses
+            if self.tracker.pending or self._losses != losses:
+                self._dirty.set()
+            else:
+                self._dirty.clear()  # what came meanwhile was before this snapshot's place
             self._publish(())
             return took
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 
 import rich_click as click
@@ -62,9 +61,8 @@ def follow_options(function: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass
 class Followed:
-    """What was seen: counts by record type, and why it ended (None: as asked)."""
+    """What was seen, and why it ended (None: as asked)."""
 
-    counts: Counter[str] = field(default_factory=Counter)
     transitions: int = 0
     slot_ops: int = 0
     differences: int = 0

@@ -70,10 +70,18 @@ def command(
     ) -> list[Plan]:
         from ..memslots import plan, plan_all
 
-        common = {"table": table, "rules": by, "log": log, "hand_back": bitmaps == "handed-back"}
+        back = bitmaps == "handed-back"
         if strategy == "all":
-            return list(plan_all(old, new, max_holes=limit, **common))  # type: ignore[arg-type]
-        return [plan(old, new, strategy, max_holes=limit, **common)]  # type: ignore[arg-type]
+            every = plan_all(
+                old, new, table=table, rules=by, log=log, hand_back=back, max_holes=limit
+            )
+            return list(every)
+        return [
+            plan(
+                old, new, strategy, table=table, rules=by, log=log, hand_back=back,
+                max_holes=limit,
+            )
+        ]  # fmt: skip
 
     if recording is not None:
         if before or after or slots:
