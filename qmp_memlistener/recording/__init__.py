@@ -1,5 +1,17 @@
 """One append-only file of typed records that every report, replay and export reads."""
 
+from .measured import (
+    CommandRecord,
+    GuestFailure,
+    MeasurementRecord,
+    ProbesRecord,
+    ProbeState,
+    StallCause,
+    StallRecord,
+    StallStatistics,
+    SummaryRecord,
+    Violation,
+)
 from .reader import Recording, is_recording
 from .records import (
     SCHEMA,
@@ -33,6 +45,16 @@ __all__ = [
     "MapRecord",
     "TransitionRecord",
     "SlotOp",
+    "StallRecord",
+    "StallCause",
+    "CommandRecord",
+    "MeasurementRecord",
+    "ProbesRecord",
+    "ProbeState",
+    "GuestFailure",
+    "Violation",
+    "SummaryRecord",
+    "StallStatistics",
     "GuestState",
     "QmpEvent",
     "Reconciled",

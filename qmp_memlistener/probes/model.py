@@ -1,0 +1,221 @@
+"""What every probe is: what it declares, what it needs, what it delivers.
+
+A probe measures one or more kinds of stall window.  It says beforehand whether it can work for a
+guest (`check`), then delivers observations to a `Sink` until it is stopped.  Here are only the
+types; each probe has a module of its own, `registry` knows them all, and `timeline` merges what
+they deliver.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Protocol
+
+from ..errors import MissingPrerequisite
+from ..monitor import Companions, Guest, GuestFacts, Monitor
+
+__all__ = [
+    "Kind",
+    "ProbeInfo",
+    "Verdict",
+    "Context",
+    "Observation",
+    "SlotUpdate",
+    "CommandSpan",
+    "Measurement",
+    "Sink",
+    "Probe",
+    "ProbeUnavailable",
+]
+
+
+class Kind(StrEnum):
+    """The kinds of stall window.
+
+    MAIN_LOOP: in-band QMP waits.  BQL_WAIT: a thread waits for the big QEMU lock.  BQL_HOLD: a
+    thread has it.  COMMIT: memory_region_transaction_commit runs.  SLOT_UPDATE: one
+    KVM_SET_USER_MEMORY_REGION (or REGION2) ioctl.  VCPU_INHIBIT: ioctls of vCPUs are kept out
+    (accel_ioctl_inhibit_begin, QEMU 8.0 and later).  VCPU_PAUSE: from STOP to RESUME.  VCPU_GAP:
+    the guest itself saw time go by without running.  MISSING: RAM that is there before and after
+    a commit had no slot.
+    """
+
+    MAIN_LOOP = "main_loop"
+    BQL_WAIT = "bql_wait"
+    BQL_HOLD = "bql_hold"
+    COMMIT = "commit"
+    SLOT_UPDATE = "slot_update"
+    VCPU_INHIBIT = "vcpu_inhibit"
+    VCPU_PAUSE = "vcpu_pause"
+    VCPU_GAP = "vcpu_gap"
+    MISSING = "missing"
+
+
+class ProbeUnavailable(MissingPrerequisite):
+    """A probe cannot work here, or for this guest; carries the reason and the remedy."""
+
+
+@dataclass(frozen=True, slots=True)
+class ProbeInfo:
+    """What a probe declares of itself, the same for every guest.
+
+    `needs` and `cost` are for people.  `resolution_ns`: shorter windows are missed or wrong.
+    `share` is the part of one host CPU that it takes from QEMU at its usual pace, 0.01 for 1 %;
+    a probe whose cost depends on what the guest does states what it is for an idle one.
+    """
+
+    name: str
+    measures: tuple[Kind, ...]
+    needs: str
+    resolution_ns: int
+    cost: str
+    share: float
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether a probe can work for a guest; if not, why and what to do about it."""
+
+    usable: bool
+    reason: str | None = None
+    remedy: str | None = None
+
+    @classmethod
+    def no(cls, reason: str, remedy: str | None = None) -> Verdict:
+        return cls(False, reason, remedy)
+
+
+@dataclass(frozen=True, slots=True)
+class Context:
+    """What probes may use of an attachment.
+
+    `guest` is QEMU's process where it is visible, `pid` its id where that much is known.  `monitor`
+    is the observer's connection, for short commands only.  `companions.ping` is a free monitor for
+    pinging.  `traced` says whether trace lines are seen, `why_not_traced` why they are not.
+    `named`: the user asked for this set of probes by name, so each does all it can.
+    `max_share` bounds what one probe may take of a host CPU (None: no bound).
+    """
+
+    guest: Guest | None
+    pid: int | None
+    facts: GuestFacts
+    monitor: Monitor
+    companions: Companions
+    traced: bool
+    why_not_traced: str | None = None
+    named: bool = False
+    max_share: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class SlotUpdate:
+    """One slot ioctl as it was seen; `size` 0 deletes.  `slot` is without the address space."""
+
+    as_id: int
+    slot: int
+    flags: int
+    gpa: int
+    size: int
+    hva: int
+    ret: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """One stall window as one probe saw it.
+
+    The stall lies inside `[start_ns, end_ns)` (CLOCK_MONOTONIC) and was at least `at_least_ns` and
+    at most `at_most_ns` long.  `thread` names who stalled (`main`, `CPU 0`, `tid 1234`), `tid` is
+    its thread id on the host, `site` where in QEMU.  `handoffs` counts, while all vCPUs were being
+    paused, how often another thread took the BQL in between.
+    """
+
+    kind: Kind
+    start_ns: int
+    end_ns: int
+    at_least_ns: int
+    at_most_ns: int
+    probe: str
+    thread: str | None = None
+    tid: int | None = None
+    site: str | None = None
+    update: SlotUpdate | None = None
+    handoffs: int | None = None
+
+    def __post_init__(self) -> None:
+        if not (
+            self.start_ns <= self.end_ns
+            and 0 <= self.at_least_ns <= self.at_most_ns <= self.end_ns - self.start_ns
+        ):
+            raise ValueError(f"not a window: {self}")
+
+
+@dataclass(frozen=True, slots=True)
+class CommandSpan:
+    """A QMP or HMP command that QEMU's main loop carried out.
+
+    It began at `start_ns`, was still running at `busy_until_ns`, and had ended at `end_ns`.
+    """
+
+    name: str
+    start_ns: int
+    busy_until_ns: int
+    end_ns: int
+    probe: str
+
+
+@dataclass(frozen=True, slots=True)
+class Measurement:
+    """Numbers over a span of time that are no windows: counters before and after."""
+
+    probe: str
+    start_ns: int
+    end_ns: int
+    values: dict[str, int | float | str] = field(default_factory=dict)
+
+
+class Sink(Protocol):
+    """Where a probe delivers; every method is called in the event loop's thread."""
+
+    def observe(self, observations: list[Observation]) -> None:
+        """Windows, in any order; each once."""
+
+    def command(self, span: CommandSpan) -> None:
+        """A command that was seen."""
+
+    def measure(self, measurement: Measurement) -> None:
+        """Counters over a span."""
+
+    def advance(self, probe: str, t_ns: int) -> None:
+        """Every window of `probe` that ended before `t_ns` has been delivered."""
+
+    def note(self, text: str) -> None:
+        """Something the user should know."""
+
+    def lost(self, probe: str, what: str, count: int | None = None) -> None:
+        """Something was missed: said once for each time, never silently."""
+
+    def failed(self, probe: str, error: Exception) -> None:
+        """The probe cannot go on; the others do."""
+
+
+class Probe(Protocol):
+    """One way of seeing stalls, for one attachment."""
+
+    info: ProbeInfo
+
+    async def check(self) -> Verdict:
+        """Whether it can work for this guest, trying as little as possible on it."""
+
+    async def start(self, sink: Sink) -> None:
+        """Begin; raises ProbeUnavailable.  Cancelled or not, nothing of it may stay in QEMU."""
+
+    async def burst(self, on: bool) -> None:
+        """An operation begins (`on`) or has ended: look closer meanwhile.  May be nested."""
+
+    async def flush(self) -> None:
+        """Deliver what is there, then call `advance` with a time not before this call."""
+
+    async def stop(self) -> None:
+        """End, deliver what is left and undo everything.  Idempotent; does not raise."""

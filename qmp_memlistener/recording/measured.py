@@ -1,0 +1,163 @@
+"""What probes measured: stall windows, commands, counters, and the summary at the end.
+
+Lines of `watch --json` and of a recording beside those of `records`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from .records import Record
+
+__all__ = [
+    "CommandRecord",
+    "GuestFailure",
+    "MeasurementRecord",
+    "ProbeState",
+    "ProbesRecord",
+    "StallCause",
+    "StallRecord",
+    "StallStatistics",
+    "SummaryRecord",
+    "Violation",
+]
+
+
+class StallCause(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What made a stall, where that was seen and not merely near it in time.
+
+    `type`: `transition` (`ref` is its `seq`), `slot_op` (slot operations without a transition, such
+    as dirty logging; `ref` is `"AS:SLOT"`), `command` (`ref` is its name), `agent` (a command of
+    ours; `ref` is its name), `stop` (the guest was stopped; `ref` is the status), `unknown` (`ref`
+    is None).  `explained_ns` is how much of the stall this accounts for, at least.
+    """
+
+    type: str
+    ref: int | str | None
+    explained_ns: int | None = None
+
+
+class StallRecord(Record, frozen=True, kw_only=True, tag="stall"):
+    """One stall window.
+
+    It lies inside `[start_ns, end_ns)` and was at least `at_least_ns`, at most `at_most_ns` long.
+    `probe` saw it best; `witnesses` are all probes that saw it or a part of what made it, `probe`
+    included.  Stalls that belong together have the same `incident`.  `during` lists transitions
+    that were under way meanwhile, whether or not they made it.
+    """
+
+    kind: str
+    start_ns: int
+    end_ns: int
+    at_least_ns: int
+    at_most_ns: int
+    probe: str
+    witnesses: list[str]
+    thread: str | None
+    site: str | None
+    cause: StallCause | None
+    incident: int
+    during: list[int] = msgspec.field(default_factory=list)
+    handoffs: int | None = None
+
+
+class CommandRecord(Record, frozen=True, kw_only=True, tag="command"):
+    """A command that QEMU carried out; still busy at `busy_until_ns`, over at `end_ns`."""
+
+    name: str
+    start_ns: int
+    busy_until_ns: int
+    end_ns: int
+    probe: str
+
+
+class MeasurementRecord(Record, frozen=True, kw_only=True, tag="measurement"):
+    """Counters of a probe over a span of time."""
+
+    probe: str
+    start_ns: int
+    end_ns: int
+    values: dict[str, int | float | str]
+
+
+class ProbeState(msgspec.Struct, frozen=True):
+    """A probe of this attachment: at work, or why not."""
+
+    name: str
+    measures: list[str]
+    active: bool
+    reason: str | None
+    remedy: str | None
+    resolution_ns: int
+    cost: str
+
+
+class ProbesRecord(Record, frozen=True, kw_only=True, tag="probes"):
+    """Which probes are at work from now on."""
+
+    t_ns: int
+    probes: list[ProbeState]
+
+
+class GuestFailure(Record, frozen=True, kw_only=True, tag="guest_failure"):
+    """The guest died or was reset, and what is known of why.
+
+    `status` is QEMU's RunState (`internal-error`) or `reset`.  For a vCPU found stopped at memory
+    that a transition took away: `cpu`, its instruction pointer `ip` (a guest-virtual address), the
+    guest-physical `gpa` of what it could not reach, and the `transition`.  `proven` says that the
+    address lies in RAM that had no slot during that transition; otherwise `what` tells only what
+    came before.
+    """
+
+    t_ns: int
+    status: str
+    what: str
+    proven: bool
+    transition: int | None
+    cpu: int | None = None
+    ip: int | None = None
+    gpa: int | None = None
+
+
+class Violation(Record, frozen=True, kw_only=True, tag="violation"):
+    """A limit was exceeded or a frozen guest's map changed; `what` in words.
+
+    `kind` is the stall's kind or `transition`; `limit_ns` and `found_ns` are None for a transition.
+    """
+
+    t_ns: int
+    kind: str
+    what: str
+    ref: int | None
+    limit_ns: int | None
+    found_ns: int | None
+
+
+class StallStatistics(msgspec.Struct, frozen=True):
+    """Stalls of one kind and cause.
+
+    `cause` is the cause's type (`unknown` when there is none).  Lengths are `at_most_ns`, so what
+    is stated was not longer.  `histogram` counts by length: entry i counts lengths in
+    `[bounds_ns[i], bounds_ns[i + 1])`, the last one all from `bounds_ns[-1]` on.
+    """
+
+    kind: str
+    cause: str
+    count: int
+    total_ns: int
+    p50_ns: int
+    p90_ns: int
+    p99_ns: int
+    max_ns: int
+    bounds_ns: list[int]
+    histogram: list[int]
+
+
+class SummaryRecord(Record, frozen=True, kw_only=True, tag="summary"):
+    """Statistics over `[start_ns, end_ns)`; `transitions` and `stalls` are how many were seen."""
+
+    start_ns: int
+    end_ns: int
+    transitions: int
+    stalls: int
+    statistics: list[StallStatistics]
