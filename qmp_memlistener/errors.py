@@ -5,6 +5,7 @@
     MemListenerError                  exit 1
      +- OperationFailed               1   a check or an operation on the guest failed
      |   +- CommandFailed             1   QEMU refused a command
+     |   +- GuestFrozen               1   real-time work runs, nobody may touch the guest
      +- InputError                    2   bad usage or bad input
      |   +- MtreeError                2   not an `info mtree` text, with line number
      |   +- RecordingError            2   not a recording, or one from the future
@@ -25,6 +26,7 @@ from __future__ import annotations
 __all__ = [
     "CommandFailed",
     "DeadlineExceeded",
+    "GuestFrozen",
     "InputError",
     "MemListenerError",
     "MissingPrerequisite",
@@ -67,6 +69,10 @@ class CommandFailed(OperationFailed):
         self.command = command
         self.error_class = error_class
         self.desc = desc
+
+
+class GuestFrozen(OperationFailed):
+    """Somebody froze the guest for real-time work (`watch --freeze`): nothing was done to it."""
 
 
 class InputError(MemListenerError):

@@ -1,7 +1,7 @@
 """apt with a configuration of its own: reads the machine's archive address, touches nothing else.
 
-Used by side_by_side.py.  Lists, caches, sources and package status live in one directory, so it
-works for any user and leaves the system's apt as it is.
+Used by side_by_side.py and vm-images/linux/build.py.  Lists, caches, sources and package status
+live in one directory, so it works for any user and leaves the system's apt as it is.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ def run(
     *,
     env: Mapping[str, str] | None = None,
     stdin: str | None = None,
+    cwd: Path | None = None,
     timeout: float = RUN_TIMEOUT_S,
 ) -> str:
     """Standard output of a command; raises Unavailable with its last lines when it fails."""
@@ -41,6 +42,7 @@ def run(
             stdin=subprocess.DEVNULL if stdin is None else None,
             capture_output=True,
             text=True,
+            cwd=cwd,
             timeout=timeout,
             check=False,
         )
@@ -152,7 +154,10 @@ def machine_archive(bases: Sequence[str]) -> Archive:
 
 
 class Apt:
-    """apt-get and apt-cache over two suites, with state that lives in `home` alone."""
+    """apt-get and apt-cache over two suites, with state that lives in `home` alone.
+
+    `suite` and `base` may be the same one.
+    """
 
     def __init__(self, home: Path, archive: Archive, suite: str, base: str) -> None:
         self._suite = suite
@@ -163,7 +168,7 @@ class Apt:
         stanza = {
             "Types": "deb",
             "URIs": archive.uris,
-            "Suites": f"{base} {suite}",
+            "Suites": " ".join(dict.fromkeys((base, suite))),
             "Components": "main",
             **{name.title(): value for name, value in archive.options.items()},
         }
@@ -193,6 +198,17 @@ class Apt:
     def download(self, packages: Sequence[str]) -> list[Path]:
         """Fetch that closure; apt checks sizes and hashes."""
         self._install("--download-only", packages)
+        return sorted(self.archives.glob("*.deb"))
+
+    def depends(self, package: str) -> list[str]:
+        """Packages that `package` (`NAME=VERSION`) itself depends on, of each choice the last."""
+        lines = run(["apt-cache", "depends", "-i", package], env=self._env).splitlines()
+        return [line.split()[1] for line in lines if line.startswith("  Depends:")]
+
+    def fetch(self, packages: Sequence[str]) -> list[Path]:
+        """Fetch `packages` (`NAME=VERSION` or `NAME`) without what they depend on."""
+        argv = ["apt-get", "download", "-q", *packages]
+        run(argv, env=self._env, cwd=self.archives, timeout=APT_TIMEOUT_S)
         return sorted(self.archives.glob("*.deb"))
 
     def _install(self, mode: str, packages: Sequence[str]) -> str:

@@ -14,13 +14,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable
-from contextlib import AsyncExitStack, asynccontextmanager
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from contextlib import AsyncExitStack, ExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
 
 from ..errors import (
-    InputError,
     MemListenerError,
     OperationFailed,
     TargetError,
@@ -35,20 +34,23 @@ from ..monitor import (
     GuestFacts,
     Monitor,
     Target,
+    TraceReason,
     TraceSession,
     TraceUnavailable,
-    companions_of,
-    find_owner,
     measure_idle,
-    parse_target,
     read_facts,
     start_tracing,
 )
+from ..probes import Context, Kind
+from ..probes.registry import choose, known_names
 from ..recording import Header, Note, Record, RecordingWriter
 from ..topology import MemoryMap
 from ..tracking import Tracker
+from .failures import FailureWatch
 from .guest_events import GuestEvents
 from .header import header_of, rules_of
+from .measuring import Measuring
+from .monitors import connect_monitors
 from .polling import PollSource
 from .source import Source
 from .stream import Records, RecordStream
@@ -66,6 +68,10 @@ def attach(
     target: str | Target,
     *,
     trace: bool = True,
+    probes: Sequence[str] | None = None,
+    max_overhead: float | None = None,
+    must_see: Mapping[Kind, int] | None = None,
+    freeze: str | None = None,
     record: str | None = None,
     ping_monitor: str | Target | None = None,
     ops_monitor: str | Target | None = None,
@@ -75,17 +81,26 @@ def attach(
     """Attach to a running guest and follow its memory map: `async with attach(...) as agent`.
 
     `target` is `unix:PATH`, a path, `HOST:PORT` or `pid:N`.  `trace=False` never touches trace
-    events or the log.  `record` names a new file for the recording, `on_record` is called with
-    every record from the header on.  `ping_monitor` and `ops_monitor` name further monitors of
-    the same QEMU; otherwise free ones are found.  `deadline` is for the connection, in seconds.
+    events or the log.  `probes` names those that measure stalls: by default the best that work
+    here, none with `()`; `max_overhead` bounds what each may take of a host CPU (0.02: 2 %);
+    stalls longer than the limits (ns) in `must_see` are not to be missed, whatever that costs.
+    `freeze` is a reason why nobody may touch this guest as long as the block lasts: other
+    processes of ours refuse to.  `record` names a new file for the recording, `on_record` is
+    called with every record from the header on.  `ping_monitor` and `ops_monitor` name further
+    monitors of the same QEMU; otherwise free ones are found.  `deadline` is for the connection,
+    in seconds.
 
     Entering the block raises InputError (no such form of target, the recording exists, a monitor
-    of another QEMU), TargetUnreachable, MonitorBusy, ProtocolViolation, DeadlineExceeded or
-    TargetLost.
+    of another QEMU, no such probe), GuestFrozen, TargetUnreachable, MonitorBusy,
+    ProtocolViolation, DeadlineExceeded or TargetLost.
     """
     return Agent(
         target,
         trace=trace,
+        probes=probes,
+        max_overhead=max_overhead,
+        must_see=must_see,
+        freeze=freeze,
         record=record,
         ping_monitor=ping_monitor,
         ops_monitor=ops_monitor,
@@ -97,15 +112,15 @@ def attach(
 class Agent:
     """A watched guest; made by `attach`, usable inside its block.
 
-    `monitor` is the connection it observes through; `operations` and `ping` are those that were
-    named for these uses (`operations` is the observer's when none was, see `operating`).
+    `monitor` is the connection it observes through, `operations` the one that was named for that
+    (the observer's when none was, see `operating`), `measuring` the probes at work.
     `facts` is what the guest said of itself, `header` the first record, `remarks` what the user
     should know about this attachment.
     """
 
     monitor: Monitor
     operations: Monitor
-    ping: Monitor | None
+    measuring: Measuring
     facts: GuestFacts
     companions: Companions
     header: Header
@@ -115,6 +130,10 @@ class Agent:
         target: str | Target,
         *,
         trace: bool,
+        probes: Sequence[str] | None,
+        max_overhead: float | None,
+        must_see: Mapping[Kind, int] | None,
+        freeze: str | None,
         record: str | None,
         ping_monitor: str | Target | None,
         ops_monitor: str | Target | None,
@@ -124,6 +143,10 @@ class Agent:
         self.remarks: list[str] = []
         self._target = target
         self._trace = trace
+        self._probes = None if probes is None else known_names(probes)
+        self._max_overhead = max_overhead
+        self._must_see = dict(must_see or {})
+        self._freeze = freeze
         self._record = record
         self._named = (ping_monitor, ops_monitor)
         self._on_record = on_record
@@ -134,6 +157,7 @@ class Agent:
         self._lost: asyncio.Future[MemListenerError]
         self._tasks: list[asyncio.Task[None]] = []
         self._stack = AsyncExitStack()
+        self._measuring_began = False
 
     async def __aenter__(self) -> Self:
         self._lost = asyncio.get_running_loop().create_future()
@@ -235,10 +259,13 @@ class Agent:
     async def settle(self, *, listeners_s: float = 2.0) -> None:
         """Return when everything that has happened so far is reported and listeners know it.
 
-        With tracing that is exact; without, a snapshot is taken.  A listener that is busy for
-        longer than `listeners_s` seconds is not waited for.  Raises TargetError.
+        With tracing that is exact; without, a snapshot is taken.  Stalls that have ended are
+        reported, too.  A listener that is busy for longer than `listeners_s` seconds is not waited
+        for.  Raises TargetError.
         """
+        now = time.monotonic_ns()
         await self._source.settle()
+        await self.measuring.settle(now)
         told = asyncio.ensure_future(self._dispatcher.idle())
         try:
             await asyncio.wait([told], timeout=listeners_s)
@@ -258,92 +285,119 @@ class Agent:
 
     async def _open(self, stack: AsyncExitStack) -> None:
         """Connect, start tracing, take the first snapshot; `stack` undoes it in reverse."""
-        self.monitor = await self._connect(stack, _target(self._target))
-        owner = await asyncio.to_thread(find_owner, self.monitor.target, self.monitor.peer_pid)
-        await self._connect_companions(stack, owner)
+        ping, operations = self._named
+        monitors = await connect_monitors(
+            stack,
+            self._target,
+            freeze=self._freeze,
+            ping=ping,
+            operations=operations,
+            ping_first=self._probes is None or "ping" in self._probes,
+            deadline=self._deadline,
+        )
+        self.monitor, self.operations = monitors.observer, monitors.operations
+        self.companions = monitors.companions
+        self.remarks += monitors.remarks
+        owner, pid = monitors.owner, monitors.pid
         self.facts = await read_facts(self.monitor)
-        pid = owner.pid if owner is not None else self.monitor.peer_pid
         self._rules = await asyncio.to_thread(rules_of, self.facts.version, pid)
+        files = stack.enter_context(ExitStack())  # a recording takes everything that follows
         stack.push_async_callback(self._dispatcher.close)
         stack.callback(self._records.close)
-        session, why_not = await self._start_tracing(stack, owner)
+        stack.callback(self._finish_measuring)
+        session, untraced = await self._start_tracing(stack, owner)
         stack.push_async_callback(self._end_tasks)
         if session is not None:
             tail = await stack.enter_async_context(session.tail())
-            source = TraceSource(self.monitor, session, tail, self._publish, self._make_tracker)
+            source = TraceSource(
+                self.monitor, session, tail, self._publish, self._make_tracker, self._own_command
+            )
             self._source = source
             self._spawn(source.read(), "trace lines")
         else:
             idle = await measure_idle(self.monitor)
             self._source = PollSource(self.monitor, idle, self._publish, self._make_tracker)
         self.header = header_of(
-            str(self._target), self.facts, pid, traced=session is not None, why_not=why_not
+            str(self._target),
+            self.facts,
+            pid,
+            traced=session is not None,
+            why_not=untraced.message if untraced is not None else None,
         )
-        self._publish_header(stack)
+        self._publish_header(files)
         events = GuestEvents(self.monitor, self._source, self._publish)
         stack.push_async_callback(events.close)
         stack.callback(self.monitor.subscribe(events.take))
+        failures = FailureWatch(
+            self.monitor,
+            self._publish,
+            settle=self._source.settle,
+            view=lambda: self.map,
+            machine=self.facts.machine,
+            pid=pid,
+        )
+        stack.push_async_callback(failures.close)
+        self._records.subscribe(failures.record)
+        stack.callback(self.monitor.subscribe(failures.event))
         await self._source.snapshot()
         self._spawn(self._source.keep_snapshots(), "snapshots")
         self._spawn(self._watch_monitor(), "monitor")
+        await self._start_measuring(stack, pid, untraced)
 
-    async def _connect(self, stack: AsyncExitStack, target: Target) -> Monitor:
-        monitor = await Monitor.connect(target, deadline=self._deadline)
-        return await stack.enter_async_context(monitor)
-
-    async def _connect_companions(self, stack: AsyncExitStack, owner: Guest | None) -> None:
-        """Connect the monitors that the user named, and choose among those that are free."""
-        self.ping, operations = None, None
-        named: list[Monitor] = []
-        for name, role in zip(self._named, ("ping", "operations"), strict=True):
-            if name is None:
-                continue
-            if _target(name) in (self.monitor.target, *(m.target for m in named)):
-                raise InputError(
-                    f"{name} is in use by this agent already",
-                    remedy="name another monitor of the same QEMU; each serves one client",
-                )
-            monitor = await self._connect(stack, _target(name))
-            pid = self.monitor.peer_pid
-            if pid is not None and monitor.peer_pid is not None and monitor.peer_pid != pid:
-                raise InputError(
-                    f"{monitor.target} is a monitor of pid {monitor.peer_pid}, "
-                    f"{self.monitor.target} of pid {pid}",
-                    remedy="name two monitors of the same QEMU",
-                )
-            named.append(monitor)
-            if role == "ping":
-                self.ping = monitor
-            else:
-                operations = monitor
-        self.operations = operations or self.monitor
-        self.companions = companions_of(
-            owner,
-            [self.monitor.target, *(m.target for m in named)],
-            ping=self.ping.target if self.ping is not None else None,
-            operations=operations.target if operations is not None else None,
+    async def _start_measuring(
+        self, stack: AsyncExitStack, pid: int | None, untraced: TraceUnavailable | None
+    ) -> None:
+        context = Context(
+            guest=self.companions.guest,
+            pid=pid,
+            facts=self.facts,
+            monitor=self.monitor,
+            companions=self.companions,
+            traced=untraced is None,
+            why_not_traced=untraced.message if untraced is not None else None,
+            trace_remedy=untraced.remedy if untraced is not None else None,
+            named=self._probes is not None,
+            max_share=self._max_overhead,
+            must_see=self._must_see,
         )
-        self.remarks += self.companions.without
+        choices = await choose(context, self._probes)
+        bound = self.header.stamp_bound_ns or 0
+        measuring = Measuring(
+            choices, self._source, self._records.publish, self._give_up, stamp_bound_ns=bound
+        )
+        self._records.subscribe(measuring.take)
+        self.measuring = measuring
+        self._measuring_began = True
+        await measuring.start(stack, self.slots)
+        self._spawn(measuring.keep_releasing(), "stalls")
+
+    def _own_command(self, name: str, start_ns: int, end_ns: int) -> None:
+        if self._measuring_began:
+            self.measuring.own_command(name, start_ns, end_ns)
+
+    def _finish_measuring(self) -> None:
+        if self._measuring_began:
+            self.measuring.finish()
 
     async def _start_tracing(
         self, stack: AsyncExitStack, owner: Guest | None
-    ) -> tuple[TraceSession | None, str | None]:
+    ) -> tuple[TraceSession | None, TraceUnavailable | None]:
         """The session, or why there is none."""
         if not self._trace:
             self.remarks.append(_MISSED)
-            return None, "tracing was not asked for"
+            return None, TraceUnavailable(TraceReason.NOT_ASKED, "tracing was not asked for")
         try:
             session = await start_tracing(self.monitor, guest=owner)
         except TraceUnavailable as exc:
             remedy = f"; to get it: {exc.remedy}" if exc.remedy else ""
             self.remarks += [f"no tracing: {exc.message}{remedy}", _MISSED]
-            return None, exc.message
+            return None, exc
         self.remarks += session.remarks
         return await stack.enter_async_context(session), None
 
-    def _publish_header(self, stack: AsyncExitStack) -> None:
+    def _publish_header(self, files: ExitStack) -> None:
         if self._record is not None:
-            writer = stack.enter_context(RecordingWriter(self._record, self.header))
+            writer = files.enter_context(RecordingWriter(self._record, self.header))
             self._records.subscribe(writer.write)
         if self._on_record is not None:
             self._on_record(self.header)
@@ -430,7 +484,3 @@ class Agent:
 
 
 _MISSED = "the map is polled: holes that come and go between two snapshots are not seen"
-
-
-def _target(target: str | Target) -> Target:
-    return parse_target(target) if isinstance(target, str) else target

@@ -93,5 +93,9 @@ class PollSource:
         """Take a snapshot now."""
         await self.snapshot()
 
+    def reported_to(self) -> int | None:
+        """Nothing can be said of what happened between two snapshots."""
+        return None
+
     async def finish(self) -> None:
         """Nothing is left to take in."""

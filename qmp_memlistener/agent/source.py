@@ -11,7 +11,7 @@ from ..recording import Note, Record
 from ..topology import MemoryMap
 from ..tracking import Tracker
 
-__all__ = ["MakeTracker", "Patience", "Publish", "Source", "snapshot_deadline"]
+__all__ = ["MakeTracker", "OwnCommand", "Patience", "Publish", "Source", "snapshot_deadline"]
 
 Publish = Callable[[Iterable[Record]], None]
 """Takes the records that do not come from the tracker; called, also without any, on news."""
@@ -19,6 +19,8 @@ Publish = Callable[[Iterable[Record]], None]
 MakeTracker = Callable[[dict[int, MemoryMap], int], Tracker]
 """Makes the tracker from the first snapshot and its time."""
 
+OwnCommand = Callable[[str, int, int], None]
+"""Told a command of ours that QEMU carried out: its name, when it began and when it was over."""
 
 SNAPSHOT_DEADLINE_S = 10.0
 
@@ -47,6 +49,9 @@ class Source(Protocol):
 
     def poke(self) -> None:
         """A QMP event came: something may have changed."""
+
+    def reported_to(self) -> int | None:
+        """Every change up to this time is reported; None when that cannot be said."""
 
     async def finish(self) -> None:
         """The guest is gone: take in what it left."""

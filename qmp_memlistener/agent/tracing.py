@@ -30,7 +30,7 @@ from ..monitor.trace_records import (
 from ..recording import Cause, GuestState, Lost, Note, Record
 from ..tracking import RawOp, Tracker
 from .mapping import maps_of
-from .source import MakeTracker, Patience, Publish, snapshot_deadline
+from .source import MakeTracker, OwnCommand, Patience, Publish, snapshot_deadline
 
 __all__ = ["TraceSource"]
 
@@ -56,8 +56,10 @@ class TraceSource:
         tail: TraceTail,
         publish: Publish,
         make_tracker: MakeTracker,
+        own_command: OwnCommand,
     ) -> None:
         self._monitor = monitor
+        self._own_command = own_command
         self._session = session
         self._tail = tail
         self._read_all = asyncio.Event()
@@ -70,6 +72,7 @@ class TraceSource:
         self._line = _snapshot_line()
         self._armed = False
         self._marker: int | None = None
+        self._mark_ns = 0
         self._at_mark = asyncio.Event()
         self._dirty = asyncio.Event()
         self._snapshot_lock = asyncio.Lock()
@@ -87,6 +90,13 @@ class TraceSource:
 
     def poke(self) -> None:
         """Nothing to do: whatever happened is in the log."""
+
+    def reported_to(self) -> int | None:
+        """Everything up to this time is reported; None while something is on its way."""
+        now = time.monotonic_ns()
+        if self.tracker is None or self.tracker.pending or not self._tail.caught_up:
+            return None
+        return now
 
     async def finish(self) -> None:
         """Read the log to its end."""
@@ -162,6 +172,7 @@ class TraceSource:
             first = replies[0]
             start = first.t_start_ns if not isinstance(first, CommandFailed) else reply.t_start_ns
             took = reply.t_end_ns - start
+            self._own_command("info mtree", max(start, self._mark_ns), reply.t_end_ns)
             self.snapshots += 1
             self.snapshot_ns += took
             if self.tracker is None:
@@ -201,7 +212,7 @@ class TraceSource:
         tracker = self.tracker
         match line:
             case HmpCommand():
-                self._hmp(line)
+                self._hmp(line, t_ns)
             case _ if tracker is None:
                 # the first snapshot shows what was before its line, not what came after
                 if self._at_mark.is_set():
@@ -232,7 +243,7 @@ class TraceSource:
                 )
         return None
 
-    def _hmp(self, line: HmpCommand) -> None:
+    def _hmp(self, line: HmpCommand, t_ns: int) -> None:
         if line.marker is not None:
             if line.marker == self._marker:
                 self._armed = True
@@ -246,6 +257,7 @@ class TraceSource:
                 self._forget_old_syncs()
         elif self._armed and line.line == self._line:
             self._armed = False
+            self._mark_ns = t_ns
             if self.tracker is not None:
                 self.tracker.mark()
             self._at_mark.set()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from typing import TYPE_CHECKING, TypeVar
@@ -27,6 +28,7 @@ __all__ = [
     "read_text",
     "run_async",
     "span_text",
+    "terminal_shape",
 ]
 
 T = TypeVar("T")
@@ -142,6 +144,16 @@ def duration(text: str) -> int:
     if m is None:
         raise click.BadParameter(f"{text!r} is not a duration such as 200ms, 5s or 2min")
     return round(float(m[1]) * _UNITS[m[2] or "s"])
+
+
+def terminal_shape() -> tuple[int, bool]:
+    """How wide the output is, and whether it can show block characters."""
+    width = shutil.get_terminal_size().columns if sys.stdout.isatty() else 80
+    try:
+        "▁█".encode(sys.stdout.encoding)
+    except (LookupError, UnicodeEncodeError):
+        return width, False
+    return width, True
 
 
 def span_text(start: int, size: int) -> str:

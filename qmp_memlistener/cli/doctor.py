@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import shutil
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -13,6 +13,7 @@ from .common import json_option, print_json, print_table, run_async
 
 if TYPE_CHECKING:
     from ..monitor.leftovers import Leftover
+    from ..probes import ProbeInfo, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,14 +53,15 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
     Example: qmp-memlistener doctor /run/vm.qmp
     """
     from ..monitor.leftovers import find_leftovers
+    from ..reports.stalls import duration_text
 
     leftovers = find_leftovers()
     cleaned: list[str] = []
     if clean and leftovers:
         cleaned = run_async(_clean(leftovers))
         leftovers = find_leftovers()
-    probes = run_async(_probes(target))
-    checks = _checks()
+    probes, checks = run_async(_probes(target))
+    checks += _checks()
     if as_json:
         print_json(
             {
@@ -74,8 +76,17 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
     title = f"for {target}" if target else "on this host (name a TARGET to see it for a guest)"
     click.echo(f"probes {title}")
     print_table(
-        ("probe", "sees", "usable", "cost"),
-        ([p.name, ", ".join(p.measures), "yes" if p.usable else "no", p.cost] for p in probes),
+        ("probe", "measures", "usable", "resolution", "cost"),
+        (
+            [
+                p.name,
+                ", ".join(p.measures) or "counters",
+                "yes" if p.usable else "no",
+                duration_text(p.resolution_ns),
+                p.cost,
+            ]
+            for p in probes
+        ),
     )
     for probe in probes:
         _explain(probe.name, probe.reason, probe.remedy)
@@ -101,67 +112,79 @@ def _explain(name: str, reason: str | None, remedy: str | None) -> None:
 
 
 async def _clean(leftovers: list[Leftover]) -> list[str]:
-    from ..errors import TargetError
+    from ..errors import GuestFrozen, TargetError
+    from ..monitor.freeze import check_not_frozen, process_key
     from ..monitor.leftovers import clean_leftovers
 
     done = []
     for left in leftovers:
         try:
+            check_not_frozen(process_key(left.guest.process))
             if await clean_leftovers(left) is not None:
                 done.append(left.what)
-        except TargetError as exc:
+        except (GuestFrozen, TargetError) as exc:
             click.echo(f"not cleaned: {exc.message}", err=True)
     return done
 
 
-async def _probes(target: str | None) -> list[Probe]:
-    reason = remedy = None
-    snapshot_ns = 1_000_000
+async def _probes(target: str | None) -> tuple[list[Probe], list[Check]]:
+    """All probes for the target, or as far as the host alone decides."""
+    from ..probes.registry import on_host
+
     if target is not None:
-        reason, remedy, snapshot_ns = await _try(target)
-    elif not os.access("/dev/shm", os.W_OK):
-        reason, remedy = "/dev/shm is not writable", "make it, or set XDG_RUNTIME_DIR"
-    return [
-        Probe(
-            name="trace",
-            measures=["slot_op", "transition"],
-            usable=reason is None,
-            reason=reason,
-            remedy=remedy,
-            resolution_ns=200_000,
-            cost="one line of log for each slot operation and map change; nothing when idle",
-        ),
-        Probe(
-            name="snapshots",
-            measures=["transition"],
-            usable=True,
-            reason=None,
-            remedy=None,
-            resolution_ns=20_000_000,
-            cost=f"{snapshot_ns / 1e6:.1f} ms of BQL each, at most 2 % of the time",
-        ),
-    ]
+        return await _examine(target)
+    return [_probe(info, verdict) for info, verdict in on_host()], []
 
 
-async def _try(target: str) -> tuple[str | None, str | None, int]:
-    """Really switch tracing on and off again; what a snapshot costs."""
+async def _examine(target: str) -> tuple[list[Probe], list[Check]]:
+    """Really switch tracing on and off again, ask every probe, and see what a snapshot costs."""
+    from ..agent.monitors import connect_monitors
     from ..monitor import (
-        Monitor,
         TraceUnavailable,
         measure_idle,
-        parse_target,
+        read_facts,
         start_tracing,
         take_snapshot,
     )
+    from ..probes import Context
+    from ..probes.registry import PROBES, choose
 
-    async with await Monitor.connect(parse_target(target)) as monitor:
+    async with AsyncExitStack() as stack:
+        monitors = await connect_monitors(stack, target, ping_first=True)
+        monitor, owner = monitors.observer, monitors.owner
         shot = await take_snapshot(monitor, await measure_idle(monitor))
-        cost = shot.bql_cost_ns or 0
+        untraced = None
         try:
-            async with await start_tracing(monitor):
-                return None, None, cost
+            async with await start_tracing(monitor, guest=owner):
+                pass
         except TraceUnavailable as exc:
-            return exc.message, exc.remedy, cost
+            untraced = exc
+        context = Context(
+            guest=owner,
+            pid=monitors.pid,
+            facts=await read_facts(monitor),
+            monitor=monitor,
+            companions=monitors.companions,
+            traced=untraced is None,
+            why_not_traced=untraced.message if untraced is not None else None,
+            trace_remedy=untraced.remedy if untraced is not None else None,
+        )
+        choices = await choose(context, tuple(PROBES))
+    cost_ms = (shot.bql_cost_ns or 0) / 1e6
+    snapshots = Check(f"snapshots of its map ({cost_ms:.1f} ms of BQL each)", True, None, None)
+    return [_probe(c.info, c.verdict) for c in choices], [snapshots]
+
+
+def _probe(info: ProbeInfo, verdict: Verdict) -> Probe:
+    return Probe(
+        name=info.name,
+        measures=[str(kind) for kind in info.measures],
+        usable=verdict.usable,
+        reason=verdict.reason,
+        remedy=verdict.remedy,
+        resolution_ns=info.resolution_ns,
+        cost=info.cost,
+    )
 
 
 def _checks() -> list[Check]:

@@ -7,12 +7,25 @@ import signal
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import wraps
+from typing import TYPE_CHECKING
 
 import rich_click as click
 
 from ..errors import InputError, MemListenerError
-from ..recording import Lost, Reconciled, Record, SlotOp, TransitionRecord
-from .common import duration, print_json, printable
+from ..recording import (
+    GuestFailure,
+    Lost,
+    Reconciled,
+    Record,
+    SlotOp,
+    StallRecord,
+    TransitionRecord,
+    Violation,
+)
+from .common import duration, print_json, printable, terminal_shape
+
+if TYPE_CHECKING:
+    from ..agent.limits import Limits
 
 __all__ = ["FollowOptions", "Followed", "follow", "follow_options"]
 
@@ -24,8 +37,33 @@ class FollowOptions:
     for_ns: int | None
     count: int | None
     no_trace: bool
+    probes: tuple[str, ...] | None
+    max_overhead: float | None
     ping_monitor: str | None
     ops_monitor: str | None
+
+
+def _probe_names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+    """`ping,uprobes`, or `none`; whether there are such probes is the agent's to say."""
+    if text is None:
+        return None
+    names = tuple(name.strip() for name in text.split(",") if name.strip())
+    if not names:
+        raise click.BadParameter("name at least one, such as ping,uprobes, or none")
+    return () if names == ("none",) else names
+
+
+def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | None:
+    """`2%` or `0.02` as a part of one CPU."""
+    if text is None:
+        return None
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = -1.0
+    if not 0 < value <= 1:
+        raise click.BadParameter(f"{text!r} is not a part of one CPU such as 2%")
+    return value
 
 
 def follow_options(function: Callable[..., None]) -> Callable[..., None]:
@@ -36,11 +74,15 @@ def follow_options(function: Callable[..., None]) -> Callable[..., None]:
         for_ns: int | None,
         count: int | None,
         no_trace: bool,
+        probes: tuple[str, ...] | None,
+        max_overhead: float | None,
         ping_monitor: str | None,
         ops_monitor: str | None,
         **rest: object,
     ) -> None:
-        options = FollowOptions(for_ns, count, no_trace, ping_monitor, ops_monitor)
+        options = FollowOptions(
+            for_ns, count, no_trace, probes, max_overhead, ping_monitor, ops_monitor
+        )
         function(options=options, **rest)
 
     for option in (
@@ -48,6 +90,11 @@ def follow_options(function: Callable[..., None]) -> Callable[..., None]:
                      "QEMU, for operations."),
         click.option("--ping-monitor", metavar="TARGET", help="Another QMP monitor of the same "
                      "QEMU, for pinging."),
+        click.option("--max-overhead", callback=_share, metavar="PERCENT", help="What each probe "
+                     "may take of one CPU from QEMU, such as 2%."),
+        click.option("--probes", callback=_probe_names, metavar="NAMES", help="Measure stalls with "
+                     "these only, such as ping,uprobes, or none; `doctor` lists them. Default: "
+                     "the best that work here."),
         click.option("--no-trace", is_flag=True, help="Touch neither trace events nor the log of "
                      "the guest; poll instead, short-lived holes may be missed."),
         click.option("--count", type=click.IntRange(min=1), metavar="N", help="End after N "
@@ -65,6 +112,9 @@ class Followed:
 
     transitions: int = 0
     slot_ops: int = 0
+    stalls: int = 0
+    violations: int = 0
+    failures: int = 0
     differences: int = 0
     lost: int = 0
     error: MemListenerError | None = None
@@ -75,10 +125,70 @@ class Followed:
                 self.transitions += 1
             case SlotOp():
                 self.slot_ops += 1
+            case StallRecord():
+                self.stalls += 1
+            case Violation():
+                self.violations += 1
+            case GuestFailure():
+                self.failures += 1
             case Reconciled(equal=False):
                 self.differences += 1
             case Lost():
                 self.lost += 1
+
+
+class _Printer:
+    """Prints records as they come, checks limits, and says when it has had enough."""
+
+    def __init__(
+        self, count: int | None, limits: Limits | None, *, as_json: bool, quiet: bool
+    ) -> None:
+        from ..reports import Narrator
+
+        self.seen = Followed()
+        self.stop = asyncio.Event()
+        self.reader_gone = False
+        self.began = False
+        self._count = count
+        self._last: int | None = None
+        self._limits = limits
+        self._as_json = as_json
+        self._quiet = quiet
+        width, unicode = terminal_shape()
+        self._narrator = Narrator(width=width, unicode=unicode)
+
+    def take(self, record: Record) -> None:
+        """A record of the agent."""
+        self.began = True
+        if self.reader_gone or self._is_later(record):
+            return
+        self._print(record)
+        violation = self._limits.check(record) if self._limits is not None else None
+        if violation is not None:
+            self._print(violation)
+        if isinstance(record, TransitionRecord) and self.seen.transitions == self._count:
+            self._last = record.seq
+            self.stop.set()
+
+    def _is_later(self, record: Record) -> bool:
+        """Of a transition behind the last one that was wanted; its stalls still belong to it."""
+        if self._last is None:
+            return False
+        if isinstance(record, SlotOp):
+            return record.transition != self._last
+        return isinstance(record, TransitionRecord)
+
+    def _print(self, record: Record) -> None:
+        self.seen.note(record)
+        try:
+            if self._as_json:
+                print_json(record)
+            elif not self._quiet:
+                for line in self._narrator.lines(record):
+                    click.echo(printable(line))
+        except BrokenPipeError:
+            self.reader_gone = True
+            self.stop.set()
 
 
 async def follow(
@@ -88,67 +198,64 @@ async def follow(
     as_json: bool = False,
     quiet: bool = False,
     record: str | None = None,
+    limits: Limits | None = None,
 ) -> Followed:
-    """Attach and print records until the time is over, the count reached, a signal or the end."""
-    from ..agent import attach
-    from ..reports import Narrator
+    """Attach and print records until the time is over, the count reached, a signal or the end.
 
+    `limits` are checked on the way; with a freeze among them, nobody else of ours may touch the
+    guest meanwhile.
+    """
     if options.for_ns == 0:
         raise InputError("--for needs a time longer than 0", remedy="such as --for 30s")
-    seen = Followed()
-    narrator = Narrator()
-    stop = asyncio.Event()
-    reader_gone = False
-    enough = False
+    printer = _Printer(options.count, limits, as_json=as_json, quiet=quiet)
+    try:
+        await _follow(target, options, printer, limits, record)
+    except asyncio.CancelledError:
+        # a signal while probes were started: the user has seen enough
+        task = asyncio.current_task()
+        if not printer.began or task is None:
+            raise
+        task.uncancel()
+    if printer.reader_gone:
+        raise BrokenPipeError
+    return printer.seen
 
-    def on_record(r: Record) -> None:
-        nonlocal reader_gone, enough
-        if enough or reader_gone:
-            return
-        if options.count is not None and seen.transitions >= options.count:
-            # the operations of the last one still belong to it
-            enough = not (isinstance(r, SlotOp) and r.transition is not None)
-            stop.set()
-            if enough:
-                return
-        seen.note(r)
-        if seen.transitions == options.count:
-            stop.set()
-        try:
-            if as_json:
-                print_json(r)
-            elif not quiet:
-                for line in narrator.lines(r):
-                    click.echo(printable(line))
-        except BrokenPipeError:
-            reader_gone = True
-            stop.set()
+
+async def _follow(
+    target: str,
+    options: FollowOptions,
+    printer: _Printer,
+    limits: Limits | None,
+    record: str | None,
+) -> None:
+    from ..agent import attach
 
     async with attach(
         target,
         trace=not options.no_trace,
+        probes=options.probes,
+        max_overhead=options.max_overhead,
+        must_see=limits.stalls if limits is not None else None,
+        freeze="watch --freeze" if limits is not None and limits.frozen else None,
         record=record,
         ping_monitor=options.ping_monitor,
         ops_monitor=options.ops_monitor,
-        on_record=on_record,
+        on_record=printer.take,
     ) as agent:
         loop = asyncio.get_running_loop()
         for sig in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(sig, stop.set)
+            loop.add_signal_handler(sig, printer.stop.set)
         lost = asyncio.create_task(agent.wait_lost())
-        stopped = asyncio.create_task(stop.wait())
+        stopped = asyncio.create_task(printer.stop.wait())
         try:
             timeout = None if options.for_ns is None else options.for_ns / 1e9
             await asyncio.wait(
                 [lost, stopped], timeout=timeout, return_when=asyncio.FIRST_COMPLETED
             )
             if lost.done():
-                seen.error = lost.result()
+                printer.seen.error = lost.result()
             elif not stopped.done():
                 await agent.settle()
         finally:
             lost.cancel()
             stopped.cancel()
-    if reader_gone:
-        raise BrokenPipeError
-    return seen

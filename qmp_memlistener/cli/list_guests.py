@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import rich_click as click
 
-from .common import json_option, print_json, print_table
+from .common import json_option, print_json, print_table, printable
 
 
 @click.command("list")
@@ -17,12 +17,16 @@ def command(as_json: bool) -> None:
     Example: qmp-memlistener list
     """
     from ..monitor import find_guests, list_document
+    from ..monitor.freeze import freeze_document, frozen_by, process_key
 
-    document = list_document(find_guests())
-    if as_json:
-        print_json(document)
-        return
+    found = find_guests()
+    document = list_document(found)
+    holders = {guest.pid: frozen_by(process_key(guest.process)) for guest in found}
     guests = document["guests"]
+    if as_json:
+        frozen = [{**g, "frozen": freeze_document(holders[g["pid"]])} for g in guests]
+        print_json({**document, "guests": frozen})
+        return
     if not guests:
         click.echo("no QEMU is running on this host (or none that your user may see)")
         return
@@ -33,4 +37,7 @@ def command(as_json: bool) -> None:
         for i, m in enumerate(monitors or [None]):
             lead = first if i == 0 else [""] * len(first)
             rows.append([*lead, *((m["target"], m["state"]) if m else ("no QMP monitor", ""))])
+    for pid, holder in holders.items():
+        if holder is not None:
+            click.echo(printable(f"{pid} is frozen for real-time work by {holder}"))
     print_table(("pid", "name", "version", "machine", "accel", "monitor", "state"), rows)

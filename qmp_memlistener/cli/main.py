@@ -22,6 +22,7 @@ VERBS = {
     "show": "show",
     "watch": "watch",
     "record": "record",
+    "report": "report",
     "plan": "plan",
     "demo": "demo",
 }

@@ -30,13 +30,16 @@ def command(target: str, output: str, options: FollowOptions, as_json: bool) -> 
                 "recording": output,
                 "transitions": seen.transitions,
                 "slot_ops": seen.slot_ops,
+                "stalls": seen.stalls,
+                "failures": seen.failures,
                 "differences": seen.differences,
                 "lost": seen.lost,
             }
         )
     else:
         click.echo(
-            f"{output}: {seen.transitions} transitions, {seen.slot_ops} slot operations"
+            f"{output}: {seen.transitions} transitions, {seen.slot_ops} slot operations, "
+            f"{seen.stalls} stalls"
             + (f", {seen.lost} losses" if seen.lost else "")
             + (f", slots differed {seen.differences} times" if seen.differences else "")
         )

@@ -161,17 +161,17 @@ class _Live:
 
 
 async def _fetch(target: str, unsafe_flatview: bool) -> _Live:
+    from ..agent.monitors import refuse_if_frozen
     from ..monitor import (
         Flag,
         Monitor,
         hmp,
         measure_idle,
-        parse_target,
         read_facts,
         take_snapshot,
     )
 
-    async with await Monitor.connect(parse_target(target)) as monitor:
+    async with await Monitor.connect(await refuse_if_frozen(target)) as monitor:
         facts = await read_facts(monitor)
         if unsafe_flatview:
             return _Live(await hmp(monitor, "info mtree", Flag("f"), Flag("o")), facts, None)

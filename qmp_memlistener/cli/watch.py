@@ -1,27 +1,71 @@
-"""`watch`: transitions of a running guest, live."""
+"""`watch`: transitions and stalls of a running guest, live; optionally against limits."""
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import rich_click as click
 
-from .common import json_option, run_async
+from ..errors import OperationFailed
+from .common import duration, json_option, run_async
 from .follow import FollowOptions, follow, follow_options
+
+if TYPE_CHECKING:
+    from ..agent.limits import Limits
 
 
 @click.command("watch")
 @click.argument("target")
+@click.option("--max-stall", "max_stalls", multiple=True, metavar="KIND=DURATION",
+              help="Exit 1 when a stall of this kind was longer, such as main_loop=5ms; may be "
+              "given several times.")  # fmt: skip
+@click.option("--freeze", is_flag=True, help="While real-time work runs: every transition, and "
+              "every stall above a limit (5ms unless --max-stall says otherwise), is a violation; "
+              "other verbs refuse to touch this guest meanwhile.")  # fmt: skip
 @follow_options
 @json_option
-def command(target: str, options: FollowOptions, as_json: bool) -> None:
-    """Watch a guest: each transition of its memory map with its KVM slot operations.
+def command(
+    target: str,
+    max_stalls: tuple[str, ...],
+    freeze: bool,
+    options: FollowOptions,
+    as_json: bool,
+) -> None:
+    """Watch a guest: its memory map's transitions, their KVM slot operations, and the stalls.
 
-    Ends with Ctrl-C, after --for or --count, or (exit code 3) when the guest is gone. The guest's
-    trace events and log are put back as they were.
+    Ends with Ctrl-C, after --for or --count, or (exit code 3) when the guest is gone; then comes
+    a summary of all stalls by kind and cause. The guest's trace events and log are put back as
+    they were. Exit code 1: a limit was exceeded.
 
     TARGET is unix:PATH, HOST:PORT or pid:N.
 
-    Example: qmp-memlistener watch /run/vm.qmp --for 60s --json
+    Example: qmp-memlistener watch /run/vm.qmp --max-stall main_loop=5ms --for 60s
     """
-    seen = run_async(follow(target, options, as_json=as_json))
+    limits = _limits(max_stalls, freeze)
+    seen = run_async(follow(target, options, as_json=as_json, limits=limits))
+    if seen.violations:
+        more = f" ({seen.error.message})" if seen.error is not None else ""
+        raise OperationFailed(
+            f"{seen.violations} violation{'s' if seen.violations > 1 else ''} of the limits{more}",
+            remedy="the lines above say which stalls and transitions, and what made them",
+        )
     if seen.error is not None:
         raise seen.error
+
+
+def _limits(max_stalls: tuple[str, ...], freeze: bool) -> Limits | None:
+    from ..agent.limits import Limits
+    from ..probes import Kind
+
+    found: dict[Kind, int] = {}
+    for text in max_stalls:
+        name, sign, length = text.partition("=")
+        if name not in set(Kind) or not sign:
+            raise click.BadParameter(
+                f"{text!r} is not KIND=DURATION; the kinds are {', '.join(Kind)}",
+                param_hint="'--max-stall'",
+            )
+        found[Kind(name)] = duration(length)
+    if freeze:
+        return Limits.freeze(found)
+    return Limits(found) if found else None

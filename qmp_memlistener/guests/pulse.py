@@ -148,7 +148,7 @@ class Pulse(PulseMemory):
     """
 
     def __init__(self, ram: Path) -> None:
-        super().__init__(ram)
+        super().__init__(ram, writable=True)
         self._lock = asyncio.Lock()
 
     async def wait_ready(self, cpus: int | None = None, timeout: float = 30.0) -> Header:

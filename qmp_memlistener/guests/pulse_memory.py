@@ -8,6 +8,7 @@ how it gets a consistent answer.  Addresses are those of `layout`.  Waiting and 
 from __future__ import annotations
 
 import mmap
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntFlag
 from pathlib import Path
@@ -25,6 +26,7 @@ __all__ = [
     "Header",
     "Heartbeat",
     "High",
+    "Look",
     "PulseMemory",
     "ToggleLog",
     "ToggleWrite",
@@ -104,6 +106,18 @@ class GapLog:
 
 
 @dataclass(frozen=True, slots=True)
+class Look:
+    """A CPU's heartbeat and those of its gaps that are new; `lost` new ones were overwritten.
+
+    Every gap that ended before `beat.last_tsc` is counted in `beat.gaps`.
+    """
+
+    beat: Heartbeat
+    gaps: tuple[Gap, ...]
+    lost: int
+
+
+@dataclass(frozen=True, slots=True)
 class ToggleWrite:
     """Write number `index` (from 0) of a toggle; `ticks` saturates at 2**32 - 1."""
 
@@ -124,14 +138,17 @@ class ToggleLog:
 class PulseMemory:
     """The first 4 MiB of the RAM file `ram` (`Guest.ram`).  A context manager; closes the mapping.
 
-    Raises InputError when the file is smaller than that.
+    `offset` is where in the file guest-physical address 0 lies.  The mapping is for reading alone
+    unless `writable`.  Raises InputError when the file is smaller than that, OSError when it cannot
+    be mapped.
     """
 
-    def __init__(self, ram: Path) -> None:
-        with open(ram, "r+b") as file:
-            if ram.stat().st_size < layout.RAM_NEEDED:
+    def __init__(self, ram: Path, *, offset: int = 0, writable: bool = False) -> None:
+        with open(ram, "r+b" if writable else "rb") as file:
+            if ram.stat().st_size < offset + layout.RAM_NEEDED:
                 raise InputError(f"{ram} is smaller than the {layout.RAM_NEEDED >> 20} MiB needed")
-            self._map = mmap.mmap(file.fileno(), layout.RAM_NEEDED)
+            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
+            self._map = mmap.mmap(file.fileno(), layout.RAM_NEEDED, access=access, offset=offset)
         self._bytes = memoryview(self._map)
         # Native casts: an aligned item is loaded and stored in one piece, which the guest needs.
         self._u32 = self._bytes.cast("I")
@@ -174,28 +191,13 @@ class PulseMemory:
     def cpu_state(self, cpu: int) -> CpuState:
         if not 0 <= cpu < layout.MAX_CPUS:
             raise ValueError(f"no CPU {cpu}: the guest runs at most {layout.MAX_CPUS}")
-        word = self._get64(layout.HEADER + layout.H_CPU + 8 * cpu)
-        return CpuState(
-            alive=bool(word & layout.CPU_ALIVE),
-            high=High(word & layout.PLACE_MASK),
-            generation=word >> 32,
-        )
+        return _state_of(self._get64(layout.HEADER + layout.H_CPU + 8 * cpu))
 
     def heartbeat(self, cpu: int = 0) -> Heartbeat:
         """The CPU's heartbeat now.  Each number is whole; together they may span a few beats."""
         while True:
             state = self.cpu_state(cpu)
-            at = self._block(cpu, state)
-            beat = Heartbeat(
-                count=self._get64(at + layout.HB_COUNT),
-                last_tsc=self._get64(at + layout.HB_LAST_TSC),
-                max_gap=self._get64(at + layout.HB_MAX_GAP),
-                max_gap_tsc=self._get64(at + layout.HB_MAX_GAP_TSC),
-                threshold=self._get64(at + layout.HB_THRESHOLD),
-                gaps=self._get64(at + layout.HB_GAPS),
-                reset_tsc=self._get64(at + layout.HB_RESET_TSC),
-                state=state,
-            )
+            beat = self._beat(cpu, state)
             if self.cpu_state(cpu) == state:
                 return beat
 
@@ -205,16 +207,48 @@ class PulseMemory:
             state = self.cpu_state(cpu)
             block = self._block(cpu, state)
             total = self._get64(block + layout.HB_GAPS)
-            first = max(0, total - layout.GAP_ENTRIES)
-            found = []
-            for number in range(first, total):
-                at = block + layout.GAP_RING + 32 * (number % layout.GAP_ENTRIES)
-                found.append(Gap(*(self._get64(at + 8 * i) for i in range(3))))
-            # Meanwhile the guest may have gone on, and be writing one that does not count yet.
-            oldest = self._get64(block + layout.HB_GAPS) - layout.GAP_ENTRIES + 1
-            kept = found[max(0, oldest - first) :] if oldest > 0 else found
+            kept = self._entries(block, 0, total)
             if self.cpu_state(cpu) == state:
-                return GapLog(tuple(kept), total - len(kept))
+                return GapLog(kept, total - len(kept))
+
+    def look(self, cpu: int, first: int = 0) -> Look | None:
+        """The heartbeat and the gaps from number `first` (from 0) on.
+
+        None when the CPU's statistics began anew meanwhile: look again.
+        """
+        at = layout.HEADER + layout.H_CPU + 8 * cpu
+        word = self._get64(at)
+        state = _state_of(word)
+        beat = self._beat(cpu, state)
+        kept = self._entries(self._block(cpu, state), first, beat.gaps)
+        if self._get64(at) != word:
+            return None
+        return Look(beat, kept, max(0, beat.gaps - first) - len(kept))
+
+    def gaps_before_restart(self, cpu: int, before: Heartbeat, until_tsc: int) -> tuple[Gap, ...]:
+        """Gaps after those that `before` counts, up to the restart of statistics at `until_tsc`.
+
+        A restart sets the counter to 0 and leaves the ring as it was, so what was not overwritten
+        since is found by its number and its time.
+        """
+        block = self._block(cpu, before.state)
+        found: list[Gap] = []
+        for number in range(before.gaps, before.gaps + layout.GAP_ENTRIES):
+            at = block + layout.GAP_RING + 32 * (number % layout.GAP_ENTRIES)
+            end, ticks, count, name = (self._get64(at + 8 * i) for i in range(4))
+            if name != number + 1 or not before.reset_tsc < end <= until_tsc:
+                break
+            found.append(Gap(end, ticks, count))
+        return tuple(found)
+
+    def tsc_reader(self, cpu: int) -> Callable[[], int]:
+        """Reads the TSC of the CPU's latest beat, as quickly as can be.
+
+        Once the CPU has moved its data elsewhere, what it reads changes no more.
+        """
+        index = (self._block(cpu) + layout.HB_LAST_TSC) // 8
+        words = self._u64
+        return lambda: words[index]
 
     def toggles_done(self) -> int:
         """Writes that the latest toggle has finished."""
@@ -234,6 +268,30 @@ class PulseMemory:
         kept = tuple(w for w in found if w.index >= oldest)
         return ToggleLog(kept, max(0, total - first) - len(kept))
 
+    def _beat(self, cpu: int, state: CpuState) -> Heartbeat:
+        at = self._block(cpu, state)
+        return Heartbeat(
+            count=self._get64(at + layout.HB_COUNT),
+            last_tsc=self._get64(at + layout.HB_LAST_TSC),
+            max_gap=self._get64(at + layout.HB_MAX_GAP),
+            max_gap_tsc=self._get64(at + layout.HB_MAX_GAP_TSC),
+            threshold=self._get64(at + layout.HB_THRESHOLD),
+            gaps=self._get64(at + layout.HB_GAPS),
+            reset_tsc=self._get64(at + layout.HB_RESET_TSC),
+            state=state,
+        )
+
+    def _entries(self, block: int, first: int, total: int) -> tuple[Gap, ...]:
+        """Those of the gaps from number `first` up to `total` that the ring still has."""
+        first = max(first, total - layout.GAP_ENTRIES)
+        found = []
+        for number in range(first, total):
+            at = block + layout.GAP_RING + 32 * (number % layout.GAP_ENTRIES)
+            found.append(Gap(*(self._get64(at + 8 * i) for i in range(3))))
+        # Meanwhile the guest may have gone on, and be writing one that does not count yet.
+        oldest = self._get64(block + layout.HB_GAPS) - layout.GAP_ENTRIES + 1
+        return tuple(found[max(0, oldest - first) :] if oldest > 0 else found)
+
     def _block(self, cpu: int, state: CpuState | None = None) -> int:
         high = (state or self.cpu_state(cpu)).high
         low = layout.BLOCKS + cpu * layout.BLOCK_SIZE
@@ -244,3 +302,11 @@ class PulseMemory:
 
     def _get64(self, address: int) -> int:
         return self._u64[address // 8]
+
+
+def _state_of(word: int) -> CpuState:
+    return CpuState(
+        alive=bool(word & layout.CPU_ALIVE),
+        high=High(word & layout.PLACE_MASK),
+        generation=word >> 32,
+    )

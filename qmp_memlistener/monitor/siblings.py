@@ -51,11 +51,13 @@ def companions_of(
     *,
     ping: SocketTarget | None = None,
     operations: SocketTarget | None = None,
+    ping_first: bool = False,
 ) -> Companions:
     """Choose the monitors for pinging and for operations.
 
     `used` are those that we hold already; `ping` and `operations` are the user's choice, which
-    is taken unseen.  Operations come first: they are what a user waits for.
+    is taken unseen.  Operations come first, they are what a user waits for; or `ping_first`, when
+    stalls are measured: those cannot share a connection.
     """
     taken = [t for t in (*used, ping, operations) if t is not None]
     free = [
@@ -63,6 +65,8 @@ def companions_of(
         for t in (guest.free_targets() if guest is not None else ())
         if not any(same_socket(t, other) for other in taken)
     ]
+    if ping is None and ping_first and free:
+        ping = free.pop(0)
     if operations is None and free:
         operations = free.pop(0)
     if ping is None and free:

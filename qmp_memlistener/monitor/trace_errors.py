@@ -12,6 +12,7 @@ __all__ = ["TraceReason", "TraceUnavailable"]
 class TraceReason(StrEnum):
     """What stands in the way of tracing."""
 
+    NOT_ASKED = "not-asked"
     NO_PROCESS = "no-process"
     NO_EVENTS = "no-events"
     NOT_LOGGED = "not-logged"
@@ -25,6 +26,7 @@ class TraceReason(StrEnum):
 
 
 _REMEDIES = {
+    TraceReason.NOT_ASKED: "leave --no-trace out (trace=True in the library)",
     TraceReason.NO_PROCESS: "run this on the guest's host, in a place that sees QEMU's process",
     TraceReason.NO_EVENTS: "use a QEMU built with trace events (--enable-trace-backends=log)",
     TraceReason.NOT_LOGGED: "use a QEMU whose trace backend is log (this one may have dtrace "

@@ -124,6 +124,13 @@ class TraceTail:
         self._changed.set()
         self._room.set()
 
+    @property
+    def caught_up(self) -> bool:
+        """Everything that is in the file now has been handed out."""
+        if self._chunks or self._fd < 0:
+            return False
+        return os.fstat(self._fd).st_size <= self.offset
+
     def __aiter__(self) -> TraceTail:
         return self
 

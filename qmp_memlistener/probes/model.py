@@ -8,6 +8,7 @@ they deliver.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -94,7 +95,8 @@ class Context:
     is the observer's connection, for short commands only.  `companions.ping` is a free monitor for
     pinging.  `traced` says whether trace lines are seen, `why_not_traced` why they are not.
     `named`: the user asked for this set of probes by name, so each does all it can.
-    `max_share` bounds what one probe may take of a host CPU (None: no bound).
+    `max_share` bounds what one probe may take of a host CPU (None: no bound).  `must_see` are
+    limits in ns: a window of that kind that is longer must not be missed, whatever it costs.
     """
 
     guest: Guest | None
@@ -104,8 +106,10 @@ class Context:
     companions: Companions
     traced: bool
     why_not_traced: str | None = None
+    trace_remedy: str | None = None
     named: bool = False
     max_share: float | None = None
+    must_see: Mapping[Kind, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ..recording import (
     Cause,
+    CommandRecord,
     GuestState,
     Header,
     HoleInfo,
@@ -17,11 +18,15 @@ from ..recording import (
     Record,
     Section,
     SlotOp,
+    StallRecord,
     TransitionRecord,
 )
+from .stalls import measured_lines
 
 __all__ = ["Narrator", "cause_text", "flags_text", "size_text"]
 
+MINOR_NS = 5_000_000
+"""Shorter stalls of unknown cause, and shorter commands, have no line of their own."""
 _INDENT = " " * 12
 
 
@@ -65,9 +70,14 @@ def cause_text(cause: Cause) -> str:
 
 
 class Narrator:
-    """Turns records into lines, with times relative to the first one it sees."""
+    """Turns records into lines, with times relative to the first one it sees.
 
-    def __init__(self) -> None:
+    `width` and `unicode` are what the output bears, for the summary's table and charts.
+    """
+
+    def __init__(self, *, width: int = 80, unicode: bool = True) -> None:
+        self._width = width
+        self._unicode = unicode
         self._zero_ns: int | None = None
 
     def lines(self, record: Record) -> Iterator[str]:
@@ -104,6 +114,13 @@ class Narrator:
                 yield f"{self._stamp(record.t_ns)}  LOST: {record.what}{count}"
             case Note():
                 yield f"{self._stamp(record.t_ns)}  note: {record.text}"
+            case StallRecord() if _is_minor(record):
+                pass  # the summary counts it
+            case CommandRecord() if record.end_ns - record.start_ns < MINOR_NS:
+                pass
+            case _:
+                stamp = self._stamp(_time_of(record))
+                yield from measured_lines(record, stamp, width=self._width, unicode=self._unicode)
 
     def _stamp(self, t_ns: int) -> str:
         if self._zero_ns is None:
@@ -131,6 +148,18 @@ class Narrator:
             yield from _sections("added", t.added)
             if not t.removed and not t.added:
                 yield f"{_INDENT}QEMU rebuilt its map; what changed was not seen"
+
+
+def _is_minor(stall: StallRecord) -> bool:
+    """A slot update, whose operation has a line already; or a short stall that nothing explains."""
+    unknown = stall.cause is None or stall.cause.type == "unknown"
+    return stall.kind == "slot_update" or (unknown and stall.at_most_ns < MINOR_NS)
+
+
+def _time_of(record: Record) -> int:
+    """When it was, or when it began."""
+    t_ns = getattr(record, "t_ns", None) or getattr(record, "start_ns", None)
+    return t_ns if isinstance(t_ns, int) else 0
 
 
 def _header(h: Header) -> Iterator[str]:

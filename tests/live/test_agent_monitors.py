@@ -38,8 +38,8 @@ async def test_monitors_that_are_named_are_used() -> None:
     async with launch(SPEC) as guest:
         target, ping, operations = (f"unix:{path}" for path in guest.monitors)
         async with attach(target, ping_monitor=ping, ops_monitor=operations) as agent:
-            assert agent.ping is not None
-            assert str(agent.ping.target) == ping
+            assert str(agent.companions.ping) == ping
+            assert "ping" in agent.measuring.names
             async with agent.operating() as monitor:
                 assert monitor is agent.operations
                 assert str(monitor.target) == operations

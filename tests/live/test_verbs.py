@@ -345,7 +345,7 @@ async def test_targets_that_are_not_there(tmp_path: Path) -> None:
 @one_build
 @pytest.mark.asyncio
 async def test_a_busy_monitor(build: QemuBuild, tmp_path: Path) -> None:
-    async with booted(build, best_accel(build)) as vm, watched(vm) as first:
+    async with booted(build, best_accel(build)) as vm, watched(vm, "--probes", "none") as first:
         for ran in await all_verbs(vm.target, tmp_path / "r"):
             ran.check_error(3, vm.target, "another client")
             assert ran.seconds < IN_TIME
@@ -542,11 +542,12 @@ async def test_list(build: QemuBuild) -> None:
             "machine": "q35",
             "accel": accel,
             "monitors": monitors,
+            "frozen": None,
         }
 
     async with booted(build, accel, "q35", "-name", "a guest") as vm:
         assert await entry(vm) == expected(vm, "free", "free")
-        async with watched(vm):
+        async with watched(vm, "--probes", "none"):
             assert await entry(vm) == expected(vm, "busy", "free")
             text = await run_verb("list")
             assert (text.code, text.err) == (0, "")

@@ -1,0 +1,61 @@
+"""Limits on stalls and transitions: what `watch --max-stall` and `--freeze` check.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from ..probes import Kind
+from ..recording import Record, StallRecord, TransitionRecord, Violation
+
+__all__ = ["FREEZE_LIMIT_NS", "Limits"]
+
+FREEZE_LIMIT_NS = 5_000_000
+"""In a freeze, the limit for kinds of stall without one of their own."""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """`stalls` are limits by kind; `frozen`: no transition at all, `default_ns` for other kinds.
+
+    A stall violates a limit when it was certainly longer: its `at_least_ns` counts.
+    """
+
+    stalls: Mapping[Kind, int] = field(default_factory=dict)
+    frozen: bool = False
+    default_ns: int | None = None
+
+    @classmethod
+    def freeze(cls, stalls: Mapping[Kind, int]) -> Limits:
+        """No transition, and no stall longer than its limit or `FREEZE_LIMIT_NS`."""
+        return cls(stalls, frozen=True, default_ns=FREEZE_LIMIT_NS)
+
+    def __bool__(self) -> bool:
+        return bool(self.stalls) or self.frozen
+
+    def check(self, record: Record) -> Violation | None:
+        """The violation that this record is, if it is one."""
+        match record:
+            case TransitionRecord() if self.frozen:
+                return Violation(
+                    t_ns=record.t_ns,
+                    kind="transition",
+                    what=f"transition #{record.seq} while the guest is frozen",
+                    ref=record.seq,
+                    limit_ns=None,
+                    found_ns=None,
+                )
+            case StallRecord():
+                limit = self.stalls.get(Kind(record.kind), self.default_ns)
+                if limit is None or record.at_least_ns <= limit:
+                    return None
+                who = f" of {record.thread}" if record.thread else ""
+                return Violation(
+                    t_ns=record.start_ns,
+                    kind=record.kind,
+                    what=f"{record.kind}{who}",
+                    ref=record.incident,
+                    limit_ns=limit,
+                    found_ns=record.at_least_ns,
+                )
+        return None

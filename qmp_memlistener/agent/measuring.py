@@ -1,0 +1,249 @@
+"""The probes of one attachment and the timeline they feed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack
+
+from ..errors import MemListenerError
+from ..memslots import SlotTable
+from ..probes import CommandSpan, Measurement, Observation, Probe
+from ..probes.registry import Choice
+from ..recording import (
+    CommandRecord,
+    Lost,
+    MeasurementRecord,
+    Note,
+    ProbesRecord,
+    ProbeState,
+    Record,
+    StallRecord,
+    SummaryRecord,
+    TransitionRecord,
+)
+from ..timeline import Timeline
+from ..timeline.summary import Statistics
+from .source import Source
+
+__all__ = ["Measuring"]
+
+log = logging.getLogger(__name__)
+
+RELEASE_S = 0.05
+"""So often the timeline is asked for stalls that are decided."""
+LATE_NS = 50_000_000
+"""QEMU may be interrupted for so long between an ioctl and the line that tells of it."""
+_STOP_DEADLINE = 5.0
+_MEASURED = (StallRecord, CommandRecord, MeasurementRecord, ProbesRecord, SummaryRecord)
+
+
+class Measuring:
+    """Starts probes, is their `Sink`, and publishes what the timeline makes of it.
+
+    `choices` are all probes with their verdicts; those that are usable are started.  `give_up` is
+    told when records can no longer be published.
+    """
+
+    def __init__(
+        self,
+        choices: list[Choice],
+        source: Source,
+        publish: Callable[[Iterable[Record]], None],
+        give_up: Callable[[MemListenerError], None],
+        *,
+        stamp_bound_ns: int,
+    ) -> None:
+        self._choices = choices
+        self._source = source
+        self._publish_records = publish
+        self._give_up = give_up
+        self._timeline = Timeline(stamp_bound_ns=stamp_bound_ns)
+        self._active: list[Probe] = []
+        self._why_not: dict[str, tuple[str | None, str | None]] = {}
+        self._statistics = Statistics()
+        self._start_ns = time.monotonic_ns()
+        self._transitions = 0
+        self._telling = False
+
+    # -- for the agent -----------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The probes that are at work."""
+        return tuple(probe.info.name for probe in self._active)
+
+    async def start(self, stack: AsyncExitStack, slots: SlotTable) -> None:
+        """Start the usable probes; `stack` stops them.  One that fails is reported as such."""
+        for slot in slots:
+            self._timeline.know_slot(slot.as_id, slot.gpa, slot.size)
+        stack.push_async_callback(self.stop)
+        await asyncio.gather(*(self._start(choice) for choice in self._choices))
+        self._publish([self.state()])
+
+    async def _start(self, choice: Choice) -> None:
+        name, verdict = choice.info.name, choice.verdict
+        if not verdict.usable:
+            self._why_not[name] = (verdict.reason, verdict.remedy)
+            return
+        self._timeline.expect(name, time.monotonic_ns())
+        try:
+            await choice.probe.start(self)
+        except MemListenerError as exc:
+            self._why_not[name] = (exc.message, exc.remedy)
+            self._timeline.forget(name)
+        except Exception as exc:  # a defect of one probe must not cost the user the others
+            log.exception("probe %s did not start", name)
+            self._why_not[name] = (repr(exc), "please report it with what the log says")
+            self._timeline.forget(name)
+        else:
+            self._active.append(choice.probe)
+
+    def state(self) -> ProbesRecord:
+        """Which probes are at work, and why the others are not."""
+        active = set(self.names)
+        return ProbesRecord(
+            t_ns=time.monotonic_ns(),
+            probes=[
+                ProbeState(
+                    name=choice.info.name,
+                    measures=[str(kind) for kind in choice.info.measures],
+                    active=choice.info.name in active,
+                    reason=self._why_not.get(choice.info.name, (None, None))[0],
+                    remedy=self._why_not.get(choice.info.name, (None, None))[1],
+                    resolution_ns=choice.info.resolution_ns,
+                    cost=choice.info.cost,
+                )
+                for choice in self._choices
+            ],
+        )
+
+    def take(self, record: Record) -> None:
+        """A record of the map or the guest, as it is published."""
+        if isinstance(record, _MEASURED):
+            return
+        if isinstance(record, TransitionRecord):
+            self._transitions += 1
+        if isinstance(record, Lost) and not self._telling:
+            self._timeline.lost("trace")
+        self._timeline.record(record)
+
+    def own_command(self, name: str, start_ns: int, end_ns: int) -> None:
+        """QEMU was busy with a command of ours."""
+        self._timeline.command(CommandSpan(name, start_ns, end_ns, end_ns, "agent"))
+
+    async def keep_releasing(self) -> None:
+        """Publish stalls as they are decided, for ever."""
+        while True:
+            await asyncio.sleep(RELEASE_S)
+            self.release()
+
+    def release(self) -> None:
+        """Publish what is decided by now."""
+        reached = self._source.reported_to()
+        if reached is not None:
+            self._timeline.advance("trace", reached - LATE_NS)
+        self._hand_out(self._timeline.release(time.monotonic_ns()))
+
+    async def burst(self, on: bool) -> None:
+        """An operation begins or is over."""
+        for probe in self._active:
+            await probe.burst(on)
+
+    async def settle(self, reached_ns: int) -> None:
+        """Publish every stall that had ended by `reached_ns`; transitions up to then are known."""
+        for probe in tuple(self._active):
+            await probe.flush()
+        self._timeline.advance("trace", reached_ns)
+        self._hand_out(self._timeline.release(time.monotonic_ns()))
+
+    async def stop(self) -> None:
+        """Stop the probes and take in what they had in hand.  Idempotent."""
+        active, self._active = self._active, []
+        if not active:
+            return
+        stopping = [asyncio.ensure_future(probe.stop()) for probe in active]
+        _, late = await asyncio.wait(stopping, timeout=_STOP_DEADLINE)
+        for task in late:
+            task.cancel()
+        for task, probe in zip(stopping, active, strict=True):
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                log.error("probe %s: %r", probe.info.name, task.exception())
+
+    def finish(self) -> None:
+        """Everything is reported: publish the stalls that are left, and the summary."""
+        self._hand_out(self._timeline.finish())
+        self._publish([self.summary()])
+
+    def summary(self) -> SummaryRecord:
+        """Statistics of all stalls so far."""
+        return self._statistics.summary(
+            start_ns=self._start_ns,
+            end_ns=time.monotonic_ns(),
+            transitions=self._transitions,
+        )
+
+    def _hand_out(self, records: list[Record]) -> None:
+        for record in records:
+            if isinstance(record, StallRecord):
+                self._statistics.add_record(record)
+        if records:
+            self._publish(records)
+
+    def _publish(self, records: Iterable[Record]) -> None:
+        """Publish; a recording that cannot be written ends the attachment, not a probe."""
+        try:
+            self._publish_records(records)
+        except MemListenerError as exc:
+            self._give_up(exc)
+
+    # -- the probes' sink ----------------------------------------------------------------------
+
+    def observe(self, observations: list[Observation]) -> None:
+        """Windows of a probe."""
+        self._timeline.observe(observations)
+
+    def command(self, span: CommandSpan) -> None:
+        """A command that a probe saw."""
+        self._timeline.command(span)
+
+    def measure(self, measurement: Measurement) -> None:
+        """Counters of a probe."""
+        self._publish(
+            [
+                MeasurementRecord(
+                    probe=measurement.probe,
+                    start_ns=measurement.start_ns,
+                    end_ns=measurement.end_ns,
+                    values=measurement.values,
+                )
+            ]
+        )
+
+    def advance(self, probe: str, t_ns: int) -> None:
+        """How far a probe is."""
+        self._timeline.advance(probe, t_ns)
+
+    def note(self, text: str) -> None:
+        """A remark of a probe."""
+        self._publish([Note(t_ns=time.monotonic_ns(), text=text)])
+
+    def lost(self, probe: str, what: str, count: int | None = None) -> None:
+        """A probe missed something."""
+        self._timeline.lost(probe)
+        self._tell_loss(f"{probe}: {what}", count)
+
+    def failed(self, probe: str, error: Exception) -> None:
+        """A probe ended early; the rest goes on."""
+        self._timeline.forget(probe)
+        message = getattr(error, "message", None) or repr(error)
+        self._tell_loss(f"{probe} cannot go on: {message}", None)
+
+    def _tell_loss(self, what: str, count: int | None) -> None:
+        self._telling = True  # it comes back through `take`, and is none of the trace
+        try:
+            self._publish([Lost(t_ns=time.monotonic_ns(), what=what, count=count)])
+        finally:
+            self._telling = False

@@ -1,0 +1,128 @@
+"""The connections of one attachment: the observer's, and those that the user named."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from contextlib import AsyncExitStack
+from dataclasses import dataclass
+
+from ..errors import InputError
+from ..monitor import (
+    CONNECT_DEADLINE,
+    Companions,
+    Guest,
+    Monitor,
+    SocketTarget,
+    Target,
+    companions_of,
+    find_owner,
+    parse_target,
+)
+from ..monitor.dial import resolve
+from ..monitor.freeze import check_not_frozen, freeze_key, hold_freeze
+
+__all__ = ["Monitors", "as_target", "connect_monitors", "refuse_if_frozen"]
+
+
+@dataclass(frozen=True, slots=True)
+class Monitors:
+    """`operations` is the observer's own connection when none was named.
+
+    `remarks` are for the user.
+    """
+
+    observer: Monitor
+    operations: Monitor
+    companions: Companions
+    owner: Guest | None
+    remarks: tuple[str, ...]
+
+    @property
+    def pid(self) -> int | None:
+        """QEMU's process, where that is known."""
+        return self.owner.pid if self.owner is not None else self.observer.peer_pid
+
+
+def as_target(target: str | Target) -> Target:
+    """A target from what users write.  Raises InputError."""
+    return parse_target(target) if isinstance(target, str) else target
+
+
+async def refuse_if_frozen(target: str | Target) -> SocketTarget:
+    """The monitor behind a target.  Raises GuestFrozen before anything is sent to it."""
+    found = await resolve(as_target(target))
+    owner = await asyncio.to_thread(find_owner, found, None)
+    await asyncio.to_thread(check_not_frozen, freeze_key(found, owner))
+    return found
+
+
+async def connect_monitors(
+    stack: AsyncExitStack,
+    target: str | Target,
+    *,
+    freeze: str | None = None,
+    ping: str | Target | None = None,
+    operations: str | Target | None = None,
+    ping_first: bool,
+    deadline: float = CONNECT_DEADLINE,
+) -> Monitors:
+    """Connect the observer and the monitors that were named; `stack` closes them.
+
+    With `freeze` (a reason) the guest is frozen as long as `stack` lasts.  A monitor for pinging
+    is only tried: the probe connects on its own, from its own thread.  Raises GuestFrozen,
+    InputError for a monitor of another QEMU or one that is named twice, and as `Monitor.connect`
+    does.
+    """
+    remarks: list[str] = []
+    observer = await stack.enter_async_context(
+        await Monitor.connect(await refuse_if_frozen(target), deadline=deadline)
+    )
+    owner = await asyncio.to_thread(find_owner, observer.target, observer.peer_pid)
+    key = freeze_key(observer.target, owner)
+    if freeze is not None:
+        remarks += (await stack.enter_async_context(hold_freeze(key, freeze))).remarks
+    else:
+        await asyncio.to_thread(check_not_frozen, key)
+    used = [observer.target]
+    operator = None
+    if operations is not None:
+        operator = await _connect_named(stack, operations, observer, used, deadline)
+        used.append(operator.target)
+    pinged = None
+    if ping is not None:
+        async with AsyncExitStack() as only_now:
+            pinged = (await _connect_named(only_now, ping, observer, used, deadline)).target
+    companions = companions_of(
+        owner,
+        used,
+        ping=pinged,
+        operations=operator.target if operator is not None else None,
+        ping_first=ping_first,
+    )
+    remarks += companions.without
+    return Monitors(observer, operator or observer, companions, owner, tuple(remarks))
+
+
+async def _connect_named(
+    stack: AsyncExitStack,
+    name: str | Target,
+    observer: Monitor,
+    used: Sequence[SocketTarget],
+    deadline: float,
+) -> Monitor:
+    target = as_target(name)
+    if target in used:
+        raise InputError(
+            f"{name} is in use by this agent already",
+            remedy="name another monitor of the same QEMU; each serves one client",
+        )
+    monitor = await stack.enter_async_context(await Monitor.connect(target, deadline=deadline))
+    pid = observer.peer_pid
+    if pid is not None and monitor.peer_pid is not None and monitor.peer_pid != pid:
+        raise InputError(
+            f"{monitor.target} is a monitor of pid {monitor.peer_pid}, "
+            f"{observer.target} of pid {pid}",
+            remedy="name two monitors of the same QEMU",
+        )
+    return monitor

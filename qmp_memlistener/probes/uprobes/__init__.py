@@ -1,0 +1,12 @@
+"""Seeing stalls through uprobes on a running QEMU: the kernel's perf events, nothing in QEMU.
+
+`probe` is the probe, `reader` what it reads with; see there.
+"""
+
+from __future__ import annotations
+
+from .probe import UprobesProbe
+from .reader import Batch, Loss, UprobeReader
+from .windows import Command, Site, Window
+
+__all__ = ["Batch", "Command", "Loss", "Site", "UprobeReader", "UprobesProbe", "Window"]

@@ -1,0 +1,260 @@
+"""The `uprobes` probe: what `UprobeReader` sees, delivered to the event loop.
+
+Here is the policy: when to look at the BQL and what that may cost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from concurrent.futures import Future
+
+import msgspec
+
+from ...errors import DeadlineExceeded, MemListenerError
+from ..model import (
+    CommandSpan,
+    Context,
+    Kind,
+    Measurement,
+    Observation,
+    ProbeInfo,
+    ProbeUnavailable,
+    Sink,
+    Verdict,
+)
+from .functions import Group
+from .governor import Governor
+from .names import ThreadNames
+from .observing import Observer
+from .program import examine
+from .reader import Batch, UprobeReader
+
+__all__ = ["UprobesProbe"]
+
+_LIMIT = 0.5
+"""Of one CPU; what the probes may take unless the user says otherwise."""
+
+_ASK_DEADLINE = 2.0
+_ANSWER_DEADLINE = 5.0
+_BQL_KINDS = (Kind.BQL_WAIT, Kind.BQL_HOLD)
+_NAME = "uprobes"
+
+
+class UprobesProbe:
+    """Stalls as QEMU's own functions show them, stamped by the kernel."""
+
+    info = ProbeInfo(
+        name=_NAME,
+        measures=(
+            Kind.COMMIT,
+            Kind.SLOT_UPDATE,
+            Kind.VCPU_INHIBIT,
+            Kind.VCPU_PAUSE,
+            Kind.BQL_WAIT,
+            Kind.BQL_HOLD,
+        ),
+        needs="root, or CAP_PERFMON as QEMU's user; Linux 4.17 or later on x86-64",
+        resolution_ns=5_000,
+        cost="1 to 2 us for each transaction, KVM ioctl of the machine and command, "
+        "and during operations for each use of the BQL",
+        share=0.001,
+    )
+
+    def __init__(self, context: Context) -> None:
+        self._context = context
+        self._guest = context.guest
+        self._names = ThreadNames(context.pid or 0)
+        self._observer = Observer(_NAME, self._names, context.must_see)
+        self._always = context.named or any(kind in context.must_see for kind in _BQL_KINDS)
+        self._may_look = True
+        self._bursts = 0
+        self._reader: UprobeReader | None = None
+        self._governor: Governor | None = None
+        self._refreshing: asyncio.Task[None] | None = None
+        self._start_ns = 0
+        self._hits = 0
+        self._ended = False
+
+    async def check(self) -> Verdict:
+        """Reads QEMU's program file and asks the kernel; nothing is put into QEMU."""
+        try:
+            await asyncio.to_thread(examine, self._pid())
+        except ProbeUnavailable as error:
+            return Verdict.no(error.message, error.remedy)
+        return Verdict(True)
+
+    async def start(self, sink: Sink) -> None:
+        """Put the probes in; 50 ms.  Raises ProbeUnavailable."""
+        pid = self._pid()
+        loop = asyncio.get_running_loop()
+        self._names = ThreadNames(pid)
+        self._observer = Observer(_NAME, self._names, self._context.must_see)
+        self._start_ns = time.monotonic_ns()
+        self._sink = sink
+
+        def deliver(batch: Batch) -> None:
+            """In the reader's thread."""
+            for tid in batch.threads:
+                self._names.forget(tid)
+            observations = self._observer.observe(batch.windows, reader.strings)
+            commands = self._observer.commands(batch.commands, reader.strings)
+            try:
+                loop.call_soon_threadsafe(self._take, batch, observations, commands)
+            except RuntimeError:
+                pass  # the loop is closed: nobody is there to be told
+
+        reader = UprobeReader(pid, deliver)
+        starting = asyncio.ensure_future(asyncio.to_thread(reader.start))
+        try:
+            await asyncio.shield(starting)
+            self._reader = reader
+            self._prepare(reader)
+            await self._get_to_know(reader)
+            if self._always:
+                await self._look(True)
+        except BaseException:
+            await asyncio.wait((starting,))
+            await asyncio.to_thread(reader.stop)
+            self._reader = None
+            raise
+
+    async def burst(self, on: bool) -> None:
+        """Look at the BQL while at least one operation is under way."""
+        self._bursts += 1 if on else -1
+        if not self._always and self._bursts == (1 if on else 0):
+            await self._look(on)
+
+    async def flush(self) -> None:
+        """Deliver all that has ended by now."""
+        if self._reader is not None:
+            await _within(self._reader.flush())
+
+    async def stop(self) -> None:
+        """Deliver the rest and end recording; the kernel takes the probes out in the background.
+
+        That is some seconds' work for the kernel (see `release`), and costs QEMU next to nothing.
+        """
+        reader, self._reader = self._reader, None
+        if reader is None:
+            return
+        if self._refreshing is not None:
+            self._refreshing.cancel()
+        await asyncio.shield(asyncio.to_thread(reader.stop))
+        self._measure(reader)
+
+    # -- talking to QEMU and to the reader -----------------------------------------------------
+
+    def _pid(self) -> int:
+        if self._guest is None:
+            raise ProbeUnavailable(
+                "QEMU's process is not visible from here",
+                remedy="run on QEMU's host, in its process-id namespace or one above",
+            )
+        return self._guest.pid
+
+    def _prepare(self, reader: UprobeReader) -> None:
+        limit = self._context.max_share
+        if not self._context.must_see:
+            bound = _LIMIT if limit is None else limit
+            self._governor = Governor(bound, reader.hit_ns, time.monotonic_ns())
+        for kind, functions in reader.missing.items():
+            if kind is not Kind.VCPU_INHIBIT:  # before 8.0 there is no such thing to be seen
+                self._sink.note(f"uprobes cannot tell {kind}: this QEMU has no {functions}")
+
+    async def _get_to_know(self, reader: UprobeReader) -> None:
+        """Names of the vCPUs, and whether the guest runs.
+
+        The answers come from the main loop, which the reader needs to see turn once.
+        """
+        await self._learn_names()
+        try:
+            status = await self._context.monitor.execute("query-status", deadline=_ASK_DEADLINE)
+        except MemListenerError:
+            return
+        if isinstance(status, dict):
+            await _within(reader.guest_runs(status.get("running") is True))
+
+    async def _learn_names(self) -> None:
+        try:
+            cpus = await self._context.monitor.execute("query-cpus-fast", deadline=_ASK_DEADLINE)
+            self._names.learn_vcpus(cpus)
+        except (MemListenerError, msgspec.ValidationError):
+            pass  # threads are then called as they call themselves
+
+    async def _look(self, on: bool) -> None:
+        if self._reader is None or (on and not self._may_look):
+            return
+        try:
+            await _within(self._reader.set_bql(on))
+        except OSError as error:
+            self._may_look = False
+            self._sink.note(f"uprobes do not look at the BQL: {error.strerror}")
+
+    # -- in the event loop ---------------------------------------------------------------------
+
+    def _take(
+        self, batch: Batch, observations: list[Observation], commands: list[CommandSpan]
+    ) -> None:
+        sink = self._sink
+        for loss in batch.losses:
+            sink.lost(_NAME, f"records of thread {self._names[loss.tid]}", loss.count)
+        if observations:
+            sink.observe(observations)
+        for command in commands:
+            sink.command(command)
+        sink.advance(_NAME, batch.until_ns)
+        if batch.threads and self._reader is not None and self._refreshing is None:
+            self._refreshing = asyncio.create_task(self._learn_names(), name="uprobes names")
+            self._refreshing.add_done_callback(self._refreshed)
+        if batch.error is not None and not self._ended:
+            self._ended = True
+            sink.failed(_NAME, batch.error)
+        self._hits += sum(batch.hits.values())
+        self._govern(batch)
+
+    def _refreshed(self, task: asyncio.Task[None]) -> None:
+        self._refreshing = None
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._sink.note(f"uprobes do not know the names of new threads: {error}")
+
+    def _govern(self, batch: Batch) -> None:
+        governor, reader = self._governor, self._reader
+        if governor is None or reader is None:
+            return
+        if not governor.add(time.monotonic_ns(), sum(batch.hits.values())):
+            return
+        taken = (
+            f"uprobes took {governor.share:.0%} of a CPU from QEMU, "
+            f"more than the {governor.limit:.0%} allowed"
+        )
+        if self._may_look and Group.BQL in batch.hits:
+            self._may_look = False
+            reader.set_bql(False)
+            self._sink.note(f"{taken}: no more looking at the BQL")
+        elif self._context.max_share is not None and not self._ended:
+            self._ended = True
+            error = ProbeUnavailable(taken, remedy="allow more with --max-overhead")
+            self._sink.failed(_NAME, error)
+            self._stopping = asyncio.create_task(self.stop(), name="uprobes stop")
+
+    def _measure(self, reader: UprobeReader) -> None:
+        """What was too short to be told, and what looking cost."""
+        now = time.monotonic_ns()
+        values = self._observer.counts()
+        values["hits"] = self._hits
+        values["hit_ns"] = reader.hit_ns
+        values["share"] = round(self._hits * reader.hit_ns / max(1, now - self._start_ns), 6)
+        self._sink.measure(Measurement(_NAME, self._start_ns, now, values))
+
+
+async def _within(future: Future[None]) -> None:
+    """Wait for the reader.  Raises DeadlineExceeded, or what it raised."""
+    try:
+        async with asyncio.timeout(_ANSWER_DEADLINE):
+            await asyncio.wrap_future(future)
+    except TimeoutError:
+        raise DeadlineExceeded(
+            f"the reader of uprobes did not answer within {_ANSWER_DEADLINE:g} s",
+            remedy="is this host overloaded?",
+        ) from None

@@ -1,0 +1,476 @@
+"""Hits in, windows out: the state of every thread and of the pause.
+
+Pure: no clock, no process.  Hits come in the order of each thread; across threads the order matters
+only for counting hand-offs of the BQL.  A window is told only if its beginning and its end were
+seen and nothing in between was lost.
+
+What makes a window of BQL_HOLD sound: in 7.2 to 11.1 the lock is a static variable of cpus.c; it is
+taken by bql_lock_impl only, and released by bql_unlock and by waits on a condition variable with
+the lock as their mutex only (cpus.c, and do_run_on_cpu of cpus-common.c, which is handed it).  All
+of them are probed.  Which waits are with that lock is known by its address, which qemu_mutex_lock
+is given inside bql_lock_impl.  Until that is known every wait of a thread ends its hold untold.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+
+from ..model import Kind, SlotUpdate
+from .decode import Hit
+from .functions import Role
+
+__all__ = ["SLOT_IOCTLS", "Command", "Site", "Window", "Windows"]
+
+SLOT_IOCTLS = (0x4020AE46, 0x40A0AE49)
+"""KVM_SET_USER_MEMORY_REGION and KVM_SET_USER_MEMORY_REGION2 (include/uapi/linux/kvm.h)."""
+
+_SLOT = struct.Struct("<IIQQQ")  # slot, flags, guest_phys_addr, memory_size, userspace_addr
+_CLOCK_VIRTUAL = 1  # QEMU_CLOCK_VIRTUAL, include/qemu/timer.h
+_NESTED_BYTES = 4096  # a callee's frame lies no deeper below that of bql_lock_impl
+_MAX_FRAMES = 64
+
+
+class Site(msgspec.Struct, frozen=True, gc=False):
+    """A place in QEMU's source as the lock functions are told: address of the name, and line."""
+
+    file: int
+    line: int
+
+
+class Window(msgspec.Struct, frozen=True, gc=False):
+    """A stall in `[start_ns, end_ns)`, at least `at_least_ns` long, caused or suffered by `tid`.
+
+    COMMIT: `inner` inside another one of that thread; `updates` slot updates are in it.
+    """
+
+    kind: Kind
+    tid: int
+    start_ns: int
+    end_ns: int
+    at_least_ns: int
+    site: Site | None = None
+    update: SlotUpdate | None = None
+    handoffs: int | None = None
+    inner: bool = False
+    updates: int = 0
+
+
+class Command(msgspec.Struct, frozen=True, gc=False):
+    """A command between its beginning and its end; `info` is the address of its QmpCommand.
+
+    0 for a command of an HMP monitor.
+    """
+
+    info: int
+    start_ns: int
+    end_ns: int
+
+
+@dataclass(slots=True)
+class _Frame:
+    role: Role
+    sp: int
+    t_ns: int
+    hits: int
+    site: Site | None = None
+    update: SlotUpdate | None = None
+    updates: int = 0
+    real: bool = False
+
+
+@dataclass(slots=True)
+class _Span:
+    """Something that began: a hold, an inhibition."""
+
+    t_ns: int
+    hits: int
+    site: Site | None = None
+    sure_ns: int = 0
+
+
+@dataclass(slots=True)
+class _Thread:
+    tid: int
+    since_ns: int
+    hits: int = 0
+    frames: list[_Frame] = field(default_factory=list)
+    hold: _Span | None = None
+    inhibit: _Span | None = None
+    last: Hit | None = None
+
+
+@dataclass(slots=True)
+class _Pause:
+    start_ns: int
+    paused_ns: int | None = None
+    handoffs: int | None = None
+
+
+class Windows:
+    """Folds hits into windows and commands, which `take` gives out.
+
+    `main` is the id of the main thread, `popped` how far a return moves the stack pointer,
+    `hit_ns` what one hit costs at most.
+    """
+
+    def __init__(self, main: int, *, popped: int = 8, hit_ns: int = 0) -> None:
+        self.main = main
+        self.bql: int | None = None
+        """The lock's address, once learned."""
+        self.undecoded = 0
+        """Slot updates whose structure was not where it should be."""
+        self.contradictions = 0
+        """Holds dropped because the thread took the lock once more."""
+        self._popped = popped
+        self._hit_ns = hit_ns
+        self._threads: dict[int, _Thread] = {}
+        self._bql_since: int | None = None
+        self._windows: list[Window] = []
+        self._commands: list[Command] = []
+        self._pause: _Pause | None = None
+        self._running_known = False
+        self._running_commands: dict[int, Command] = {}
+        self._next_command = 0
+        self._entries: dict[Role, Callable[[_Thread, Hit], None]] = {
+            Role.COMMIT: self._enter,
+            Role.SLOT_IOCTL: self._slot_ioctl,
+            Role.INHIBIT_BEGIN: self._enter,
+            Role.INHIBIT_END: self._inhibit_end,
+            Role.PAUSE: self._pausing,
+            Role.RESUME: self._enter,
+            Role.CLOCK: self._clock,
+            Role.COMMAND: self._command,
+            Role.CURRENT_MONITOR: self._current_monitor,
+            Role.MUTEX_LOCK: self._mutex_lock,
+            Role.LEARN_LOCK: self._nothing,
+            Role.BQL_LOCK: self._bql_lock,
+            Role.BQL_UNLOCK: self._bql_unlock,
+            Role.COND_WAIT: self._cond_wait,
+            Role.COND_TIMEDWAIT: self._cond_wait,
+        }
+        self._returns: dict[Role, Callable[[_Thread, Hit, _Frame], None]] = {
+            Role.COMMIT: self._committed,
+            Role.SLOT_IOCTL: self._slot_updated,
+            Role.INHIBIT_BEGIN: self._inhibited,
+            Role.PAUSE: self._paused,
+            Role.RESUME: self._resumed,
+            Role.BQL_LOCK: self._bql_locked,
+            Role.COND_WAIT: self._bql_retaken,
+            Role.COND_TIMEDWAIT: self._bql_retaken,
+        }
+
+    # -- what the reader knows ---------------------------------------------------------------------
+
+    def thread(self, tid: int, since_ns: int) -> None:
+        """All probes of a thread are in place from `since_ns` on; earlier hits of it are void."""
+        self._threads[tid] = _Thread(tid, since_ns)
+        if self._pause is not None and self._pause.paused_ns is None:
+            self._pause.handoffs = None  # what the new thread did until now is not known
+
+    def ended(self, tid: int) -> None:
+        """The thread is gone and all its hits have been fed."""
+        self._threads.pop(tid, None)
+
+    def bql_on(self, since_ns: int) -> None:
+        """The lock's probes are in place on all threads from `since_ns` on."""
+        self._bql_since = since_ns
+
+    def bql_off(self) -> None:
+        """They no longer are, and all their hits have been fed."""
+        self._bql_since = None
+        for thread in self._threads.values():
+            thread.hold = None
+            thread.frames = [f for f in thread.frames if f.role not in _BQL_ROLES]
+        if self._pause is not None and self._pause.paused_ns is None:
+            self._pause.handoffs = None
+
+    def guest_runs(self, running: bool) -> None:
+        """Whether the guest ran when the probes were in place.
+
+        A guest that did not has an unknown past: its pause is told from the next one on.
+        """
+        if running:
+            self._running_known = True
+
+    def finish(self, now_ns: int) -> None:
+        """Nothing more is coming: tell of a pause that has not ended."""
+        pause, self._pause = self._pause, None
+        if pause is not None and now_ns > pause.start_ns:
+            self._pause_window(pause, now_ns, now_ns)
+
+    def take(self) -> tuple[list[Window], list[Command]]:
+        """What was found since the last call."""
+        found = self._windows, self._commands
+        self._windows, self._commands = [], []
+        return found
+
+    # -- hits --------------------------------------------------------------------------------------
+
+    def feed(self, hit: Hit) -> None:
+        """The next hit of its thread."""
+        thread = self._threads.get(hit.tid)
+        if thread is None or hit.t_ns < thread.since_ns:
+            return
+        point = hit.point
+        if point is None:
+            self._reset(thread)
+            return
+        role = point.role
+        if role in _BQL_ROLES and (self._bql_since is None or hit.t_ns < self._bql_since):
+            return
+        thread.hits += 1
+        if point.is_return:
+            frame = _pop(thread, role, hit.sp - self._popped)
+            if frame is not None:
+                self._returns[role](thread, hit, frame)
+        else:
+            self._entries[role](thread, hit)
+        thread.last = hit
+
+    def _reset(self, thread: _Thread) -> None:
+        """Hits of this thread are missing: forget all that they might have ended."""
+        thread.frames.clear()
+        thread.hold = thread.inhibit = thread.last = None
+        if self._pause is not None and self._pause.paused_ns is None:
+            self._pause.handoffs = None
+        if thread.tid == self.main:
+            self._pause = None
+            self._running_known = False
+            self._running_commands.clear()
+            self._next_command = 0
+
+    def _enter(self, thread: _Thread, hit: Hit) -> None:
+        assert hit.point is not None
+        _push(thread, _Frame(hit.point.role, hit.sp, hit.t_ns, thread.hits))
+
+    def _window(
+        self,
+        kind: Kind,
+        thread: _Thread,
+        since: _Frame | _Span,
+        end_ns: int,
+        *,
+        update: SlotUpdate | None = None,
+        inner: bool = False,
+        updates: int = 0,
+    ) -> None:
+        """From the hit that `since` was made at to this one.
+
+        Both of these hits are partly in the window: the rest of the first after its time stamp,
+        and the beginning of the last before its own.
+        """
+        cost = (thread.hits - since.hits + 1) * self._hit_ns
+        at_least = max(0, end_ns - since.t_ns - cost)
+        self._windows.append(
+            Window(
+                kind,
+                thread.tid,
+                since.t_ns,
+                end_ns,
+                at_least,
+                since.site,
+                update,
+                None,
+                inner,
+                updates,
+            )
+        )
+
+    # -- commits and slots -------------------------------------------------------------------------
+
+    def _committed(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
+        inner = any(f.role is Role.COMMIT for f in thread.frames)
+        self._window(Kind.COMMIT, thread, frame, hit.t_ns, inner=inner, updates=frame.updates)
+
+    def _slot_ioctl(self, thread: _Thread, hit: Hit) -> None:
+        if hit.args[1] & 0xFFFFFFFF not in SLOT_IOCTLS:
+            return
+        at = hit.args[2] - hit.sp
+        if not 0 <= at <= len(hit.stack) - _SLOT.size:
+            self.undecoded += 1
+            return
+        slot, flags, gpa, size, hva = _SLOT.unpack_from(hit.stack, at)
+        frame = _Frame(Role.SLOT_IOCTL, hit.sp, hit.t_ns, thread.hits)
+        # the address space is in the upper half (Documentation/virt/kvm/api.rst)
+        frame.update = SlotUpdate(slot >> 16, slot & 0xFFFF, flags, gpa, size, hva, None)
+        _push(thread, frame)
+
+    def _slot_updated(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
+        seen = frame.update
+        assert seen is not None
+        ret = ((hit.result & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
+        update = SlotUpdate(seen.as_id, seen.slot, seen.flags, seen.gpa, seen.size, seen.hva, ret)
+        for outer in thread.frames:
+            outer.updates += 1
+        self._window(Kind.SLOT_UPDATE, thread, frame, hit.t_ns, update=update)
+
+    def _inhibited(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
+        thread.inhibit = _Span(frame.t_ns, frame.hits, sure_ns=hit.t_ns)
+
+    def _inhibit_end(self, thread: _Thread, hit: Hit) -> None:
+        span, thread.inhibit = thread.inhibit, None
+        if span is not None:
+            cost = (thread.hits - span.hits) * self._hit_ns
+            at_least = max(0, hit.t_ns - span.sure_ns - cost)
+            self._windows.append(
+                Window(Kind.VCPU_INHIBIT, thread.tid, span.t_ns, hit.t_ns, at_least)
+            )
+
+    # -- pauses (main thread) ----------------------------------------------------------------------
+
+    def _pausing(self, thread: _Thread, hit: Hit) -> None:
+        self._enter(thread, hit)
+        if self._pause is None and self._running_known:
+            since = self._bql_since
+            counted = since is not None and since <= hit.t_ns
+            self._pause = _Pause(hit.t_ns, handoffs=0 if counted else None)
+
+    def _paused(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
+        del thread, frame
+        if self._pause is not None and self._pause.paused_ns is None:
+            self._pause.paused_ns = hit.t_ns
+
+    def _clock(self, thread: _Thread, hit: Hit) -> None:
+        """Only inside resume_all_vcpus is it a sign: others call it for reasons of their own."""
+        if hit.args[0] & 0xFFFFFFFF == _CLOCK_VIRTUAL and hit.args[1] & 0xFF and thread.frames:
+            top = thread.frames[-1]
+            top.real = top.role is Role.RESUME
+
+    def _resumed(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
+        del thread
+        if not frame.real:
+            return
+        self._running_known = True
+        pause, self._pause = self._pause, None
+        if pause is not None:
+            self._pause_window(pause, frame.t_ns, hit.t_ns)
+
+    def _pause_window(self, pause: _Pause, resume_ns: int, end_ns: int) -> None:
+        sure = pause.paused_ns
+        at_least = 0 if sure is None else max(0, resume_ns - sure)
+        self._windows.append(
+            Window(
+                Kind.VCPU_PAUSE,
+                self.main,
+                pause.start_ns,
+                end_ns,
+                at_least,
+                handoffs=None if sure is None else pause.handoffs,
+            )
+        )
+
+    # -- commands (main thread) --------------------------------------------------------------------
+
+    def _command(self, thread: _Thread, hit: Hit) -> None:
+        del thread
+        self._next_command = hit.args[0]
+
+    def _current_monitor(self, thread: _Thread, hit: Hit) -> None:
+        """A command runs in a coroutine (the first argument) with its monitor as the current one.
+
+        An HMP command inside a QMP one sets and restores a monitor in between: the second is no
+        end, being not NULL, and one in a coroutine of its own has no name announced.
+        """
+        del thread
+        coroutine, monitor = hit.args[0], hit.args[1]
+        running = self._running_commands
+        if not monitor:
+            command = running.pop(coroutine, None)
+            if command is not None:
+                self._commands.append(Command(command.info, command.start_ns, hit.t_ns))
+        elif coroutine not in running and (self._next_command or not running):
+            running[coroutine] = Command(self._next_command, hit.t_ns, hit.t_ns)
+            self._next_command = 0
+
+    # -- the BQL -----------------------------------------------------------------------------------
+
+    def _nothing(self, thread: _Thread, hit: Hit) -> None:
+        """That it was the last hit is all that matters."""
+
+    def _mutex_lock(self, thread: _Thread, hit: Hit) -> None:
+        """The first mutex that is locked inside bql_lock_impl is the BQL itself."""
+        last = thread.last
+        if (
+            self.bql is None
+            and last is not None
+            and last.point is not None
+            and last.point.role in (Role.LEARN_LOCK, Role.BQL_LOCK)
+            and not last.point.is_return
+            and 0 <= last.sp - hit.sp < _NESTED_BYTES  # 0: 11.1 ends in a jump to it
+        ):
+            self.bql = hit.args[0]
+
+    def _bql_lock(self, thread: _Thread, hit: Hit) -> None:
+        if thread.hold is not None:
+            # It is not recursive (an assertion in the function), so a release was not seen.
+            self.contradictions += 1
+            thread.hold = None
+        site = Site(hit.args[0], hit.args[1] & 0x7FFFFFFF)
+        _push(thread, _Frame(Role.BQL_LOCK, hit.sp, hit.t_ns, thread.hits, site))
+
+    def _bql_locked(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
+        self._window(Kind.BQL_WAIT, thread, frame, hit.t_ns)
+        self._hold(thread, hit, frame)
+
+    def _bql_retaken(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
+        self._hold(thread, hit, frame)
+
+    def _hold(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
+        thread.hold = _Span(hit.t_ns, thread.hits, frame.site)
+        pause = self._pause
+        if (
+            pause is not None
+            and pause.paused_ns is None
+            and pause.handoffs is not None
+            and thread.tid != self.main
+        ):
+            pause.handoffs += 1
+
+    def _bql_unlock(self, thread: _Thread, hit: Hit) -> None:
+        hold, thread.hold = thread.hold, None
+        if hold is not None:
+            self._window(Kind.BQL_HOLD, thread, hold, hit.t_ns)
+
+    def _cond_wait(self, thread: _Thread, hit: Hit) -> None:
+        """qemu_cond_wait_impl(cond, mutex, file, line), timedwait with ms before the file."""
+        assert hit.point is not None
+        role = hit.point.role
+        if self.bql is None:
+            thread.hold = None
+            return
+        if hit.args[1] != self.bql:
+            return
+        self._bql_unlock(thread, hit)
+        at = 2 if role is Role.COND_WAIT else 3
+        site = Site(hit.args[at], hit.args[at + 1] & 0x7FFFFFFF)
+        _push(thread, _Frame(role, hit.sp, hit.t_ns, thread.hits, site))
+
+
+_BQL_ROLES = frozenset((Role.BQL_LOCK, Role.BQL_UNLOCK, Role.COND_WAIT, Role.COND_TIMEDWAIT))
+
+
+def _push(thread: _Thread, frame: _Frame) -> None:
+    """A call begins.  One of the same function at the same place must have ended unseen."""
+    _pop(thread, frame.role, frame.sp)
+    if len(thread.frames) >= _MAX_FRAMES:
+        thread.frames.clear()
+    thread.frames.append(frame)
+
+
+def _pop(thread: _Thread, role: Role, sp: int) -> _Frame | None:
+    """The youngest call of that function at that place on the stack has ended.
+
+    No function whose return is probed can switch coroutines, so calls of a thread nest, and those
+    that began later have ended too.
+    """
+    frames = thread.frames
+    for i in range(len(frames) - 1, -1, -1):
+        frame = frames[i]
+        if frame.sp == sp and frame.role is role:
+            del frames[i:]
+            return frame
+    return None

@@ -1,0 +1,209 @@
+"""Which stall was made by what: the rules.  Pure.
+
+A cause is stated only where something is known to have blocked the very thread that stalled for at
+least half of the stall.  That two things happened at the same time is not enough.
+
+- `slot_update`, `vcpu_inhibit`, `missing` and nested work belong to the commit of the same thread
+  that they lie in; a commit belongs to the transition whose operations it issued.
+- A thread that holds the BQL is busy with the commits and commands that it runs meanwhile.
+- A thread that waits for the BQL waits for whoever holds it: the cause of that hold is its cause.
+- The main loop does not serve while the main thread runs a command or a commit, or waits for the
+  BQL, or while any thread holds the BQL (util/main-loop.c: it takes it before it dispatches).
+- A vCPU does not run the guest while its own thread commits, holds or waits for the BQL, nor while
+  vCPUs are paused or kept out of ioctls (accel/accel-blocker.c waits until all have left).
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable
+
+from ..probes import Kind
+from ..recording import StallCause
+from .evidence import Evidence, Stall, overlap
+
+__all__ = ["decide"]
+
+SHARE = 0.5
+"""A cause accounts for at least this part of a stall."""
+MAIN = "main"
+
+
+def decide(stall: Stall, evidence: Evidence) -> Stall | None:
+    """Set the stall's cause; returns the window that it belongs with, if any."""
+    match stall.seen.kind:
+        case Kind.COMMIT:
+            return _commit(stall, evidence)
+        case Kind.SLOT_UPDATE | Kind.VCPU_INHIBIT | Kind.MISSING:
+            return _part_of_commit(stall, evidence)
+        case Kind.BQL_HOLD:
+            return _hold(stall, evidence)
+        case Kind.BQL_WAIT:
+            return _wait(stall, evidence)
+        case Kind.MAIN_LOOP:
+            return _main_loop(stall, evidence)
+        case Kind.VCPU_PAUSE:
+            return None
+        case Kind.VCPU_GAP:
+            return _gap(stall, evidence)
+
+
+def _transition(stall: Stall) -> None:
+    if stall.transition is not None:
+        stall.cause = StallCause("transition", stall.transition, stall.length_ns)
+
+
+def _commit(stall: Stall, evidence: Evidence) -> Stall | None:
+    _transition(stall)
+    if stall.transition is None and stall.logs:
+        stall.cause = StallCause("slot_op", "dirty logging", stall.length_ns)
+    elif stall.transition is None and stall.seen.thread == MAIN:
+        _by_command(stall, evidence)
+    return None
+
+
+def _part_of_commit(stall: Stall, evidence: Evidence) -> Stall | None:
+    """Inside a commit of the same thread."""
+    seen = stall.seen
+    _transition(stall)
+    if stall.transition is None and stall.logs and seen.update is not None:
+        ref = f"{seen.update.as_id}:{seen.update.slot}"
+        stall.cause = StallCause("slot_op", ref, stall.length_ns)
+    for commit in evidence.overlapping(Kind.COMMIT, seen.start_ns, seen.end_ns):
+        # the BQL admits one commit at a time: what concerns all vCPUs is of the one it lies in
+        same = seen.tid in (commit.seen.tid, None) or (
+            stall.transition is not None and commit.transition == stall.transition
+        )
+        if same and _shared(stall, commit) * 2 >= stall.length_ns:
+            if stall.transition is None and commit.transition is not None:
+                stall.transition = commit.transition
+                _transition(stall)
+            return commit
+    return None
+
+
+def _hold(stall: Stall, evidence: Evidence) -> Stall | None:
+    seen = stall.seen
+    commits = [
+        c
+        for c in evidence.overlapping(Kind.COMMIT, seen.start_ns, seen.end_ns)
+        if c.seen.tid == seen.tid
+    ]
+    if seen.thread == MAIN and _by_command(stall, evidence):
+        return max(commits, key=lambda c: _shared(stall, c), default=None)
+    return _by_windows(stall, commits)
+
+
+def _wait(stall: Stall, evidence: Evidence) -> Stall | None:
+    seen = stall.seen
+    holds = (
+        h
+        for h in evidence.overlapping(Kind.BQL_HOLD, seen.start_ns, seen.end_ns)
+        if h.seen.tid != seen.tid
+    )
+    commits = (
+        c
+        for c in evidence.overlapping(Kind.COMMIT, seen.start_ns, seen.end_ns)
+        if c.seen.tid != seen.tid
+    )
+    return _by_windows(stall, holds) or _by_windows(stall, commits)
+
+
+def _main_loop(stall: Stall, evidence: Evidence) -> Stall | None:
+    start, end = stall.seen.start_ns, stall.seen.end_ns
+    holds = list(evidence.overlapping(Kind.BQL_HOLD, start, end))
+    if _by_command(stall, evidence):
+        mine = (h for h in holds if h.seen.thread == MAIN and h.cause.ref == stall.cause.ref)
+        return max(mine, key=lambda h: _shared(stall, h), default=None)
+    waits = (w for w in evidence.overlapping(Kind.BQL_WAIT, start, end) if w.seen.thread == MAIN)
+    return (
+        _by_windows(stall, holds)
+        or _by_windows(stall, waits)
+        or _by_windows(stall, evidence.overlapping(Kind.COMMIT, start, end))
+    )
+
+
+def _gap(stall: Stall, evidence: Evidence) -> Stall | None:
+    seen = stall.seen
+    start, end = seen.start_ns, seen.end_ns
+    commits = [
+        c
+        for c in evidence.overlapping(Kind.COMMIT, start, end)
+        if c.seen.thread == seen.thread and _shared(stall, c) * 2 >= c.length_ns
+    ]
+    if commits:
+        # its own thread ran them: whatever else made the gap longer, they are in it
+        commit = max(commits, key=lambda c: _shared(stall, c))
+        _take(stall, commit, _covered(stall, [c for c in commits if _same(c, commit)]))
+        return commit
+    own = (Kind.BQL_WAIT, Kind.BQL_HOLD)
+    blockers = (
+        w
+        for kind in (Kind.VCPU_PAUSE, Kind.VCPU_INHIBIT, *own)
+        for w in evidence.overlapping(kind, start, end)
+        if kind not in own or w.seen.thread == seen.thread
+    )
+    return _by_windows(stall, blockers)
+
+
+def _by_command(stall: Stall, evidence: Evidence) -> bool:
+    """Set the cause when the main thread was busy with a command for half of the stall."""
+    seen = stall.seen
+    best, longest = None, 0
+    for span in evidence.commands(seen.start_ns, seen.end_ns):
+        shared = overlap(seen.start_ns, seen.end_ns, span.start_ns, span.busy_until_ns)
+        # of our own command another probe may know only that it was one
+        if shared > longest or (shared and span.probe == "agent" and shared >= longest * SHARE):
+            best, longest = span, shared
+    if best is None or longest < SHARE * stall.length_ns:
+        return False
+    kind = "agent" if best.probe == "agent" else "command"
+    stall.cause = StallCause(kind, best.name, longest)
+    stall.witnesses.add(best.probe)
+    return True
+
+
+def _by_windows(stall: Stall, windows: Iterable[Stall]) -> Stall | None:
+    """Take over the cause of the windows that account for most of the stall, if for half of it."""
+    groups: dict[object, list[Stall]] = defaultdict(list)
+    for window in windows:
+        if window is not stall:
+            known = window.cause.type != "unknown"
+            groups[(window.cause.type, window.cause.ref) if known else id(window)].append(window)
+    best: list[Stall] = []
+    longest = 0
+    for group in groups.values():
+        shared = _covered(stall, group)
+        if shared > longest:
+            best, longest = group, shared
+    if longest < SHARE * stall.length_ns:
+        return None
+    anchor = max(best, key=lambda w: _shared(stall, w))
+    _take(stall, anchor, longest)
+    return anchor
+
+
+def _take(stall: Stall, anchor: Stall, explained_ns: int) -> None:
+    stall.transition = anchor.transition
+    if anchor.cause.type != "unknown":
+        explained_ns = min(explained_ns, stall.seen.at_most_ns)
+        stall.cause = StallCause(anchor.cause.type, anchor.cause.ref, explained_ns)
+
+
+def _same(one: Stall, other: Stall) -> bool:
+    return one.cause.type == other.cause.type and one.cause.ref == other.cause.ref
+
+
+def _shared(one: Stall, other: Stall) -> int:
+    a, b = one.seen, other.seen
+    return overlap(a.start_ns, a.end_ns, b.start_ns, b.end_ns)
+
+
+def _covered(stall: Stall, windows: Iterable[Stall]) -> int:
+    """How much of the stall the windows cover together; they may overlap each other."""
+    start, end = stall.seen.start_ns, stall.seen.end_ns
+    total, reached = 0, start
+    for window in sorted(windows, key=lambda w: w.seen.start_ns):
+        total += overlap(max(reached, start), end, window.seen.start_ns, window.seen.end_ns)
+        reached = max(reached, window.seen.end_ns)
+    return total

@@ -1,0 +1,242 @@
+"""What is concluded from a dead guest's registers and the changes of its map before."""
+
+from __future__ import annotations
+
+import pytest
+
+from qmp_memlistener.agent.postmortem import (
+    MapChange,
+    Stopped,
+    Vcpu,
+    explain_reset,
+    explain_stop,
+    parse_dumps,
+    parse_registers,
+)
+from qmp_memlistener.recording import GuestFailure, SlotOp
+
+LONG = """\
+RAX=00001c22fab53127 RBX=00001c22fab4ce6f RCX=00001c22fab53127 RDX=00001c2200000000
+RSI=0000000000100000 RDI=0000000000038000 RBP=0000000000038000 RSP=000000000003c000
+R8 =0000000000000001 R9 =0000000000038000 R10=0000000000001106 R11=0000000000000000
+R12=0000000000000000 R13=0000000000000000 R14=0000000280000001 R15=0000000000000001
+RIP=000000000021035c RFL=00000006 [-----P-] CPL=0 II=0 A20=1 SMM=0 HLT=0
+ES =0010 0000000000000000 ffffffff 00c09300 DPL=0 DS   [-WA]
+CS =0018 0000000000000000 ffffffff 00a09b00 DPL=0 CS64 [-RA]
+LDT=0000 0000000000000000 0000ffff 00008200 DPL=0 LDT
+CR0=80000011 CR2=0000000000000000 CR3=0000000000070000 CR4=00000020
+DR6=00000000ffff0ff0 DR7=0000000000000400
+EFER=0000000000000500
+"""
+SHORT = """\
+EAX=00000000 EBX=00000000 ECX=00000000 EDX=00060fb1
+ESI=00000000 EDI=00000000 EBP=00000000 ESP=00000000
+EIP=0000fff0 EFL=00000002 [-------] CPL=0 II=0 A20=1 SMM=1 HLT=1
+ES =0000 00000000 0000ffff 00009300
+CS =f000 ffff0000 0000ffff 00009b00
+CR0=60000010 CR2=00000000 CR3=00000000 CR4=00000000
+"""
+BOTH = f"\nCPU#0\n{LONG}\nCPU#1\n{SHORT}\n".replace("\n", "\r\n")
+DIED = 1_000_000_000_000
+MIB = 1 << 20
+
+
+def op(what: str, slot: int, gpa: int, size: int, *, as_id: int = 0, seen: bool = True) -> SlotOp:
+    return SlotOp(
+        t_ns=DIED,
+        as_id=as_id,
+        slot=slot,
+        op=what,
+        gpa=gpa,
+        size=size,
+        flags=0,
+        ret=0,
+        predicted=not seen,
+        transition=1,
+    )
+
+
+def toggle(seq: int, ms_before: float, *, as_id: int = 0, seen: bool = True) -> MapChange:
+    """All RAM above 1 MiB goes and comes back in another slot."""
+    ops = (
+        op("delete", 4, 0xF0000, 0x10000, as_id=as_id, seen=seen),
+        op("delete", 5, MIB, 63 * MIB, as_id=as_id, seen=seen),
+        op("add", 3, 0xF0000, 63 * MIB + 0x10000, as_id=as_id, seen=seen),
+    )
+    return MapChange(seq, DIED - round(ms_before * 1e6), ops)
+
+
+def stopped(
+    index: int,
+    gpa: int | None,
+    *,
+    named: bool = False,
+    halted: bool = False,
+    in_smm: bool = False,
+) -> Stopped:
+    ip = 0xFFFF_8000_0000_1000 + index
+    return Stopped(Vcpu(index, ip, ip, in_smm, halted, f"RAX={index}"), gpa, named)
+
+
+def judged(
+    cpus: list[Stopped], changes: list[MapChange], *, kept_out: bool = False
+) -> GuestFailure:
+    return explain_stop(
+        DIED, cpus, changes, kept_out=kept_out, block_of=lambda gpa: "pc.ram" if gpa else None
+    )
+
+
+def test_registers_of_all_vcpus_are_read() -> None:
+    one, other = parse_registers(BOTH)
+    assert (one.index, one.ip, one.linear) == (0, 0x21035C, 0x21035C)
+    assert not one.in_smm
+    assert not one.halted
+    assert (other.index, other.ip, other.linear) == (1, 0xFFF0, 0xFFFF_FFF0)
+    assert other.in_smm
+    assert other.halted
+
+
+@pytest.mark.parametrize(
+    "text", ["", "CPU#0\r\n", "\r\nCPU#0\r\n PC=00000000 X0=1\r\n", "nonsense"]
+)
+def test_other_registers_are_left_out(text: str) -> None:
+    assert parse_registers(text) == ()
+
+
+def test_a_dump_on_stderr_names_the_vcpu() -> None:
+    printed = (
+        f"warning: x\nKVM internal error. Suberror: 1\nextra data[0]: 0x0\n{LONG}Code=00 <48>\n"
+    )
+    one, other = parse_registers(BOTH)
+    dumps = parse_dumps(printed)
+    assert one.general in dumps
+    assert other.general not in dumps
+    assert parse_dumps(LONG) == frozenset()
+
+
+def test_code_that_had_no_slot_is_proof() -> None:
+    failure = judged([stopped(0, 0x10000), stopped(1, 0x21035C)], [toggle(7, 3), toggle(8, 1.5)])
+    assert failure.proven
+    assert (failure.status, failure.transition, failure.cpu) == ("internal-error", 8, 1)
+    assert (failure.ip, failure.gpa) == (0xFFFF_8000_0000_1001, 0x21035C)
+    for words in (
+        "vCPU 1 was fetching code",
+        "gpa 0x21035c in RAM block pc.ram",
+        "transition 8, which began 1.5 ms before: slot 5 was deleted, slot 3 added",
+        "the same happened in transition 7",
+    ):
+        assert words in failure.what
+
+
+def test_what_qemu_printed_decides_between_vcpus() -> None:
+    both = [stopped(0, 2 * MIB), stopped(1, 3 * MIB)]
+    failure = judged(both, [toggle(1, 1)])
+    assert failure.proven
+    assert (failure.cpu, failure.ip, failure.gpa) == (None, None, None)
+    assert "one of the vCPUs 0, 1" in failure.what
+
+    failure = judged([both[0], stopped(1, 3 * MIB, named=True)], [toggle(1, 1)])
+    assert (failure.cpu, failure.gpa) == (1, 3 * MIB)
+    assert "QEMU printed" in failure.what
+
+    failure = judged([both[0], stopped(1, 0x8000, named=True)], [toggle(1, 1)])
+    assert not failure.proven
+    assert "vCPU 1 at" in failure.what
+    assert "vCPU 0" not in failure.what
+
+
+def test_halted_vcpus_fetch_nothing() -> None:
+    failure = judged([stopped(0, 2 * MIB, halted=True), stopped(1, 3 * MIB)], [toggle(1, 1)])
+    assert failure.cpu == 1
+
+
+def test_the_change_that_took_the_address_is_named_not_the_last_one() -> None:
+    elsewhere = MapChange(9, DIED - 1000, (op("delete", 9, 1 << 32, MIB),))
+    failure = judged([stopped(1, 2 * MIB)], [toggle(8, 2), elsewhere])
+    assert failure.transition == 8
+
+
+def test_memory_that_stays_away_is_named() -> None:
+    gone = MapChange(3, DIED - 1000, (op("delete", 5, MIB, 63 * MIB),))
+    failure = judged([stopped(0, 2 * MIB)], [gone], kept_out=True)
+    assert failure.proven
+    assert "slot 5 was deleted and did not come back" in failure.what
+
+
+def test_an_add_before_the_delete_gives_nothing_back() -> None:
+    ops = (op("add", 3, 0, 64 * MIB), op("delete", 5, 0, 64 * MIB))
+    assert MapChange(1, 0, ops).missing(MIB) == (ops[1], None)
+    assert MapChange(1, 0, ops).missing(64 * MIB) is None
+
+
+def test_what_was_not_seen_or_could_not_harm_is_no_proof() -> None:
+    failure = judged([stopped(1, 2 * MIB)], [toggle(1, -3, seen=False)])
+    assert not failure.proven
+    assert failure.transition == 1
+    assert "seen 3.0 ms later" in failure.what
+    assert "rules" in failure.what
+    failure = judged([stopped(1, 2 * MIB)], [toggle(1, 1)], kept_out=True)
+    assert not failure.proven
+    assert "keeps vCPUs from running" in failure.what
+
+
+def test_system_management_mode_has_its_own_slots() -> None:
+    in_smm = stopped(0, 2 * MIB, in_smm=True)
+    assert not judged([in_smm], [toggle(1, 1)]).proven
+    assert judged([in_smm], [toggle(1, 1, as_id=1)]).proven
+
+
+def test_without_a_match_the_facts_are_told() -> None:
+    failure = judged([stopped(0, 2 * MIB)], [])
+    assert (failure.proven, failure.transition) == (False, None)
+    assert "the map did not change in the 2 s before" in failure.what
+    assert "did not change" in judged([stopped(0, 2 * MIB)], [toggle(1, 2001)]).what
+
+    failure = judged([stopped(0, 0x8000), stopped(1, None)], [toggle(4, 12)])
+    assert not failure.proven
+    for words in ("transition 4, which began 12.0 ms before", "gpa 0x8000", "not mapped"):
+        assert words in failure.what
+
+    assert "could not be read" in judged([], [toggle(4, 12)]).what
+
+
+def reset_after(
+    changes: list[MapChange], *, kept_out: bool = False, maps_again: bool = False
+) -> GuestFailure | None:
+    return explain_reset(
+        DIED,
+        changes,
+        kept_out=kept_out,
+        reason="guest-reset",
+        maps_again=maps_again,
+        block_of=lambda gpa: "pc.ram" if gpa else None,
+    )
+
+
+def test_a_reset_after_missing_ram_is_told_without_a_guess() -> None:
+    failure = reset_after([toggle(1, 9), toggle(2, 4)])
+    assert failure is not None
+    assert (failure.status, failure.transition, failure.proven) == ("reset", 2, False)
+    assert (failure.cpu, failure.ip, failure.gpa) == (None, None, None)
+    for words in (
+        "4.0 ms after transition 2 began",
+        "0x100000-0x3ffffff of pc.ram",
+        "does not tell",
+    ):
+        assert words in failure.what
+
+
+def test_a_change_that_the_reset_itself_makes_is_not_held_against_it() -> None:
+    assert reset_after([toggle(1, 1)], maps_again=True) is None
+    failure = reset_after([toggle(1, 9), toggle(2, 1)], maps_again=True)
+    assert failure is not None
+    assert failure.transition == 1
+
+
+def test_most_resets_are_no_failure() -> None:
+    unmapped = MapChange(2, DIED - 1000, (op("delete", 7, 0xFD00_0000, MIB),))
+    assert reset_after([]) is None
+    assert reset_after([unmapped]) is None
+    assert reset_after([toggle(1, 101)]) is None
+    assert reset_after([toggle(1, 4)], kept_out=True) is None
+    assert reset_after([toggle(1, 4, seen=False)]) is None

@@ -1,0 +1,222 @@
+"""Statistics of stalls: exact where they say so, within the stated error where they do not."""
+
+from __future__ import annotations
+
+import math
+import random
+from bisect import bisect_right
+from itertools import pairwise
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmp_memlistener.recording import StallCause, StallRecord, StallStatistics, SummaryRecord
+from qmp_memlistener.timeline.summary import BOUNDS_NS, EXACT, RELATIVE_ERROR, Statistics
+
+# evenly over the orders of magnitude, as stalls are; with the ends of buckets and of bounds
+LENGTHS = st.one_of(
+    st.integers(0, 1 << 12),
+    st.integers(0, 40).flatmap(lambda e: st.integers(1 << e, (2 << e) - 1)),
+    st.sampled_from([b + d for b in BOUNDS_NS for d in (-1, 0, 1) if b + d >= 0]),
+)
+STALLS = st.tuples(st.sampled_from(["commit", "bql_wait"]), st.sampled_from(["a", "b"]), LENGTHS)
+
+
+def many(seed: int, count: int) -> list[int]:
+    rng = random.Random(seed)
+    return [int(math.exp(rng.uniform(0, 25))) for _ in range(count)]
+
+
+def of(lengths: list[int]) -> StallStatistics:
+    """The statistics of these lengths, all of one kind and cause."""
+    statistics = Statistics()
+    for length in lengths:
+        statistics.add("commit", "transition", length)
+    (found,) = statistics.statistics()
+    return found
+
+
+def nearest_rank(ordered: list[int], percent: int) -> int:
+    return ordered[max(0, math.ceil(percent * len(ordered) / 100) - 1)]
+
+
+def check(found: StallStatistics, lengths: list[int], error: float) -> None:
+    """All that is exact is, and percentiles are above the exact ones by less than `error`."""
+    ordered = sorted(lengths)
+    assert found.count == len(ordered)
+    assert found.total_ns == sum(ordered)
+    assert found.max_ns == ordered[-1]
+    for percent, value in ((50, found.p50_ns), (90, found.p90_ns), (99, found.p99_ns)):
+        exact = nearest_rank(ordered, percent)
+        assert exact <= value <= min(ordered[-1], exact + error * exact), percent
+    check_histogram(found, ordered)
+
+
+def check_histogram(found: StallStatistics, lengths: list[int]) -> None:
+    assert len(found.bounds_ns) == len(found.histogram)
+    assert sum(found.histogram) == len(lengths)
+    assert found.histogram[0]
+    assert found.histogram[-1]
+    first = BOUNDS_NS.index(found.bounds_ns[0])
+    assert tuple(found.bounds_ns) == BOUNDS_NS[first : first + len(found.bounds_ns)]
+    for i, count in enumerate(found.histogram):
+        assert count == sum(bisect_right(found.bounds_ns, n) == i + 1 for n in lengths)
+
+
+@given(st.lists(LENGTHS, min_size=1, max_size=60))
+def test_few_are_exact(lengths: list[int]) -> None:
+    check(of(lengths), lengths, 0)
+
+
+@given(st.lists(LENGTHS, min_size=1, max_size=60), st.integers(EXACT, 2 * EXACT + 3))
+def test_many_are_within_the_stated_error(some: list[int], count: int) -> None:
+    lengths = (some * (count // len(some) + 1))[: count + 1]
+    check(of(lengths), lengths, RELATIVE_ERROR)
+
+
+@pytest.mark.parametrize("count", [1, 2, EXACT - 1, EXACT, EXACT + 1, 2 * EXACT + 2, 20_000])
+def test_any_number(count: int) -> None:
+    lengths = many(count, count)
+    check(of(lengths), lengths, 0 if count <= EXACT else RELATIVE_ERROR)
+
+
+@given(st.lists(STALLS, max_size=60), st.randoms(use_true_random=False), st.booleans())
+def test_order_does_not_matter(
+    stalls: list[tuple[str, str, int]], rng: random.Random, grown: bool
+) -> None:
+    if grown:
+        stalls = stalls * (EXACT // 8)
+    shuffled = stalls.copy()
+    rng.shuffle(shuffled)
+    one, other = Statistics(), Statistics()
+    for stall in stalls:
+        one.add(*stall)
+    for stall in shuffled:
+        other.add(*stall)
+        if rng.random() < 0.01:
+            other.statistics()  # asking in between changes nothing
+    assert one.statistics() == other.statistics()
+    assert len(one) == len(other) == len(stalls)
+
+
+@given(
+    st.lists(st.tuples(st.lists(STALLS, max_size=20), st.sampled_from([1, 40, EXACT])), max_size=4)
+)
+def test_merging_is_feeding_all(parts: list[tuple[list[tuple[str, str, int]], int]]) -> None:
+    all_of_them, merged = Statistics(), Statistics()
+    for stalls, times in parts:
+        part = Statistics()
+        for stall in stalls * times:
+            part.add(*stall)
+            all_of_them.add(*stall)
+        before = part.statistics()
+        merged.merge(part)
+        assert part.statistics() == before
+    assert merged.statistics() == all_of_them.statistics()
+    assert len(merged) == len(all_of_them)
+
+
+@pytest.mark.parametrize("count", [3, EXACT, EXACT + 1, 2 * EXACT + 50])
+def test_merging_with_itself_doubles(count: int) -> None:
+    statistics, twice = Statistics(), Statistics()
+    for length in many(count, count):
+        statistics.add("commit", "unknown", length)
+        twice.add("commit", "unknown", length)
+        twice.add("commit", "unknown", length)
+    statistics.merge(statistics)
+    assert statistics.statistics() == twice.statistics()
+
+
+def test_memory_is_bounded() -> None:
+    """However many lengths there are, some tens of buckets a power of two are all that is kept."""
+    statistics = Statistics()
+    for length in many(1, 100_000):
+        statistics.add("commit", "transition", length)
+    (series,) = statistics._series.values()
+    assert len(series.pending) <= EXACT
+    assert len(series.buckets) < 64 * 40
+
+
+def test_bounds_are_readable_and_ascending() -> None:
+    assert BOUNDS_NS[0] == 0
+    assert BOUNDS_NS[1] == 1_000
+    assert BOUNDS_NS[-1] == 600 * 10**9
+    assert all(a < b for a, b in pairwise(BOUNDS_NS))
+    assert all(b / a <= 3 for a, b in pairwise(BOUNDS_NS[1:]))
+
+
+def test_kinds_are_in_order_and_in_them_the_largest_total_first() -> None:
+    statistics = Statistics()
+    for kind, cause, length in (
+        ("vcpu_gap", "unknown", 5),
+        ("commit", "unknown", 7),
+        ("commit", "transition", 9),
+        ("commit", "agent", 7),
+    ):
+        statistics.add(kind, cause, length)
+    assert [(s.kind, s.cause) for s in statistics.statistics()] == [
+        ("commit", "transition"), ("commit", "agent"), ("commit", "unknown"),
+        ("vcpu_gap", "unknown"),
+    ]  # fmt: skip
+
+
+@pytest.mark.parametrize("length", [-1, -(1 << 40)])
+def test_there_are_no_negative_lengths(length: int) -> None:
+    statistics = Statistics()
+    with pytest.raises(ValueError, match=str(length)):
+        statistics.add("commit", "unknown", length)
+    assert len(statistics) == 0
+    assert statistics.statistics() == []
+
+
+def record(kind: str, at_most_ns: int, cause: StallCause | None) -> StallRecord:
+    return StallRecord(
+        kind=kind,
+        start_ns=0,
+        end_ns=at_most_ns + 5,
+        at_least_ns=0,
+        at_most_ns=at_most_ns,
+        probe="ping",
+        witnesses=["ping"],
+        thread=None,
+        site=None,
+        cause=cause,
+        incident=1,
+    )
+
+
+def test_a_summary_of_records() -> None:
+    statistics = Statistics(
+        [
+            record("commit", 1_500, StallCause("transition", 3)),
+            record("commit", 2_500, StallCause("transition", 4)),
+            record("commit", 9_000, None),
+            record("commit", 11_000, StallCause("unknown", None)),
+        ]
+    )
+    summary = statistics.summary(start_ns=10, end_ns=20, transitions=2)
+    assert summary == SummaryRecord(
+        start_ns=10,
+        end_ns=20,
+        transitions=2,
+        stalls=4,
+        statistics=[
+            StallStatistics(
+                "commit", "unknown", 2, 20_000, 9_000, 11_000, 11_000, 11_000,
+                [5_000, 10_000], [1, 1],
+            ),
+            StallStatistics(
+                "commit", "transition", 2, 4_000, 1_500, 2_500, 2_500, 2_500,
+                [1_000, 2_000], [1, 1],
+            ),
+        ],
+    )  # fmt: skip
+    line = msgspec.json.encode(summary)
+    assert msgspec.json.decode(line, type=SummaryRecord) == summary
+
+
+def test_a_summary_of_nothing() -> None:
+    summary = Statistics().summary(start_ns=1, end_ns=2, transitions=0)
+    assert (summary.stalls, summary.statistics) == (0, [])
