@@ -46,7 +46,7 @@ class GuestSpec:
     memory: int = 64 << 20
     smp: int = 1
     args: tuple[str, ...] = ()
-    monitors: int = 2
+    monitors: int = 3
     qtest: bool = False
     shared_memory: bool = True
     data_dirs: tuple[str, ...] = ()

@@ -56,8 +56,9 @@ def companions_of(
     """Choose the monitors for pinging and for operations.
 
     `used` are those that we hold already; `ping` and `operations` are the user's choice, which
-    is taken unseen.  Operations come first, they are what a user waits for; or `ping_first`, when
-    stalls are measured: those cannot share a connection.
+    is taken unseen.  Operations take the first that is free, pings the last.  If only one is,
+    operations come first, they are what a user waits for; or `ping_first`, when stalls are
+    measured: those cannot share a connection.
     """
     taken = [t for t in (*used, ping, operations) if t is not None]
     free = [
@@ -66,11 +67,11 @@ def companions_of(
         if not any(same_socket(t, other) for other in taken)
     ]
     if ping is None and ping_first and free:
-        ping = free.pop(0)
+        ping = free.pop()
     if operations is None and free:
         operations = free.pop(0)
     if ping is None and free:
-        ping = free.pop(0)
+        ping = free.pop()
     without = []
     if operations is None:
         without.append(

@@ -15,6 +15,7 @@ from math import ceil, floor
 __all__ = ["Anchor", "BeatClock", "BeatSampler", "Bounds", "Window"]
 
 _RECENT = 16  # anchors of a line that take part in mapping
+_MUCH = 5
 _BASES = 8  # older ones, for the rate
 _BASE_EVERY_NS = 4_000_000_000
 _READY = 1e-3  # relative error of the rate above which nothing is mapped
@@ -99,6 +100,8 @@ class _Line:
     def add(self, anchor: Anchor) -> None:
         if not self.bases or anchor.at.low - self.bases[-1].at.high > _BASE_EVERY_NS:
             self.bases.append(anchor)
+        if len(self.recent) > 1 and self.recent[-1].at.width > _MUCH * self.recent[-2].at.width:
+            self.recent.pop()  # it tells little beside its neighbours, which should last
         self.recent.append(anchor)
 
     @property

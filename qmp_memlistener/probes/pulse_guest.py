@@ -22,8 +22,11 @@ SILENT_NS = 1_000_000_000
 """A CPU that has not beaten for so long is not waited for."""
 
 _ANCHOR_EVERY_NS = 100_000_000
-_TIGHT_NS = 100_000  # width of an anchor that will do
-_SERIES_NS = 100_000  # how long a CPU is looked at for one; less than the gaps that are looked for
+_TIGHT_NS = 200_000  # width of an anchor that will do
+# how long a CPU is looked at for one: this takes another's place on a busy host, so it is less than
+# the gaps that are looked for, and only when one is needed badly not much less
+_SERIES_NS = 100_000
+_LONG_SERIES_NS = 300_000
 _PATIENCE_NS = 5_000_000_000  # gaps whose time cannot be told by then are given up
 _STEPS_EVERY_NS = 10_000_000_000  # between two notes that the TSC left its line
 
@@ -104,14 +107,14 @@ class _Cpu:
         self.pending.extend((now, gap) for gap in gaps if gap.ticks <= gap.end_tsc)
         return beat
 
-    def series(self) -> Anchor | None:
+    def series(self, lasting_ns: int) -> Anchor | None:
         """Quick looks until the CPU has beaten twice; None when it does not.
 
         It does not where our own thread has taken the CPU's place on the host.
         """
         look, read, clock = self.sampler.look, self.read_tsc, time.monotonic_ns
         now = clock()
-        until = now + _SERIES_NS
+        until = now + lasting_ns
         while now < until:
             began = now
             tsc = read()
@@ -135,7 +138,8 @@ class GuestFollower:
         self._cpus: list[_Cpu] = []
         self._boots: int | None = None
         self._clock = BeatClock()
-        self._anchored_ns = 0
+        self._anchored_ns = 0  # when there was a tight anchor
+        self._wide_ns = 0  # and one that was not
         self._steps: list[int] = []
         self._steps_said_ns = -_STEPS_EVERY_NS
         self._best = 0  # the CPU whose beats were seen last in a series
@@ -188,9 +192,10 @@ class GuestFollower:
         now = time.monotonic_ns()
         if self._clock.ready and not waiting and now - self._anchored_ns < _ANCHOR_EVERY_NS:
             return
+        badly = not self._clock.ready or now - self._anchored_ns > 2 * _ANCHOR_EVERY_NS
         beating = [cpu for cpu in self._cpus if cpu.beats_now]
         for cpu in sorted(beating, key=lambda cpu: cpu.cpu != self._best):
-            anchor = cpu.series()
+            anchor = cpu.series(_LONG_SERIES_NS if badly else _SERIES_NS)
             if anchor is not None:
                 self._best = cpu.cpu
                 self._take(anchor)
@@ -201,9 +206,12 @@ class GuestFollower:
         if anchor is None:
             return
         now = anchor.at.high
-        if anchor.at.width > _TIGHT_NS and now - self._anchored_ns < 10 * _ANCHOR_EVERY_NS:
+        if anchor.at.width <= _TIGHT_NS:
+            self._anchored_ns = now
+        elif now - max(self._anchored_ns, self._wide_ns) < 2 * _ANCHOR_EVERY_NS:
             return
-        self._anchored_ns = now
+        else:
+            self._wide_ns = now
         step = self._clock.add(anchor)
         if step:
             self._steps.append(step)

@@ -103,14 +103,14 @@ class Told:
 
     async def wait_for(self, text: str) -> None:
         """Until a note with this text."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while not self.said(text):
                 self._news.clear()
                 await self._news.wait()
 
     async def wait_gap(self, over_ns: int) -> Observation:
         """Until a gap as long as that."""
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(30):
             while True:
                 for gap in self.gaps:
                     if gap.at_least_ns >= over_ns:
@@ -142,6 +142,7 @@ async def probing(
         if started:
             await probe.start(told)
             await told.wait_for(HAS_CLOCK)
+            told.late.clear()  # gaps had to wait for the clock
         try:
             yield probe, told, monitor
         finally:
@@ -366,7 +367,6 @@ async def test_a_guest_that_boots_again_is_followed(build: QemuBuild, accel: str
             await check_toggles(vm, probe, told)
             now = time.monotonic_ns()
             assert all(begun - 100_000_000 < g.start_ns and g.end_ns < now for g in told.gaps)
-            assert told.lost_gaps == 0
 
 
 @builds()
@@ -408,7 +408,7 @@ async def test_memory_of_any_kind_is_found(build: QemuBuild, tmp_path: Path) -> 
             await Monitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor,
         ):
             probe, told = PulseProbe(await context_of(guest.pid, monitor)), Told()
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(30):
                 while not (await probe.check()).usable:  # noqa: ASYNC110 (until it has booted)
                     await asyncio.sleep(0.01)
             if removed is not None:

@@ -7,6 +7,6 @@ from __future__ import annotations
 
 from .probe import UprobesProbe
 from .reader import Batch, Loss, UprobeReader
-from .windows import Command, Site, Window
+from .results import Command, Site, Window
 
 __all__ = ["Batch", "Command", "Loss", "Site", "UprobeReader", "UprobesProbe", "Window"]

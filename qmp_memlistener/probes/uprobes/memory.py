@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import re
 
-from .windows import Site
+from .results import Site
 
 __all__ = ["Strings"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from ..model import CommandSpan, Kind, Observation
 from .memory import Strings
 from .names import ThreadNames
-from .windows import Command, Window
+from .results import Command, Window
 
 __all__ = ["FLOOR_NS", "QUERY_FLOOR_NS", "Observer"]
 

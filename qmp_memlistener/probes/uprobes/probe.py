@@ -23,7 +23,6 @@ from ..model import (
     Sink,
     Verdict,
 )
-from .functions import Group
 from .governor import Governor
 from .names import ThreadNames
 from .observing import Observer
@@ -68,10 +67,13 @@ class UprobesProbe:
         self._observer = Observer(_NAME, self._names, context.must_see)
         self._always = context.named or any(kind in context.must_see for kind in _BQL_KINDS)
         self._may_look = True
+        self._looking = False
+        self._warned = False
         self._bursts = 0
         self._reader: UprobeReader | None = None
         self._governor: Governor | None = None
         self._refreshing: asyncio.Task[None] | None = None
+        self._stopping: asyncio.Task[None] | None = None
         self._start_ns = 0
         self._hits = 0
         self._ended = False
@@ -174,6 +176,7 @@ class UprobesProbe:
             return
         if isinstance(status, dict):
             await _within(reader.guest_runs(status.get("running") is True))
+        await self.flush()  # so that what this turn of the main loop showed is known
 
     async def _learn_names(self) -> None:
         try:
@@ -188,8 +191,15 @@ class UprobesProbe:
         try:
             await _within(self._reader.set_bql(on))
         except OSError as error:
-            self._may_look = False
+            self._may_look = self._looking = False
             self._sink.note(f"uprobes do not look at the BQL: {error.strerror}")
+            return
+        self._looking = on
+        if on and not self._reader.bql_known and not self._warned:
+            self._warned = True
+            self._sink.note(
+                "uprobes do not know the BQL's address yet: holds that a wait ends are not told"
+            )
 
     # -- in the event loop ---------------------------------------------------------------------
 
@@ -199,6 +209,10 @@ class UprobesProbe:
         sink = self._sink
         for loss in batch.losses:
             sink.lost(_NAME, f"records of thread {self._names[loss.tid]}", loss.count)
+        if batch.undecoded:
+            sink.lost(_NAME, "slot updates whose structure was not found", batch.undecoded)
+        if batch.contradictions:
+            sink.lost(_NAME, "holds of the BQL whose end was not seen", batch.contradictions)
         if observations:
             sink.observe(observations)
         for command in commands:
@@ -228,8 +242,8 @@ class UprobesProbe:
             f"uprobes took {governor.share:.0%} of a CPU from QEMU, "
             f"more than the {governor.limit:.0%} allowed"
         )
-        if self._may_look and Group.BQL in batch.hits:
-            self._may_look = False
+        if self._looking:
+            self._looking = self._may_look = False
             reader.set_bql(False)
             self._sink.note(f"{taken}: no more looking at the BQL")
         elif self._context.max_share is not None and not self._ended:

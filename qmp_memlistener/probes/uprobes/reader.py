@@ -28,7 +28,8 @@ from .perf import allow_descriptors
 from .program import examine
 from .refusals import explain
 from .release import release
-from .windows import Command, Window, Windows
+from .results import Command, Window
+from .windows import Windows
 
 __all__ = ["Batch", "Loss", "UprobeReader"]
 
@@ -52,7 +53,8 @@ class Loss:
 class Batch:
     """What one round found; all windows and commands that ended before `until_ns` are out.
 
-    `hits` counts hits of each group, `threads` are those that are new.  `gone`: QEMU has ended.
+    `hits` counts hits of each group, `threads` are those that are new.  `undecoded` slot updates
+    could not be read, `contradictions` holds were dropped (see `Windows`).  `gone`: QEMU has ended.
     """
 
     until_ns: int
@@ -61,6 +63,8 @@ class Batch:
     losses: list[Loss] = field(default_factory=list)
     hits: dict[Group, int] = field(default_factory=dict)
     threads: list[int] = field(default_factory=list)
+    undecoded: int = 0
+    contradictions: int = 0
     gone: bool = False
     error: Exception | None = None
 
@@ -171,16 +175,6 @@ class UprobeReader:
         return self._windows.bql is not None
 
     @property
-    def undecoded(self) -> int:
-        """Slot updates that could not be read."""
-        return self._windows.undecoded
-
-    @property
-    def contradictions(self) -> int:
-        """Holds that were dropped: see `Windows.contradictions`."""
-        return self._windows.contradictions
-
-    @property
     def peaks(self) -> dict[int, float]:
         """The part of each thread's ring that was in use at most."""
         threads = self._attachment.threads
@@ -265,9 +259,7 @@ class UprobeReader:
         started = self._read(batch)
         at = bisect_left(self._pending, limit, key=itemgetter(0))
         self._fold(batch, at)
-        if self._gone:
-            return
-        if started or self._round_ns - self._rescan_ns > _RESCAN_NS:
+        if not self._gone and (started or self._round_ns - self._rescan_ns > _RESCAN_NS):
             self._rescan(batch)
         if self._learning and self.bql_known:
             self._learning = False
@@ -285,20 +277,24 @@ class UprobeReader:
             started |= bool(decoded.started)
             if decoded.lost or decoded.throttled:
                 batch.losses.append(Loss(thread.tid, decoded.lost + decoded.throttled))
-            if thread.ended:
+            if thread.tid in decoded.ended:
                 self._dead.append(thread.tid)
         self._pending.sort(key=itemgetter(0))
         return started
 
     def _fold(self, batch: Batch, count: int) -> None:
-        feed, hits = self._windows.feed, batch.hits
+        windows = self._windows
+        feed, hits = windows.feed, batch.hits
+        undecoded, contradictions = windows.undecoded, windows.contradictions
         for hit in self._pending[:count]:
             feed(hit)
             if hit.point is not None:
                 group = hit.point.group
                 hits[group] = hits.get(group, 0) + 1
         del self._pending[:count]
-        batch.windows, batch.commands = self._windows.take()
+        batch.windows, batch.commands = windows.take()
+        batch.undecoded = windows.undecoded - undecoded
+        batch.contradictions = windows.contradictions - contradictions
 
     def _rescan(self, batch: Batch) -> None:
         """Attach what is new: a record tells of a new thread at once, the scan of one missed."""
@@ -307,7 +303,11 @@ class UprobeReader:
         if not tids:
             self._gone = batch.gone = True
             return
-        new = [tid for tid in tids if tid not in self._attachment.threads]
+        threads = self._attachment.threads
+        for tid in tids:
+            if tid in threads and threads[tid].ended:  # another thread has its id now
+                self._spent += self._attachment.drop(tid)
+        new = [tid for tid in tids if tid not in threads]
         if new:
             batch.threads = self._attach(new)
 

@@ -17,13 +17,13 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import msgspec
-
 from ..model import Kind, SlotUpdate
 from .decode import Hit
 from .functions import Role
+from .main_thread import Commands, Pauses
+from .results import Command, Site, Window
 
-__all__ = ["SLOT_IOCTLS", "Command", "Site", "Window", "Windows"]
+__all__ = ["SLOT_IOCTLS", "Windows"]
 
 SLOT_IOCTLS = (0x4020AE46, 0x40A0AE49)
 """KVM_SET_USER_MEMORY_REGION and KVM_SET_USER_MEMORY_REGION2 (include/uapi/linux/kvm.h)."""
@@ -32,42 +32,6 @@ _SLOT = struct.Struct("<IIQQQ")  # slot, flags, guest_phys_addr, memory_size, us
 _CLOCK_VIRTUAL = 1  # QEMU_CLOCK_VIRTUAL, include/qemu/timer.h
 _NESTED_BYTES = 4096  # a callee's frame lies no deeper below that of bql_lock_impl
 _MAX_FRAMES = 64
-
-
-class Site(msgspec.Struct, frozen=True, gc=False):
-    """A place in QEMU's source as the lock functions are told: address of the name, and line."""
-
-    file: int
-    line: int
-
-
-class Window(msgspec.Struct, frozen=True, gc=False):
-    """A stall in `[start_ns, end_ns)`, at least `at_least_ns` long, caused or suffered by `tid`.
-
-    COMMIT: `inner` inside another one of that thread; `updates` slot updates are in it.
-    """
-
-    kind: Kind
-    tid: int
-    start_ns: int
-    end_ns: int
-    at_least_ns: int
-    site: Site | None = None
-    update: SlotUpdate | None = None
-    handoffs: int | None = None
-    inner: bool = False
-    updates: int = 0
-
-
-class Command(msgspec.Struct, frozen=True, gc=False):
-    """A command between its beginning and its end; `info` is the address of its QmpCommand.
-
-    0 for a command of an HMP monitor.
-    """
-
-    info: int
-    start_ns: int
-    end_ns: int
 
 
 @dataclass(slots=True)
@@ -103,13 +67,6 @@ class _Thread:
     last: Hit | None = None
 
 
-@dataclass(slots=True)
-class _Pause:
-    start_ns: int
-    paused_ns: int | None = None
-    handoffs: int | None = None
-
-
 class Windows:
     """Folds hits into windows and commands, which `take` gives out.
 
@@ -131,10 +88,8 @@ class Windows:
         self._bql_since: int | None = None
         self._windows: list[Window] = []
         self._commands: list[Command] = []
-        self._pause: _Pause | None = None
-        self._running_known = False
-        self._running_commands: dict[int, Command] = {}
-        self._next_command = 0
+        self._pauses = Pauses(main)
+        self._monitors = Commands()
         self._entries: dict[Role, Callable[[_Thread, Hit], None]] = {
             Role.COMMIT: self._enter,
             Role.SLOT_IOCTL: self._slot_ioctl,
@@ -168,8 +123,7 @@ class Windows:
     def thread(self, tid: int, since_ns: int) -> None:
         """All probes of a thread are in place from `since_ns` on; earlier hits of it are void."""
         self._threads[tid] = _Thread(tid, since_ns)
-        if self._pause is not None and self._pause.paused_ns is None:
-            self._pause.handoffs = None  # what the new thread did until now is not known
+        self._pauses.miscounted()  # what the new thread did until now is not known
 
     def ended(self, tid: int) -> None:
         """The thread is gone and all its hits have been fed."""
@@ -185,22 +139,15 @@ class Windows:
         for thread in self._threads.values():
             thread.hold = None
             thread.frames = [f for f in thread.frames if f.role not in _BQL_ROLES]
-        if self._pause is not None and self._pause.paused_ns is None:
-            self._pause.handoffs = None
+        self._pauses.miscounted()
 
     def guest_runs(self, running: bool) -> None:
-        """Whether the guest ran when the probes were in place.
-
-        A guest that did not has an unknown past: its pause is told from the next one on.
-        """
-        if running:
-            self._running_known = True
+        """Whether the guest ran when the probes were in place; see `Pauses`."""
+        self._pauses.known |= running
 
     def finish(self, now_ns: int) -> None:
         """Nothing more is coming: tell of a pause that has not ended."""
-        pause, self._pause = self._pause, None
-        if pause is not None and now_ns > pause.start_ns:
-            self._pause_window(pause, now_ns, now_ns)
+        self._tell(self._pauses.finish(now_ns))
 
     def take(self) -> tuple[list[Window], list[Command]]:
         """What was found since the last call."""
@@ -235,13 +182,10 @@ class Windows:
         """Hits of this thread are missing: forget all that they might have ended."""
         thread.frames.clear()
         thread.hold = thread.inhibit = thread.last = None
-        if self._pause is not None and self._pause.paused_ns is None:
-            self._pause.handoffs = None
+        self._pauses.miscounted()
         if thread.tid == self.main:
-            self._pause = None
-            self._running_known = False
-            self._running_commands.clear()
-            self._next_command = 0
+            self._pauses.forget()
+            self._monitors.forget()
 
     def _enter(self, thread: _Thread, hit: Hit) -> None:
         assert hit.point is not None
@@ -320,19 +264,16 @@ class Windows:
                 Window(Kind.VCPU_INHIBIT, thread.tid, span.t_ns, hit.t_ns, at_least)
             )
 
-    # -- pauses (main thread) ----------------------------------------------------------------------
+    # -- the main thread -----------------------------------------------------------------------
 
     def _pausing(self, thread: _Thread, hit: Hit) -> None:
         self._enter(thread, hit)
-        if self._pause is None and self._running_known:
-            since = self._bql_since
-            counted = since is not None and since <= hit.t_ns
-            self._pause = _Pause(hit.t_ns, handoffs=0 if counted else None)
+        since = self._bql_since
+        self._pauses.begin(hit.t_ns, since is not None and since <= hit.t_ns)
 
     def _paused(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
         del thread, frame
-        if self._pause is not None and self._pause.paused_ns is None:
-            self._pause.paused_ns = hit.t_ns
+        self._pauses.paused(hit.t_ns)
 
     def _clock(self, thread: _Thread, hit: Hit) -> None:
         """Only inside resume_all_vcpus is it a sign: others call it for reasons of their own."""
@@ -342,49 +283,22 @@ class Windows:
 
     def _resumed(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
         del thread
-        if not frame.real:
-            return
-        self._running_known = True
-        pause, self._pause = self._pause, None
-        if pause is not None:
-            self._pause_window(pause, frame.t_ns, hit.t_ns)
-
-    def _pause_window(self, pause: _Pause, resume_ns: int, end_ns: int) -> None:
-        sure = pause.paused_ns
-        at_least = 0 if sure is None else max(0, resume_ns - sure)
-        self._windows.append(
-            Window(
-                Kind.VCPU_PAUSE,
-                self.main,
-                pause.start_ns,
-                end_ns,
-                at_least,
-                handoffs=None if sure is None else pause.handoffs,
-            )
-        )
-
-    # -- commands (main thread) --------------------------------------------------------------------
+        if frame.real:
+            self._tell(self._pauses.resumed(frame.t_ns, hit.t_ns))
 
     def _command(self, thread: _Thread, hit: Hit) -> None:
         del thread
-        self._next_command = hit.args[0]
+        self._monitors.announce(hit.args[0])
 
     def _current_monitor(self, thread: _Thread, hit: Hit) -> None:
-        """A command runs in a coroutine (the first argument) with its monitor as the current one.
-
-        An HMP command inside a QMP one sets and restores a monitor in between: the second is no
-        end, being not NULL, and one in a coroutine of its own has no name announced.
-        """
         del thread
-        coroutine, monitor = hit.args[0], hit.args[1]
-        running = self._running_commands
-        if not monitor:
-            command = running.pop(coroutine, None)
-            if command is not None:
-                self._commands.append(Command(command.info, command.start_ns, hit.t_ns))
-        elif coroutine not in running and (self._next_command or not running):
-            running[coroutine] = Command(self._next_command, hit.t_ns, hit.t_ns)
-            self._next_command = 0
+        command = self._monitors.monitor(hit.args[0], hit.args[1], hit.t_ns)
+        if command is not None:
+            self._commands.append(command)
+
+    def _tell(self, window: Window | None) -> None:
+        if window is not None:
+            self._windows.append(window)
 
     # -- the BQL -----------------------------------------------------------------------------------
 
@@ -421,14 +335,7 @@ class Windows:
 
     def _hold(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
         thread.hold = _Span(hit.t_ns, thread.hits, frame.site)
-        pause = self._pause
-        if (
-            pause is not None
-            and pause.paused_ns is None
-            and pause.handoffs is not None
-            and thread.tid != self.main
-        ):
-            pause.handoffs += 1
+        self._pauses.handoff(thread.tid)
 
     def _bql_unlock(self, thread: _Thread, hit: Hit) -> None:
         hold, thread.hold = thread.hold, None

@@ -99,6 +99,7 @@ def source_of(log: Log, qemu: Qemu) -> TraceSource:
         cast(TraceTail, log),
         lambda _: None,
         tracker,
+        lambda *_: None,
     )
 
 

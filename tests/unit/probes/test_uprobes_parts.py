@@ -30,7 +30,7 @@ from qmp_memlistener.probes.uprobes.memory import Strings
 from qmp_memlistener.probes.uprobes.names import ThreadNames
 from qmp_memlistener.probes.uprobes.observing import FLOOR_NS, QUERY_FLOOR_NS, Observer
 from qmp_memlistener.probes.uprobes.perf import ARCHITECTURES
-from qmp_memlistener.probes.uprobes.windows import Command, Site, Window
+from qmp_memlistener.probes.uprobes.results import Command, Site, Window
 
 ENTRY = Point(Role.SLOT_IOCTL, Group.ALWAYS, 0)
 RETURN = Point(Role.SLOT_IOCTL, Group.ALWAYS, 0, True)

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from qmp_memlistener.probes import Kind
 from qmp_memlistener.probes.uprobes.decode import Hit
 from qmp_memlistener.probes.uprobes.functions import ROLES, Point, Role
-from qmp_memlistener.probes.uprobes.windows import SLOT_IOCTLS, Window, Windows
+from qmp_memlistener.probes.uprobes.results import Window
+from qmp_memlistener.probes.uprobes.windows import SLOT_IOCTLS, Windows
 
 MAIN, OTHER = 10, 11
 BQL, MUTEX = 0x5000, 0x6000

@@ -1,0 +1,113 @@
+"""Notes about what is switched on: they tell the living from the dead, and go when it is undone."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from qmp_memlistener.monitor.procfs import Process
+from qmp_memlistener.probes import leftover_notes
+from qmp_memlistener.probes.leftover_notes import LeftoverNote, find, note, stale
+
+WHAT = "sync-profile"
+
+
+@pytest.fixture
+def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    def directory(*, create: bool) -> str:
+        assert create in (True, False)
+        return str(tmp_path)
+
+    monkeypatch.setattr(leftover_notes, "_directory", directory)
+    return tmp_path
+
+
+@pytest.fixture
+def guest() -> Iterator[Process]:
+    """Some process that lives as long as the test."""
+    with subprocess.Popen(["sleep", "60"]) as process:
+        found = Process.read(process.pid)
+        assert found is not None
+        yield found
+        process.kill()
+
+
+def test_a_note_of_the_living_is_nothing_left_over(place: Path, guest: Process) -> None:
+    claim = note(guest.pid, guest.start_ticks, WHAT)
+    assert claim is not None
+    assert find() == []
+    assert stale(guest.pid, guest.start_ticks, WHAT) is None
+    # another of ours must not switch it off
+    assert note(guest.pid, guest.start_ticks, WHAT) is None
+    assert [p.name for p in place.iterdir()] == [f"{guest.pid}-{guest.start_ticks}.{WHAT}"]
+    claim.clear()
+    claim.clear()
+    assert list(place.iterdir()) == []
+
+
+def test_a_note_of_the_dead_is_found_and_taken_over(place: Path, guest: Process) -> None:
+    claim = note(guest.pid, guest.start_ticks, WHAT)
+    assert claim is not None
+    claim.abandon()
+    left = LeftoverNote(guest.pid, guest.start_ticks, WHAT, claim.path)
+    assert find() == [left]
+    assert str(guest.pid) in left.text
+    again = note(guest.pid, guest.start_ticks, WHAT)
+    assert again is not None
+    assert find() == []
+    again.clear()
+    assert list(place.iterdir()) == []
+
+
+def test_the_kernel_tells_that_the_owner_was_killed(place: Path, guest: Process) -> None:
+    code = (
+        "import os, signal, sys\n"
+        "from qmp_memlistener.probes import leftover_notes as notes\n"
+        "notes._directory = lambda *, create: sys.argv[1]\n"
+        "assert notes.note(int(sys.argv[2]), int(sys.argv[3]), 'sync-profile')\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    arguments = [str(place), str(guest.pid), str(guest.start_ticks)]
+    ended = subprocess.run([sys.executable, "-c", code, *arguments], check=False, timeout=30)
+    assert ended.returncode < 0
+    assert [left.pid for left in find()] == [guest.pid]
+
+
+def test_notes_about_processes_that_are_gone_are_removed(place: Path, guest: Process) -> None:
+    claim = note(guest.pid, guest.start_ticks + 1, WHAT)
+    assert claim is not None
+    claim.abandon()
+    assert find() == []
+    assert list(place.iterdir()) == []
+
+
+def test_what_is_no_whole_note_of_this_boot_is_removed(place: Path, guest: Process) -> None:
+    path = place / f"{guest.pid}-{guest.start_ticks}.{WHAT}"
+    for text in ("", "{", '{"schema": 1}', '{"schema":1,"boot":"x","pid":1,"start_ticks":1}'):
+        path.write_text(text)
+        assert find() == []
+        assert not path.exists()
+
+
+def test_other_files_are_left_alone(place: Path, guest: Process) -> None:
+    key = f"{guest.pid}-{guest.start_ticks}"
+    names = [f"{key}.lock", f"{key}.live", "freeze", f"x-1.{WHAT}", f"1.{WHAT}", key]
+    for name in names:
+        (place / name).touch()
+    assert find() == []
+    assert sorted(p.name for p in place.iterdir()) == sorted(names)
+
+
+def test_a_link_is_not_followed(place: Path, guest: Process, tmp_path: Path) -> None:
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    os.symlink(victim, place / f"{guest.pid}-{guest.start_ticks}.{WHAT}")
+    with pytest.raises(OSError, match="symbolic"):
+        note(guest.pid, guest.start_ticks, WHAT)
+    assert find() == []
+    assert victim.read_text() == "precious"
