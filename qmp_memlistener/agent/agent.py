@@ -41,7 +41,7 @@ from ..monitor import (
     read_facts,
     start_tracing,
 )
-from ..probes import Context, Kind
+from ..probes import Context, Kind, leftover_notes
 from ..probes.registry import choose, known_names
 from ..recording import Header, Note, Record, RecordingWriter
 from ..topology import MemoryMap
@@ -302,6 +302,8 @@ class Agent:
         self.facts = await read_facts(self.monitor)
         self._rules = await asyncio.to_thread(rules_of, self.facts.version, pid)
         files = stack.enter_context(ExitStack())  # a recording takes everything that follows
+        if owner is not None:
+            await self._put_back(owner)
         stack.push_async_callback(self._dispatcher.close)
         stack.callback(self._records.close)
         stack.callback(self._finish_measuring)
@@ -343,6 +345,14 @@ class Agent:
         self._spawn(self._source.keep_snapshots(), "snapshots")
         self._spawn(self._watch_monitor(), "monitor")
         await self._start_measuring(stack, pid, untraced)
+
+    async def _put_back(self, owner: Guest) -> None:
+        """What a probe whose agent was killed left switched on; tracing sees to its own."""
+        process = owner.process
+        for what in leftover_notes.WHAT:
+            left = leftover_notes.stale(process.pid, process.start_ticks, what)
+            if left is not None and await leftover_notes.restore(self.monitor, left):
+                self.remarks.append(f"put back what an agent that was killed had left: {left.text}")
 
     async def _start_measuring(
         self, stack: AsyncExitStack, pid: int | None, untraced: TraceUnavailable | None

@@ -21,6 +21,7 @@ __all__ = ["Race", "race"]
 
 WRITES = 200
 MEMORY = 256 << 20
+SHORTEST_GAP_NS = 100_000
 _DEADLINE = 30.0
 
 
@@ -78,6 +79,9 @@ async def race(build: QemuBuild, say: Callable[[str], None]) -> Race:
         pulse = Pulse(guest.ram)
         await pulse.wait_ready()
         await pulse.place(1, High.CODE)
+        clock = await pulse.calibrate()
+        for cpu in range(2):
+            await pulse.reset(cpu, threshold=clock.ticks(SHORTEST_GAP_NS))
         async with attach(f"unix:{guest.monitors[0]}", on_record=found.take) as agent:
             toggle = await pulse.toggle(HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), WRITES)
             done = asyncio.create_task(toggle.wait(_DEADLINE))

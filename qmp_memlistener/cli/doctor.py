@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING
 
 import rich_click as click
@@ -12,6 +14,7 @@ import rich_click as click
 from .common import json_option, print_json, print_table, run_async
 
 if TYPE_CHECKING:
+    from ..monitor import Guest
     from ..monitor.leftovers import Leftover
     from ..probes import ProbeInfo, Verdict
 
@@ -52,14 +55,13 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
 
     Example: qmp-memlistener doctor /run/vm.qmp
     """
-    from ..monitor.leftovers import find_leftovers
     from ..reports.stalls import duration_text
 
-    leftovers = find_leftovers()
+    leftovers = _find()
     cleaned: list[str] = []
     if clean and leftovers:
         cleaned = run_async(_clean(leftovers))
-        leftovers = find_leftovers()
+        leftovers = _find()
     probes, checks = run_async(_probes(target))
     checks += _checks()
     if as_json:
@@ -111,18 +113,49 @@ def _explain(name: str, reason: str | None, remedy: str | None) -> None:
             click.echo(f"  remedy: {remedy}")
 
 
-async def _clean(leftovers: list[Leftover]) -> list[str]:
-    from ..errors import GuestFrozen, TargetError
+@dataclass(frozen=True, slots=True)
+class Left:
+    """Something of ours in a running guest: `what` in words, `where` the note about it lies."""
+
+    what: str
+    where: str
+    guest: Guest | None
+    take_away: Callable[[], Awaitable[bool]]
+
+
+def _find() -> list[Left]:
+    from ..monitor import Monitor, PidTarget, find_guest
+    from ..monitor.leftovers import clean_leftovers, find_leftovers
+    from ..probes import leftover_notes
+
+    async def traced(left: Leftover) -> bool:
+        return await clean_leftovers(left) is not None
+
+    async def switched(left: leftover_notes.LeftoverNote) -> bool:
+        async with await Monitor.connect(PidTarget(left.pid)) as monitor:
+            return await leftover_notes.restore(monitor, left)
+
+    return [
+        *(Left(x.what, x.where, x.guest, partial(traced, x)) for x in find_leftovers()),
+        *(
+            Left(x.text, x.path, find_guest(x.pid), partial(switched, x))
+            for x in leftover_notes.find()
+        ),
+    ]
+
+
+async def _clean(leftovers: list[Left]) -> list[str]:
+    from ..errors import CommandFailed, GuestFrozen, TargetError
     from ..monitor.freeze import check_not_frozen, process_key
-    from ..monitor.leftovers import clean_leftovers
 
     done = []
     for left in leftovers:
         try:
-            check_not_frozen(process_key(left.guest.process))
-            if await clean_leftovers(left) is not None:
+            if left.guest is not None:
+                check_not_frozen(process_key(left.guest.process))
+            if await left.take_away():
                 done.append(left.what)
-        except (GuestFrozen, TargetError) as exc:
+        except (CommandFailed, GuestFrozen, TargetError) as exc:
             click.echo(f"not cleaned: {exc.message}", err=True)
     return done
 

@@ -36,7 +36,7 @@ to how often a late answer is looked for, and to catching up."""
 _CATCH_UP_NS = 800_000
 """After a stall the main loop has other things to do first, and the request may have been there a
 moment before the stall began."""
-_SILENT_NS = 10_000_000
+_SILENT_NS = 5_000_000
 """How long all of QEMU has to be silent: on a busy host any process waits for a CPU at times."""
 _ACCEPTED_NS = 1_000_000
 """An answer later than usual by more than this says nothing about an idle main loop."""

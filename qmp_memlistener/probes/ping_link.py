@@ -32,7 +32,7 @@ _OOB_ID = 0
 _LINE_MAX = 1 << 20
 _GREETING_S = 1.0
 _ANSWER_S = 5.0
-_HANG_UP_S = 0.2
+_HANG_UP_S = 1.0
 
 
 class Stopped(Exception):

@@ -222,12 +222,13 @@ class BeatClock:
         slow, fast = self._known_rate()
         return Bounds(floor(ticks / fast), ceil(ticks / slow))
 
-    def window(self, end_tsc: int, ticks: int, beat_ticks: int) -> Window:
+    def window(self, end_tsc: int, ticks: int, beat_ticks: int, over_ns: int) -> Window:
         """A gap of `ticks` that ended at `end_tsc`, of which the CPU was at work for one beat.
 
-        ValueError unless `ready`.
+        At `over_ns` it was seen to be over.  ValueError unless `ready`.
         """
         start, end = self.locate(end_tsc - ticks), self.locate(end_tsc)
+        end = Bounds(min(end.low, over_ns), min(end.high, over_ns))
         whole = max(0, end.high - start.low)
         at_least, at_most = end.low - start.high, whole
         if not self._broken(end_tsc - ticks, end_tsc):

@@ -60,7 +60,10 @@ class _Cpu:
         self.read_tsc = memory.tsc_reader(cpu)
         self.beaten_ns = time.monotonic_ns()
         self.beats_now = False
-        self.pending: deque[tuple[int, Gap]] = deque()  # when found, and the gap
+        self.was_set_back = False  # its TSC, since the look before
+        self.tsc_epoch = 0
+        self.fresh: list[tuple[int, Gap]] = []  # when found, and the gap
+        self.pending: deque[tuple[int, Gap]] = deque()
         self._memory = memory
         self._from_start = from_start
         self._beat_ticks: deque[float] = deque(maxlen=15)
@@ -100,11 +103,12 @@ class _Cpu:
         if last is not None and beat.count > last.count and beat.last_tsc > last.last_tsc:
             per_beat = (beat.last_tsc - last.last_tsc) / (beat.count - last.count)
             self._beat_ticks.append(per_beat)
+        self.was_set_back = last is not None and beat.last_tsc < last.last_tsc
         self.beat = beat
         news.fresh = max(news.fresh, len(gaps) + lost)
         news.lose(self.cpu, lost)
         # What a guest writes may be anything.
-        self.pending.extend((now, gap) for gap in gaps if gap.ticks <= gap.end_tsc)
+        self.fresh = [(now, gap) for gap in gaps if gap.ticks <= gap.end_tsc]
         return beat
 
     def series(self, lasting_ns: int) -> Anchor | None:
@@ -138,6 +142,7 @@ class GuestFollower:
         self._cpus: list[_Cpu] = []
         self._boots: int | None = None
         self._clock = BeatClock()
+        self._tsc_epoch = 0
         self._anchored_ns = 0  # when there was a tight anchor
         self._wide_ns = 0  # and one that was not
         self._steps: list[int] = []
@@ -152,14 +157,14 @@ class GuestFollower:
         start = time.monotonic_ns()
         last: dict[int, int] = {}
         for cpu in self._cpus if there else ():
-            before = cpu.beat
             began = time.monotonic_ns()
             beat = cpu.look(news)
             ended = time.monotonic_ns()
             if beat is None:
                 continue
-            if before is not None and beat.last_tsc < before.last_tsc:
-                self._set_back(news)
+            if cpu.was_set_back:
+                self._set_back(cpu, news)
+            cpu.pending.extend(cpu.fresh)
             last[cpu.cpu] = beat.last_tsc
             self._take(cpu.sampler.look(began, beat.last_tsc, ended))
         if there:
@@ -235,12 +240,17 @@ class GuestFollower:
         self._steps_said_ns = now_ns
         self._steps.clear()
 
-    def _set_back(self, news: News) -> None:
-        """The TSC began anew: what is pending is told by the clock as it was."""
-        for cpu in self._cpus:
-            self._map(cpu, True, news)
-            cpu.sampler = BeatSampler()
-        self._clock = BeatClock()
+    def _set_back(self, cpu: _Cpu, news: News) -> None:
+        """A CPU's TSC began anew, as at a reset under TCG: so do, or did, those of the others.
+
+        What is pending is told by the clock as it was.
+        """
+        if cpu.tsc_epoch == self._tsc_epoch:
+            for any_cpu in self._cpus:
+                self._map(any_cpu, True, news)
+            self._clock = BeatClock()
+            self._tsc_epoch += 1
+        cpu.tsc_epoch = self._tsc_epoch
 
     def _map(self, cpu: _Cpu, final: bool, news: News) -> None:
         """Turn pending gaps into observations, once a beat after them has its time."""
@@ -254,7 +264,9 @@ class GuestFollower:
             if not known and not final and now - found_ns < patience:
                 return
             pending.popleft()
-            window = clock.window(gap.end_tsc, gap.ticks, cpu.beat_ticks) if clock.ready else None
+            window = None
+            if clock.ready:
+                window = clock.window(gap.end_tsc, gap.ticks, cpu.beat_ticks, found_ns)
             if window is None or window.start_ns < 0:
                 news.lose(cpu.cpu, 1)
                 continue

@@ -8,7 +8,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from qmp_memlistener.errors import CommandFailed, TargetError
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.monitor import Monitor
 from qmp_memlistener.probes import CommandSpan, Kind, Observation, ProbeUnavailable
-from qmp_memlistener.probes.uprobes import UprobesProbe
+from qmp_memlistener.probes.uprobes import UprobesProbe, wait_released
 from qmp_memlistener.probes.uprobes.program import Program, examine
 from tests.support.live import QEMUS, Vm, booted, builds, cases, qmp
 from tests.support.probes import Recorder, guest_context
@@ -27,6 +27,15 @@ from tests.support.probes import Recorder, guest_context
 pytestmark = [pytest.mark.qemu, pytest.mark.asyncio]
 
 PREALLOC = 96 << 20
+ENDS = QEMUS[:1] + QEMUS[1:][-1:]
+"""The oldest and the newest: a run takes the kernel some seconds to clear away."""
+
+
+@pytest.fixture(autouse=True)
+def released() -> Iterator[None]:
+    """The kernel opens new probes slowly as long as it takes out old ones."""
+    yield
+    assert wait_released(100)
 
 
 class Seen(Recorder):
@@ -101,7 +110,7 @@ async def test_each_toggle_is_a_commit_with_its_slot_updates(build: QemuBuild, a
     assert all(any(inside(i, c) for c in commits) for i in inhibits)
 
 
-@builds()
+@builds(ENDS)
 async def test_a_hold_of_the_main_loop_has_its_length_and_place(build: QemuBuild) -> None:
     """Preallocated memory is touched with the BQL held, in the command's own time."""
     async with booted(build, "tcg") as vm, probing(vm) as (probe, seen, monitor):
@@ -125,7 +134,7 @@ async def test_a_hold_of_the_main_loop_has_its_length_and_place(build: QemuBuild
         assert hold.site.startswith("util/main-loop.c:")
 
 
-@builds()
+@builds(ENDS)
 async def test_commands_by_name_and_no_short_questions(build: QemuBuild, tmp_path: Path) -> None:
     path = tmp_path / "hmp"
     human = ("-monitor", f"unix:{path},server=on,wait=off")
@@ -153,7 +162,7 @@ async def test_commands_by_name_and_no_short_questions(build: QemuBuild, tmp_pat
         assert len(seen.commands) < 10
 
 
-@builds()
+@builds(ENDS)
 async def test_pauses_and_who_took_the_lock_meanwhile(build: QemuBuild) -> None:
     async with booted(build, "tcg", smp=2) as vm, probing(vm) as (probe, seen, monitor):
         spans = []
@@ -185,7 +194,7 @@ async def test_pauses_and_who_took_the_lock_meanwhile(build: QemuBuild) -> None:
         assert 0 < last.at_least_ns <= last.at_most_ns
 
 
-@builds()
+@builds(QEMUS[-1:])
 async def test_of_a_guest_that_was_stopped_before_only_the_next_pause_is_told(
     build: QemuBuild,
 ) -> None:
@@ -201,7 +210,7 @@ async def test_of_a_guest_that_was_stopped_before_only_the_next_pause_is_told(
             assert len(seen.of(Kind.VCPU_PAUSE)) == 1
 
 
-@builds()
+@builds(ENDS)
 async def test_a_vcpu_that_is_plugged_is_seen_and_named(build: QemuBuild) -> None:
     more = ("-smp", "1,maxcpus=2")
     async with (
@@ -222,7 +231,7 @@ async def test_a_vcpu_that_is_plugged_is_seen_and_named(build: QemuBuild) -> Non
         assert not tids & {o.tid for o in seen.observations if o.thread in ("CPU 0", "main")}
 
 
-@builds()
+@builds(ENDS)
 async def test_the_lock_is_looked_at_only_while_an_operation_is_under_way(
     build: QemuBuild,
 ) -> None:
@@ -314,7 +323,7 @@ async def without_breakpoints(pid: int, program: Program) -> None:
             await asyncio.sleep(0.05)
 
 
-@builds()
+@builds(ENDS)
 async def test_nothing_is_left_after_stop_and_other_guests_are_never_touched(
     build: QemuBuild,
 ) -> None:
@@ -364,7 +373,7 @@ async def test_nothing_is_left_after_a_kill(build: QemuBuild) -> None:
         await vm.toggle(10)
 
 
-@builds()
+@builds(ENDS)
 async def test_qemu_may_die_at_any_time(build: QemuBuild) -> None:
     descriptors = len(os.listdir("/proc/self/fd"))
     async with booted(build, "tcg") as vm:

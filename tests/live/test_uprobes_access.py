@@ -7,6 +7,7 @@ import os
 import shutil
 import sys
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +16,7 @@ import pytest
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.monitor import find_guest
 from qmp_memlistener.probes import Kind, ProbeUnavailable
-from qmp_memlistener.probes.uprobes import Batch, UprobeReader, UprobesProbe
+from qmp_memlistener.probes.uprobes import Batch, UprobeReader, UprobesProbe, wait_released
 from qmp_memlistener.probes.uprobes.names import ThreadNames
 from qmp_memlistener.probes.uprobes.program import examine
 from tests.support.live import QEMUS, Vm, booted, builds, qmp
@@ -35,6 +36,13 @@ except ProbeUnavailable as why:
 else:
     print("usable")
 """
+
+
+@pytest.fixture(autouse=True)
+def released() -> Iterator[None]:
+    """The kernel opens new probes slowly as long as it takes out old ones."""
+    yield
+    assert wait_released(100)
 
 
 def needs(*tools: str) -> None:
@@ -135,7 +143,7 @@ async def test_programs_without_the_functions_or_without_symbols(tmp_path: Path)
             await process.wait()
 
 
-@builds()
+@builds(ONE)
 async def test_a_stripped_binary(build: QemuBuild, tmp_path: Path) -> None:
     needs("strip")
     stripped = tmp_path / "qemu-system-stripped"

@@ -10,7 +10,7 @@ import os
 import shutil
 import struct
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,13 +18,20 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.probes import Kind, ProbeUnavailable
-from qmp_memlistener.probes.uprobes import Batch, UprobeReader, Window
+from qmp_memlistener.probes.uprobes import Batch, UprobeReader, Window, wait_released
 from qmp_memlistener.probes.uprobes.functions import Group
 from qmp_memlistener.probes.uprobes.program import examine
 
 SOURCE = Path(__file__).parent.parent / "support" / "uprobes_target.c"
 RECORDS_A_CALL = 3
 """The lock function's entry and return, and the entry of the unlock function."""
+
+
+@pytest.fixture(autouse=True)
+def released() -> Iterator[None]:
+    """The kernel opens new probes slowly as long as it takes out old ones."""
+    yield
+    assert wait_released(100)
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +111,12 @@ async def reading(
     reader = UprobeReader(of.process.pid, collector, ring_bytes=ring_bytes)
     await asyncio.to_thread(reader.start)
     try:
+        await asyncio.wrap_future(reader.set_bql(True))
         await of.run(100, 1000)
+        await asyncio.wrap_future(reader.flush())
         assert reader.bql_known
         os.truncate(of.log, 0)
-        await asyncio.wrap_future(reader.set_bql(True))
+        collector.batches.clear()
         yield reader
     finally:
         await asyncio.to_thread(reader.stop)

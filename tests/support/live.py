@@ -435,6 +435,11 @@ class Verb:
         text = "".join(self._lines) + (out or b"").decode()
         return Ran(self.process.returncode, text, err.decode(), took)
 
+    async def signalled(self, number: int, seconds: float = 10.0) -> Ran:
+        """Send a signal, then wait for the end."""
+        self.process.send_signal(number)
+        return await self.end(seconds)
+
     async def ready(self) -> None:
         """Until the first map was printed: the verb is attached and will see what comes."""
         while not re.search(r'"type":"map"|  map: \d', await self.line()):

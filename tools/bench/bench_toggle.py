@@ -86,13 +86,13 @@ def run(quick: bool) -> list[Figure]:
     for remark in sorted(remarks):
         print(f"\n{remark}")
     figures = []
-    for host, found in rounds.items():
+    for name, found in rounds.items():
         samples = {
             row: Sample(tuple(r[row] for r in found))
             for row in ROWS
             if all(row in r for r in found)
         }
-        print(f"\n{host}: a PAM toggle, us; medians of {runs} runs of {count} toggles")
+        print(f"\n{name}: a PAM toggle, us; medians of {runs} runs of {count} toggles")
         print_table(
             ["what", "median", "spread"],
             [[row, f"{s.median:.0f}", s.spread(digits=0)] for row, s in samples.items()],
@@ -100,7 +100,7 @@ def run(quick: bool) -> list[Figure]:
         seen = ", ".join(f"{samples[row].median:.0f}" for row in (OWN, OTHER))
         figures.append(
             Figure(
-                f"PAM toggle, gap of the writing and of the other vCPU ({host})",
+                f"PAM toggle, gap of the writing and of the other vCPU ({name})",
                 "a figure, us",
                 seen,
             )

@@ -32,6 +32,7 @@ BENCHES = {
     "snapshot": "what a snapshot costs a guest",
     "latency": "from QEMU's log line to the subscriber",
     "idle": "an attached agent with nothing to do",
+    "toggle": "what a PAM toggle costs on each QEMU",
     "observer": "what the guest notices of being watched",
 }
 

@@ -7,6 +7,16 @@ from __future__ import annotations
 
 from .probe import UprobesProbe
 from .reader import Batch, Loss, UprobeReader
+from .release import wait_released
 from .results import Command, Site, Window
 
-__all__ = ["Batch", "Command", "Loss", "Site", "UprobeReader", "UprobesProbe", "Window"]
+__all__ = [
+    "Batch",
+    "Command",
+    "Loss",
+    "Site",
+    "UprobeReader",
+    "UprobesProbe",
+    "Window",
+    "wait_released",
+]

@@ -50,7 +50,7 @@ class ThreadProbes:
     ring: Ring
     groups: dict[Group, list[int]] = field(default_factory=dict)
     lost: int = 0
-    """Records lost that the ring has told of."""
+    """Records of these events lost that the ring has told of."""
     ended: bool = False
 
     @property
@@ -120,7 +120,12 @@ class Attachment:
     def remove(self, group: Group) -> list[int]:
         """Take a group out for good; returns descriptors that are to be released."""
         self.switch(group, False)
-        return [fd for t in self.threads.values() for fd in t.groups.pop(group, [])]
+        removed = []
+        for thread in self.threads.values():
+            fds = thread.groups.pop(group, [])
+            thread.lost -= sum(map(lost_of, fds))  # `untold` will not count them any more
+            removed += fds
+        return removed
 
     def drain(self) -> list[tuple[ThreadProbes, Decoded]]:
         """What the rings have now, thread by thread."""

@@ -19,12 +19,24 @@ _MARGIN = 2
 """A hit of a program with colder caches, other instructions and more threads costs more."""
 
 
+_known: dict[int, int] = {}
+"""What was measured, by PMU: once in the life of a process is enough."""
+
+
 def measure_hit(arch: Architecture, pmu: int) -> tuple[int, list[int]]:
     """What one hit costs at most, in ns, and the descriptors that are to be released.
 
     The function is one of the Python interpreter's own, which only Python programs have mapped; the
-    breakpoint is in this process only.  Takes 2 ms.
+    breakpoint is in this process only.  Takes 5 ms, the first time.
     """
+    if pmu in _known:
+        return _known[pmu], []
+    cost, fds = _measure(arch, pmu)
+    _known[pmu] = cost
+    return cost, fds
+
+
+def _measure(arch: Architecture, pmu: int) -> tuple[int, list[int]]:
     function = ctypes.pythonapi.Py_GetVersion
     function.restype = ctypes.c_void_p
     address = ctypes.cast(function, ctypes.c_void_p).value or 0

@@ -53,11 +53,13 @@ class Loss:
 class Batch:
     """What one round found; all windows and commands that ended before `until_ns` are out.
 
-    `hits` counts hits of each group, `threads` are those that are new.  `undecoded` slot updates
+    `open_ns` is when the oldest window began that was still open then, if one was.  `hits` counts
+    hits of each group, `threads` are those that are new.  `undecoded` slot updates
     could not be read, `contradictions` holds were dropped (see `Windows`).  `gone`: QEMU has ended.
     """
 
     until_ns: int
+    open_ns: int | None = None
     windows: list[Window] = field(default_factory=list)
     commands: list[Command] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
@@ -99,7 +101,7 @@ class UprobeReader:
         self._thread: threading.Thread | None = None
         self._stopping = False
         self._bql = False
-        self._learning = True
+        self._learned = False
         self._pending: list[Hit] = []
         self._round_ns = 0
         self._quiet = 0
@@ -134,7 +136,6 @@ class UprobeReader:
             self.strings = Strings(self.pid)
             try:
                 self._attach(tids)
-                self._attachment.switch(Group.LEARN, True)
             except OSError:
                 self.strings.close()
                 raise
@@ -171,7 +172,10 @@ class UprobeReader:
 
     @property
     def bql_known(self) -> bool:
-        """Whether the BQL's address has been learned: the main loop must turn once for that."""
+        """Whether the BQL's address has been learned: the main loop must turn once for that.
+
+        It is looked for from the first `set_bql` on.
+        """
         return self._windows.bql is not None
 
     @property
@@ -233,10 +237,13 @@ class UprobeReader:
         if on == self._bql or self._gone:
             return
         if on:
+            groups = (Group.BQL,) if self.bql_known else (Group.BQL, Group.LEARN)
             try:
-                self._attachment.switch(Group.BQL, True)
+                for group in groups:
+                    self._attachment.switch(group, True)
             except OSError:
-                self._attachment.switch(Group.BQL, False)
+                for group in groups:
+                    self._attachment.switch(group, False)
                 raise
             self._bql = True
             self._windows.bql_on(time.monotonic_ns())
@@ -261,8 +268,8 @@ class UprobeReader:
         self._fold(batch, at)
         if not self._gone and (started or self._round_ns - self._rescan_ns > _RESCAN_NS):
             self._rescan(batch)
-        if self._learning and self.bql_known:
-            self._learning = False
+        if self.bql_known and not self._learned:
+            self._learned = True
             self._spent += self._attachment.remove(Group.LEARN)
         self._bury()
         self._quiet += 1

@@ -11,11 +11,13 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from collections.abc import Sequence
 
-__all__ = ["release"]
+__all__ = ["release", "wait_released"]
 
 _SHELL = "/bin/sh"
+_at_work: set[threading.Thread] = set()
 
 
 def release(fds: Sequence[int]) -> threading.Thread | None:
@@ -49,7 +51,20 @@ def release(fds: Sequence[int]) -> threading.Thread | None:
         os.close(go)
         work = threading.Thread(target=_close, args=(fds,), name="uprobes release", daemon=True)
     work.start()
+    _at_work.difference_update([thread for thread in _at_work if not thread.is_alive()])
+    _at_work.add(work)
     return work
+
+
+def wait_released(timeout: float) -> bool:
+    """Wait until the kernel has taken out everything that this process gave back; blocks.
+
+    Until then the kernel opens new uprobes slowly, on the whole host: it does one thing at a time.
+    """
+    end = time.monotonic() + timeout
+    for thread in tuple(_at_work):
+        thread.join(max(0.0, end - time.monotonic()))
+    return not any(thread.is_alive() for thread in _at_work)
 
 
 def _close(fds: Sequence[int]) -> None:

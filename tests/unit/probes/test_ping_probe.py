@@ -100,6 +100,13 @@ def ping_threads() -> int:
     return sum(t.name == "ping" for t in threading.enumerate())
 
 
+async def threads_gone() -> None:
+    """Its last act is to tell the event loop that it ends; a moment later it has."""
+    async with asyncio.timeout(10):
+        while ping_threads():  # noqa: ASYNC110 - a thread that ends tells nobody
+            await asyncio.sleep(0.01)
+
+
 @pytest.mark.asyncio
 async def test_it_pings_and_hangs_up(tmp_path: Path) -> None:
     server = Server()
@@ -114,8 +121,8 @@ async def test_it_pings_and_hangs_up(tmp_path: Path) -> None:
         assert recorder.reached["ping"] >= before
         await probe.stop()
         await probe.stop()
-        assert ping_threads() == 0
         assert server.clients == 0
+        await threads_gone()
         recorder.check_nothing_wrong()
         # stopped is stopped: none of these does anything or raises
         await probe.flush()
@@ -205,7 +212,7 @@ async def test_a_stall_that_goes_on_is_reported_so_far_when_stopped(tmp_path: Pa
         await asyncio.sleep(0.2)
         asked = time.monotonic()
         await probe.stop()
-        assert time.monotonic() - asked < 1.0
+        assert time.monotonic() - asked < 2.0
         assert len(recorder.observations) == 1
         assert recorder.observations[0].at_least_ns > 150_000_000
         assert "may be longer" in recorder.notes[0]
@@ -245,9 +252,7 @@ async def test_when_the_observer_is_lost_too_there_is_nothing_to_add(tmp_path: P
         assert server.writer is not None
         server.writer.close()
         monitor.lost.set_result(TargetLost("QEMU is gone"))
-        async with asyncio.timeout(10):
-            while ping_threads():  # noqa: ASYNC110 - a thread that ends tells nobody
-                await asyncio.sleep(0.01)
+        await threads_gone()
         await probe.stop()
         assert recorder.failures == []
 
@@ -276,7 +281,7 @@ async def test_garbage_ends_the_probe_and_is_said(
         await recorder.wait_for(lambda: bool(recorder.failures))
         assert isinstance(recorder.failures[0], ProtocolViolation)
         await probe.stop()
-        assert ping_threads() == 0
+        await threads_gone()
 
 
 @pytest.mark.parametrize(
@@ -292,7 +297,7 @@ async def test_what_does_not_greet_as_qmp_does_is_refused(tmp_path: Path, greeti
         with pytest.raises(ProbeUnavailable, match="QMP"):
             await probe.start(Recorder())
         await probe.stop()
-        assert ping_threads() == 0
+        await threads_gone()
 
 
 @pytest.mark.asyncio
@@ -303,7 +308,7 @@ async def test_a_server_that_never_greets_is_given_up(tmp_path: Path) -> None:
         probe = probe_at(target)
         with pytest.raises(ProbeUnavailable, match="did not greet"):
             await probe.start(Recorder())
-        assert ping_threads() == 0
+        await threads_gone()
 
 
 @pytest.mark.asyncio
@@ -356,9 +361,7 @@ async def test_a_cancelled_start_leaves_no_connection(tmp_path: Path) -> None:
         starting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await starting
-        async with asyncio.timeout(10):
-            while ping_threads():  # noqa: ASYNC110 - a thread that ends tells nobody
-                await asyncio.sleep(0.01)
+        await threads_gone()
         await probe.stop()
 
 

@@ -13,6 +13,7 @@ from qmp_memlistener.probes.pulse_clock import Anchor, BeatClock, BeatSampler, B
 
 MS = 1_000_000
 START = 5_000_000 * MS
+LATER = 1 << 62
 
 
 class Truth:
@@ -95,7 +96,7 @@ def test_it_is_not_ready_before_it_knows_the_rate() -> None:
     assert ready[:2] == [False, False]
     assert ready[-1]
     clock = BeatClock()
-    for use in (lambda: clock.locate(1), lambda: clock.length(1), lambda: clock.window(2, 1, 1)):
+    for use in (lambda: clock.locate(1), lambda: clock.length(1), lambda: clock.window(2, 1, 1, 3)):
         with pytest.raises(ValueError, match="not ready"):
             use()
 
@@ -104,12 +105,24 @@ def test_a_gap_is_enclosed_and_its_length_known() -> None:
     truth = Truth(2.6)
     clock = fed(truth)
     start, end = START + 500 * MS, START + 503 * MS
-    window = clock.window(truth.tsc(end), truth.tsc(end) - truth.tsc(start), round(20_000 * 2.6))
+    ticks = truth.tsc(end) - truth.tsc(start)
+    window = clock.window(truth.tsc(end), ticks, round(20_000 * 2.6), LATER)
     assert window.start_ns <= start
     assert end <= window.end_ns
     assert window.at_least_ns <= 3 * MS <= window.at_most_ns + 1
     assert window.at_most_ns - window.at_least_ns < 30_000
     assert window.end_ns - window.start_ns < 3 * MS + 100_000
+
+
+def test_a_gap_was_over_when_it_was_seen() -> None:
+    truth = Truth(2.6)
+    clock = fed(truth, width_ns=100_000)
+    end = START + 1000 * MS
+    ticks = truth.tsc(end) - truth.tsc(end - 3 * MS)
+    assert clock.window(truth.tsc(end), ticks, 0, LATER).end_ns > end + 100
+    window = clock.window(truth.tsc(end), ticks, 0, end + 100)
+    assert window.end_ns == end + 100
+    assert window.at_least_ns <= 3 * MS <= window.at_most_ns + 1
 
 
 def test_a_long_silence_is_measured_by_its_ends() -> None:
@@ -119,7 +132,7 @@ def test_a_long_silence_is_measured_by_its_ends() -> None:
     for anchor in anchors(truth, 600_000, 601_000, 20, 30_000):
         assert clock.add(anchor) == 0
     start, end = truth.tsc(START + 990 * MS), truth.tsc(START + 600_000 * MS)
-    window = clock.window(end, end - start, 50_000)
+    window = clock.window(end, end - start, 50_000, LATER)
     assert window.start_ns <= truth.ns(start)
     assert truth.ns(end) <= window.end_ns
     assert window.at_most_ns - window.at_least_ns < 200_000
@@ -148,7 +161,7 @@ def test_a_tsc_that_stands_still_begins_a_new_line(length_ms: int) -> None:
     assert found.width >= length_ms * MS
     # A gap over the step is as long as its ends are apart, whatever the ticks say.
     start, end = truth.tsc(START + 970 * MS), truth.tsc(START + (1040 + length_ms) * MS)
-    window = clock.window(end, end - start, 0)
+    window = clock.window(end, end - start, 0, LATER)
     real = truth.ns(end) - truth.ns(start)
     assert window.at_least_ns <= real <= window.at_most_ns
     assert window.at_most_ns - window.at_least_ns < 200_000
@@ -161,7 +174,7 @@ def test_a_tsc_that_is_set_forward_makes_no_long_gap() -> None:
     steps = [clock.add(anchor) for anchor in anchors(later, 1000, 1500, 20, 30_000)]
     assert abs(steps[0] + 60_000 * MS) < 5 * MS
     start, end = truth.tsc(START + 970 * MS), later.tsc(START + 1010 * MS)
-    window = clock.window(end, end - start, 0)
+    window = clock.window(end, end - start, 0, LATER)
     assert window.start_ns <= START + 970 * MS
     assert window.end_ns >= START + 1010 * MS
     assert window.at_most_ns < 41 * MS

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +11,9 @@ import pytest
 
 from qmp_memlistener.errors import InputError
 from qmp_memlistener.guests import Gap, PulseMemory, layout
+from qmp_memlistener.guests.pulse_memory import MAGIC
+from qmp_memlistener.probes.pulse_clock import Anchor, Bounds
+from qmp_memlistener.probes.pulse_guest import GuestFollower
 from qmp_memlistener.probes.pulse_ram import named_file, parse_maps
 
 MAPS = """\
@@ -154,6 +158,29 @@ def test_entries_of_other_times_are_not_taken_for_gaps_before_a_restart(
     assert memory.gaps_before_restart(0, look.beat, 3500) == ()
     guest.gap(4000)
     assert memory.gaps_before_restart(0, look.beat, 3500) == ()
+
+
+def test_gaps_after_a_reset_of_the_tsc_are_not_told_by_the_old_clock(
+    guest: Guest, memory: PulseMemory
+) -> None:
+    """Under TCG a reset sets the TSC to 0: the new boot's TSCs were there before, long ago."""
+    guest.put64(layout.HEADER, int.from_bytes(MAGIC, "little"), layout.LAYOUT_VERSION | 2 << 32)
+    guest.put64(layout.HEADER + layout.H_EXPECTED, 1 | 1 << 32)
+    guest.restart(500)
+    guest.gap(900_000)
+    follower = GuestFollower(memory, "pulse")
+    assert follower.poll().gaps == []
+    now = time.monotonic_ns()
+    for n in range(4):  # a tick is a ns
+        anchor = Anchor(1_000_000 + n * 50_000, Bounds(now + n * 50_000, now + n * 50_000 + 10))
+        assert follower._clock.add(anchor) == 0
+    guest.gap(1_200_000)
+    assert follower.poll().gaps == []  # no beat after it has a time yet
+    guest.restart(100)
+    guest.gap(950_000)
+    (told,) = follower.poll().gaps
+    assert abs(told.end_ns - (now + 200_000)) < 10_000
+    assert follower.poll().gaps == []
 
 
 def test_the_tsc_is_read_where_the_cpu_beats(guest: Guest, memory: PulseMemory) -> None:

@@ -1,0 +1,155 @@
+"""The timeline on real guests: what belongs to a toggle of PAM is tied to it, and nothing else."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from qmp_memlistener import attach
+from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, QemuBuild
+from qmp_memlistener.monitor import Monitor
+from qmp_memlistener.recording import ProbesRecord, StallRecord, SummaryRecord, TransitionRecord
+from tests.support.live import NO_QEMU, QEMUS, Seen, booted, builds, cases, qmp
+
+pytestmark = [pytest.mark.qemu, pytest.mark.skipif(not QEMUS, reason=NO_QEMU)]
+
+TOGGLES = 200
+MOST = 0.95 * TOGGLES
+
+
+def needs_uprobes(seen: Seen) -> None:
+    """Skip, saying why, where uprobes are not to be had."""
+    (record,) = seen.of(ProbesRecord)
+    (uprobes,) = (p for p in record.probes if p.name == "uprobes")
+    if not uprobes.active:
+        pytest.skip(f"no uprobes here: {uprobes.reason}")
+
+
+def tied(seen: Seen, kind: str) -> set[int | str | None]:
+    """The transitions that stalls of a kind were made by."""
+    return {
+        s.cause.ref
+        for s in seen.of(StallRecord)
+        if s.kind == kind and s.cause is not None and s.cause.type == "transition"
+    }
+
+
+@builds()
+@pytest.mark.asyncio
+async def test_gap_operations_and_commit_of_each_toggle_are_tied(
+    build: QemuBuild, seen: Seen
+) -> None:
+    async with booted(build, "kvm") as vm:
+        clock = await vm.pulse.calibrate()
+        # below what a toggle takes, so that each of its gaps goes to the ring
+        await vm.pulse.reset(threshold=clock.ticks(150_000))
+        async with attach(vm.target, probes=("trace", "pulse", "uprobes"), on_record=seen) as agent:
+            needs_uprobes(seen)
+            await seen.wait_for(lambda: bool(seen.of(StallRecord)))  # the pulse is being read
+            await vm.toggle(TOGGLES, period_ms=5)
+            await agent.settle()
+    transitions = {t.seq for t in seen.transitions}
+    assert len(transitions) == TOGGLES
+    for kind in ("commit", "slot_update", "missing", "vcpu_gap"):
+        assert len(tied(seen, kind)) >= MOST, kind
+    if agent.rules.queued:
+        assert len(tied(seen, "vcpu_inhibit")) >= MOST
+    # one incident for each: gap, operations and commit of a toggle share it
+    by_incident: dict[int, set[str]] = {}
+    for stall in seen.of(StallRecord):
+        by_incident.setdefault(stall.incident, set()).add(stall.kind)
+    whole = [k for k in by_incident.values() if k >= {"commit", "slot_update", "vcpu_gap"}]
+    assert len(whole) >= MOST
+    commits = [s for s in seen.of(StallRecord) if s.kind == "commit" and len(s.witnesses) > 1]
+    assert all({"trace", "uprobes"} <= set(s.witnesses) for s in commits)
+
+
+@builds()
+@pytest.mark.asyncio
+async def test_a_write_that_changes_nothing_is_tied_to_nothing(
+    build: QemuBuild, seen: Seen
+) -> None:
+    async with booted(build, "kvm") as vm:
+        clock = await vm.pulse.calibrate()
+        await vm.pulse.reset(threshold=clock.ticks(30_000))
+        await vm.open_pam()
+        async with attach(vm.target, probes=("trace", "pulse", "uprobes"), on_record=seen) as agent:
+            needs_uprobes(seen)
+            await seen.wait_for(lambda: bool(seen.of(StallRecord)))
+            toggle = await vm.pulse.toggle(
+                HOST_BRIDGE, vm.bridge.pam, (PAM_RAM << 4, PAM_RAM << 4), TOGGLES
+            )
+            await toggle.wait()
+            await agent.settle()
+    assert seen.transitions == []
+    gaps = [s for s in seen.of(StallRecord) if s.kind == "vcpu_gap"]
+    assert gaps, "the writes exit to QEMU, which the guest notices"
+    assert {s.cause.type for s in seen.of(StallRecord) if s.cause is not None} <= {
+        "unknown",
+        "agent",
+        "command",
+    }
+    assert not any(s.during for s in seen.of(StallRecord))
+
+
+@cases()
+@pytest.mark.asyncio
+async def test_a_long_command_is_named_as_the_cause(
+    build: QemuBuild, accel: str, seen: Seen
+) -> None:
+    """Another client's, while it holds the BQL."""
+    async with (
+        booted(build, accel) as vm,
+        qmp(vm.guest.monitors[1]) as monitor,
+        attach(vm.target, probes=("ping", "uprobes"), on_record=seen) as agent,
+    ):
+        needs_uprobes(seen)
+        await hold_bql(monitor)
+        await agent.settle()
+    holds = [s for s in seen.of(StallRecord) if s.kind == "bql_hold" and s.at_least_ns > 20_000_000]
+    named = [s for s in holds if s.cause is not None and s.cause.ref == "object-add"]
+    assert named
+    assert all(s.cause is not None and s.cause.type == "command" for s in named)
+    loops = [s for s in seen.of(StallRecord) if s.kind == "main_loop"]
+    assert {s.incident for s in named} & {s.incident for s in loops}
+
+
+async def hold_bql(monitor: Monitor) -> None:
+    """Some 100 ms: memory is cleared under the BQL."""
+    arguments = {"qom-type": "memory-backend-ram", "id": "m0", "size": 256 << 20, "prealloc": True}
+    await monitor.execute("object-add", arguments, deadline=30.0)
+    await monitor.execute("object-del", {"id": "m0"}, deadline=30.0)
+
+
+@builds()
+@pytest.mark.asyncio
+async def test_without_root_lines_alone_tie_operations_to_transitions(
+    build: QemuBuild, seen: Seen
+) -> None:
+    async with (
+        booted(build, "kvm") as vm,
+        attach(vm.target, probes=("trace",), on_record=seen) as agent,
+    ):
+        await vm.toggle(20, period_ms=2)
+        await agent.settle()
+    assert tied(seen, "missing") == {t.seq for t in seen.transitions}
+    assert {s.probe for s in seen.of(StallRecord)} == {"trace"}
+    (summary,) = seen.of(SummaryRecord)
+    assert summary.transitions == len(seen.of(TransitionRecord))
+    assert summary.stalls == len(seen.of(StallRecord))
+
+
+@builds()
+@pytest.mark.asyncio
+async def test_every_probe_at_work_and_qemu_dies(build: QemuBuild, seen: Seen) -> None:
+    """The attachment ends by itself, with what was seen and a summary."""
+    fds = len(os.listdir("/proc/self/fd"))
+    async with booted(build, "kvm") as vm:
+        async with attach(vm.target, on_record=seen) as agent:
+            await vm.toggle(20, period_ms=2)
+            vm.guest.process.kill()
+            await agent.wait_lost()
+        assert len(seen.transitions) == 20
+        assert seen.of(SummaryRecord)
+    assert len(os.listdir("/proc/self/fd")) <= fds + 2
