@@ -94,7 +94,7 @@ class TraceSource:
     def reported_to(self) -> int | None:
         """Everything up to this time is reported; None while something is on its way."""
         now = time.monotonic_ns()
-        if self.tracker is None or self.tracker.pending or not self._tail.caught_up:
+        if self.tracker is None or not self.tracker.is_reported or not self._tail.caught_up:
             return None
         return now
 

@@ -94,6 +94,11 @@ class Tracker:
         """Commits that no snapshot covers yet, asked for or not."""
         return self.commits.count
 
+    @property
+    def is_reported(self) -> bool:
+        """Nothing that was seen waits for a snapshot, not even for one that is on its way."""
+        return not self.pending and self._marked is None
+
     def take(self) -> tuple[list[Record], list[Change]]:
         """The records and changes since the last call, in order."""
         out = self._records, self._changes
