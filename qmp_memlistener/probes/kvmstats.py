@@ -68,7 +68,7 @@ class KvmStatsProbe:
         """Usable when query-stats has something to say of KVM."""
         monitor = self._context.monitor
         if self._context.facts.kvm is not True:
-            return Verdict.no("the guest does not run under KVM")
+            return Verdict.no("the guest does not run under KVM", "run it with -accel kvm")
         if monitor.version.release < _SINCE:
             return Verdict.no(
                 f"QEMU {monitor.version} has no query-stats", "QEMU 7.1 and later have it"

@@ -116,8 +116,8 @@ async def test_a_long_command_is_named_as_the_cause(
 
 
 async def hold_bql(monitor: Monitor) -> None:
-    """Some 100 ms: memory is cleared under the BQL."""
-    arguments = {"qom-type": "memory-backend-ram", "id": "m0", "size": 256 << 20, "prealloc": True}
+    """At least some 50 ms: memory is cleared under the BQL."""
+    arguments = {"qom-type": "memory-backend-ram", "id": "m0", "size": 1 << 30, "prealloc": True}
     await monitor.execute("object-add", arguments, deadline=30.0)
     await monitor.execute("object-del", {"id": "m0"}, deadline=30.0)
 
