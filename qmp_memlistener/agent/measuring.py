@@ -32,6 +32,8 @@ __all__ = ["Measuring"]
 
 log = logging.getLogger(__name__)
 
+START_S = 0.5
+"""So long an attachment waits for its probes."""
 RELEASE_S = 0.05
 """So often the timeline is asked for stalls that are decided."""
 LATE_NS = 50_000_000
@@ -67,6 +69,7 @@ class Measuring:
         self._start_ns = time.monotonic_ns()
         self._transitions = 0
         self._telling = False
+        self._starting: set[asyncio.Task[None]] = set()
 
     # -- for the agent -----------------------------------------------------------------------
 
@@ -76,12 +79,33 @@ class Measuring:
         return tuple(probe.info.name for probe in self._active)
 
     async def start(self, stack: AsyncExitStack, slots: SlotTable) -> None:
-        """Start the usable probes; `stack` stops them.  One that fails is reported as such."""
+        """Start the usable probes; `stack` stops them.  One that fails is reported as such.
+
+        What takes longer than `START_S` goes on in the background, and is reported when it is done.
+        """
         for slot in slots:
             self._timeline.know_slot(slot.as_id, slot.gpa, slot.size)
         stack.push_async_callback(self.stop)
-        await asyncio.gather(*(self._start(choice) for choice in self._choices))
+        self._starting = {
+            asyncio.create_task(self._start(choice), name=f"start {choice.info.name}")
+            for choice in self._choices
+        }
+        _, late = await asyncio.wait(self._starting, timeout=START_S)
+        self._starting = late
+        for task in late:
+            task.add_done_callback(self._started)
         self._publish([self.state()])
+
+    def _started(self, task: asyncio.Task[None]) -> None:
+        """One that took long is ready: say so."""
+        self._starting.discard(task)
+        if not task.cancelled():
+            self._publish([self.state()])
+
+    async def wait_started(self) -> None:
+        """Return when every probe is at work or has said why not; some may take seconds."""
+        while self._starting:
+            await asyncio.wait(self._starting)
 
     async def _start(self, choice: Choice) -> None:
         name, verdict = choice.info.name, choice.verdict
@@ -111,14 +135,18 @@ class Measuring:
                     name=choice.info.name,
                     measures=[str(kind) for kind in choice.info.measures],
                     active=choice.info.name in active,
-                    reason=self._why_not.get(choice.info.name, (None, None))[0],
-                    remedy=self._why_not.get(choice.info.name, (None, None))[1],
+                    reason=None if choice.info.name in active else self._reason(choice)[0],
+                    remedy=None if choice.info.name in active else self._reason(choice)[1],
                     resolution_ns=choice.info.resolution_ns,
                     cost=choice.info.cost,
                 )
                 for choice in self._choices
             ],
         )
+
+    def _reason(self, choice: Choice) -> tuple[str | None, str | None]:
+        starting = ("it is being started", None)
+        return self._why_not.get(choice.info.name, starting)
 
     def take(self, record: Record) -> None:
         """A record of the map or the guest, as it is published."""
@@ -161,6 +189,10 @@ class Measuring:
 
     async def stop(self) -> None:
         """Stop the probes and take in what they had in hand.  Idempotent."""
+        for task in self._starting:
+            task.cancel()
+        if self._starting:
+            await asyncio.wait(self._starting, timeout=_STOP_DEADLINE)
         active, self._active = self._active, []
         if not active:
             return

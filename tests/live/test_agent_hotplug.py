@@ -11,7 +11,6 @@ from dataclasses import dataclass
 
 import pytest
 
-from qmp_memlistener import attach
 from qmp_memlistener.agent import Agent
 from qmp_memlistener.guests import (
     HOST_BRIDGE,
@@ -26,7 +25,7 @@ from qmp_memlistener.guests.pci import COMMAND, COMMAND_MEMORY
 from qmp_memlistener.monitor import Monitor
 from qmp_memlistener.recording import Cause, QmpEvent, SlotOp, TransitionRecord
 from qmp_memlistener.topology import Kind
-from tests.support.live import NO_QEMU, QEMUS, Seen, Vm, booted, cases, qmp
+from tests.support.live import NO_QEMU, QEMUS, Seen, Vm, attach_bare, booted, cases, qmp
 
 pytestmark = pytest.mark.qemu
 
@@ -128,7 +127,7 @@ async def test_a_bar_is_mapped_and_unmapped(build: QemuBuild, accel: str, seen: 
     )
     async with (
         booted(build, accel, "pc", *args) as vm,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
         qmp(vm.guest.monitors[1]) as monitor,
     ):
         watched = Watched(vm, agent, monitor, seen)
@@ -181,7 +180,7 @@ async def test_a_dimm_is_plugged_and_ejected(
     machine = "pc" if driver == "pc-dimm" else "q35,nvdimm=on"
     async with (
         booted(build, accel, machine, *DIMMS) as vm,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
         qmp(vm.guest.monitors[1]) as monitor,
     ):
         watched = Watched(vm, agent, monitor, seen)
@@ -227,7 +226,7 @@ async def test_ivshmem_is_plugged_mapped_and_ejected(
     """Twice, the second time with another size under the same names."""
     async with (
         booted(build, accel) as vm,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
         qmp(vm.guest.monitors[1]) as monitor,
     ):
         watched = Watched(vm, agent, monitor, seen)
@@ -258,7 +257,7 @@ async def test_ivshmem_behind_a_root_port(build: QemuBuild, accel: str, seen: Se
     port = ("-device", "pcie-root-port,id=rp0,slot=1,addr=3")
     async with (
         booted(build, accel, "q35", *port) as vm,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
         qmp(vm.guest.monitors[1]) as monitor,
     ):
         watched = Watched(vm, agent, monitor, seen)
@@ -294,7 +293,7 @@ async def test_hotplug_while_the_guest_reshapes_its_map(
     toggles = 100
     async with (
         booted(build, accel, "pc", *DIMMS) as vm,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
         qmp(vm.guest.monitors[1]) as monitor,
     ):
         watched = Watched(vm, agent, monitor, seen)
@@ -328,7 +327,7 @@ async def test_a_burst_of_bar_mappings_is_seen_one_by_one(
     device = PciAddress(0, 6)
     async with (
         booted(build, accel, "pc", "-device", "edu,id=edu0,addr=6") as vm,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
     ):
         await vm.pulse.map_bar(device, 0, BAR)
         await vm.pulse.unmap_bar(device)
@@ -385,7 +384,7 @@ async def test_aarch64_virt(build: QemuBuild, seen: Seen) -> None:
         assert guest.qtest is not None
         async with (
             await QTest.connect(guest.qtest) as qtest,
-            attach(f"unix:{guest.monitors[0]}", on_record=seen) as agent,
+            attach_bare(f"unix:{guest.monitors[0]}", on_record=seen) as agent,
         ):
             assert agent.source == "trace"
             assert (agent.facts.accel, agent.facts.version) == ("tcg", build.version)

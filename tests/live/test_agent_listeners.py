@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from qmp_memlistener import MemoryListener, attach
+from qmp_memlistener import MemoryListener
 from qmp_memlistener.guests import (
     QemuBuild,
 )
@@ -17,6 +17,7 @@ from tests.support.live import (
     QEMUS,
     Commits,
     Seen,
+    attach_bare,
     best_accel,
     booted,
     builds,
@@ -126,7 +127,7 @@ class Hanging(MemoryListener):
 @pytest.mark.asyncio
 async def test_a_listener_is_told_in_qemus_order(build: QemuBuild, accel: str, seen: Seen) -> None:
     diary, other = Diary(), AsyncDiary()
-    async with booted(build, accel) as vm, attach(vm.target, on_record=seen) as agent:
+    async with booted(build, accel) as vm, attach_bare(vm.target, on_record=seen) as agent:
         agent.register(diary)
         agent.register(other)
         with pytest.raises(ValueError, match="registered already"):
@@ -180,7 +181,7 @@ async def test_a_listener_is_told_in_qemus_order(build: QemuBuild, accel: str, s
 async def test_a_listener_that_raises_or_hangs_harms_no_other(build: QemuBuild, seen: Seen) -> None:
     raising, good, hanging = Raising(), Commits(), Hanging()
     async with booted(build, best_accel(build)) as vm:
-        async with attach(vm.target, on_record=seen) as agent:
+        async with attach_bare(vm.target, on_record=seen) as agent:
             for listener in (raising, good):
                 agent.register(listener)
             for step in (vm.open_pam, vm.close_pam):
@@ -212,7 +213,10 @@ async def test_settling_does_not_wait_for_ever_for_a_listener_that_hangs(
     build: QemuBuild, seen: Seen
 ) -> None:
     hanging = Hanging()
-    async with booted(build, best_accel(build)) as vm, attach(vm.target, on_record=seen) as agent:
+    async with (
+        booted(build, best_accel(build)) as vm,
+        attach_bare(vm.target, on_record=seen) as agent,
+    ):
         agent.register(hanging)
         await asyncio.wait_for(hanging.hung.wait(), 5)
         try:
@@ -232,7 +236,7 @@ async def test_a_subscriber_that_raises_harms_nobody(
     def broken(_: object) -> None:
         raise RuntimeError("subscriber of a test")
 
-    async with booted(build, accel) as vm, attach(vm.target) as agent:
+    async with booted(build, accel) as vm, attach_bare(vm.target) as agent:
         agent.subscribe(broken)
         unsubscribe = agent.subscribe(seen)
         await vm.toggle(4)
@@ -253,7 +257,7 @@ async def test_dirty_logging_is_told(build: QemuBuild, accel: str, seen: Seen) -
     diary = Diary()
     async with (
         booted(build, accel) as vm,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
         qmp(vm.guest.monitors[1]) as monitor,
     ):
         agent.register(diary)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from qmp_memlistener import attach
 from qmp_memlistener.guests import (
     QemuBuild,
 )
@@ -12,6 +11,7 @@ from qmp_memlistener.recording import GuestState, SlotOp
 from tests.support.live import (
     Commits,
     Seen,
+    attach_bare,
     booted,
     cases,
     enabled_events,
@@ -31,7 +31,7 @@ async def test_polling_sees_what_stays_and_says_what_it_cannot(
     async with booted(build, accel) as vm, qmp(vm.guest.monitors[1]) as monitor:
         before = await enabled_events(monitor)
         commits = Commits()
-        async with attach(vm.target, trace=False, on_record=seen) as agent:
+        async with attach_bare(vm.target, trace=False, on_record=seen) as agent:
             assert agent.source == "polling"
             assert "short-lived holes may be missed" in seen.header.source
             assert any("not seen" in note for note in seen.notes)
@@ -70,7 +70,7 @@ async def test_with_a_trace_the_guests_state_is_told_too(
 ) -> None:
     async with (
         booted(build, accel) as vm,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
         qmp(vm.guest.monitors[1]) as monitor,
     ):
         assert "every slot operation" in seen.header.source

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import pytest
 
-from qmp_memlistener import attach
 from qmp_memlistener.agent import tracing
 from qmp_memlistener.errors import MonitorBusy, TargetError, TargetLost
 from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, High, QemuBuild
@@ -28,6 +27,7 @@ from tests.support.live import (
     QEMUS,
     Seen,
     Vm,
+    attach_bare,
     best_accel,
     booted,
     builds,
@@ -123,7 +123,7 @@ async def test_everything_is_as_it_was(
         assert before.files == []
         for failing in (False, True):
             with contextlib.suppress(RuntimeError):
-                async with attach(guest.vm.target, on_record=seen) as agent:
+                async with attach_bare(guest.vm.target, on_record=seen) as agent:
                     assert agent.source == "trace"
                     events, files = await guest.quick_state()
                     assert events != before.events
@@ -164,7 +164,7 @@ async def test_after_a_killed_watch_the_next_attach_restores(
         assert files != []
         # What QEMU logged meanwhile is not taken for what happens now.
         await guest.vm.toggle(6)
-        async with attach(guest.vm.target, on_record=seen) as agent:
+        async with attach_bare(guest.vm.target, on_record=seen) as agent:
             assert agent.source == "trace"
             await guest.vm.open_pam()
             await agent.settle()
@@ -182,8 +182,8 @@ async def test_two_agents_on_one_guest(build: QemuBuild, accel: str, tmp_path: P
     async with kept(build, accel, log, tmp_path, monitors=3) as guest:
         before = await guest.state()
         targets = [f"unix:{path}" for path in guest.vm.guest.monitors[:2]]
-        async with attach(targets[1], on_record=second) as staying:
-            async with attach(targets[0], on_record=first) as leaving:
+        async with attach_bare(targets[1], on_record=second) as staying:
+            async with attach_bare(targets[0], on_record=first) as leaving:
                 # As fast as it can, then so slowly that both take snapshots in between.
                 for count, period_ms in ((100, 0), (30, 10)):
                     await guest.vm.toggle(count, period_ms)
@@ -210,20 +210,20 @@ async def test_cancelling_while_attaching_leaves_nothing(
     async with kept(build, best_accel(build), log, tmp_path) as guest:
         before = await guest.state()
         start = time.monotonic()
-        async with attach(guest.vm.target):
+        async with attach_bare(guest.vm.target):
             whole = time.monotonic() - start
         early = 0
         for i in range(POINTS):
             entered = False
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(whole * (i + 1) / POINTS):
-                    async with attach(guest.vm.target):
+                    async with attach_bare(guest.vm.target):
                         entered = True
                         await asyncio.Event().wait()
             early += not entered
             assert await guest.quick_state() == before.quick, f"after {(i + 1) / POINTS:.0%}"
         assert early >= POINTS // 3
-        async with attach(guest.vm.target) as agent:
+        async with attach_bare(guest.vm.target) as agent:
             assert agent.source == "trace"
         assert await guest.state() == before
 
@@ -237,13 +237,13 @@ async def test_cancelling_while_leaving_leaves_nothing(
     """The guest must be as before when the block is left, also when leaving it was cancelled."""
     async with kept(build, best_accel(build), log, tmp_path) as guest:
         before = await guest.state()
-        agent = attach(guest.vm.target)
+        agent = attach_bare(guest.vm.target)
         await agent.__aenter__()
         start = time.monotonic()
         await agent.__aexit__(None, None, None)
         whole = time.monotonic() - start
         for i in range(POINTS):
-            agent = attach(guest.vm.target)
+            agent = attach_bare(guest.vm.target)
             await agent.__aenter__()
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(whole * i / POINTS):
@@ -258,9 +258,9 @@ async def test_a_guest_that_is_killed_leaves_its_last_transitions(
     build: QemuBuild, accel: str, seen: Seen, tmp_path: Path
 ) -> None:
     async with booted(build, accel, binary=silenced(build, tmp_path)) as vm:
-        async with attach(vm.target, on_record=seen) as agent:
+        async with attach_bare(vm.target, on_record=seen) as agent:
             with pytest.raises(MonitorBusy):
-                async with attach(vm.target):
+                async with attach_bare(vm.target):
                     pass
             await vm.toggle(50)
             os.kill(vm.guest.pid, signal.SIGKILL)
@@ -291,7 +291,7 @@ async def test_a_defect_of_ours_ends_the_attachment(
         qmp(vm.guest.monitors[1]) as monitor,
     ):
         before = await enabled_events(monitor)
-        async with attach(vm.target, on_record=seen) as agent:
+        async with attach_bare(vm.target, on_record=seen) as agent:
             with monkeypatch.context() as patch:
                 patch.setattr(tracing, "maps_of", broken)
                 await vm.open_pam()
@@ -313,7 +313,7 @@ async def test_a_guest_that_dies_of_a_missing_slot_is_told_of(
     """
     async with (
         booted(build, accel, smp=2) as vm,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
         qmp(vm.guest.monitors[1]) as monitor,
     ):
         await vm.pulse.place(1, High.CODE)

@@ -8,10 +8,10 @@ import signal
 
 import pytest
 
-from qmp_memlistener import attach
 from qmp_memlistener.agent import source
 from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, GuestSpec, Pulse, boot_args, launch
 from qmp_memlistener.recording import Note, Record, TransitionRecord
+from tests.support.live import attach_bare
 
 
 @pytest.mark.parametrize("trace", [True, False], ids=["trace", "polling"])
@@ -36,7 +36,7 @@ async def test_a_stopped_qemu_is_waited_for(trace: bool, monkeypatch: pytest.Mon
         assert guest.ram is not None
         pulse = Pulse(guest.ram)
         await pulse.wait_ready()
-        async with attach(str(guest.monitors[0]), trace=trace, on_record=on_record) as agent:
+        async with attach_bare(str(guest.monitors[0]), trace=trace, on_record=on_record) as agent:
             # changes all the time, so that a snapshot is always wanted
             toggle = await pulse.toggle(
                 HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), 1_000_000, period=20_000
@@ -72,7 +72,7 @@ async def test_an_isolated_change_costs_one_snapshot() -> None:
             if isinstance(record, TransitionRecord):
                 seen.put_nowait(record)
 
-        async with attach(str(guest.monitors[0]), on_record=on_record) as agent:
+        async with attach_bare(str(guest.monitors[0]), on_record=on_record) as agent:
             before = agent.snapshots[0]
             changes = 12
             for turn in range(changes):

@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from qmp_memlistener import attach
 from qmp_memlistener.guests import (
     PAM_RAM,
     PAM_ROM,
@@ -30,6 +29,7 @@ from tests.support.live import (
     Seen,
     Shape,
     Vm,
+    attach_bare,
     booted,
     cases,
     enabled_events,
@@ -67,7 +67,7 @@ async def test_every_toggle_is_reported_in_order(
     commits = Commits()
     async with (
         booted(build, accel, machine, binary=binary, smp=2 if machine == "pc" else 1) as vm,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
     ):
         assert agent.source == "trace"
         assert any("QEMU's own log" in r for r in agent.remarks) == in_place
@@ -126,7 +126,7 @@ async def test_the_first_transition_after_attaching_is_exact_too(
     commits = Commits()
     async with booted(build, accel) as vm:
         await vm.toggle(7)
-        async with attach(vm.target, on_record=seen) as agent:
+        async with attach_bare(vm.target, on_record=seen) as agent:
             agent.register(commits)
             table = agent.slots
             await vm.close_pam()
@@ -152,7 +152,7 @@ async def test_a_change_right_behind_a_snapshot_is_not_read_with_its_map(
     async with (
         booted(build, accel) as vm,
         qmp(vm.guest.monitors[1]) as monitor,
-        attach(vm.target, on_record=seen) as agent,
+        attach_bare(vm.target, on_record=seen) as agent,
     ):
         await vm.open_pam()
         await agent.settle()
@@ -222,7 +222,7 @@ async def walk(vm: Vm, machine: str, seen: Seen) -> list[Step]:
     """
     steps: list[Step] = []
     commits = Commits()
-    async with attach(vm.target, on_record=seen) as agent:
+    async with attach_bare(vm.target, on_record=seen) as agent:
         agent.register(commits)
         for turn in range(2):
             for register, value in STEPS[machine]:
@@ -316,7 +316,7 @@ async def test_a_boot_through_the_bios_is_followed(
     spec = GuestSpec(machine="q35", accel=accel, args=(*boot_args("disk"), "-S", "-device", "VGA"))
     async with (
         launch(spec.on(silenced(build, tmp_path))) as guest,
-        attach(f"unix:{guest.monitors[0]}", on_record=seen) as agent,
+        attach_bare(f"unix:{guest.monitors[0]}", on_record=seen) as agent,
         qmp(guest.monitors[1]) as monitor,
     ):
         await monitor.execute("cont")
@@ -351,7 +351,7 @@ async def test_views_are_freed_as_without_the_agent(
         at_first, alive = await count()
         await vm.toggle(20)
         without, alive_without = await count()
-        async with attach(vm.target, on_record=seen) as agent:
+        async with attach_bare(vm.target, on_record=seen) as agent:
             await vm.toggle(20)
             await agent.settle()
             for _ in range(5):

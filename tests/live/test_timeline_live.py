@@ -6,7 +6,7 @@ import os
 
 import pytest
 
-from qmp_memlistener import attach
+from qmp_memlistener import Agent, attach
 from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, QemuBuild
 from qmp_memlistener.monitor import Monitor
 from qmp_memlistener.recording import ProbesRecord, StallRecord, SummaryRecord, TransitionRecord
@@ -18,9 +18,10 @@ TOGGLES = 200
 MOST = 0.95 * TOGGLES
 
 
-def needs_uprobes(seen: Seen) -> None:
+async def needs_uprobes(agent: Agent, seen: Seen) -> None:
     """Skip, saying why, where uprobes are not to be had."""
-    (record,) = seen.of(ProbesRecord)
+    await agent.measuring.wait_started()
+    record = seen.of(ProbesRecord)[-1]
     (uprobes,) = (p for p in record.probes if p.name == "uprobes")
     if not uprobes.active:
         pytest.skip(f"no uprobes here: {uprobes.reason}")
@@ -45,7 +46,7 @@ async def test_gap_operations_and_commit_of_each_toggle_are_tied(
         # below what a toggle takes, so that each of its gaps goes to the ring
         await vm.pulse.reset(threshold=clock.ticks(150_000))
         async with attach(vm.target, probes=("trace", "pulse", "uprobes"), on_record=seen) as agent:
-            needs_uprobes(seen)
+            await needs_uprobes(agent, seen)
             await seen.wait_for(lambda: bool(seen.of(StallRecord)))  # the pulse is being read
             await vm.toggle(TOGGLES, period_ms=5)
             await agent.settle()
@@ -75,7 +76,7 @@ async def test_a_write_that_changes_nothing_is_tied_to_nothing(
         await vm.pulse.reset(threshold=clock.ticks(30_000))
         await vm.open_pam()
         async with attach(vm.target, probes=("trace", "pulse", "uprobes"), on_record=seen) as agent:
-            needs_uprobes(seen)
+            await needs_uprobes(agent, seen)
             await seen.wait_for(lambda: bool(seen.of(StallRecord)))
             toggle = await vm.pulse.toggle(
                 HOST_BRIDGE, vm.bridge.pam, (PAM_RAM << 4, PAM_RAM << 4), TOGGLES
@@ -104,7 +105,7 @@ async def test_a_long_command_is_named_as_the_cause(
         qmp(vm.guest.monitors[1]) as monitor,
         attach(vm.target, probes=("ping", "uprobes"), on_record=seen) as agent,
     ):
-        needs_uprobes(seen)
+        await needs_uprobes(agent, seen)
         await hold_bql(monitor)
         await agent.settle()
     holds = [s for s in seen.of(StallRecord) if s.kind == "bql_hold" and s.at_least_ns > 20_000_000]

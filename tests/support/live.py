@@ -26,7 +26,7 @@ from typing import TypeVar
 import msgspec
 import pytest
 
-from qmp_memlistener import MemoryListener
+from qmp_memlistener import MemoryListener, attach
 from qmp_memlistener.errors import CommandFailed
 from qmp_memlistener.guests import (
     HOST_BRIDGE,
@@ -66,6 +66,7 @@ __all__ = [
     "Shape",
     "Verb",
     "Vm",
+    "attach_bare",
     "best_accel",
     "booted",
     "builds",
@@ -215,6 +216,10 @@ async def qmp(path: Path) -> AsyncIterator[Monitor]:
     """A connection of the test's own."""
     async with await Monitor.connect(UnixTarget(str(path))) as monitor:
         yield monitor
+
+
+attach_bare = functools.partial(attach, probes=())
+"""Attach without probes: for what concerns the map alone."""
 
 
 # -- what the agent said -------------------------------------------------------------------------

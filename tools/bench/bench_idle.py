@@ -2,8 +2,8 @@
 
     python -m tools.bench.bench_idle
 
-A `watch` process on a pulse guest whose map does not change, once with trace events and once
-polling, measured when it has calmed down.
+A `watch` process on a pulse guest whose map does not change, with trace events, polling, and with
+the probes that it takes by default, measured when it has calmed down.
 """
 
 from __future__ import annotations
@@ -18,8 +18,10 @@ from tools.bench.live import Host, cpu_ns, hosts, main_thread_ns, peak_rss, puls
 CALM_S = 4.0  # polling slows down to one snapshot a second within 3 s
 MODES: dict[str, tuple[str, ...] | None] = {
     "no agent": None,
-    "trace": (),
-    "polling": ("--no-trace",),
+    "trace": ("--probes", "none"),
+    "polling": ("--no-trace", "--probes", "none"),
+    "default probes": (),
+    "all but the pulse": ("--probes", "runstate,trace,ping,kvmstats"),
 }
 
 

@@ -111,7 +111,7 @@ async def _told_to_a_subscriber(
         elif isinstance(record, TransitionRecord):
             ages["a subscriber: transition"].append(now - record.t_ns)
 
-    async with attach(f"unix:{guest.monitors[0]}") as agent:
+    async with attach(f"unix:{guest.monitors[0]}", probes=()) as agent:
         await agent.settle()
         stop = agent.subscribe(on_record)
         await _change(pulse, writes, pause_ms)

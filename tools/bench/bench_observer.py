@@ -71,7 +71,7 @@ def run(quick: bool) -> list[Figure]:
 
 
 async def _measure(host: Host, quick: bool) -> dict[str, dict[str, float]]:
-    seconds, rounds = (0.5, 2) if quick else (1.0, 7)
+    seconds, rounds = (0.5, 2) if quick else (1.0, 5)
     rates: Rates = defaultdict(lambda: defaultdict(list))
     async with pulse_guest(host) as (guest, pulse):
         for _ in range(rounds):

@@ -89,7 +89,7 @@ async def watching(guest: Guest, *options: str) -> AsyncIterator[int]:
                 if not line:
                     _, err = await process.communicate()
                     raise SystemExit(f"watch ended: {err.decode()[-2000:]}")
-                if b'"type":"map"' in line:
+                if b'"type":"probes"' in line:
                     break
         drain = asyncio.create_task(process.stdout.read())
         yield process.pid
