@@ -181,9 +181,15 @@ class Measuring:
             await probe.burst(on)
 
     async def settle(self, reached_ns: int) -> None:
-        """Publish every stall that had ended by `reached_ns`; transitions up to then are known."""
+        """Publish every stall that had ended by `reached_ns`; transitions up to then are known.
+
+        What a probe that does not answer saw is published later.
+        """
         for probe in tuple(self._active):
-            await probe.flush()
+            try:
+                await probe.flush()
+            except MemListenerError as exc:
+                self.note(f"{probe.info.name}: {exc.message}")
         self._timeline.advance("trace", reached_ns)
         self._hand_out(self._timeline.release(time.monotonic_ns()))
 

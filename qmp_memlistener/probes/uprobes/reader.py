@@ -216,6 +216,8 @@ class UprobeReader:
     def _answer(self) -> None:
         while self._requests:
             what, future = self._requests.popleft()
+            if not future.set_running_or_notify_cancel():
+                continue  # who asked has lost patience
             try:
                 what()
             except Exception as error:
