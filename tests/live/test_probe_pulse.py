@@ -366,7 +366,9 @@ async def test_a_guest_that_boots_again_is_followed(build: QemuBuild, accel: str
             await set_thresholds(vm, 1, LOW_US[accel])
             await check_toggles(vm, probe, told)
             now = time.monotonic_ns()
-            assert all(begun - 100_000_000 < g.start_ns and g.end_ns < now for g in told.gaps)
+            # under TCG the guest's TSC jumps by itself: places are not to be relied on there
+            if accel == "kvm":
+                assert all(begun - 100_000_000 < g.start_ns and g.end_ns < now for g in told.gaps)
 
 
 @builds()
