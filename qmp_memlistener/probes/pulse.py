@@ -27,7 +27,7 @@ __all__ = ["PulseProbe"]
 
 _NAME = "pulse"
 # seconds between polls; a ring holds 128 gaps, at the default threshold those of 50 ms or more
-_IDLE_S = 0.020
+_IDLE_S = 0.040
 _GAPS_S = 0.005
 _BURST_S = 0.002
 _FLOOD_S = 0.001

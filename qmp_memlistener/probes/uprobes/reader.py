@@ -36,6 +36,8 @@ __all__ = ["Batch", "Loss", "UprobeReader"]
 PERIOD = 0.01
 """Seconds between two rounds; what is seen is delivered within two of them."""
 
+_CALM_NS = 1_000_000_000  # without a hit for so long, the rings are looked at less often
+_CALM_FACTOR = 4
 _QUIET_ROUNDS = 2  # a batch with nothing in it is delivered every so many rounds
 _RESCAN_NS = 1_000_000_000
 _DEAD_KEPT = 8  # threads that ended and whose events are still open
@@ -95,6 +97,7 @@ class UprobeReader:
         self._deliver = deliver
         self._ring_bytes = ring_bytes
         self._period = period
+        self._busy_ns = time.monotonic_ns()
         self._requests: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._wake = threading.Event()
         self._lock = threading.Lock()
@@ -200,7 +203,8 @@ class UprobeReader:
         error: Exception | None = None
         try:
             while not self._stopping:
-                self._wake.wait(self._period)
+                calm = self._round_ns - self._busy_ns > _CALM_NS
+                self._wake.wait(self._period * (_CALM_FACTOR if calm else 1))
                 self._wake.clear()
                 self._answer()
                 self._round()
@@ -298,6 +302,7 @@ class UprobeReader:
         for hit in self._pending[:count]:
             feed(hit)
             if hit.point is not None:
+                self._busy_ns = self._round_ns
                 group = hit.point.group
                 hits[group] = hits.get(group, 0) + 1
         del self._pending[:count]
