@@ -147,7 +147,7 @@ async def test_watch_in_words(build: QemuBuild) -> None:
 async def test_watch_without_a_trace(build: QemuBuild) -> None:
     async with booted(build, best_accel(build)) as vm, qmp(vm.guest.monitors[1]) as monitor:
         before = await enabled_events(monitor)
-        async with watched(vm, "--no-trace", "--count", "1") as watch:
+        async with watched(vm, "--no-trace", "--probes", "none", "--count", "1") as watch:
             assert await enabled_events(monitor) == before
             await vm.open_pam()
             ran = await watch.end()
