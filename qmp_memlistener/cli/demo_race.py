@@ -83,6 +83,7 @@ async def race(build: QemuBuild, say: Callable[[str], None]) -> Race:
         for cpu in range(2):
             await pulse.reset(cpu, threshold=clock.ticks(SHORTEST_GAP_NS))
         async with attach(f"unix:{guest.monitors[0]}", on_record=found.take) as agent:
+            await agent.measuring.wait_started()
             toggle = await pulse.toggle(HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), WRITES)
             done = asyncio.create_task(toggle.wait(_DEADLINE))
             failed = asyncio.create_task(found.failed.wait())

@@ -9,7 +9,7 @@ from __future__ import annotations
 import errno
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .decode import Decoded, Decoder
@@ -66,7 +66,8 @@ class Attachment:
     """All probes on one process.
 
     `path` names its program file for the kernel.  Methods raise OSError when the kernel refuses,
-    save that a thread that is gone meanwhile is simply not attached.
+    save that a thread that is gone meanwhile is simply not attached.  Opening can take seconds
+    while the kernel is closing others; it ends with ECANCELED soon after `given_up` says so.
     """
 
     def __init__(
@@ -77,6 +78,7 @@ class Attachment:
         path: str,
         roles: Mapping[Role, tuple[str, int]],
         ring_bytes: int | None = None,
+        given_up: Callable[[], bool] = lambda: False,
     ) -> None:
         self.threads: dict[int, ThreadProbes] = {}
         self._arch = arch
@@ -85,6 +87,7 @@ class Attachment:
         self._path = os.fsencode(path)
         self._roles = roles
         self._ring_bytes = ring_bytes
+        self._given_up = given_up
         self._decoder = Decoder(arch)
         self._points: dict[int, Point] = {}
 
@@ -157,6 +160,8 @@ class Attachment:
             return
         fds = thread.groups[group] = []
         for point in points_of(self._roles, group):
+            if self._given_up():
+                raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
             try:
                 fd, ident = open_uprobe(
                     self._arch,

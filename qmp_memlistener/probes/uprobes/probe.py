@@ -116,7 +116,10 @@ class UprobesProbe:
             if self._always:
                 await self._look(True)
         except BaseException:
+            reader.give_up()
             await asyncio.wait((starting,))
+            if not starting.cancelled():
+                starting.exception()  # whatever it was, this attempt is over
             await asyncio.to_thread(reader.stop)
             self._reader = None
             raise

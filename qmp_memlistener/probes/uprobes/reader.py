@@ -133,7 +133,13 @@ class UprobeReader:
         self.hit_ns, self._spent = measure_hit(arch, pmu)
         self._windows = Windows(self.pid, popped=arch.popped, hit_ns=self.hit_ns)
         self._attachment = Attachment(
-            arch, pmu, self.pid, program.path, self.roles, self._ring_bytes
+            arch,
+            pmu,
+            self.pid,
+            program.path,
+            self.roles,
+            self._ring_bytes,
+            given_up=lambda: self._stopping,
         )
         try:
             self.strings = Strings(self.pid)
@@ -163,6 +169,11 @@ class UprobeReader:
     def flush(self) -> Future[None]:
         """Done when everything that ended before this call has been delivered."""
         return self._ask(self._flush)
+
+    def give_up(self) -> None:
+        """Let a `start` in another thread end early; it raises ProbeUnavailable then."""
+        with self._lock:
+            self._stopping = True
 
     def stop(self) -> None:
         """Deliver what is left and take everything out.  Blocks for some milliseconds."""
@@ -209,7 +220,7 @@ class UprobeReader:
                 self._answer()
                 self._round()
         except Exception as caught:
-            error = caught
+            error = None if self._stopping else caught
         try:
             self._end(error)
         finally:

@@ -1,0 +1,33 @@
+"""The kernel opens uprobes slowly while it closes others: nobody must wait for that who leaves."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+
+import pytest
+
+from qmp_memlistener import attach
+from qmp_memlistener.guests import QemuBuild
+from qmp_memlistener.recording import ProbesRecord
+from tests.support.live import Seen, best_accel, booted, builds
+
+pytestmark = pytest.mark.qemu
+
+ROUNDS = 3
+PATIENCE_S = 4.0
+"""Closing all uprobes of a guest takes the kernel longer than that, several times over."""
+
+
+@builds()
+@pytest.mark.asyncio
+async def test_leaving_while_uprobes_are_still_being_opened(build: QemuBuild, seen: Seen) -> None:
+    async with booted(build, best_accel(build)) as vm:
+        for _ in range(ROUNDS):
+            async with attach(vm.target, probes=("uprobes",), on_record=seen):
+                await asyncio.sleep(0)
+                left = time.monotonic()
+            assert time.monotonic() - left < PATIENCE_S
+        for record in seen.of(ProbesRecord):
+            (uprobes,) = (p for p in record.probes if p.name == "uprobes")
+            assert uprobes.active is (uprobes.reason is None)
