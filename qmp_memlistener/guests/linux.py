@@ -298,12 +298,15 @@ async def boot_linux(
     build: QemuBuild | None = None,
     *,
     timeout: float = BOOT_TIMEOUT,
+    wait: bool = True,
 ) -> AsyncIterator[LinuxGuest]:
     """Boot a Linux guest on `build` (default: the installed QEMU); ends it when the block is left.
 
-    The block is entered when the guest takes commands.  An image without the pulse program boots
-    as well; `image.why_no_pulse` tells.  Raises DeadlineExceeded with the end of the kernel's log
-    when the guest is not up within `timeout` seconds, and what `launch` raises.
+    The block is entered when the guest takes commands; with `wait=False` as soon as QEMU has a
+    monitor, for a guest that begins stopped (`args=("-S",)`), and `wait_booted` is the caller's.
+    An image without the pulse program boots as well; `image.why_no_pulse` tells.  Raises
+    DeadlineExceeded with the end of the kernel's log when the guest is not up within `timeout`
+    seconds, and what `launch` raises.
     """
     spec = spec or LinuxSpec()
     with _directory() as directory, _page_file() as page:
@@ -321,7 +324,8 @@ async def boot_linux(
         async with Console(agent) as console, launch(machine) as guest:
             linux = LinuxGuest(spec, image, guest, page, console, log)
             try:
-                await linux.wait_booted(timeout=timeout)
+                if wait:
+                    await linux.wait_booted(timeout=timeout)
             except DeadlineExceeded as exc:
                 end = linux.log()[-600:].strip() or "nothing"
                 raise DeadlineExceeded(

@@ -20,13 +20,15 @@ __all__ = ["Companions", "companions_of", "find_owner"]
 
 @dataclass(frozen=True, slots=True)
 class Companions:
-    """`ping` and `operations`: targets for a connection of their own, None when there is none;
-    `without` says, in words for the user, what then does not work."""
+    """`ping`, `operations` and `guard` (kept free for a resume guard, when that was asked for):
+    targets for a connection of their own, None when there is none; `without` says, in words for
+    the user, what then does not work."""
 
     guest: Guest | None
     ping: SocketTarget | None
     operations: SocketTarget | None
     without: tuple[str, ...]
+    guard: SocketTarget | None = None
 
 
 def find_owner(target: SocketTarget, peer_pid: int | None) -> Guest | None:
@@ -52,8 +54,10 @@ def companions_of(
     ping: SocketTarget | None = None,
     operations: SocketTarget | None = None,
     ping_first: bool = False,
+    guarded: bool = False,
 ) -> Companions:
-    """Choose the monitors for pinging and for operations.
+    """Choose the monitors for pinging and for operations, and with `guarded` first of all one that
+    stays free for a resume guard.
 
     `used` are those that we hold already; `ping` and `operations` are the user's choice, which
     is taken unseen.  Operations take the first that is free, pings the last.  If only one is,
@@ -66,6 +70,7 @@ def companions_of(
         for t in (guest.free_targets() if guest is not None else ())
         if not any(same_socket(t, other) for other in taken)
     ]
+    guard = free.pop(0) if guarded and free else None
     if ping is None and ping_first and free:
         ping = free.pop()
     if operations is None and free:
@@ -88,7 +93,7 @@ def companions_of(
             "QEMU's process is not visible here, so its other monitors are not known: name them "
             "with --ping-monitor and --ops-monitor"
         )
-    return Companions(guest, ping, operations, tuple(without))
+    return Companions(guest, ping, operations, tuple(without), guard)
 
 
 def same_socket(one: SocketTarget, other: SocketTarget) -> bool:
