@@ -24,16 +24,37 @@ if TYPE_CHECKING:
     from .agent import Agent, attach
     from .errors import MemListenerError
     from .listener import MemoryListener
+    from .updates.mirroring import check_guest, mirroring
+    from .updates.model import Outcome, Strategy
+    from .updates.slot_backend import ModelBackend, SlotBackend
 
 __version__ = "0.1.0"
 
-__all__ = ["attach", "Agent", "MemoryListener", "MemListenerError", "__version__"]
+__all__ = [
+    "attach",
+    "Agent",
+    "MemoryListener",
+    "Strategy",
+    "Outcome",
+    "mirroring",
+    "check_guest",
+    "SlotBackend",
+    "ModelBackend",
+    "MemListenerError",
+    "__version__",
+]
 
 _HOME = {
     "Agent": "agent",
     "attach": "agent",
     "MemListenerError": "errors",
     "MemoryListener": "listener",
+    "ModelBackend": "updates.slot_backend",
+    "Outcome": "updates.model",
+    "SlotBackend": "updates.slot_backend",
+    "Strategy": "updates.model",
+    "check_guest": "updates.mirroring",
+    "mirroring": "updates.mirroring",
 }
 
 

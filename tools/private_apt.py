@@ -1,7 +1,7 @@
 """apt with a configuration of its own: reads the machine's archive address, touches nothing else.
 
-Used by side_by_side.py and vm-images/linux/build.py.  Lists, caches, sources and package status
-live in one directory, so it works for any user and leaves the system's apt as it is.
+Lists, caches, sources and package status live in one directory, so it works for any user and
+leaves the system's apt as it is.
 """
 
 from __future__ import annotations

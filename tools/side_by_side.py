@@ -27,26 +27,21 @@ suite or a tool is missing.  The other versions are done all the same.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import json
 import os
 import re
-import shutil
 import sys
 import tempfile
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from tools.private_apt import Apt, Archive, Unavailable, machine_archive, run
+from tools import releases
+from tools.private_apt import Apt, Unavailable, machine_archive, run
+from tools.releases import Broken, Release, say
 
-__all__ = ["RELEASES", "Release", "cache_dir", "main"]
-
-OK, FAILED, MISSING = 0, 1, 4
+__all__ = ["RELEASES", "cache_dir", "main"]
 
 PACKAGES = ("qemu-system-x86", "qemu-system-arm", "seabios", "ipxe-qemu", "patchelf")
 BINARIES = ("qemu-system-x86_64", "qemu-system-aarch64")
@@ -59,36 +54,15 @@ KEPT = (
 )
 
 
-class Broken(Exception):
-    """What was unpacked does not work: exit code 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A QEMU version and the Debian suites that carry it and its libraries."""
-
-    label: str
-    suite: str
-    base: str
-
-
 RELEASES: Mapping[str, Release] = {
     "10.0": Release("10.0", "bookworm-backports", "bookworm"),
     "11.1": Release("11.1", "trixie-backports", "trixie"),
 }
 
 
-def say(label: str, text: str) -> None:
-    print(f"{label}: {text}", flush=True)
-
-
 def cache_dir() -> Path:
     """Where versions are kept: QMP_MEMLISTENER_QEMUS, else the user's cache directory."""
-    explicit = os.environ.get("QMP_MEMLISTENER_QEMUS")
-    if explicit:
-        return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qmp-memlistener" / "qemu"
+    return releases.cache_dir("QMP_MEMLISTENER_QEMUS", "qemu")
 
 
 # Unpacking.
@@ -227,8 +201,9 @@ def present(home: Path, packages: Sequence[str] = ()) -> str | None:
         return None
 
 
-def unpack(release: Release, top: Path, archive: Archive, also: Sequence[str]) -> None:
+def unpack(release: Release, top: Path, also: Sequence[str]) -> None:
     """Fetch, unpack, patch and try out one version.  Raises Unavailable and Broken."""
+    archive = machine_archive([r.base for r in RELEASES.values()])
     label, home = release.label, top / release.label
     packages = sorted({*PACKAGES, *also})
     with tempfile.TemporaryDirectory(prefix=f".{label}.", dir=top) as scratch:
@@ -263,30 +238,6 @@ def unpack(release: Release, top: Path, archive: Archive, also: Sequence[str]) -
     say(label, f"ready: QEMU {known['version']} in {home}")
 
 
-@contextmanager
-def locked(top: Path) -> Iterator[None]:
-    """Hold `top` for this process; a second run waits.  Leftovers of killed runs are removed."""
-    top.mkdir(parents=True, exist_ok=True)
-    with (top / ".lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another run that works in {top}", flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        for label in RELEASES:
-            for stale in top.glob(f".{label}.*"):
-                shutil.rmtree(stale, ignore_errors=True)
-        yield
-
-
-def show(top: Path) -> int:
-    """Print what is there; exit code 0 also when nothing is."""
-    for label in RELEASES:
-        version = present(top / label)
-        say(label, f"QEMU {version} in {top / label}" if version else f"not in {top}")
-    return OK
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="side_by_side.py",
@@ -308,33 +259,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         if label not in RELEASES:
             parser.error(f"unknown version {label}, known: {', '.join(RELEASES)}")
     top: Path = (args.dir or cache_dir()).absolute()
-    if args.list:
-        return show(top)
 
-    worst = OK
-    with locked(top):
-        for label in dict.fromkeys(args.version or RELEASES):
-            began = time.monotonic()
-            version = present(top / label, (*PACKAGES, *args.also))
-            if version is not None:
-                say(label, f"QEMU {version} is there already: {top / label}")
-                continue
-            try:
-                unpack(
-                    RELEASES[label],
-                    top,
-                    machine_archive([r.base for r in RELEASES.values()]),
-                    args.also,
-                )
-            except Unavailable as exc:
-                say(label, f"not available here: {exc}")
-                worst = MISSING
-            except Broken as exc:
-                say(label, f"does not work: {exc}")
-                worst = worst or FAILED
-            else:
-                say(label, f"took {time.monotonic() - began:.0f} s")
-    return worst
+    def known(label: str, packages: Sequence[str] = ()) -> str | None:
+        version = present(top / label, packages)
+        return None if version is None else f"QEMU {version}"
+
+    if args.list:
+        return releases.show(RELEASES, top, known)
+    return releases.make(
+        args.version or RELEASES,
+        top,
+        lambda label: known(label, (*PACKAGES, *args.also)),
+        lambda label: unpack(RELEASES[label], top, args.also),
+    )
 
 
 if __name__ == "__main__":

@@ -34,8 +34,8 @@ log = logging.getLogger(__name__)
 
 START_S = 0.5
 """So long an attachment waits for its probes."""
-RELEASE_S = 0.05
-"""So often the timeline is asked for stalls that are decided."""
+RELEASE_S, IDLE_S = 0.05, 0.25
+"""So often the timeline is asked for stalls that are decided, and so often while it has none."""
 LATE_NS = 50_000_000
 """QEMU may be interrupted for so long between an ioctl and the line that tells of it."""
 _STOP_DEADLINE = 5.0
@@ -165,7 +165,7 @@ class Measuring:
     async def keep_releasing(self) -> None:
         """Publish stalls as they are decided, for ever."""
         while True:
-            await asyncio.sleep(RELEASE_S)
+            await asyncio.sleep(RELEASE_S if self._timeline.pending else IDLE_S)
             self.release()
 
     def release(self) -> None:

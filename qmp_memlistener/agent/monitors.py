@@ -21,8 +21,9 @@ from ..monitor import (
 )
 from ..monitor.dial import resolve
 from ..monitor.freeze import check_not_frozen, freeze_key, hold_freeze
+from ..updates.guard_notes import take_notes
 
-__all__ = ["Monitors", "as_target", "connect_monitors", "refuse_if_frozen"]
+__all__ = ["Admission", "Monitors", "as_target", "connect_monitors", "refuse_if_frozen"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,12 +50,25 @@ def as_target(target: str | Target) -> Target:
     return parse_target(target) if isinstance(target, str) else target
 
 
-async def refuse_if_frozen(target: str | Target) -> SocketTarget:
-    """The monitor behind a target.  Raises GuestFrozen before anything is sent to it."""
+@dataclass(frozen=True, slots=True)
+class Admission:
+    """The monitor behind a target that may be talked to; `remarks` are for the user."""
+
+    target: SocketTarget
+    remarks: tuple[str, ...]
+
+
+async def refuse_if_frozen(target: str | Target) -> Admission:
+    """The monitor behind a target, and what a resume guard has done to the guest meanwhile.
+
+    Raises GuestFrozen before anything is sent to it.
+    """
     found = await resolve(as_target(target))
     owner = await asyncio.to_thread(find_owner, found, None)
-    await asyncio.to_thread(check_not_frozen, freeze_key(found, owner))
-    return found
+    key = freeze_key(found, owner)
+    await asyncio.to_thread(check_not_frozen, key)
+    notes = await asyncio.to_thread(take_notes, key)
+    return Admission(found, tuple(t for n in notes for t in (n.text, n.remedy) if t is not None))
 
 
 async def connect_monitors(
@@ -65,6 +79,7 @@ async def connect_monitors(
     ping: str | Target | None = None,
     operations: str | Target | None = None,
     ping_first: bool,
+    guarded: bool = False,
     deadline: float = CONNECT_DEADLINE,
 ) -> Monitors:
     """Connect the observer and the monitors that were named; `stack` closes them.
@@ -74,9 +89,10 @@ async def connect_monitors(
     InputError for a monitor of another QEMU or one that is named twice, and as `Monitor.connect`
     does.
     """
-    remarks: list[str] = []
+    admission = await refuse_if_frozen(target)
+    remarks = list(admission.remarks)
     observer = await stack.enter_async_context(
-        await Monitor.connect(await refuse_if_frozen(target), deadline=deadline)
+        await Monitor.connect(admission.target, deadline=deadline)
     )
     owner = await asyncio.to_thread(find_owner, observer.target, observer.peer_pid)
     key = freeze_key(observer.target, owner)
@@ -99,6 +115,7 @@ async def connect_monitors(
         ping=pinged,
         operations=operator.target if operator is not None else None,
         ping_first=ping_first,
+        guarded=guarded,
     )
     remarks += companions.without
     return Monitors(observer, operator or observer, companions, owner, tuple(remarks))

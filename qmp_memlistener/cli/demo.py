@@ -34,9 +34,10 @@ def command(machine: str, accel: str, qemu: str | None, as_json: bool) -> None:
     """Boot a small guest that reshapes its own memory map, attach, and show what happens.
 
     The guest opens and closes PAM segments and SMRAM or TSEG (holes in its RAM) and maps a BAR of
-    a device. One transition is planned under every strategy. At the end, under KVM, a vCPU runs
-    code in the RAM that comes and goes, on every QEMU that is here: 7.2 dies of it, 10.0 does
-    not. Nothing but these guests is touched.
+    a device. One transition is planned under every strategy. Under KVM a vCPU then runs code in
+    the RAM that comes and goes, on every QEMU that is here: 7.2 dies of it, 10.0 does not. At the
+    end a Linux guest gets more memory again and again under every strategy, and they are compared.
+    Nothing but these guests is touched.
 
     Example: qmp-memlistener demo --machine q35
     """
@@ -126,6 +127,9 @@ class _Demo:
             await self._races(build if version is not None else None)
         else:
             self._say("\nwhat happens to a vCPU whose code is taken away shows under KVM only")
+        from .demo_compare import compare_strategies
+
+        self._facts["comparison"] = await compare_strategies(build, self._say)
 
     def document(self) -> dict[str, object]:
         return {

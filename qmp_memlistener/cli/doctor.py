@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import json_option, print_json, print_table, run_async
+from .common import json_option, print_json, print_table, printable, run_async
 
 if TYPE_CHECKING:
     from ..monitor import Guest
@@ -56,7 +56,9 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
     Example: qmp-memlistener doctor /run/vm.qmp
     """
     from ..reports.stalls import duration_text
+    from ..updates.guard_notes import all_notes
 
+    notes = all_notes()  # to examine a target takes those about it
     leftovers = _find()
     cleaned: list[str] = []
     if clean and leftovers:
@@ -72,6 +74,7 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
                 "checks": checks,
                 "leftovers": [{"what": left.what, "where": left.where} for left in leftovers],
                 "cleaned": cleaned,
+                "notes": [note.text for note in notes],
             }
         )
         return
@@ -104,6 +107,10 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
         click.echo("  remedy: `qmp-memlistener doctor --clean`, or attach to that guest again")
     if not leftovers:
         click.echo("nothing of ours is left over in a running guest")
+    for note in notes:
+        click.echo(printable(note.text))
+        if note.remedy:
+            click.echo(f"  remedy: {note.remedy}")
 
 
 def _explain(name: str, reason: str | None, remedy: str | None) -> None:

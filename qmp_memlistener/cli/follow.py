@@ -27,7 +27,7 @@ from .common import duration, print_json, printable, terminal_shape
 if TYPE_CHECKING:
     from ..agent.limits import Limits
 
-__all__ = ["FollowOptions", "Followed", "follow", "follow_options"]
+__all__ = ["FollowOptions", "Followed", "follow", "follow_options", "probe_names"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +43,7 @@ class FollowOptions:
     ops_monitor: str | None
 
 
-def _probe_names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, ...] | None:
+def probe_names(_: click.Context, __: click.Parameter, text: str | None) -> tuple[str, ...] | None:
     """`ping,uprobes`, or `none`; whether there are such probes is the agent's to say."""
     if text is None:
         return None
@@ -92,7 +92,7 @@ def follow_options(function: Callable[..., None]) -> Callable[..., None]:
                      "QEMU, for pinging."),
         click.option("--max-overhead", callback=_share, metavar="PERCENT", help="What each probe "
                      "may take of one CPU from QEMU, such as 2%."),
-        click.option("--probes", callback=_probe_names, metavar="NAMES", help="Measure stalls with "
+        click.option("--probes", callback=probe_names, metavar="NAMES", help="Measure stalls with "
                      "these only, such as ping,uprobes, or none; `doctor` lists them. Default: "
                      "the best that work here."),
         click.option("--no-trace", is_flag=True, help="Touch neither trace events nor the log of "

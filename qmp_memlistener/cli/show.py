@@ -171,7 +171,10 @@ async def _fetch(target: str, unsafe_flatview: bool) -> _Live:
         take_snapshot,
     )
 
-    async with await Monitor.connect(await refuse_if_frozen(target)) as monitor:
+    admission = await refuse_if_frozen(target)
+    for remark in admission.remarks:
+        click.echo(printable(remark), err=True)
+    async with await Monitor.connect(admission.target) as monitor:
         facts = await read_facts(monitor)
         if unsafe_flatview:
             return _Live(await hmp(monitor, "info mtree", Flag("f"), Flag("o")), facts, None)

@@ -178,10 +178,17 @@ def _ram_file(spec: GuestSpec, directory: Path) -> Iterator[Path | None]:
             where = directory
     except OSError:
         where = directory
-    handle, name = tempfile.mkstemp(prefix="qmp-memlistener-", suffix=".ram", dir=where)
+    with sized_file(where, ".ram", spec.memory) as ram:
+        yield ram
+
+
+@contextmanager
+def sized_file(where: Path, suffix: str, size: int) -> Iterator[Path]:
+    """A new file of `size` zero bytes in the directory `where`; gone when the block is left."""
+    handle, name = tempfile.mkstemp(prefix="qmp-memlistener-", suffix=suffix, dir=where)
     try:
         try:
-            os.truncate(handle, spec.memory)
+            os.truncate(handle, size)
         finally:
             os.close(handle)
         yield Path(name)

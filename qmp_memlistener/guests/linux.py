@@ -22,7 +22,7 @@ import msgspec
 
 from ..errors import DeadlineExceeded, InputError, MissingPrerequisite, OperationFailed
 from . import layout, linux_views
-from .launch import Guest, GuestSpec, launch
+from .launch import Guest, GuestSpec, launch, sized_file
 from .linux_console import Console, Outcome
 from .linux_views import BlockDevice, MemoryBlocks, NetDevice, PciDevice
 from .qemus import KvmProbe, QemuBuild, kvm_usable
@@ -309,7 +309,8 @@ async def boot_linux(
     seconds, and what `launch` raises.
     """
     spec = spec or LinuxSpec()
-    with _directory() as directory, _page_file() as page:
+    where = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
+    with _directory() as directory, sized_file(where, ".pulse", layout.RAM_NEEDED) as page:
         agent, log = directory / "agent", directory / "log"
         machine = GuestSpec(
             machine=f"{spec.machine},nvdimm=on",
@@ -370,20 +371,6 @@ def _quoted(path: Path) -> str:
 def _directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="qmp-memlistener-", dir="/tmp") as name:
         yield Path(name)
-
-
-@contextmanager
-def _page_file() -> Iterator[Path]:
-    where = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-    handle, name = tempfile.mkstemp(prefix="qmp-memlistener-", suffix=".pulse", dir=where)
-    try:
-        try:
-            os.truncate(handle, layout.RAM_NEEDED)
-        finally:
-            os.close(handle)
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
 
 
 async def linux_kvm_usable(

@@ -1,8 +1,8 @@
 """What agents leave on disk about a guest they trace, so that nothing stays changed for good.
 
-One *place* per user and QEMU process, on tmpfs, gone with the boot as QEMU is:
+One *place* per user and QEMU process, in the user's private directory (`private_dir`):
 
-    /dev/shm/qmp-memlistener-UID/        0755  (else $XDG_RUNTIME_DIR/qmp-memlistener)
+    /dev/shm/qmp-memlistener-UID/
         PID-START.lock                   held while an agent starts or ends tracing
         PID-START.live                   held (shared) by every agent that traces this QEMU
         PID-START/                       0700, plus QEMU's user where that is another one
@@ -10,8 +10,8 @@ One *place* per user and QEMU process, on tmpfs, gone with the boot as QEMU is:
             agent-N.json, agent-N.pos    one lease per agent: its events; how far it has read
             trace.log                    where QEMU's log goes meanwhile
 
-The note is written and flushed before anything is changed.  Locks are flock(2) locks, which the
-kernel drops with their owner: a lease that can be locked belongs to a dead agent.
+The note is written and flushed before anything is changed.  A lease that can be locked belongs to
+a dead agent.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ import contextlib
 import fcntl
 import os
 import shutil
-import stat
 import struct
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -29,13 +28,13 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from ..errors import DeadlineExceeded
+from ..errors import DeadlineExceeded, MissingPrerequisite
+from .private_dir import HeldFile, private_directory, shm_directory, try_lock
 from .procfs import Process, boot_id
 from .trace_errors import TraceReason, TraceUnavailable
 
 __all__ = ["Lease", "LogChange", "Note", "Place", "sweep"]
 
-_SHM = "/dev/shm"
 _LOCK_POLL = 0.02
 _SCHEMA = 1
 
@@ -124,26 +123,21 @@ class Place:
         """Alone in this place.  Raises DeadlineExceeded."""
         path = os.path.join(self.base, f"{self.key}.lock")
         until = time.monotonic() + deadline
-        while True:
-            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-            if _try_lock(handle, fcntl.LOCK_EX) and _is_at(handle, path):
-                break
-            os.close(handle)
+        while (held := HeldFile.hold(path)) is None:
             if time.monotonic() > until:
                 raise DeadlineExceeded(
                     f"another agent has been busy with pid {self.process.pid} for {deadline:g} s"
                 )
             await asyncio.sleep(_LOCK_POLL)
-        try:
-            yield
-        finally:
-            self._drop_lock_file(path)
-            os.close(handle)
+        with held:
+            try:
+                yield
+            finally:
+                self._drop_lock_file(held)
 
-    def _drop_lock_file(self, path: str) -> None:
+    def _drop_lock_file(self, held: HeldFile) -> None:
         if not os.path.isdir(self.directory):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+            held.remove()
 
     def read_note(self) -> Note | None:
         """The note about this very process, or None.  An unreadable one is no note: it is
@@ -192,8 +186,8 @@ class Place:
             os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
             0o644,
         )
-        _try_lock(handle, fcntl.LOCK_EX)
-        _try_lock(live, fcntl.LOCK_SH)
+        try_lock(handle)
+        try_lock(live, fcntl.LOCK_SH)
         os.write(handle, msgspec.json.encode(_LeaseDocument(os.getpid(), sorted(events))))
         lease = Lease(path, handle, live)
         lease.set_position(offset)
@@ -244,7 +238,7 @@ class Place:
     def _check_others(self) -> None:
         """Root's agent and that of QEMU's user cannot share notes with ours: one at a time."""
         for uid in {0, self.process.uid} - {os.geteuid()}:
-            base = f"{_SHM}/qmp-memlistener-{uid}"
+            base = shm_directory(uid)
             try:
                 if os.lstat(base).st_uid != uid:
                     continue
@@ -254,7 +248,7 @@ class Place:
             except OSError:
                 continue
             try:
-                alive = not _try_lock(handle, fcntl.LOCK_EX)
+                alive = not try_lock(handle)
             finally:
                 os.close(handle)
             if alive:
@@ -288,23 +282,10 @@ def sweep() -> int:
 
 
 def _base(*, create: bool = True) -> str:
-    """This user's directory: ours alone to write, and no symbolic link."""
-    uid = os.geteuid()
-    choices = [f"{_SHM}/qmp-memlistener-{uid}"]
-    if "XDG_RUNTIME_DIR" in os.environ:
-        choices.append(os.path.join(os.environ["XDG_RUNTIME_DIR"], "qmp-memlistener"))
-    for path in choices:
-        try:
-            if create:
-                os.makedirs(path, mode=0o755, exist_ok=True)
-            status = os.lstat(path)
-        except OSError:
-            continue
-        if stat.S_ISDIR(status.st_mode) and status.st_uid == uid and not status.st_mode & 0o022:
-            return path
-    raise TraceUnavailable(
-        TraceReason.NO_PLACE, f"no directory for trace logs: {' and '.join(choices)} are unusable"
-    )
+    try:
+        return private_directory(create=create)
+    except MissingPrerequisite as exc:
+        raise TraceUnavailable(TraceReason.NO_PLACE, exc.message) from exc
 
 
 def _position_path(lease: str) -> str:
@@ -322,28 +303,10 @@ def _read_live(path: str) -> _LeaseDocument | None:
     except OSError:
         return None
     try:
-        if _try_lock(handle, fcntl.LOCK_EX):
+        if try_lock(handle):
             return None
         return msgspec.json.decode(os.read(handle, 1 << 20), type=_LeaseDocument)
     except msgspec.DecodeError:
         return None
     finally:
         os.close(handle)
-
-
-def _try_lock(handle: int, kind: int) -> bool:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(handle: int, path: str) -> bool:
-    """The locked file is still the one at `path`: whoever held it before may have removed it."""
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return False
-    ours = os.fstat(handle)
-    return (status.st_dev, status.st_ino) == (ours.st_dev, ours.st_ino)

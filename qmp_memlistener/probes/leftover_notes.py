@@ -1,28 +1,26 @@
 """Notes about what a probe has switched on in a guest, so that it is switched off for good.
 
-One file for each thing and QEMU process, beside those of `monitor.trace_notes`:
+One file for each thing and QEMU process, in the user's private directory:
 
-    /dev/shm/qmp-memlistener-UID/PID-START.WHAT     held (flock) by the probe that switched it on
+    /dev/shm/qmp-memlistener-UID/PID-START.WHAT     held by the probe that switched it on
 
 The note is written, locked and flushed before the guest is touched, and removed after it has been
-put back.  The kernel drops the lock with its owner: a note that can be locked has a dead one.
+put back.  `monitor.private_dir` has the directory and tells the living from the dead.
 """
 
 from __future__ import annotations
 
-import contextlib
-import fcntl
 import os
-import stat
 from dataclasses import dataclass
 
 import msgspec
 
+from ..errors import MissingPrerequisite
 from ..monitor import Monitor, hmp
+from ..monitor.private_dir import HeldFile, private_directory
 from ..monitor.procfs import Process, boot_id
-from .model import ProbeUnavailable
 
-__all__ = ["Claim", "LeftoverNote", "WHAT", "find", "note", "restore", "stale"]
+__all__ = ["LeftoverNote", "WHAT", "find", "note", "restore", "stale"]
 
 WHAT = {"sync-profile": ("the lock profiler is on", "sync-profile off")}
 """What may be noted: in words for people, and the human-monitor command that undoes it."""
@@ -53,52 +51,23 @@ class LeftoverNote:
         return f"{WHAT[self.what][0]} in QEMU (pid {self.pid})"
 
 
-class Claim:
-    """A note of our own; alive while we are."""
-
-    def __init__(self, path: str, handle: int) -> None:
-        self.path = path
-        self._handle = handle
-
-    def clear(self) -> None:
-        """It is put back: remove the note.  Idempotent."""
-        if self._handle >= 0:
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(self.path)
-        self.abandon()
-
-    def abandon(self) -> None:
-        """It could not be put back: leave the note for whoever comes next.  Idempotent."""
-        if self._handle >= 0:
-            os.close(self._handle)
-            self._handle = -1
-
-
-def note(pid: int, start_ticks: int, what: str) -> Claim | None:
+def note(pid: int, start_ticks: int, what: str) -> HeldFile | None:
     """Write that `what` is about to be switched on in this process; `what` is a key of WHAT.
 
-    A note that a dead owner left is taken over.  None when a live process of ours holds one.
-    Raises ProbeUnavailable when there is no directory that is ours alone.
+    A note that a dead owner left is taken over.  Remove it when `what` is undone; close it when
+    that failed.  None when a live process of ours holds one.  Raises MissingPrerequisite when
+    there is no directory that is ours alone.
     """
-    path = os.path.join(_directory(create=True), f"{pid}-{start_ticks}.{what}")
-    document = _Document(_SCHEMA, boot_id(), pid, start_ticks, what)
-    while True:
-        handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            if not _lock(handle):
-                os.close(handle)
-                return None
-            if not _is_at(handle, path):
-                # its owner removed it between our opening and locking it
-                os.close(handle)
-                continue
-            os.ftruncate(handle, 0)
-            os.pwrite(handle, msgspec.json.encode(document), 0)
-            os.fsync(handle)
-        except OSError:
-            os.close(handle)
-            raise
-        return Claim(path, handle)
+    path = os.path.join(private_directory(), f"{pid}-{start_ticks}.{what}")
+    held = HeldFile.hold(path)
+    if held is None:
+        return None
+    try:
+        held.write(msgspec.json.encode(_Document(_SCHEMA, boot_id(), pid, start_ticks, what)))
+    except OSError:
+        held.close()
+        raise
+    return held
 
 
 def find() -> list[LeftoverNote]:
@@ -107,9 +76,8 @@ def find() -> list[LeftoverNote]:
     Notes about QEMUs that are gone are removed on the way.
     """
     try:
-        base = _directory(create=False)
-        names = sorted(os.listdir(base))
-    except (OSError, ProbeUnavailable):
+        names = sorted(os.listdir(private_directory(create=False)))
+    except (OSError, MissingPrerequisite):
         return []
     found = []
     for name in names:
@@ -126,21 +94,18 @@ def find() -> list[LeftoverNote]:
 def stale(pid: int, start_ticks: int, what: str) -> LeftoverNote | None:
     """The note of a dead owner about this process, if there is one."""
     try:
-        path = os.path.join(_directory(create=False), f"{pid}-{start_ticks}.{what}")
-        handle = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
-    except (OSError, ProbeUnavailable):
+        path = os.path.join(private_directory(create=False), f"{pid}-{start_ticks}.{what}")
+        held = HeldFile.hold(path, create=False)
+    except (OSError, MissingPrerequisite):
         return None
-    try:
-        if not _lock(handle):
-            return None
+    if held is None:
+        return None
+    with held:
         process = Process.read(pid)
-        if process is None or process.start_ticks != start_ticks or not _is_ours(handle):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
+        if process is None or process.start_ticks != start_ticks or not _is_ours(held.read()):
+            held.remove()
             return None
         return LeftoverNote(pid, start_ticks, what, path)
-    finally:
-        os.close(handle)
 
 
 async def restore(monitor: Monitor, left: LeftoverNote) -> bool:
@@ -151,59 +116,19 @@ async def restore(monitor: Monitor, left: LeftoverNote) -> bool:
     """
     if stale(left.pid, left.start_ticks, left.what) is None:
         return False
-    claim = note(left.pid, left.start_ticks, left.what)
-    if claim is None:
+    held = note(left.pid, left.start_ticks, left.what)
+    if held is None:
         return False
-    try:
+    with held:
         await hmp(monitor, WHAT[left.what][1], quiet=True)
-        claim.clear()
-    finally:
-        claim.abandon()
+        held.remove()
     return True
 
 
-def _directory(*, create: bool) -> str:
-    """That of `trace_notes`: this user's, nobody else may write to it."""
-    uid = os.geteuid()
-    choices = [f"/dev/shm/qmp-memlistener-{uid}"]
-    if "XDG_RUNTIME_DIR" in os.environ:
-        choices.append(os.path.join(os.environ["XDG_RUNTIME_DIR"], "qmp-memlistener"))
-    for path in choices:
-        try:
-            if create:
-                os.makedirs(path, mode=0o755, exist_ok=True)
-            status = os.lstat(path)
-        except OSError:
-            continue
-        if stat.S_ISDIR(status.st_mode) and status.st_uid == uid and not status.st_mode & 0o022:
-            return path
-    raise ProbeUnavailable(
-        f"no directory for notes: {' and '.join(choices)} are unusable",
-        remedy="make one of them a directory that only this user may write to",
-    )
-
-
-def _is_ours(handle: int) -> bool:
+def _is_ours(content: bytes) -> bool:
     """A whole note of this boot.  One that was cut off was never acted upon."""
     try:
-        document = msgspec.json.decode(os.pread(handle, 1 << 16, 0), type=_Document)
+        document = msgspec.json.decode(content, type=_Document)
     except msgspec.DecodeError:
         return False
     return document.schema == _SCHEMA and document.boot == boot_id()
-
-
-def _lock(handle: int) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _is_at(handle: int, path: str) -> bool:
-    try:
-        status = os.stat(path)
-    except FileNotFoundError:
-        return False
-    ours = os.fstat(handle)
-    return (status.st_dev, status.st_ino) == (ours.st_dev, ours.st_ino)

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 from ..errors import MemListenerError, ProtocolViolation
 from ..monitor import hmp, hmp_timed
-from .leftover_notes import Claim, note, restore, stale
+from ..monitor.private_dir import HeldFile
+from .leftover_notes import note, restore, stale
 from .lockprofile_text import Profile, Waits, difference, read_profile
 from .model import (
     Context,
@@ -84,7 +85,7 @@ class LockProfileProbe:
         self._lock = asyncio.Lock()
         self._bursts = 0
         self._sink: Sink | None = None
-        self._claim: Claim | None = None
+        self._claim: HeldFile | None = None
         self._undo = False
         self._on_ns = 0
         self._last: _Snapshot | None = None
@@ -204,7 +205,7 @@ class LockProfileProbe:
             await self._say("sync-profile off")
             self._undo = False
         if self._claim is not None:
-            self._claim.clear()
+            self._claim.remove()
             self._claim = None
 
     def _let_go(self) -> None:
@@ -214,9 +215,9 @@ class LockProfileProbe:
         if claim is None:
             return
         if guest is not None and guest.process.is_alive():
-            claim.abandon()
+            claim.close()
         else:
-            claim.clear()
+            claim.remove()
 
     async def _take(self) -> None:
         """Another snapshot; deliver the difference to the one before."""

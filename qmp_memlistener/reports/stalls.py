@@ -163,9 +163,9 @@ def measured_lines(
 
 
 def summary_lines(
-    summary: SummaryRecord, *, width: int = 80, unicode: bool = True
+    summary: SummaryRecord, *, width: int = 80, unicode: bool = True, charts: bool = True
 ) -> Iterator[str]:
-    """A table by kind and cause, and below it their histograms on one logarithmic axis.
+    """A table by kind and cause, and below it, with `charts`, histograms on one logarithmic axis.
 
     Lines are at most `width` long, down to 48 columns: the narrower, the fewer columns has the
     table, and where the histograms find no room they are left out.  `unicode` says that the output
@@ -180,7 +180,8 @@ def summary_lines(
     yield ""
     ordered = sorted(summary.statistics, key=lambda s: (_ORDER.get(s.kind, 99), s.kind))
     yield from _table(ordered, width)
-    yield from _chart(ordered, width, unicode=unicode)
+    if charts:
+        yield from _chart(ordered, width, unicode=unicode)
 
 
 def histogram_lines(

@@ -137,6 +137,11 @@ class Timeline:
 
     # -- what comes out ----------------------------------------------------------------------
 
+    @property
+    def pending(self) -> bool:
+        """Something has come in that is not handed out yet."""
+        return bool(self._open or self._records or self._transitions)
+
     def release(self, now_ns: int) -> list[Record]:
         """The commands and stalls that are decided by now, stalls in order of their beginning."""
         horizon = min(self._reached.values(), default=now_ns)

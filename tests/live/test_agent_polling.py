@@ -8,17 +8,8 @@ from qmp_memlistener.guests import (
     QemuBuild,
 )
 from qmp_memlistener.recording import GuestState, SlotOp
-from tests.support.live import (
-    Commits,
-    Seen,
-    attach_bare,
-    booted,
-    cases,
-    enabled_events,
-    op_shapes,
-    planned,
-    qmp,
-)
+from tests.support.leftovers import enabled_events
+from tests.support.live import Commits, Seen, attach_bare, booted, cases, op_shapes, planned, qmp
 
 pytestmark = pytest.mark.qemu
 

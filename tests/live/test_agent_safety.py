@@ -23,6 +23,7 @@ from qmp_memlistener.errors import MonitorBusy, TargetError, TargetLost
 from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, High, QemuBuild
 from qmp_memlistener.monitor import Monitor
 from qmp_memlistener.recording import GuestState, SlotOp
+from tests.support.leftovers import enabled_events, flush_rcu, left_behind, log_targets
 from tests.support.live import (
     QEMUS,
     Seen,
@@ -32,15 +33,11 @@ from tests.support.live import (
     booted,
     builds,
     cases,
-    enabled_events,
-    flush_rcu,
-    left_behind,
-    log_targets,
     op_shapes,
     qmp,
     silenced,
-    started_verb,
 )
+from tests.support.verbs import started_verb
 
 pytestmark = pytest.mark.qemu
 

@@ -23,6 +23,7 @@ from qmp_memlistener.memslots import ADDRESS_SPACES
 from qmp_memlistener.recording import GuestState, SlotOp, TransitionRecord
 from qmp_memlistener.topology import Hole, Kind, Transition, read_maps
 from qmp_memlistener.tracking import RawOp, Tracker
+from tests.support.leftovers import enabled_events, flush_rcu, live_views
 from tests.support.live import (
     QEMUS,
     Commits,
@@ -32,9 +33,6 @@ from tests.support.live import (
     attach_bare,
     booted,
     cases,
-    enabled_events,
-    flush_rcu,
-    live_views,
     op_shapes,
     planned,
     qmp,

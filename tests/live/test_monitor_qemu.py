@@ -1,8 +1,4 @@
-"""Real QEMUs: discovery, connections, human-monitor commands, snapshots.
-
-Also holds what the other live monitor tests start their QEMUs with: `running`, which unlike
-`guests.launch` leaves standard error and the command line to the test.
-"""
+"""Real QEMUs: discovery, connections, human-monitor commands, snapshots."""
 
 from __future__ import annotations
 
@@ -12,11 +8,8 @@ import os
 import shutil
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -29,10 +22,9 @@ from qmp_memlistener.errors import (
     TargetLost,
     TargetUnreachable,
 )
-from qmp_memlistener.guests import QemuBuild, find_qemus, kvm_usable
+from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.monitor import (
     Flag,
-    Guest,
     Monitor,
     MonitorState,
     PidTarget,
@@ -48,93 +40,15 @@ from qmp_memlistener.monitor import (
     read_facts,
     take_snapshot,
 )
-from qmp_memlistener.monitor.sockets import listener_state
+from tests.support.bare_qemu import NEW_MOUNTS, can_unshare, running
+from tests.support.live import NO_QEMU, QEMUS, best_accel, builds
 
-QEMUS = find_qemus()
-NO_QEMU = "no qemu-system-x86_64 is installed"
 LOADER = "/lib64/ld-linux-x86-64.so.2"
-NEW_MOUNTS = ("unshare", "--mount", "--propagation", "private", "--")
 
 pytestmark = [
     pytest.mark.qemu,
     pytest.mark.skipif(not QEMUS, reason=NO_QEMU),
 ]
-every_qemu = pytest.mark.parametrize("build", QEMUS, ids=[b.version for b in QEMUS])
-
-
-@dataclass(frozen=True, slots=True)
-class Running:
-    """A QEMU of a test.  `pid` is that of the emulator (also when daemonised)."""
-
-    pid: int
-    directory: Path
-    build: QemuBuild
-
-    @property
-    def a(self) -> UnixTarget:
-        return UnixTarget(str(self.directory / "a"))
-
-    @property
-    def b(self) -> UnixTarget:
-        return UnixTarget(str(self.directory / "b"))
-
-    @property
-    def qtest(self) -> Path:
-        return self.directory / "qtest"
-
-    def guest(self) -> Guest:
-        found = find_guest(self.pid)
-        assert found is not None
-        return found
-
-
-def accel_for(build: QemuBuild) -> str:
-    return "kvm" if kvm_usable(build) else "tcg"
-
-
-@asynccontextmanager
-async def running(
-    build: QemuBuild,
-    directory: Path,
-    *args: str,
-    accel: str = "tcg",
-    stderr: int | None = None,
-    prefix: Sequence[str] = (),
-    cwd: Path | None = None,
-    monitors: bool = True,
-) -> AsyncIterator[Running]:
-    """A paused q35 with QMP monitors a and b and a qtest socket in `directory`."""
-    pidfile = directory / "pid"
-    argv = [*prefix, build.binary, *build.args, "-nodefaults", "-display", "none", "-S"]
-    argv += ["-M", "q35", "-accel", accel, "-m", "64", "-pidfile", str(pidfile)]
-    argv += ["-qtest", f"unix:{directory}/qtest,server=on,wait=off", "-qtest-log", "none"]
-    if monitors:
-        for name in ("a", "b"):
-            argv += ["-qmp", f"unix:{directory}/{name},server=on,wait=off"]
-    process = await asyncio.create_subprocess_exec(
-        *argv,
-        *args,
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL if stderr is None else stderr,
-        env={**os.environ, **build.env},
-        cwd=cwd or directory,
-    )
-    pid = process.pid
-    try:
-        async with asyncio.timeout(20):
-            while not await is_up(directory / "qtest"):
-                if process.returncode not in (None, 0):
-                    raise AssertionError(f"QEMU ended with {process.returncode}")
-                await asyncio.sleep(0.02)
-        pid = int(await asyncio.to_thread(pidfile.read_text))
-        yield Running(pid, directory, build)
-    finally:
-        if pid != process.pid:
-            os.kill(pid, signal.SIGKILL)
-        if process.returncode is None:
-            process.kill()
-        await process.wait()
 
 
 def moved(build: QemuBuild, binary: str) -> QemuBuild:
@@ -147,20 +61,8 @@ def moved(build: QemuBuild, binary: str) -> QemuBuild:
     return replace(build, binary=binary, args=args, env=env)
 
 
-def can_unshare() -> bool:
-    if shutil.which("unshare") is None:
-        return False
-    return subprocess.run((*NEW_MOUNTS, "true"), check=False, capture_output=True).returncode == 0
-
-
-async def is_up(path: Path) -> bool:
-    """The socket listens, which QEMU creates last."""
-    state = listener_state(UnixTarget(str(path)))
-    return state is not None and state.listening
-
-
 @pytest.mark.asyncio
-@every_qemu
+@builds()
 async def test_discovery_reads_everything_and_disturbs_nothing(
     build: QemuBuild, tmp_path: Path
 ) -> None:
@@ -176,7 +78,7 @@ async def test_discovery_reads_everything_and_disturbs_nothing(
         *("-chardev", f"socket,id=h,path={tmp_path}/h,server=on,wait=off"),
         *("-mon", "chardev=h,mode=readline"),
     )
-    accel = accel_for(build)
+    accel = best_accel(build)
     async with running(build, tmp_path, *args, accel=accel) as qemu:
         async with await Monitor.connect(UnixTarget(f"{tmp_path}/c")):
             guests = [g for g in find_guests() if g.pid == qemu.pid]
@@ -286,7 +188,7 @@ async def test_a_listener_that_qemu_inherited(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
-@every_qemu
+@builds()
 async def test_snapshot_and_facts(build: QemuBuild, tmp_path: Path) -> None:
     args = ("-object", "memory-backend-ram,id=m0,size=16M", "-name", "vm")
     dimm = ("-m", "64,slots=2,maxmem=1G", "-device", "pc-dimm,id=d0,memdev=m0")
@@ -318,7 +220,7 @@ async def test_snapshot_and_facts(build: QemuBuild, tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
-@every_qemu
+@builds()
 async def test_human_monitor_arguments_stay_single_arguments(
     build: QemuBuild, tmp_path: Path
 ) -> None:
@@ -394,7 +296,7 @@ async def test_companions(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
-@every_qemu
+@builds()
 async def test_a_killed_qemu_is_lost_at_once(build: QemuBuild, tmp_path: Path) -> None:
     async with running(build, tmp_path) as qemu, await Monitor.connect(qemu.a) as monitor:
         events = monitor.events()

@@ -18,7 +18,8 @@ from qmp_memlistener.monitor import Monitor, hmp
 from qmp_memlistener.probes import Context, Kind, ProbeUnavailable, leftover_notes
 from qmp_memlistener.probes.kvmstats import KvmStatsProbe
 from qmp_memlistener.probes.lockprofile import LockProfileProbe
-from tests.support.live import QEMUS, Vm, best_accel, booted, builds, left_behind, qmp
+from tests.support.leftovers import left_behind
+from tests.support.live import QEMUS, Vm, best_accel, booted, builds, qmp
 from tests.support.probes import Recorder, at_work, guest_context
 
 pytestmark = pytest.mark.qemu

@@ -10,20 +10,9 @@ import pytest
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.probes.registry import PROBES
 from tests.live.test_timeline_live import hold_bql
-from tests.support.live import (
-    NO_QEMU,
-    QEMUS,
-    best_accel,
-    booted,
-    builds,
-    cases,
-    enabled_events,
-    left_behind,
-    qmp,
-    run_in_terminal,
-    run_verb,
-    started_verb,
-)
+from tests.support.leftovers import enabled_events, left_behind
+from tests.support.live import NO_QEMU, QEMUS, best_accel, booted, builds, cases, qmp
+from tests.support.verbs import run_in_terminal, run_verb, started_verb
 
 pytestmark = [pytest.mark.qemu, pytest.mark.skipif(not QEMUS, reason=NO_QEMU)]
 

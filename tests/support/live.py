@@ -1,33 +1,21 @@
-"""What the live tests of the agent and of the verbs share.
+"""What the live tests share: QEMUs and accelerators, booted pulse guests, what the agent said.
 
-Booted pulse guests, the records of an attachment, the state of a guest that must be left as it was,
-and verbs as processes.  Everything that waits does so for an event and with a deadline.
+Everything that waits does so for an event and with a deadline.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import functools
-import os
-import re
-import stat
-import struct
-import sys
-import termios
-import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
 
-import msgspec
 import pytest
 
 from qmp_memlistener import MemoryListener, attach
-from qmp_memlistener.errors import CommandFailed
 from qmp_memlistener.guests import (
     HOST_BRIDGE,
     I440FX,
@@ -57,42 +45,29 @@ from qmp_memlistener.recording import (
 from qmp_memlistener.topology import Transition
 
 __all__ = [
-    "BASE",
+    "Commits",
     "NO_QEMU",
     "QEMUS",
-    "Commits",
-    "Ran",
     "Seen",
     "Shape",
-    "Verb",
     "Vm",
     "attach_bare",
     "best_accel",
     "booted",
     "builds",
     "cases",
-    "enabled_events",
-    "file_has",
-    "flush_rcu",
-    "left_behind",
-    "live_views",
-    "log_targets",
     "op_shapes",
     "planned",
     "planned_shapes",
     "qmp",
-    "run_in_terminal",
-    "run_verb",
     "silenced",
     "skip_without_kvm",
-    "started_verb",
     "why_no_kvm",
 ]
 
 QEMUS = find_qemus()
 NO_QEMU = "qemu-system-x86_64 is not installed"
 BRIDGES = {"pc": I440FX, "q35": Q35}
-BASE = Path(f"/dev/shm/qmp-memlistener-{os.geteuid()}")
 
 
 def builds(of: Sequence[QemuBuild] = QEMUS) -> pytest.MarkDecorator:
@@ -139,9 +114,6 @@ def silenced(build: QemuBuild, directory: Path) -> QemuBuild:
     script.write_text(f'#!/bin/sh\nexec "{build.binary}" "$@" 2>/dev/null\n')
     script.chmod(0o755)
     return replace(build, binary=str(script))
-
-
-# -- a booted guest ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -220,10 +192,6 @@ async def qmp(path: Path) -> AsyncIterator[Monitor]:
 
 attach_bare = functools.partial(attach, probes=())
 """Attach without probes: for what concerns the map alone."""
-
-
-# -- what the agent said -------------------------------------------------------------------------
-
 R = TypeVar("R", bound=Record)
 Shape = tuple[str, int, int, int, int, int]
 """op, address space, slot, gpa, size, flags."""
@@ -316,189 +284,6 @@ def op_shapes(ops: Iterable[SlotOp]) -> list[Shape]:
 
 def planned_shapes(ops: Iterable[Op]) -> list[Shape]:
     return [(str(op.op), op.as_id, op.slot, op.gpa, op.size, op.flags) for op in ops]
-
-
-# -- what must be left as it was -----------------------------------------------------------------
-
-
-async def enabled_events(monitor: Monitor) -> frozenset[str]:
-    """The trace events that are on."""
-    found = await monitor.execute("trace-event-get-state", {"name": "*"})
-    assert isinstance(found, list)
-    return frozenset(str(event["name"]) for event in found if event["state"] == "enabled")
-
-
-def log_targets(pid: int) -> list[str]:
-    """Where the descriptors of a process lead: standard error, and all regular files."""
-    found = [f"2: {os.readlink(f'/proc/{pid}/fd/2')}"]
-    for entry in os.scandir(f"/proc/{pid}/fd"):
-        with contextlib.suppress(FileNotFoundError):
-            if stat.S_ISREG(os.stat(entry.path).st_mode):
-                found.append(os.readlink(entry.path))
-    return sorted(found)
-
-
-def left_behind(pid: int) -> list[str]:
-    """What the agent keeps on disk about this QEMU."""
-    if not BASE.exists():
-        return []
-    return sorted(name for name in os.listdir(BASE) if name.startswith(f"{pid}-"))
-
-
-async def flush_rcu(monitor: Monitor) -> None:
-    """Return when QEMU has freed every view that is no longer in use, and logged that.
-
-    A `device_add` that fails waits for all RCU callbacks (`drain_call_rcu`, qdev-monitor.c of 7.2
-    to 11.1).  A vCPU that spins under TCG would make it wait for ever, so the guest is stopped.
-    """
-    await monitor.execute("stop")
-    with pytest.raises(CommandFailed):
-        await monitor.execute("device_add", {"driver": "no-such-device"})
-    await monitor.execute("cont")
-
-
-def live_views(log: Path) -> tuple[int, int]:
-    """From a log with `-trace flatview_new -trace flatview_destroy` since the start: the views
-    created so far, and how many of them there still are."""
-    data = log.read_bytes()
-    created = data.count(b"flatview_new ")
-    return created, created - data.count(b"flatview_destroy ")
-
-
-async def file_has(path: Path, text: bytes, times: int = 1) -> None:
-    """Until a file that another process writes has `text` so often; at most ten seconds."""
-
-    def has() -> bool:
-        return path.exists() and path.read_bytes().count(text) >= times
-
-    async with asyncio.timeout(10):
-        while not has():  # noqa: ASYNC110 (who writes it does not tell us)
-            await asyncio.sleep(0.005)
-
-
-# -- verbs ---------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class Ran:
-    """How a verb ended; `seconds` is from the call of `Verb.end`."""
-
-    code: int
-    out: str
-    err: str
-    seconds: float
-
-    @property
-    def lines(self) -> list[str]:
-        return self.out.splitlines()
-
-    @property
-    def documents(self) -> list[dict[str, object]]:
-        """Every line of stdout as JSON."""
-        return [msgspec.json.decode(line, type=dict[str, object]) for line in self.lines]
-
-    def check_error(self, code: int, *words: str) -> None:
-        """The documented exit code, one message on stderr with a remedy, nothing raw."""
-        assert self.code == code, self.err
-        assert re.match(r"error: \S", self.err), self.err
-        for word in words:
-            assert word in self.err
-        assert "Traceback" not in self.err
-
-
-class Verb:
-    """A running verb whose output is read line by line."""
-
-    def __init__(self, process: asyncio.subprocess.Process) -> None:
-        self.process = process
-        self._lines: list[str] = []
-
-    async def line(self, seconds: float = 10.0) -> str:
-        """The next line of stdout."""
-        assert self.process.stdout is not None
-        async with asyncio.timeout(seconds):
-            line = (await self.process.stdout.readline()).decode()
-        if not line:
-            raise AssertionError(f"the verb ended after {self._lines!r}")
-        self._lines.append(line)
-        return line
-
-    async def until(self, text: str, seconds: float = 10.0) -> str:
-        """Lines up to the first that holds `text`, which is returned."""
-        async with asyncio.timeout(seconds):
-            while text not in (line := await self.line(seconds)):
-                pass
-        return line
-
-    async def end(self, seconds: float = 10.0) -> Ran:
-        """Wait for the end; the output includes what was read before."""
-        start = time.monotonic()
-        async with asyncio.timeout(seconds):
-            out, err = await self.process.communicate()
-        took = time.monotonic() - start
-        assert self.process.returncode is not None
-        text = "".join(self._lines) + (out or b"").decode()
-        return Ran(self.process.returncode, text, err.decode(), took)
-
-    async def signalled(self, number: int, seconds: float = 10.0) -> Ran:
-        """Send a signal, then wait for the end."""
-        self.process.send_signal(number)
-        return await self.end(seconds)
-
-    async def ready(self) -> None:
-        """Until the first map was printed: the verb is attached and will see what comes."""
-        while not re.search(r'"type":"map"|  map: \d', await self.line()):
-            pass
-
-
-@asynccontextmanager
-async def started_verb(
-    *args: str | Path, stdout: int = asyncio.subprocess.PIPE
-) -> AsyncIterator[Verb]:
-    """`qmp-memlistener args` as a process; killed when the block is left."""
-    process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "qmp_memlistener", *map(str, args)),
-        stdin=asyncio.subprocess.DEVNULL,
-        stdout=stdout,
-        stderr=asyncio.subprocess.PIPE,
-        env={**os.environ, "TERM": "xterm"},
-        limit=1 << 22,
-    )
-    try:
-        yield Verb(process)
-    finally:
-        if process.returncode is None:
-            process.kill()
-        await process.communicate()
-
-
-async def run_verb(*args: str | Path, seconds: float = 20.0) -> Ran:
-    """Run `qmp-memlistener args` to its end."""
-    async with started_verb(*args) as verb:
-        return await verb.end(seconds)
-
-
-async def run_in_terminal(*args: str | Path, columns: int = 80, seconds: float = 20.0) -> list[str]:
-    """The lines that `qmp-memlistener args` prints on a terminal, without colours."""
-    ours, theirs = os.openpty()
-    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, columns, 0, 0))
-    out = bytearray()
-
-    def read() -> None:
-        with contextlib.suppress(OSError):  # EIO: the other end is closed
-            while data := os.read(ours, 65536):
-                out.extend(data)
-
-    try:
-        async with started_verb(*args, stdout=theirs) as verb:
-            os.close(theirs)
-            reading = asyncio.create_task(asyncio.to_thread(read))
-            ran = await verb.end(seconds)
-            await reading
-        assert (ran.code, ran.err) == (0, "")
-    finally:
-        os.close(ours)
-    return re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", out.decode()).splitlines()
 
 
 def planned(

@@ -1,7 +1,7 @@
 """The pulse guest's layout on both sides, and reading its memory when it is full or torn.
 
 The memory here is written by the test, because a running guest does not overwrite its rings on
-request; everything else about the guest is tested on QEMU (tests/live/test_pulse.py).
+request; everything else about the guest is tested on QEMU (tests/live/test_pulse*.py).
 """
 
 from __future__ import annotations

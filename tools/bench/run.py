@@ -33,6 +33,7 @@ BENCHES = {
     "latency": "from QEMU's log line to the subscriber",
     "idle": "an attached agent with nothing to do",
     "toggle": "what a PAM toggle costs on each QEMU",
+    "strategies": "what more memory costs a guest under each strategy",
     "observer": "what the guest notices of being watched",
 }
 

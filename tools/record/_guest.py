@@ -6,6 +6,7 @@ package, so nothing of the package takes part.  Only guests started here are eve
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import io
 import json
@@ -35,9 +36,9 @@ __all__ = [
     "Step",
     "config",
     "die_by_sigterm",
-    "find_qemus",
     "kvm_usable",
     "outb",
+    "parse_arguments",
     "qtest",
     "say",
     "seabios",
@@ -109,6 +110,21 @@ def find_qemus() -> list[Qemu]:
         if label not in {q.label for q in found}:
             found.append(unpacked)
     return sorted(found, key=lambda q: tuple(map(int, q.version.split("."))))
+
+
+def parse_arguments(
+    description: str, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, list[Qemu]]:
+    """What both recorders are asked for, and the QEMUs to do it with."""
+    parser = argparse.ArgumentParser(description=description)
+    parser.add_argument("--list", action="store_true", help="name the samples, record nothing")
+    parser.add_argument("--only", metavar="GLOB", default="*", help="samples by name")
+    parser.add_argument("--version", metavar="V", help="one QEMU, as major.minor")
+    args = parser.parse_args(argv)
+    qemus = [q for q in find_qemus() if args.version in (None, q.label)]
+    if not qemus:
+        parser.error("no such QEMU here; see tools/side_by_side.py")
+    return args, qemus
 
 
 def kvm_usable() -> bool:

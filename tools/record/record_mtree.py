@@ -15,7 +15,6 @@ Exit codes: 0 all recorded, 1 a sample that the version should offer was not rec
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -34,9 +33,9 @@ from tools.record._guest import (
     Step,
     config,
     die_by_sigterm,
-    find_qemus,
     kvm_usable,
     outb,
+    parse_arguments,
     qtest,
     say,
     seabios,
@@ -370,15 +369,8 @@ def last_line(exc: GuestError) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Record info mtree of throw-away guests.")
-    parser.add_argument("--list", action="store_true", help="name the samples, record nothing")
-    parser.add_argument("--only", metavar="GLOB", default="*", help="samples by name")
-    parser.add_argument("--version", metavar="V", help="one QEMU, as major.minor")
-    args = parser.parse_args(argv)
+    args, qemus = parse_arguments("Record info mtree of throw-away guests.", argv)
     die_by_sigterm()
-    qemus = [q for q in find_qemus() if args.version in (None, q.label)]
-    if not qemus:
-        parser.error("no such QEMU here; see tools/side_by_side.py")
     if not kvm_usable():
         say("no samples under -accel kvm: /dev/kvm is not usable by this user")
 

@@ -16,7 +16,6 @@ Exit codes: 0 all recorded, 1 a scenario was not recorded, 4 no usable /dev/kvm.
 
 from __future__ import annotations
 
-import argparse
 import mmap
 import re
 import sys
@@ -35,8 +34,8 @@ from tools.record._guest import (
     GuestError,
     Qemu,
     die_by_sigterm,
-    find_qemus,
     kvm_usable,
+    parse_arguments,
     say,
     write_sample,
 )
@@ -173,15 +172,8 @@ def record(qemu: Qemu, scenario: Scenario) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description="Record KVM slot operations, step by step.")
-    parser.add_argument("--list", action="store_true", help="name the samples, record nothing")
-    parser.add_argument("--only", metavar="GLOB", default="*", help="samples by name")
-    parser.add_argument("--version", metavar="V", help="one QEMU, as major.minor")
-    args = parser.parse_args(argv)
+    args, qemus = parse_arguments("Record KVM slot operations, step by step.", argv)
     die_by_sigterm()
-    qemus = [q for q in find_qemus() if args.version in (None, q.label)]
-    if not qemus:
-        parser.error("no such QEMU here; see tools/side_by_side.py")
     if not kvm_usable() and not args.list:
         say("/dev/kvm is not usable by this user; there are no slots without it")
         return 4

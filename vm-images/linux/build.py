@@ -25,29 +25,25 @@ archive, the suite or a tool is missing.
 from __future__ import annotations
 
 import argparse
-import fcntl
 import hashlib
 import json
 import lzma
-import os
 import re
 import shutil
 import sys
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from tools.private_apt import Apt, Unavailable, machine_archive, run  # noqa: E402 - needs the path
+from tools import releases  # noqa: E402 - needs the path
+from tools.private_apt import Apt, Unavailable, machine_archive, run  # noqa: E402
+from tools.releases import Broken, Release, say  # noqa: E402
 
-__all__ = ["MODULES", "RELEASES", "Release", "cache_dir", "main"]
-
-OK, FAILED, MISSING = 0, 1, 4
+__all__ = ["MODULES", "RELEASES", "cache_dir", "main"]
 
 # What a hotplug test wants.  PCIe and ACPI hotplug of devices and memory are built into Debian's
 # kernels (HOTPLUG_PCI_PCIE, HOTPLUG_PCI_ACPI, ACPI_HOTPLUG_MEMORY, MEMORY_HOTREMOVE).
@@ -66,38 +62,15 @@ C_FLAGS = (
 SCRIPTS = ("agent", "pulse", "workload")
 LAYOUT = HERE.parent / "pulse" / "layout.inc"
 
-
-class Broken(Exception):
-    """A package does not hold what it should: exit code 1."""
-
-
-@dataclass(frozen=True, slots=True)
-class Release:
-    """A kernel and the Debian suites that carry it and busybox."""
-
-    label: str
-    suite: str
-    base: str
-
-
 RELEASES: Mapping[str, Release] = {
     "6.1": Release("6.1", "bookworm", "bookworm"),
     "6.12": Release("6.12", "bookworm-backports", "bookworm"),
 }
 
 
-def say(label: str, text: str) -> None:
-    sys.stdout.write(f"{label}: {text}\n")
-    sys.stdout.flush()
-
-
 def cache_dir() -> Path:
     """Where images are kept: QMP_MEMLISTENER_LINUX, else the user's cache directory."""
-    explicit = os.environ.get("QMP_MEMLISTENER_LINUX")
-    if explicit:
-        return Path(explicit)
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "qmp-memlistener" / "linux"
+    return releases.cache_dir("QMP_MEMLISTENER_LINUX", "linux")
 
 
 # Parts, out of Debian packages.
@@ -341,18 +314,6 @@ def build(release: Release, top: Path) -> None:
         say(label, f"without pulse: {why}")
 
 
-@contextmanager
-def locked(top: Path) -> Iterator[None]:
-    """Hold `top` for this process; a second run waits.  Leftovers of killed runs are removed."""
-    top.mkdir(parents=True, exist_ok=True)
-    with (top / ".lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        for label in RELEASES:
-            for stale in top.glob(f".{label}.*"):
-                shutil.rmtree(stale, ignore_errors=True)
-        yield
-
-
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="build.py",
@@ -367,31 +328,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if label not in RELEASES:
             parser.error(f"unknown kernel {label}, known: {', '.join(RELEASES)}")
     top: Path = (args.dir or cache_dir()).absolute()
-    if args.list:
-        for label in RELEASES:
-            image = present(top / label)
-            say(label, f"{image['release']} in {top / label}" if image else f"not in {top}")
-        return OK
 
-    worst = OK
-    with locked(top):
-        for label in dict.fromkeys(args.label or ["6.1"]):
-            began = time.monotonic()
-            image = present(top / label)
-            if image is not None and image.get("recipe") == recipe():
-                say(label, f"{image['release']} is there already: {top / label}")
-                continue
-            try:
-                build(RELEASES[label], top)
-            except Unavailable as exc:
-                say(label, f"not available here: {exc}")
-                worst = MISSING
-            except Broken as exc:
-                say(label, f"does not work: {exc}")
-                worst = worst or FAILED
-            else:
-                say(label, f"took {time.monotonic() - began:.1f} s")
-    return worst
+    def there(label: str) -> str | None:
+        image = present(top / label)
+        return None if image is None else str(image["release"])
+
+    def up_to_date(label: str) -> str | None:
+        image = present(top / label)
+        return there(label) if image is not None and image.get("recipe") == recipe() else None
+
+    if args.list:
+        return releases.show(RELEASES, top, there)
+    return releases.make(
+        args.label or ["6.1"], top, up_to_date, lambda label: build(RELEASES[label], top)
+    )
 
 
 if __name__ == "__main__":

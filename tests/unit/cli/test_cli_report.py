@@ -12,11 +12,9 @@ import msgspec
 import pytest
 
 from qmp_memlistener.recording import (
-    Cause,
     CommandRecord,
     GuestFailure,
     GuestState,
-    Header,
     Lost,
     MeasurementRecord,
     ProbesRecord,
@@ -26,9 +24,10 @@ from qmp_memlistener.recording import (
     SlotOp,
     StallCause,
     StallRecord,
-    TransitionRecord,
     Violation,
 )
+from tests.support.records import HEADER as PLAIN_HEADER
+from tests.support.records import transition
 from tests.unit.cli.cli_support import check_types, process, run
 
 START = 7_000_000_000
@@ -45,26 +44,7 @@ STATISTICS = {
     "kind": str, "cause": str, "count": int, "total_ns": int, "p50_ns": int, "p90_ns": int,
     "p99_ns": int, "max_ns": int, "bounds_ns": list, "histogram": list,
 }  # fmt: skip
-HEADER = Header(
-    tool_version="0",
-    monotonic_ns=START,
-    realtime_ns=2,
-    host_kernel="6.1",
-    target="unix:/x",
-    qemu_version="7.2.22",
-    machine="pc",
-    accel="kvm",
-    guest_name=None,
-    pid=1,
-    source="trace",
-)
-
-
-def transition(seq: int, t_ns: int) -> TransitionRecord:
-    return TransitionRecord(
-        seq=seq, t_ns=t_ns, cause=Cause("unknown"), removed=[], added=[], holes_punched=[],
-        holes_filled=[], detail="full", slot_ops=1,
-    )  # fmt: skip
+HEADER = msgspec.structs.replace(PLAIN_HEADER, monotonic_ns=START)
 
 
 def slot_op(t_ns: int, seq: int) -> SlotOp:
@@ -98,7 +78,7 @@ def recording(path: Path, records: Iterable[Record] = ()) -> Path:
 
 EVERYTHING: list[Record] = [
     ProbesRecord(t_ns=START + 1, probes=[probe("ping"), probe("pulse", "the guest has none")]),
-    transition(1, START + 1_000_000),
+    transition(1, START + 1_000_000, 1),
     slot_op(START + 1_000_100, 1),
     slot_op(START + 1_000_200, 1),
     stall("commit", START + 900_000, 300_000, StallCause("transition", 1)),
@@ -221,7 +201,7 @@ def test_histograms(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 
 
 def test_a_recording_without_stalls(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    path = recording(tmp_path / "r.jsonl", [transition(1, START + 5_000)])
+    path = recording(tmp_path / "r.jsonl", [transition(1, START + 5_000, 1)])
     out = run(capsys, "report", path).out
     assert "no probe was at work: stalls were not measured" in out
     assert "no stall, 1 transition in 5.0 us" in out

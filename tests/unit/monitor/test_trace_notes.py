@@ -13,15 +13,14 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import DeadlineExceeded
-from qmp_memlistener.monitor import TraceReason, TraceUnavailable
-from qmp_memlistener.monitor import trace_notes as notes
+from qmp_memlistener.monitor import TraceReason, TraceUnavailable, private_dir
 from qmp_memlistener.monitor.procfs import Process
 from qmp_memlistener.monitor.trace_notes import LogChange, Place, sweep
 
 
 @pytest.fixture(autouse=True)
 def shm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(notes, "_SHM", str(tmp_path))
+    monkeypatch.setattr(private_dir, "SHM", str(tmp_path))
     monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     return tmp_path
 
@@ -96,9 +95,10 @@ def test_leases_live_with_their_owner(place: Place) -> None:
 
 AGENT = """
 import os, sys
+from qmp_memlistener.monitor import private_dir
 from qmp_memlistener.monitor import trace_notes as notes
 from qmp_memlistener.monitor.procfs import Process
-notes._SHM = sys.argv[1]
+private_dir.SHM = sys.argv[1]
 lease = notes.Place(Process.read(int(sys.argv[2]))).claim(["x"], 0)
 print("claimed", flush=True)
 input()

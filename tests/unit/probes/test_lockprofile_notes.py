@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qmp_memlistener.monitor import private_dir
 from qmp_memlistener.monitor.procfs import Process
-from qmp_memlistener.probes import leftover_notes
 from qmp_memlistener.probes.leftover_notes import LeftoverNote, find, note, stale
 
 WHAT = "sync-profile"
@@ -19,12 +19,9 @@ WHAT = "sync-profile"
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    def directory(*, create: bool) -> str:
-        assert create in (True, False)
-        return str(tmp_path)
-
-    monkeypatch.setattr(leftover_notes, "_directory", directory)
-    return tmp_path
+    monkeypatch.setattr(private_dir, "SHM", str(tmp_path))
+    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
+    return Path(private_dir.private_directory())
 
 
 @pytest.fixture
@@ -45,34 +42,35 @@ def test_a_note_of_the_living_is_nothing_left_over(place: Path, guest: Process) 
     # another of ours must not switch it off
     assert note(guest.pid, guest.start_ticks, WHAT) is None
     assert [p.name for p in place.iterdir()] == [f"{guest.pid}-{guest.start_ticks}.{WHAT}"]
-    claim.clear()
-    claim.clear()
+    claim.remove()
+    claim.remove()
     assert list(place.iterdir()) == []
 
 
 def test_a_note_of_the_dead_is_found_and_taken_over(place: Path, guest: Process) -> None:
     claim = note(guest.pid, guest.start_ticks, WHAT)
     assert claim is not None
-    claim.abandon()
+    claim.close()
     left = LeftoverNote(guest.pid, guest.start_ticks, WHAT, claim.path)
     assert find() == [left]
     assert str(guest.pid) in left.text
     again = note(guest.pid, guest.start_ticks, WHAT)
     assert again is not None
     assert find() == []
-    again.clear()
+    again.remove()
     assert list(place.iterdir()) == []
 
 
 def test_the_kernel_tells_that_the_owner_was_killed(place: Path, guest: Process) -> None:
     code = (
         "import os, signal, sys\n"
+        "from qmp_memlistener.monitor import private_dir\n"
         "from qmp_memlistener.probes import leftover_notes as notes\n"
-        "notes._directory = lambda *, create: sys.argv[1]\n"
+        "private_dir.SHM = sys.argv[1]\n"
         "assert notes.note(int(sys.argv[2]), int(sys.argv[3]), 'sync-profile')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    arguments = [str(place), str(guest.pid), str(guest.start_ticks)]
+    arguments = [str(place.parent), str(guest.pid), str(guest.start_ticks)]
     ended = subprocess.run([sys.executable, "-c", code, *arguments], check=False, timeout=30)
     assert ended.returncode < 0
     assert [left.pid for left in find()] == [guest.pid]
@@ -81,7 +79,7 @@ def test_the_kernel_tells_that_the_owner_was_killed(place: Path, guest: Process)
 def test_notes_about_processes_that_are_gone_are_removed(place: Path, guest: Process) -> None:
     claim = note(guest.pid, guest.start_ticks + 1, WHAT)
     assert claim is not None
-    claim.abandon()
+    claim.close()
     assert find() == []
     assert list(place.iterdir()) == []
 

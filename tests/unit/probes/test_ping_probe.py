@@ -96,6 +96,20 @@ def probe_at(target: UnixTarget | None) -> PingProbe:
     return PingProbe(context_of(Monitor(UnixTarget("/none")), target))
 
 
+@asynccontextmanager
+async def pinging(
+    tmp_path: Path, *, burst: bool = False
+) -> AsyncIterator[tuple[Server, PingProbe, Recorder]]:
+    """A server, a probe that pings it (quickly, with `burst`), and what that one tells."""
+    server = Server()
+    async with served(tmp_path, server) as target:
+        probe, recorder = probe_at(target), Recorder()
+        await probe.start(recorder)
+        if burst:
+            await probe.burst(True)
+        yield server, probe, recorder
+
+
 def ping_threads() -> int:
     return sum(t.name == "ping" for t in threading.enumerate())
 
@@ -156,10 +170,7 @@ async def test_bursts_ping_quickly_and_may_be_nested(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_a_burst_begins_with_a_ping_that_was_answered(tmp_path: Path) -> None:
-    server = Server()
-    async with served(tmp_path, server) as target:
-        probe, recorder = probe_at(target), Recorder()
-        await probe.start(recorder)
+    async with pinging(tmp_path) as (_, probe, recorder):
         before = time.monotonic_ns()
         await probe.burst(True)
         assert recorder.reached["ping"] >= before
@@ -168,11 +179,7 @@ async def test_a_burst_begins_with_a_ping_that_was_answered(tmp_path: Path) -> N
 
 @pytest.mark.asyncio
 async def test_a_stall_is_reported_when_it_is_over(tmp_path: Path) -> None:
-    server = Server()
-    async with served(tmp_path, server) as target:
-        probe, recorder = probe_at(target), Recorder()
-        await probe.start(recorder)
-        await probe.burst(True)
+    async with pinging(tmp_path, burst=True) as (server, probe, recorder):
         server.serves.clear()
         stalled = time.monotonic_ns()
         await server.waiting.wait()
@@ -202,11 +209,7 @@ async def test_a_stall_is_reported_when_it_is_over(tmp_path: Path) -> None:
 
 @pytest.mark.asyncio
 async def test_a_stall_that_goes_on_is_reported_so_far_when_stopped(tmp_path: Path) -> None:
-    server = Server()
-    async with served(tmp_path, server) as target:
-        probe, recorder = probe_at(target), Recorder()
-        await probe.start(recorder)
-        await probe.burst(True)
+    async with pinging(tmp_path, burst=True) as (server, probe, recorder):
         server.serves.clear()
         await server.waiting.wait()
         await asyncio.sleep(0.2)
@@ -224,11 +227,7 @@ async def test_a_server_that_dies_during_a_stall(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(ping_module, "_LOST_TOO_S", 0.1)
-    server = Server()
-    async with served(tmp_path, server) as target:
-        probe, recorder = probe_at(target), Recorder()
-        await probe.start(recorder)
-        await probe.burst(True)
+    async with pinging(tmp_path, burst=True) as (server, probe, recorder):
         server.serves.clear()
         await server.waiting.wait()
         await asyncio.sleep(0.1)
@@ -273,10 +272,7 @@ async def test_garbage_ends_the_probe_and_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, garbage: bytes
 ) -> None:
     monkeypatch.setattr(ping_module, "_LOST_TOO_S", 0.1)
-    server = Server()
-    async with served(tmp_path, server) as target:
-        probe, recorder = probe_at(target), Recorder()
-        await probe.start(recorder)
+    async with pinging(tmp_path) as (server, probe, recorder):
         server.say = garbage
         await recorder.wait_for(lambda: bool(recorder.failures))
         assert isinstance(recorder.failures[0], ProtocolViolation)
@@ -389,11 +385,7 @@ async def test_when_even_out_of_band_is_silent_all_of_it_may_have_stood_still(
     tmp_path: Path,
 ) -> None:
     """As when the process is stopped: nothing is proven of the main loop alone."""
-    server = Server()
-    async with served(tmp_path, server) as target:
-        probe, recorder = probe_at(target), Recorder()
-        await probe.start(recorder)
-        await probe.burst(True)
+    async with pinging(tmp_path, burst=True) as (server, probe, recorder):
         server.oob_answers = False
         server.say = b'{"return": [], "id": 0}\r\n{"return": {}}\r\n'
         server.serves.clear()

@@ -11,7 +11,6 @@ from qmp_memlistener.errors import InputError, RecordingError
 from qmp_memlistener.recording import (
     Cause,
     GuestState,
-    Header,
     HoleInfo,
     Note,
     Recording,
@@ -20,20 +19,8 @@ from qmp_memlistener.recording import (
     TransitionRecord,
     is_recording,
 )
+from tests.support.records import HEADER
 
-HEADER = Header(
-    tool_version="0",
-    monotonic_ns=1,
-    realtime_ns=2,
-    host_kernel="6.1",
-    target="unix:/x",
-    qemu_version="7.2.22",
-    machine="pc",
-    accel="kvm",
-    guest_name=None,
-    pid=1,
-    source="trace",
-)
 RECORDS = [
     TransitionRecord(
         seq=1,

@@ -10,16 +10,15 @@ from hypothesis import strategies as st
 
 from qmp_memlistener.probes import CommandSpan, Kind, Observation, SlotUpdate
 from qmp_memlistener.recording import (
-    Cause,
     CommandRecord,
     GuestState,
     Record,
     SlotOp,
     StallCause,
     StallRecord,
-    TransitionRecord,
 )
 from qmp_memlistener.timeline import Timeline
+from tests.support.records import transition
 
 MS = 1_000_000
 BOUND = 200_000
@@ -56,20 +55,6 @@ def window(
 def ioctl(start: int, end: int, size: int, *, slot: int = 3, tid: int = 7) -> Observation:
     update = SlotUpdate(as_id=0, slot=slot, flags=0, gpa=RAM, size=size, hva=0x7000, ret=0)
     return window(Kind.SLOT_UPDATE, start, end, tid=tid, update=update)
-
-
-def transition(seq: int, t_ns: int, slot_ops: int = 0) -> TransitionRecord:
-    return TransitionRecord(
-        seq=seq,
-        t_ns=t_ns,
-        cause=Cause("unknown"),
-        removed=[],
-        added=[],
-        holes_punched=[],
-        holes_filled=[],
-        detail="full",
-        slot_ops=slot_ops,
-    )
 
 
 def slot_op(seq: int | None, t_ns: int, op: str, *, slot: int = 3) -> SlotOp:
@@ -338,6 +323,20 @@ def test_nothing_is_decided_before_every_probe_has_spoken() -> None:
     assert not timeline.release(10 * MS)
     timeline.advance("ping", 10 * MS)
     assert stalls(timeline.release(10 * MS), Kind.COMMIT)
+
+
+def test_what_came_in_is_pending_until_it_is_handed_out() -> None:
+    timeline = new()
+    pending = [timeline.pending]
+    timeline.observe([window(Kind.COMMIT, 0, MS)])
+    pending.append(timeline.pending)
+    timeline.release(10 * MS)
+    pending.append(timeline.pending)
+    timeline.record(transition(1, 20 * MS))
+    pending.append(timeline.pending)
+    timeline.release(30 * MS)
+    pending.append(timeline.pending)
+    assert pending == [False, True, False, True, False]
 
 
 def test_a_probe_that_is_stuck_or_gone_does_not_hold_up_the_others_for_ever() -> None:

@@ -1,0 +1,299 @@
+"""Opening an attachment: connect, start tracing, take the first snapshot, start the probes.
+
+Whatever is begun here is undone by the stack that is given, in reverse and whatever the reason
+for leaving.  What can be done with a guest once the attachment is open is the Agent's.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Mapping
+from contextlib import AsyncExitStack, ExitStack
+from dataclasses import dataclass
+from functools import partial
+
+from ..memslots import Rules
+from ..monitor import (
+    Guest,
+    GuestFacts,
+    Monitor,
+    Target,
+    TraceReason,
+    TraceSession,
+    TraceUnavailable,
+    measure_idle,
+    read_facts,
+    start_tracing,
+)
+from ..probes import Context, Kind, leftover_notes
+from ..probes.registry import choose
+from ..recording import Header, Note, Record, RecordingWriter
+from ..topology import MemoryMap
+from ..tracking import Tracker
+from .failures import FailureWatch
+from .guest_events import GuestEvents
+from .header import header_of, rules_of
+from .measuring import Measuring
+from .monitors import Monitors, connect_monitors
+from .outlet import Outlet
+from .polling import PollSource
+from .source import MakeTracker, Source
+from .tracing import TraceSource
+from .upkeep import Upkeep
+
+__all__ = ["AttachOptions", "Attached", "Opening"]
+
+_MISSED = "the map is polled: holes that come and go between two snapshots are not seen"
+
+
+@dataclass(frozen=True, slots=True)
+class AttachOptions:
+    """What `attach` was asked for; its docstring says what each means."""
+
+    target: str | Target
+    trace: bool
+    probes: tuple[str, ...] | None
+    max_overhead: float | None
+    must_see: Mapping[Kind, int]
+    freeze: str | None
+    record: str | None
+    ping_monitor: str | Target | None
+    ops_monitor: str | Target | None
+    guarded: bool
+    on_record: Callable[[Record], None] | None
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Attached:
+    """What an open attachment is made of; `source` has taken its first snapshot."""
+
+    monitors: Monitors
+    facts: GuestFacts
+    header: Header
+    source: Source
+    measuring: Measuring
+    remarks: list[str]
+
+    @property
+    def tracker(self) -> Tracker:
+        """What folds the transitions."""
+        return _tracker_of(self.source)
+
+
+class Opening:
+    """Opens one attachment, once; `stack` undoes it."""
+
+    def __init__(
+        self, options: AttachOptions, stack: AsyncExitStack, outlet: Outlet, upkeep: Upkeep
+    ) -> None:
+        self._options = options
+        self._stack = stack
+        self._outlet = outlet
+        self._upkeep = upkeep
+        self._remarks: list[str] = []
+        self._measuring: Measuring | None = None
+
+    async def run(self) -> Attached:
+        """Raises as entering the block of `attach` does."""
+        stack = self._stack
+        monitors = await self._connect()
+        facts = await read_facts(monitors.observer)
+        rules = await asyncio.to_thread(rules_of, facts.version, monitors.pid)
+        files = stack.enter_context(ExitStack())  # a recording takes everything that follows
+        if monitors.owner is not None:
+            await self._put_back(monitors.observer, monitors.owner)
+        stack.push_async_callback(self._outlet.dispatcher.close)
+        stack.callback(self._outlet.records.close)
+        stack.callback(self._finish_measuring)
+        session, untraced = await self._start_tracing(monitors)
+        stack.push_async_callback(self._end_tasks)
+        source = await self._start_source(
+            monitors.observer,
+            session,
+            partial(_make_tracker, facts, rules, traced=session is not None),
+        )
+        header = header_of(
+            str(self._options.target),
+            facts,
+            monitors.pid,
+            traced=session is not None,
+            why_not=untraced.message if untraced is not None else None,
+        )
+        self._publish_header(header, files)
+        self._watch_events(monitors, facts, source)
+        await source.snapshot()
+        self._upkeep.spawn(source.keep_snapshots(), "snapshots")
+        self._upkeep.spawn(self._watch_monitor(monitors.observer, source), "monitor")
+        measuring = await self._start_measuring(monitors, facts, header, source, untraced)
+        return Attached(monitors, facts, header, source, measuring, self._remarks)
+
+    async def _connect(self) -> Monitors:
+        options = self._options
+        monitors = await connect_monitors(
+            self._stack,
+            options.target,
+            freeze=options.freeze,
+            ping=options.ping_monitor,
+            operations=options.ops_monitor,
+            ping_first=options.probes is None or "ping" in options.probes,
+            guarded=options.guarded,
+            deadline=options.deadline,
+        )
+        self._remarks += monitors.remarks
+        return monitors
+
+    async def _put_back(self, monitor: Monitor, owner: Guest) -> None:
+        """What a probe whose agent was killed left switched on; tracing sees to its own."""
+        process = owner.process
+        for what in leftover_notes.WHAT:
+            left = leftover_notes.stale(process.pid, process.start_ticks, what)
+            if left is not None and await leftover_notes.restore(monitor, left):
+                self._remarks.append(
+                    f"put back what an agent that was killed had left: {left.text}"
+                )
+
+    # -- the map -----------------------------------------------------------------------------
+
+    async def _start_tracing(
+        self, monitors: Monitors
+    ) -> tuple[TraceSession | None, TraceUnavailable | None]:
+        """The session, or why there is none."""
+        if not self._options.trace:
+            self._remarks.append(_MISSED)
+            return None, TraceUnavailable(TraceReason.NOT_ASKED, "tracing was not asked for")
+        try:
+            session = await start_tracing(monitors.observer, guest=monitors.owner)
+        except TraceUnavailable as exc:
+            remedy = f"; to get it: {exc.remedy}" if exc.remedy else ""
+            self._remarks += [f"no tracing: {exc.message}{remedy}", _MISSED]
+            return None, exc
+        self._remarks += session.remarks
+        return await self._stack.enter_async_context(session), None
+
+    async def _start_source(
+        self,
+        monitor: Monitor,
+        session: TraceSession | None,
+        make_tracker: MakeTracker,
+    ) -> Source:
+        publish = self._outlet.publish
+        if session is None:
+            idle = await measure_idle(monitor)
+            polling = PollSource(monitor, idle, publish, make_tracker)
+            self._outlet.follow(polling)
+            return polling
+        tail = await self._stack.enter_async_context(session.tail())
+        source = TraceSource(monitor, session, tail, publish, make_tracker, self._own_command)
+        self._outlet.follow(source)
+        self._upkeep.spawn(source.read(), "trace lines")
+        return source
+
+    # -- records -----------------------------------------------------------------------------
+
+    def _publish_header(self, header: Header, files: ExitStack) -> None:
+        records = self._outlet.records
+        if self._options.record is not None:
+            writer = files.enter_context(RecordingWriter(self._options.record, header))
+            records.subscribe(writer.write)
+        if self._options.on_record is not None:
+            self._options.on_record(header)
+            records.subscribe(self._options.on_record)
+        now = time.monotonic_ns()
+        records.publish(Note(t_ns=now, text=remark) for remark in self._remarks)
+
+    def _watch_events(self, monitors: Monitors, facts: GuestFacts, source: Source) -> None:
+        """QMP events become records, and failures of the guest are explained."""
+        monitor = monitors.observer
+        events = GuestEvents(monitor, source, self._outlet.publish)
+        self._stack.push_async_callback(events.close)
+        self._stack.callback(monitor.subscribe(events.take))
+        failures = FailureWatch(
+            monitor,
+            self._outlet.publish,
+            settle=source.settle,
+            view=lambda: _tracker_of(source).map,
+            machine=facts.machine,
+            pid=monitors.pid,
+        )
+        self._stack.push_async_callback(failures.close)
+        self._outlet.records.subscribe(failures.record)
+        self._stack.callback(monitor.subscribe(failures.event))
+
+    async def _watch_monitor(self, monitor: Monitor, source: Source) -> None:
+        """When the peer goes: report what is left, then say that it is lost."""
+        error = await asyncio.shield(monitor.lost)
+        await source.finish()
+        _tracker_of(source).flush()
+        self._outlet.publish()
+        self._upkeep.give_up(error)
+
+    async def _end_tasks(self) -> None:
+        """Stop the tasks and publish what they had in hand."""
+        await self._upkeep.end()
+        self._outlet.publish()
+
+    # -- stalls ------------------------------------------------------------------------------
+
+    async def _start_measuring(
+        self,
+        monitors: Monitors,
+        facts: GuestFacts,
+        header: Header,
+        source: Source,
+        untraced: TraceUnavailable | None,
+    ) -> Measuring:
+        context = Context(
+            guest=monitors.companions.guest,
+            pid=monitors.pid,
+            facts=facts,
+            monitor=monitors.observer,
+            companions=monitors.companions,
+            traced=untraced is None,
+            why_not_traced=untraced.message if untraced is not None else None,
+            trace_remedy=untraced.remedy if untraced is not None else None,
+            named=self._options.probes is not None,
+            max_share=self._options.max_overhead,
+            must_see=self._options.must_see,
+        )
+        choices = await choose(context, self._options.probes)
+        records = self._outlet.records
+        measuring = Measuring(
+            choices,
+            source,
+            records.publish,
+            self._upkeep.give_up,
+            stamp_bound_ns=header.stamp_bound_ns or 0,
+        )
+        records.subscribe(measuring.take)
+        self._measuring = measuring
+        await measuring.start(self._stack, _tracker_of(source).slots)
+        self._upkeep.spawn(measuring.keep_releasing(), "stalls")
+        return measuring
+
+    def _own_command(self, name: str, start_ns: int, end_ns: int) -> None:
+        if self._measuring is not None:
+            self._measuring.own_command(name, start_ns, end_ns)
+
+    def _finish_measuring(self) -> None:
+        if self._measuring is not None:
+            self._measuring.finish()
+
+
+def _make_tracker(
+    facts: GuestFacts, rules: Rules, maps: dict[int, MemoryMap], t_ns: int, *, traced: bool
+) -> Tracker:
+    return Tracker(
+        maps,
+        t_ns,
+        has_slots=facts.accel == "kvm" or facts.kvm is True,
+        traced=traced,
+        rules=rules,
+    )
+
+
+def _tracker_of(source: Source) -> Tracker:
+    tracker = source.tracker
+    assert tracker is not None, "the first snapshot has been taken"
+    return tracker

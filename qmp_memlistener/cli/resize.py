@@ -1,0 +1,50 @@
+"""`resize`: give a running guest more or less memory."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from .common import json_option
+from .update_options import (
+    Attaching,
+    attach_options,
+    run_update,
+    strategy_option,
+    update_options,
+)
+
+if TYPE_CHECKING:
+    from ..agent import Agent
+    from ..updates.model import Resize
+    from ..updates.operation import UpdateOptions
+
+
+@click.command("resize", context_settings={"ignore_unknown_options": True})
+@click.argument("target")
+@click.argument("size", metavar="+SIZE|-SIZE|=SIZE")
+@strategy_option
+@update_options
+@attach_options
+@json_option
+def command(
+    attaching: Attaching, size: str, strategy: str, options: UpdateOptions, as_json: bool
+) -> int:
+    """Give a running guest more memory (+256M), less (-256M), or so much in all (=4G).
+
+    direct and pause plug and unplug DIMMs; hole changes how much of a virtio-mem device the guest
+    has, whose region is there already.
+
+    Exit code 1: it was refused, failed, or the guest has done a part of it only.
+
+    Example: qmp-memlistener resize /run/vm.qmp +256M --strategy hole
+    """
+    from ..updates.options import parse_resize
+
+    wanted = parse_resize(size)
+
+    async def intend(_: Agent) -> Resize:
+        return wanted
+
+    return run_update(attaching, intend, strategy, options, f"resize {size}", as_json=as_json)

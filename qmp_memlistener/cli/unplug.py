@@ -1,0 +1,56 @@
+"""`unplug`: take a device out of a running guest."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from .common import json_option
+from .update_options import (
+    Attaching,
+    attach_options,
+    run_update,
+    strategy_option,
+    update_options,
+)
+
+if TYPE_CHECKING:
+    from ..agent import Agent
+    from ..updates.model import Unplug
+    from ..updates.operation import UpdateOptions
+
+
+@click.command("unplug")
+@click.argument("target")
+@click.argument("device", metavar="ID")
+@click.option("--backends", is_flag=True, help="Remove what it stood on as well: memory backend, "
+              "netdev, block node.")  # fmt: skip
+@strategy_option
+@update_options
+@attach_options
+@json_option
+def command(
+    attaching: Attaching,
+    device: str,
+    backends: bool,
+    strategy: str,
+    options: UpdateOptions,
+    as_json: bool,
+) -> int:
+    """Take the device ID out of a running guest, wait until it is gone, and tell what that cost.
+
+    A guest has to let go of a device; when it does not, what it waits for or who refused is said.
+
+    Exit code 1: it was refused, failed, or is still there.
+
+    Example: qmp-memlistener unplug /run/vm.qmp dimm0 --backends
+    """
+
+    async def intend(agent: Agent) -> Unplug:
+        from ..updates.guest_facts import backends_of
+        from ..updates.model import Unplug
+
+        return Unplug(device, await backends_of(agent.monitor, device) if backends else ())
+
+    return run_update(attaching, intend, strategy, options, f"unplug {device}", as_json=as_json)

@@ -1,0 +1,198 @@
+"""What `hotplug`, `unplug`, `resize` and `compare` share: options, attaching, the outcome's end."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from functools import wraps
+from typing import TYPE_CHECKING
+
+import rich_click as click
+
+from .common import duration, print_json, printable, run_async, terminal_shape
+from .follow import probe_names
+
+if TYPE_CHECKING:
+    from ..agent import Agent
+    from ..updates.model import Intent, Outcome, Plug
+    from ..updates.operation import UpdateOptions
+
+__all__ = [
+    "Attaching",
+    "additions_options",
+    "attach_options",
+    "plug_of",
+    "run_update",
+    "strategy_option",
+    "update_options",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Attaching:
+    """How to attach for an update."""
+
+    target: str
+    no_trace: bool
+    probes: tuple[str, ...] | None
+    record: str | None
+    ping_monitor: str | None
+    ops_monitor: str | None
+
+    def attach(self, *, guarded: bool) -> AbstractAsyncContextManager[Agent]:
+        """With a monitor kept free for the guard when something is going to be paused."""
+        from ..agent import attach
+
+        return attach(
+            self.target,
+            trace=not self.no_trace,
+            probes=self.probes,
+            record=self.record,
+            ping_monitor=self.ping_monitor,
+            ops_monitor=self.ops_monitor,
+            guarded=guarded,
+        )
+
+
+def attach_options(function: Callable[..., int]) -> Callable[..., int]:
+    """How to attach; the verb gets that and its `target` as `attaching`."""
+
+    @wraps(function)
+    def verb(
+        target: str,
+        no_trace: bool,
+        probes: tuple[str, ...] | None,
+        record: str | None,
+        ping_monitor: str | None,
+        ops_monitor: str | None,
+        **rest: object,
+    ) -> int:
+        attaching = Attaching(target, no_trace, probes, record, ping_monitor, ops_monitor)
+        return function(attaching=attaching, **rest)
+
+    for option in (
+        click.option("--ops-monitor", metavar="TARGET", help="Another QMP monitor of the same "
+                     "QEMU, for the commands."),
+        click.option("--ping-monitor", metavar="TARGET", help="Another QMP monitor of the same "
+                     "QEMU, for pinging."),
+        click.option("--probes", callback=probe_names, metavar="NAMES", help="Measure stalls with "
+                     "these only, such as ping,uprobes, or none. Default: the best that work."),
+        click.option("--no-trace", is_flag=True, help="Touch neither trace events nor the log of "
+                     "the guest; poll instead."),
+        click.option("-o", "--record", metavar="FILE", help="Write a recording to this new file."),
+    ):  # fmt: skip
+        verb = option(verb)
+    return verb
+
+
+def strategy_option(function: Callable[..., int]) -> Callable[..., int]:
+    """`--strategy`."""
+    return click.option(
+        "--strategy", type=click.Choice(["direct", "pause", "hole"]), default="direct",
+        show_default=True, help="direct: QEMU's way. pause: stop all vCPUs meanwhile. hole: change "
+        "something inside a region that was reserved beforehand.",
+    )(function)  # fmt: skip
+
+
+def update_options(function: Callable[..., int]) -> Callable[..., int]:
+    """How to carry out an update; the verb gets them as `options`."""
+
+    @wraps(function)
+    def verb(
+        max_pause: int, wait: int, through_guest: bool, guard_monitor: str | None, **rest: object
+    ) -> int:
+        from ..updates.operation import UpdateOptions
+
+        options = UpdateOptions(
+            max_pause_s=max_pause / 1e9,
+            wait_s=wait / 1e9,
+            through_guest=through_guest,
+            guard_monitor=guard_monitor,
+        )
+        return function(options=options, **rest)
+
+    for option in (
+        click.option("--guard-monitor", metavar="TARGET", help="Another QMP monitor of the same "
+                     "QEMU, for the guard that resumes the guest if we cannot."),
+        click.option("--through-guest", is_flag=True, help="With --strategy pause, an experiment: "
+                     "pause again at each transition that the guest makes itself."),
+        click.option("--wait", type=duration, default="10s", show_default=True, metavar="DURATION",
+                     help="How long the guest may take for its part."),
+        click.option("--max-pause", type=duration, default="2s", show_default=True,
+                     metavar="DURATION", help="The longest pause; a guard ends it."),
+    ):  # fmt: skip
+        verb = option(verb)
+    return verb
+
+
+def additions_options(function: Callable[..., int]) -> Callable[..., int]:
+    """`--device` and what it stands on; the verb gets them as `device`, `objects`, …"""
+    for option in (
+        click.option("--blockdev", "blockdevs", multiple=True, metavar="DRIVER,node-name=ID,…",
+                     help="A block node to make first; may be repeated."),
+        click.option("--netdev", "netdevs", multiple=True, metavar="TYPE,id=ID,…",
+                     help="A network backend to make first; may be repeated."),
+        click.option("--object", "objects", multiple=True, metavar="TYPE,id=ID,…",
+                     help="An object to make first, such as a memory backend; may be repeated."),
+        click.option("--device", metavar="DRIVER,id=ID,…", help="The device, as QEMU's -device "
+                     "takes it (a comma in a value is written twice), or as JSON."),
+    ):  # fmt: skip
+        function = option(function)
+    return function
+
+
+def plug_of(
+    device: str, objects: tuple[str, ...], netdevs: tuple[str, ...], blockdevs: tuple[str, ...]
+) -> Plug:
+    """The intent that the options say.  Raises InputError."""
+    from ..updates.model import Plug, Role
+    from ..updates.options import parse_addition
+
+    backends = [
+        parse_addition(role, text)
+        for role, texts in (
+            (Role.OBJECT, objects),
+            (Role.NETDEV, netdevs),
+            (Role.BLOCKDEV, blockdevs),
+        )
+        for text in texts
+    ]
+    return Plug(parse_addition(Role.DEVICE, device), tuple(backends))
+
+
+def run_update(
+    attaching: Attaching,
+    intend: Callable[[Agent], Awaitable[Intent]],
+    strategy: str,
+    options: UpdateOptions,
+    what: str,
+    *,
+    as_json: bool,
+) -> int:
+    """Carry it out, print what came of it, and return the exit code."""
+    outcome = run_async(_update(attaching, intend, strategy, options))
+    if as_json:
+        print_json(outcome)
+    else:
+        from ..reports.updates import outcome_lines
+
+        width, _ = terminal_shape()
+        for line in outcome_lines(outcome, what, width=width):
+            click.echo(printable(line))
+    return 0 if outcome.outcome == "done" else 1
+
+
+async def _update(
+    attaching: Attaching,
+    intend: Callable[[Agent], Awaitable[Intent]],
+    strategy: str,
+    options: UpdateOptions,
+) -> Outcome:
+    from ..updates.model import Strategy
+
+    async with attaching.attach(guarded=strategy == Strategy.PAUSE) as agent:
+        for remark in agent.remarks:
+            click.echo(printable(remark), err=True)
+        await agent.measuring.wait_started()
+        return await agent.update(await intend(agent), Strategy(strategy), options)

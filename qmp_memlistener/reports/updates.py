@@ -1,0 +1,75 @@
+"""What came of an update, in words: the outcome, its phases, its stalls, the operations.
+
+Nothing is printed here, and text that a guest chose is passed on as it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ..recording import SummaryRecord
+from ..timeline.summary import Statistics
+from ..updates.model import Outcome, Phase
+from .stalls import count_text, duration_text, summary_lines
+
+__all__ = ["outcome_lines"]
+
+_PHASES = {
+    "prepared": "backends made",
+    "accepted": "command carried out",
+    "realised": "map changed by QEMU",
+    "guest_told": "until the guest reacted",
+    "guest_acts": "the guest's part",
+    "driver_bound": "driver bound",
+    "settled": "quiet since",
+}
+
+
+def outcome_lines(outcome: Outcome, what: str, *, width: int = 80) -> Iterator[str]:
+    """Lines without line ends; `what` says in words what was wanted."""
+    yield f"{outcome.outcome}: {what} (strategy {outcome.strategy})"
+    if outcome.reason is not None:
+        yield f"  {outcome.reason}"
+    if outcome.remedy is not None:
+        yield f"  remedy: {outcome.remedy}"
+    for note in outcome.notes:
+        yield f"  note: {note}"
+    state = outcome.guest_state
+    yield f"  guest: {state.before} before, {state.after} after"
+    if not outcome.phases:
+        return
+    yield ""
+    start = outcome.phases[0].start_ns
+    for phase in outcome.phases:
+        yield f"  {_phase(phase, start)}"
+    slots = {(op.as_id, op.slot) for op in outcome.slot_ops}
+    predicted = any(op.predicted for op in outcome.slot_ops)
+    yield (
+        f"  {count_text(len(outcome.slot_ops), 'slot operation')}"
+        f"{' (predicted)' if predicted else ''} on {count_text(len(slots), 'slot')}, "
+        f"{count_text(outcome.transitions, 'transition')}"
+    )
+    if outcome.stalls:
+        yield ""
+        yield from summary_lines(_summary(outcome), width=width, charts=False)
+
+
+def _phase(phase: Phase, start: int) -> str:
+    words = _PHASES.get(phase.name, phase.name)
+    at, took = phase.start_ns - start, phase.end_ns - phase.start_ns
+    parts = []
+    if phase.transitions:
+        parts.append(count_text(len(phase.transitions), "transition"))
+    if phase.stalls:
+        parts.append(count_text(len(phase.stalls), "stall"))
+    return (
+        f"{duration_text(at):>8}  {words:<24}{duration_text(took):>8}  {', '.join(parts)}".rstrip()
+    )
+
+
+def _summary(outcome: Outcome) -> SummaryRecord:
+    return Statistics(outcome.stalls).summary(
+        start_ns=outcome.phases[0].start_ns,
+        end_ns=max(p.end_ns for p in outcome.phases),
+        transitions=outcome.transitions,
+    )

@@ -1,0 +1,396 @@
+"""The resume guard, as the agent sees it: a process that resumes the guest if the agent cannot.
+
+`ResumeGuard.start` takes a free monitor of the guest and gives it to a process of its own
+(`guard_process`, where the rules are); `arm` comes before every `stop`, `release` when the guest
+runs again.  How a guest is paused between the two is `pausing`'s business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from enum import StrEnum
+from itertools import count
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from ..errors import (
+    DeadlineExceeded,
+    MonitorBusy,
+    OperationFailed,
+    ProtocolViolation,
+    TargetError,
+    TargetLost,
+)
+from ..monitor import SocketTarget, find_owner
+from ..monitor.dial import dial, explain_silence, no_answer, peer_pid
+from ..monitor.freeze import freeze_key
+from .guard_notes import NoteForm, new_note
+from .model import UpdateRefused
+
+__all__ = ["ResumeGuard", "Settled"]
+
+MAX_PAUSE_S = 2.0
+_CONNECT_S = 1.0
+_ARM_S = 2.0
+_RELEASE_S = 1.0
+_CLOSE_S = 2.0
+_REMEDY = "start QEMU with another -qmp unix:PATH,server=on,wait=off; the guard needs it for itself"
+
+
+class Settled(StrEnum):
+    """How a guest was found whose agent could not resume it.
+
+    RUNS: it runs, the guard had nothing to do.  RESUMED: the guard has resumed it.  LEFT: it does
+    not run; QEMU refuses, or it stands for another reason.  UNKNOWN: the guard cannot tell (yet).
+    """
+
+    RUNS = "runs"
+    RESUMED = "resumed"
+    LEFT = "left"
+    UNKNOWN = "unknown"
+
+
+class _Message(msgspec.Struct):
+    """What the guard's process says."""
+
+    n: int | None = None
+    ready: bool = False
+    phase: str = ""
+    status: str = ""
+    acted: bool = False
+    refused: bool = False
+    why: str = ""
+    obstacle: str = ""
+    failed: str = ""
+
+
+class ResumeGuard:
+    """A guard that runs.  Use `start`, and `async with` or `close`.
+
+    `acted` says that since the last `arm` the guard sent `cont` in our place, `why` what made it,
+    `obstacle` what kept the guest from running all the same.  (Where QEMU was blocked meanwhile, an
+    agent's own `cont` may have come first.)  `lock` is held by whoever has the guest paused.
+
+    When it is closed, or its agent ends, while the guest is paused, the guard sees to it that the
+    guest runs, and ends then.
+    """
+
+    def __init__(
+        self,
+        process: subprocess.Popen[bytes],
+        target: SocketTarget,
+        peer: int | None,
+        streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
+        max_pause_s: float,
+    ) -> None:
+        self.target = target
+        self.peer_pid = peer
+        self.max_pause_s = max_pause_s
+        self.acted = False
+        self.why = ""
+        self.obstacle = ""
+        self.lock = asyncio.Lock()
+        self._process = process
+        self._reader, self._writer = streams
+        self._numbers = count(1)
+        self._waiting: dict[int, asyncio.Future[_Message]] = {}
+        self._ready: asyncio.Future[_Message] = asyncio.get_running_loop().create_future()
+        self._failure = ""
+        self._closed = False
+        self._listening = asyncio.create_task(self._listen(), name=f"guard {target}")
+
+    @classmethod
+    async def start(
+        cls,
+        targets: Sequence[SocketTarget],
+        *,
+        max_pause_s: float = MAX_PAUSE_S,
+        deadline: float = 2.0,
+    ) -> ResumeGuard:
+        """A guard on the first of `targets` that is free, ready within `deadline` seconds.
+
+        It lets no pause last longer than `max_pause_s`.  Raises UpdateRefused when none is free,
+        TargetUnreachable, TargetLost or ProtocolViolation when none works, OperationFailed when the
+        guard's process does not come up.
+        """
+        until = time.monotonic() + deadline
+        failures: list[TargetError] = []
+        for target in targets:
+            try:
+                sock = await _greeted(target, min(_CONNECT_S, max(0.1, until - time.monotonic())))
+            except TargetError as error:
+                failures.append(error)
+                continue
+            with sock:
+                return await cls._on(sock, target, max_pause_s, max(0.5, until - time.monotonic()))
+        raise _no_monitor(failures)
+
+    @classmethod
+    async def _on(
+        cls, sock: socket.socket, target: SocketTarget, max_pause_s: float, deadline: float
+    ) -> ResumeGuard:
+        peer = peer_pid(sock)
+        owner = await asyncio.to_thread(find_owner, target, peer)
+        note = new_note(freeze_key(target, owner))
+        ours, theirs = socket.socketpair()
+        try:
+            with theirs:
+                process = _spawn(theirs, sock, note, max_pause_s)
+        except BaseException:
+            ours.close()
+            raise
+        try:
+            streams = await asyncio.open_unix_connection(sock=ours)
+        except BaseException:
+            ours.close()
+            _reap_later(process)
+            raise
+        guard = cls(process, target, peer, streams, max_pause_s)
+        try:
+            async with asyncio.timeout(deadline):
+                await guard._ready
+        except TimeoutError:
+            await guard.close()
+            raise OperationFailed(
+                f"the resume guard of {target} was not ready within {deadline:.1f} s; nothing was "
+                "touched",
+                remedy="QEMU's main loop is stalled, or this host is overloaded: try again",
+            ) from None
+        except BaseException:
+            await guard.close()
+            raise
+        return guard
+
+    @property
+    def pid(self) -> int:
+        """Of the guard's process."""
+        return self._process.pid
+
+    @property
+    def is_alive(self) -> bool:
+        """Its process answers, as far as is known."""
+        return not self._listening.done()
+
+    async def arm(self) -> str:
+        """Call it right before `stop` is sent.  Returns the guest's status (RunState).
+
+        It is armed only when that is `running`: with any other the guest must not be resumed, and
+        so there is nothing to guard.  Raises OperationFailed when the guard is gone or does not
+        answer: then nothing may be stopped.
+        """
+        self.acted = False
+        self.why = self.obstacle = ""
+        try:
+            answer = await self._ask("arm", _ARM_S)
+        except TimeoutError:
+            self._tell("release")
+            raise OperationFailed(
+                f"the resume guard of {self.target} did not answer within {_ARM_S:g} s; the guest "
+                "was not stopped",
+                remedy="QEMU's main loop is stalled, or the guard is: try again",
+            ) from None
+        except asyncio.CancelledError:
+            self._tell("release")
+            raise
+        if answer.refused:
+            raise OperationFailed(
+                f"an earlier pause of {self.target} is not over; the guest was not stopped again",
+                remedy="QEMU's main loop is stalled; try again when it answers",
+            )
+        return answer.status
+
+    async def release(self) -> None:
+        """The guest runs again, or was never stopped: the promise is kept.
+
+        Sets `acted`.  Raises nothing: a guard that is gone promises nothing (`is_alive`).
+        """
+        try:
+            self._take(await self._ask("release", _RELEASE_S))
+        except (TimeoutError, OperationFailed):
+            pass
+
+    async def hand_over(self, *, deadline: float = 5.0) -> Settled:
+        """We cannot resume the guest, or do not know whether it runs: the guard shall see to it.
+
+        Our own connection must be closed, or all that we sent over it answered.
+        """
+        try:
+            answer = await self._ask("lost", deadline)
+        except (TimeoutError, OperationFailed):
+            return Settled.UNKNOWN
+        self._take(answer)
+        if answer.phase == "left":
+            return Settled.LEFT
+        return Settled.RESUMED if answer.acted else Settled.RUNS
+
+    async def close(self) -> None:
+        """End the guard.  Idempotent; a guard that still has to resume the guest ends later."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._writer.can_write_eof() and not self._writer.is_closing():
+            self._writer.write_eof()
+        try:
+            await asyncio.wait((self._listening,), timeout=_CLOSE_S)
+        finally:
+            ended = self._listening.done()
+            self._listening.cancel()
+            self._writer.close()
+            # It has closed its end, so it is about to exit; otherwise it stays for its promise.
+            if not ended or not _reaped(self._process, 0.5):
+                _reap_later(self._process)
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        await self.close()
+
+    def _take(self, answer: _Message) -> None:
+        self.acted, self.why, self.obstacle = answer.acted, answer.why, answer.obstacle
+
+    async def _ask(self, what: str, deadline: float) -> _Message:
+        """Raises TimeoutError, and OperationFailed when the guard is gone."""
+        if not self.is_alive or self._closed:
+            raise self._gone()
+        number = self._tell(what)
+        future: asyncio.Future[_Message] = asyncio.get_running_loop().create_future()
+        self._waiting[number] = future
+        try:
+            async with asyncio.timeout(deadline):
+                return await future
+        finally:
+            del self._waiting[number]
+
+    def _tell(self, what: str) -> int:
+        number = next(self._numbers)
+        if not self._writer.is_closing():
+            self._writer.write(json.dumps({"do": what, "n": number}).encode() + b"\n")
+        return number
+
+    async def _listen(self) -> None:
+        try:
+            while line := await self._reader.readline():
+                message = msgspec.json.decode(line, type=_Message)
+                self._failure = message.failed or self._failure
+                future = self._ready if message.ready else self._waiting.get(message.n or 0)
+                if future is not None and not future.done():
+                    future.set_result(message)
+        except (OSError, ValueError) as error:
+            self._failure = str(error)
+        finally:
+            for future in (self._ready, *self._waiting.values()):
+                if not future.done():
+                    future.set_exception(self._gone())
+                    future.exception()  # nobody may be waiting
+
+    def _gone(self) -> OperationFailed:
+        why = f" ({self._failure})" if self._failure else ""
+        return OperationFailed(
+            f"the resume guard of {self.target} has ended{why}; the guest was not stopped",
+            remedy="QEMU quit, or somebody killed the guard: try again",
+        )
+
+
+def _spawn(
+    control: socket.socket, monitor: socket.socket, note: NoteForm, max_pause_s: float
+) -> subprocess.Popen[bytes]:
+    settings = {
+        "control": control.fileno(),
+        "monitor": monitor.fileno(),
+        "agent": os.getpid(),
+        "max_pause_ns": int(max_pause_s * 1e9),
+        "note_path": note.path,
+        "note": note.content,
+    }
+    script = Path(__file__).with_name("guard_process.py")
+    try:
+        return subprocess.Popen(
+            [sys.executable, "-I", "-S", str(script), json.dumps(settings)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd="/",
+            pass_fds=(control.fileno(), monitor.fileno()),
+            # Ctrl-C and the end of our terminal are not for it.
+            start_new_session=True,
+        )
+    except OSError as error:
+        raise OperationFailed(
+            f"the resume guard cannot be started: {error}; nothing was touched",
+            remedy="it needs a Python interpreter: is sys.executable one, may we start a process?",
+        ) from error
+
+
+async def _greeted(target: SocketTarget, deadline: float) -> socket.socket:
+    """A connected socket whose QEMU has sent its greeting.  Raises as `Monitor.connect` does."""
+    loop = asyncio.get_running_loop()
+    sock: socket.socket | None = None
+    greeting = b""
+    try:
+        async with asyncio.timeout(deadline):
+            sock = await dial(target)
+            async with explain_silence(target, deadline):
+                while b"\n" not in greeting and len(greeting) < 1 << 16:
+                    data = await loop.sock_recv(sock, 4096)
+                    if not data:
+                        raise TargetLost(f"{target} hung up before it greeted")
+                    greeting += data
+        if not greeting.startswith(b'{"QMP"'):
+            raise ProtocolViolation(
+                f"{target} does not speak QMP",
+                remedy="is this a QMP monitor (-qmp, or -mon mode=control)?",
+            )
+    except TimeoutError:
+        error = no_answer(target, deadline, connected=sock is not None)
+        if sock is not None:
+            sock.close()
+        raise error from None
+    except OSError as cause:
+        if sock is not None:
+            sock.close()
+        raise TargetLost(f"the connection to {target} broke: {cause}") from cause
+    except BaseException:
+        if sock is not None:
+            sock.close()
+        raise
+    return sock
+
+
+def _no_monitor(failures: Sequence[TargetError]) -> UpdateRefused | TargetError:
+    if failures and not any(isinstance(e, MonitorBusy | DeadlineExceeded) for e in failures):
+        return failures[0]
+    why = "; ".join(e.message for e in failures) or "no other monitor of this QEMU is known"
+    return UpdateRefused(
+        "the guest cannot be paused safely: there is no free monitor for the resume guard "
+        f"({why}); nothing was touched",
+        remedy=_REMEDY,
+    )
+
+
+def _reap_later(process: subprocess.Popen[bytes]) -> None:
+    threading.Thread(target=process.wait, name="reap the guard", daemon=True).start()
+
+
+def _reaped(process: subprocess.Popen[bytes], deadline: float) -> bool:
+    try:
+        process.wait(deadline)
+    except subprocess.TimeoutExpired:
+        return False
+    return True

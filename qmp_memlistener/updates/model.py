@@ -1,0 +1,189 @@
+"""The values of an update: what is wanted, how, and what came of it.  Pure.
+
+An `Intent` says what is wanted of a guest, a `Strategy` how the guest is treated meanwhile, an
+`Outcome` what happened.  `plans` turns the first two into the commands that `operation` runs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import msgspec
+
+from ..errors import OperationFailed
+from ..recording import SlotOp, StallRecord
+
+__all__ = [
+    "Addition",
+    "GuestStates",
+    "Intent",
+    "Outcome",
+    "Phase",
+    "Plug",
+    "Resize",
+    "Role",
+    "Strategy",
+    "Unplug",
+    "UpdateRefused",
+    "Value",
+]
+
+Value = str | int | float | bool | None | list["Value"] | dict[str, "Value"]
+"""A JSON value."""
+
+
+class UpdateRefused(OperationFailed):
+    """The update was not begun: the guest, or this strategy for it, does not allow it.
+
+    Nothing was touched; the remedy says what to change, most often the guest's configuration.
+    """
+
+
+class Strategy(StrEnum):
+    """How the guest is treated while its map changes.
+
+    DIRECT: QEMU's way, vCPUs run.  PAUSE: all vCPUs are stopped around the update.  HOLE: the
+    change happens inside a region that was reserved beforehand, so that nothing else moves.
+    """
+
+    DIRECT = "direct"
+    PAUSE = "pause"
+    HOLE = "hole"
+
+
+class Role(StrEnum):
+    """What something is that is added to a guest; each has its own QMP commands.
+
+    An OBJECT is any user-creatable QOM object, a memory backend most often.
+    """
+
+    OBJECT = "object"
+    NETDEV = "netdev"
+    BLOCKDEV = "blockdev"
+    DEVICE = "device"
+
+    @property
+    def id_key(self) -> str:
+        return "node-name" if self is Role.BLOCKDEV else "id"
+
+    @property
+    def type_key(self) -> str:
+        """The key that says what it is; in option syntax it may stand first without its name."""
+        return {"object": "qom-type", "netdev": "type", "blockdev": "driver", "device": "driver"}[
+            self
+        ]
+
+    @property
+    def add_command(self) -> str:
+        return {
+            "object": "object-add",
+            "netdev": "netdev_add",
+            "blockdev": "blockdev-add",
+            "device": "device_add",
+        }[self]
+
+    @property
+    def remove_command(self) -> str:
+        return {
+            "object": "object-del",
+            "netdev": "netdev_del",
+            "blockdev": "blockdev-del",
+            "device": "device_del",
+        }[self]
+
+
+@dataclass(frozen=True, slots=True)
+class Addition:
+    """Something to add; `arguments` are those of its QMP command, type and id included.
+
+    `typed`: the values came as JSON and are taken as they are; otherwise they are text, and what
+    is a number or a boolean is found out from QEMU (`typing`).
+    """
+
+    role: Role
+    id: str
+    arguments: Mapping[str, Value] = field(default_factory=dict)
+    typed: bool = False
+
+    @property
+    def type(self) -> str:
+        """The driver of a device, the QOM type of an object, and so on."""
+        return str(self.arguments[self.role.type_key])
+
+
+@dataclass(frozen=True, slots=True)
+class Plug:
+    """Add a device; what it stands on is made first, in this order, and removed on failure."""
+
+    device: Addition
+    backends: tuple[Addition, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Unplug:
+    """Take out the device `id`, and then the backends in `also`."""
+
+    id: str
+    also: tuple[Addition, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Resize:
+    """Give the guest more or less memory.
+
+    `sign` is `+` or `-` for a change by `size` bytes, `=` for that much memory in all, boot memory
+    included.
+    """
+
+    sign: str
+    size: int
+
+
+Intent = Plug | Unplug | Resize
+
+
+class Phase(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A part of an update, `[start_ns, end_ns)`.
+
+    `name`: `prepared` (backends made), `accepted` (the command, to its reply), `realised`
+    (to the last transition that QEMU's main thread made for it), `guest_told` (to the first sign
+    that the guest knows), `guest_acts` (the guest programs BARs, plugs or unplugs blocks, ejects),
+    `driver_bound` (where that can be seen), `settled` (nothing has happened any more until then).
+    `stalls` are numbers of incidents (`StallRecord.incident`) that began in it.
+    """
+
+    name: str
+    start_ns: int
+    end_ns: int
+    transitions: list[int] = []
+    stalls: list[int] = []
+
+
+class GuestStates(msgspec.Struct, frozen=True):
+    """QEMU's RunState before and after."""
+
+    before: str
+    after: str
+
+
+class Outcome(msgspec.Struct, frozen=True, kw_only=True):
+    """What came of an update; the JSON document of `hotplug`, `unplug` and `resize`.
+
+    `outcome`: `done`; `partial` (some of it holds, such as a part of the memory, or the guest has
+    not answered yet); `refused` (nothing was touched, or the guest refused); `failed` (undone).
+    `reason` says why it is not `done`.  `pause_ns` is how long the guest was paused by us.
+    """
+
+    schema: int = 1
+    outcome: str
+    reason: str | None
+    remedy: str | None = None
+    strategy: str
+    phases: list[Phase]
+    stalls: list[StallRecord]
+    slot_ops: list[SlotOp]
+    guest_state: GuestStates
+    transitions: int = 0
+    notes: list[str] = []

@@ -1,0 +1,281 @@
+"""Carrying out an update: check, prepare, change the map under a strategy, wait, tell what came.
+
+    outcome = await perform(agent, Plug(device), Strategy.PAUSE, UpdateOptions())
+
+Everything that was made for an update that fails is taken back, whatever the reason, a
+cancellation too.  What to send is `plans`' business, the pause `pausing`'s, the promise that no
+guest stays paused `guard`'s, and what the guest does about it `reaction`'s.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+from ..errors import CommandFailed, MemListenerError
+from ..monitor import Companions, Monitor, Reply
+from ..recording import Header, Record, SlotOp, StallRecord, TransitionRecord
+from .guard import ResumeGuard
+from .guard_targets import guard_targets
+from .guest_facts import read_facts
+from .guest_view import Bridge, read_bridges, read_guest, read_status
+from .model import (
+    GuestStates,
+    Intent,
+    Outcome,
+    Plug,
+    Strategy,
+    UpdateRefused,
+)
+from .pausing import run_paused
+from .phases import Marks, phases_of
+from .plans import Awaited, Step, UpdatePlan, plan_update
+from .reaction import Reaction, Verdict
+from .through_guest import ThroughGuest
+from .typing import add, type_arguments
+
+__all__ = ["Host", "UpdateOptions", "perform"]
+
+UPDATE_DEADLINE = 60.0
+"""A backend that is preallocated is cleared while its command runs."""
+_UNDO_DEADLINE = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOptions:
+    """How an update is carried out.
+
+    The guard resumes the guest after `max_pause_s`.  The guest has `wait_s` for its part.
+    `through_guest` (an experiment) pauses it again at each transition of its own making.
+    `pipelined=False` sends stop, update and cont one after the other, to compare.
+    `guard_monitor` names a monitor for the guard; otherwise a free one is found.
+    """
+
+    max_pause_s: float = 2.0
+    wait_s: float = 10.0
+    through_guest: bool = False
+    pipelined: bool = True
+    guard_monitor: str | None = None
+
+
+class Host(Protocol):
+    """An attached guest: what `perform` needs of the agent."""
+
+    @property
+    def monitor(self) -> Monitor: ...
+    @property
+    def companions(self) -> Companions: ...
+    @property
+    def header(self) -> Header: ...
+    def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]: ...
+    def operating(self) -> AbstractAsyncContextManager[Monitor]: ...
+    def burst(self) -> AbstractAsyncContextManager[None]: ...
+    async def settle(self) -> None: ...
+
+
+async def perform(
+    host: Host, intent: Intent, strategy: Strategy, options: UpdateOptions | None = None
+) -> Outcome:
+    """Carry out `intent` and return what came of it; a refusal is an Outcome, too.
+
+    Raises TargetError when the guest is lost, InputError for what no QEMU could do.
+    """
+    return await _Operation(host, strategy, options or UpdateOptions()).run(intent)
+
+
+class _Operation:
+    """One update on its way."""
+
+    def __init__(self, host: Host, strategy: Strategy, options: UpdateOptions) -> None:
+        self._host = host
+        self._strategy = strategy
+        self._options = options
+        self._marks = Marks(time.monotonic_ns())
+        self._records: list[Record] = []
+        self._notes: list[str] = []
+        self._before = ""
+        self._undo: list[Step] = []
+        self._bridges: tuple[Bridge, ...] = ()
+
+    async def run(self, intent: Intent) -> Outcome:
+        async with AsyncExitStack() as stack:
+            stack.callback(self._host.subscribe(self._records.append))
+            self._before, _ = await read_status(self._host.monitor)
+            try:
+                plan = await self._plan(intent)
+                guard = await self._start_guard(stack, plan)
+            except (UpdateRefused, CommandFailed) as exc:
+                return await self._outcome("refused", exc)
+            self._notes += plan.notes
+            ops = await stack.enter_async_context(self._host.operating())
+            await stack.enter_async_context(self._host.burst())
+            return await self._carry_out(plan, ops, guard)
+
+    # -- before anything is touched ----------------------------------------------------------
+
+    async def _plan(self, intent: Intent) -> UpdatePlan:
+        """Ask the guest what there is, find out types, make the plan."""
+        monitor = self._host.monitor
+        view = await read_guest(monitor)
+        self._bridges = view.bridges
+        if isinstance(intent, Plug):
+            backends = [await type_arguments(monitor, b) for b in intent.backends]
+            device = await type_arguments(monitor, intent.device)
+            intent = replace(intent, backends=tuple(backends), device=device)
+        facts = await read_facts(monitor, intent)
+        return plan_update(intent, self._strategy, view, facts)
+
+    async def _start_guard(self, stack: AsyncExitStack, plan: UpdatePlan) -> ResumeGuard | None:
+        if self._strategy is not Strategy.PAUSE or not plan.update:
+            return None
+        targets = await guard_targets(
+            self._host.companions, self._host.monitor.target, self._options.guard_monitor
+        )
+        guard = await ResumeGuard.start(targets, max_pause_s=self._options.max_pause_s)
+        return await stack.enter_async_context(guard)
+
+    # -- doing it ----------------------------------------------------------------------------
+
+    async def _carry_out(
+        self, plan: UpdatePlan, ops: Monitor, guard: ResumeGuard | None
+    ) -> Outcome:
+        reaction = Reaction(plan, self._marks, self._host.monitor)
+        async with AsyncExitStack() as stack:
+            stack.callback(self._host.subscribe(reaction.record))
+            stack.callback(self._host.monitor.subscribe(reaction.event))
+            try:
+                async with self._undone_on_failure(ops):
+                    await self._prepare(plan, ops)
+                    await self._update(plan.update, ops, guard)
+            except CommandFailed as exc:
+                return await self._outcome("failed", exc)
+            through = None
+            if guard is not None and self._options.through_guest:
+                through = ThroughGuest(ops, guard, self._host.subscribe)
+                await stack.enter_async_context(through)
+            verdict = await self._wait(reaction)
+        if through is not None:
+            self._notes.append(through.result())
+        self._notes += verdict.notes
+        if verdict.done:
+            verdict = await self._finish(plan, ops, verdict)
+        if self._strategy is Strategy.HOLE and plan.awaited is Awaited.REACTION:
+            self._notes.append(await self._moved_windows())
+        outcome = "done" if verdict.done else "refused" if verdict.refused else "partial"
+        return await self._outcome(outcome, verdict)
+
+    async def _moved_windows(self) -> str:
+        """Whether the guest moved a bridge window, which takes away what is behind it meanwhile."""
+        before = {b.id: (b.memory, b.prefetchable) for b in self._bridges}
+        moved = [
+            b.id
+            for b in await read_bridges(self._host.monitor)
+            if before.get(b.id) != (b.memory, b.prefetchable)
+        ]
+        return f"bridge windows moved: {', '.join(moved)}" if moved else "no bridge window moved"
+
+    async def _wait(self, reaction: Reaction) -> Verdict:
+        """A guest that does not run does nothing."""
+        _, running = await read_status(self._host.monitor)
+        if running:
+            return await reaction.wait(self._options.wait_s)
+        await self._host.settle()
+        verdict = await reaction.wait(0.0)
+        note = "the guest does not run: it takes note of the change when it does"
+        return replace(verdict, notes=(*verdict.notes, note))
+
+    async def _prepare(self, plan: UpdatePlan, ops: Monitor) -> None:
+        self._marks.begun = time.monotonic_ns()
+        for step in plan.prepare:
+            assert step.addition is not None, "only additions are prepared"
+            await add(ops, step.addition, UPDATE_DEADLINE)
+            self._undo.append(step)
+        if plan.prepare:
+            self._marks.prepared = time.monotonic_ns()
+
+    async def _update(self, steps: Sequence[Step], ops: Monitor, guard: ResumeGuard | None) -> None:
+        commands = [step.command for step in steps]
+        if not commands:
+            return
+        run = None
+        if guard is not None:
+            run = await run_paused(
+                ops, guard, commands, deadline=UPDATE_DEADLINE, pipelined=self._options.pipelined
+            )
+            replies = run.replies
+            if run.note:
+                self._notes.append(run.note)
+        else:
+            replies = await ops.pipeline(commands, deadline=UPDATE_DEADLINE)
+        answered = [r for r in replies if isinstance(r, Reply)]
+        if answered:
+            self._marks.sent = answered[0].t_start_ns
+            self._marks.accepted = answered[-1].t_end_ns
+            resumed = run.end_ns if run is not None else answered[-1].t_end_ns
+            self._marks.own_until = resumed + (self._host.header.stamp_bound_ns or 0)
+        failed = [r for r in replies if isinstance(r, CommandFailed)]
+        self._undo += [step for step, r in zip(steps, replies, strict=True) if isinstance(r, Reply)]
+        if failed:
+            raise failed[0]
+
+    @asynccontextmanager
+    async def _undone_on_failure(self, ops: Monitor) -> AsyncIterator[None]:
+        try:
+            yield
+        except BaseException:
+            undoing = asyncio.ensure_future(self._take_back(ops))
+            await asyncio.wait((undoing,), timeout=_UNDO_DEADLINE + 1)
+            raise
+
+    async def _take_back(self, ops: Monitor) -> None:
+        """In reverse; what cannot be taken back is said."""
+        for step in reversed(self._undo):
+            if step.undo is None:
+                continue
+            try:
+                if not ops.is_connected:
+                    await ops.reconnect()
+                await ops.execute(step.undo.name, step.undo.arguments, deadline=_UNDO_DEADLINE)
+            except MemListenerError as exc:
+                self._notes.append(f"{step.what} is still there: {exc.message}")
+
+    async def _finish(self, plan: UpdatePlan, ops: Monitor, verdict: Verdict) -> Verdict:
+        """What is left to do once the guest has done its part: backends of what was unplugged."""
+        for step in plan.finish:
+            try:
+                await ops.execute(step.command.name, step.command.arguments)
+            except CommandFailed as exc:
+                return Verdict(
+                    False,
+                    reason=f"{step.what} could not be removed: {exc.desc}",
+                    remedy="is something else using it?",
+                )
+        return verdict
+
+    # -- what came of it ---------------------------------------------------------------------
+
+    async def _outcome(self, outcome: str, why: Verdict | MemListenerError) -> Outcome:
+        await self._host.settle()
+        self._marks.settled = time.monotonic_ns()
+        after, _ = await read_status(self._host.monitor)
+        reason = why.message if isinstance(why, MemListenerError) else why.reason
+        begun = self._marks.begun
+        stalls = [r for r in self._records if isinstance(r, StallRecord) and r.end_ns > begun]
+        slot_ops = [r for r in self._records if isinstance(r, SlotOp) and r.t_ns >= begun]
+        changes = [r for r in self._records if isinstance(r, TransitionRecord) and r.t_ns >= begun]
+        return Outcome(
+            outcome=outcome,
+            reason=None if outcome == "done" else reason,
+            remedy=None if outcome == "done" else why.remedy,
+            strategy=str(self._strategy),
+            phases=phases_of(self._marks, changes, stalls),
+            stalls=stalls,
+            slot_ops=slot_ops,
+            guest_state=GuestStates(self._before, after),
+            transitions=sum(t.merged for t in changes),
+            notes=self._notes,
+        )

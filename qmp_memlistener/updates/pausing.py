@@ -1,0 +1,380 @@
+"""Pausing a guest around commands, or around a block of code, under a guard.
+
+`run_paused` sends everything in one write, so that the pause lasts as long as the commands and no
+round trip more.  `paused_guest` stops the guest for the length of a block.  Both arm the guard
+first, resume only a guest that they stopped, and finish what they began when they are cancelled.
+
+What QMP cannot tell: that somebody else sends `stop` while the guest is paused by us.  It has no
+effect and makes no event (do_vm_stop, cpus.c of 7.2 to 11.1), and our `cont` undoes it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Coroutine, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self, TypeVar
+
+from ..errors import (
+    CommandFailed,
+    DeadlineExceeded,
+    OperationFailed,
+    ProtocolViolation,
+    TargetError,
+    TargetLost,
+)
+from ..monitor import Command, Monitor, QmpEvent, Reply
+from .guard import ResumeGuard, Settled
+
+__all__ = ["Pause", "PausedRun", "paused_guest", "run_paused"]
+
+T = TypeVar("T")
+
+_RUNNING = "running"
+_STATUS, _STOP, _CONT = Command("query-status"), Command("stop"), Command("cont")
+
+
+@dataclass(slots=True)
+class PausedRun:
+    """What came of `run_paused`.
+
+    `status_before` is QEMU's RunState right before the pause; `replies` those to the commands, a
+    CommandFailed for each that QEMU refused.  `[start_ns, end_ns)` is the pause: it ends when the
+    RESUME event arrives here, and is as long as the stamps of the events say; without a pause it is
+    the time of the commands.  `paused_before`: the guest did not run, and was left so.  `resumed`:
+    it runs again.  `note` is what is worth telling.
+    """
+
+    status_before: str
+    replies: list[Reply | CommandFailed]
+    start_ns: int
+    end_ns: int
+    paused_before: bool
+    resumed: bool
+    note: str | None
+
+
+@dataclass(slots=True)
+class Pause:
+    """A pause that `paused_guest` holds; as in PausedRun.  What comes of its end is filled in then.
+
+    `is_over`: the guest runs already, most likely because the guard found the pause too long.
+    """
+
+    status_before: str = ""
+    start_ns: int = 0
+    end_ns: int = 0
+    paused_before: bool = False
+    resumed: bool = False
+    note: str | None = None
+    seen: _Seen | None = field(default=None, repr=False)
+
+    @property
+    def is_over(self) -> bool:
+        return self.seen is not None and self.seen.window is not None
+
+
+async def run_paused(
+    monitor: Monitor,
+    guard: ResumeGuard,
+    commands: Sequence[Command],
+    *,
+    deadline: float,
+    pipelined: bool = True,
+) -> PausedRun:
+    """Run the commands while the guest is paused; every one, also after one that QEMU refuses.
+
+    A guest that does not run is not stopped and not resumed.  One that somebody stops in the moment
+    before our own `stop` would be resumed by our `cont`, which is on its way then: it is stopped
+    again at once, and the note says so.  `pipelined=False` sends one command after the other.
+
+    Raises OperationFailed when the guard is gone (nothing was done), TargetLost when the connection
+    ends (the guard has resumed the guest; the message says so), DeadlineExceeded when the replies
+    take longer than `deadline` seconds: QEMU still holds our `cont` then, if the monitor stays
+    connected, and the guard stays armed and takes no other pause until that one is over.
+    Cancelled, it ends when the replies have come.
+    """
+    if not pipelined:
+        return await _one_by_one(monitor, guard, commands, deadline)
+    _check_same_guest(monitor, guard)
+    async with guard.lock:
+        status = await guard.arm()
+        if status != _RUNNING:
+            return await _run_unpaused(monitor, commands, deadline, status)
+        return await _to_the_end(_run_pipelined(monitor, guard, commands, deadline))
+
+
+@asynccontextmanager
+async def paused_guest(
+    monitor: Monitor, guard: ResumeGuard, *, deadline: float
+) -> AsyncIterator[Pause]:
+    """Stop the guest for the length of the block; it runs again afterwards, however that ends.
+
+    A guest that does not run is left alone.  `deadline` (seconds) is for each of `stop` and `cont`.
+    Raises OperationFailed when the guard is gone or QEMU refuses to stop (the block is not
+    entered), TargetLost or DeadlineExceeded as `run_paused` does.
+    """
+    _check_same_guest(monitor, guard)
+    pause = Pause()
+    async with guard.lock:
+        pause.status_before = await guard.arm()
+        with _Seen(monitor) as seen:
+            pause.seen = seen
+            try:
+                pause.start_ns = time.monotonic_ns()
+                if pause.status_before != _RUNNING:
+                    pause.paused_before = True
+                else:
+                    await _to_the_end(_stop(monitor, guard, pause, deadline))
+                yield pause
+            finally:
+                if not pause.paused_before:
+                    await _to_the_end(_resume(monitor, guard, pause, deadline))
+                if seen.window is not None and not pause.paused_before:
+                    pause.start_ns, pause.end_ns = seen.window
+                else:
+                    pause.end_ns = time.monotonic_ns()
+
+
+# -- in one write ------------------------------------------------------------------------------
+
+
+async def _run_pipelined(
+    monitor: Monitor, guard: ResumeGuard, commands: Sequence[Command], deadline: float
+) -> PausedRun:
+    with _Seen(monitor) as seen:
+        try:
+            replies = await monitor.pipeline([_STATUS, _STOP, *commands, _CONT], deadline=deadline)
+        except DeadlineExceeded:
+            raise
+        except TargetError as error:
+            raise _lost(error, await guard.hand_over(deadline=deadline)) from error
+    status, stop, *rest, cont = replies
+    before = _status_of(status)
+    notes = []
+    if isinstance(stop, CommandFailed):
+        notes.append(f"QEMU refused to stop the guest ({stop.desc}): it ran all the time")
+    runs = True
+    if isinstance(cont, CommandFailed):
+        settled = await guard.hand_over(deadline=deadline)
+        runs = settled in (Settled.RUNS, Settled.RESUMED)
+        notes.append(f"QEMU refused cont ({cont.desc}); {_sentence(settled, guard)}")
+    else:
+        if before != _RUNNING:
+            runs = not await _stop_again(monitor, deadline)
+            notes.append(f"the guest was {before} before our stop{'' if runs else '; it is again'}")
+        await guard.release()
+        _note_guard(notes, guard)
+    start_ns, end_ns = seen.window or (_end_of(stop, status), _end_of(cont, *reversed(rest), stop))
+    return PausedRun(
+        status_before=before,
+        replies=rest,
+        start_ns=start_ns,
+        end_ns=max(start_ns, end_ns),
+        paused_before=before != _RUNNING,
+        resumed=runs,
+        note="; ".join(notes) or None,
+    )
+
+
+async def _stop_again(monitor: Monitor, deadline: float) -> bool:
+    """Our `cont` has resumed a guest that somebody else had stopped: true when it stands again."""
+    if _status_of(await monitor.timed("query-status", deadline=deadline)) != _RUNNING:
+        return True  # it was a status that `cont` does not end
+    try:
+        await monitor.timed("stop", deadline=deadline)
+    except CommandFailed:
+        return False
+    return True
+
+
+async def _run_unpaused(
+    monitor: Monitor, commands: Sequence[Command], deadline: float, status: str
+) -> PausedRun:
+    start = time.monotonic_ns()
+    replies = await monitor.pipeline(commands, deadline=deadline) if commands else []
+    return PausedRun(
+        status_before=status,
+        replies=replies,
+        start_ns=start,
+        end_ns=time.monotonic_ns(),
+        paused_before=True,
+        resumed=False,
+        note=f"the guest was {status} before, and was left so",
+    )
+
+
+# -- one after the other -----------------------------------------------------------------------
+
+
+async def _one_by_one(
+    monitor: Monitor, guard: ResumeGuard, commands: Sequence[Command], deadline: float
+) -> PausedRun:
+    replies: list[Reply | CommandFailed] = []
+    async with paused_guest(monitor, guard, deadline=deadline) as pause:
+        for command in commands:
+            replies += await monitor.pipeline([command], deadline=deadline)
+    return PausedRun(
+        status_before=pause.status_before,
+        replies=replies,
+        start_ns=pause.start_ns,
+        end_ns=pause.end_ns,
+        paused_before=pause.paused_before,
+        resumed=pause.resumed,
+        note=pause.note,
+    )
+
+
+async def _stop(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: float) -> None:
+    """Raises CommandFailed when QEMU refuses; then there is nothing to resume."""
+    status, stop = await monitor.pipeline([_STATUS, _STOP], deadline=deadline)
+    pause.status_before = _status_of(status)
+    if isinstance(stop, CommandFailed) or pause.status_before != _RUNNING:
+        # In the second case somebody was quicker: QEMU has taken our `stop` for nothing.
+        pause.paused_before = True
+        await guard.release()
+    if isinstance(stop, CommandFailed):
+        raise stop
+    pause.start_ns = stop.t_end_ns
+
+
+async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: float) -> None:
+    notes: list[str] = []
+    pause.resumed = True
+    if pause.is_over:
+        # A `stop` that came after that RESUME is somebody else's: no `cont`.
+        await guard.release()
+        if not guard.acted:
+            notes.append("somebody else resumed the guest meanwhile")
+        _note_guard(notes, guard)
+    else:
+        try:
+            await monitor.timed("cont", deadline=deadline)
+        except CommandFailed as error:
+            settled = await guard.hand_over(deadline=deadline)
+            pause.resumed = settled in (Settled.RUNS, Settled.RESUMED)
+            notes.append(f"QEMU refused cont ({error.desc}); {_sentence(settled, guard)}")
+        except DeadlineExceeded:
+            pause.resumed = False
+            raise
+        except TargetError as error:
+            settled = await guard.hand_over(deadline=deadline)
+            pause.resumed = settled in (Settled.RUNS, Settled.RESUMED)
+            raise _lost(error, settled) from error
+        else:
+            await guard.release()
+            _note_guard(notes, guard)
+    pause.note = "; ".join(notes) or None
+
+
+# -- both --------------------------------------------------------------------------------------
+
+
+class _Seen:
+    """The first STOP event, and the first RESUME after it; within its block."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._stop: QmpEvent | None = None
+        self._resume: QmpEvent | None = None
+        self._monitor = monitor
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """From STOP to RESUME; None until both were seen.
+
+        Events of one write arrive together, so that only QEMU's stamps tell how long it was.
+        """
+        if self._stop is None or self._resume is None:
+            return None
+        end, took = self._resume.t_ns, self._resume.t_ns - self._stop.t_ns
+        if self._stop.stamp_ns is not None and self._resume.stamp_ns is not None:
+            took = max(0, self._resume.stamp_ns - self._stop.stamp_ns)
+        return end - took, end
+
+    def __enter__(self) -> Self:
+        self._end = self._monitor.subscribe(self._on_event)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def _on_event(self, event: QmpEvent) -> None:
+        if event.name == "STOP" and self._stop is None:
+            self._stop = event
+        elif event.name == "RESUME" and self._stop is not None and self._resume is None:
+            self._resume = event
+
+
+async def _to_the_end(work: Coroutine[object, object, T]) -> T:
+    """Await it; when cancelled, wait for its end and be cancelled then.
+
+    It is bounded by deadlines of its own.  A second cancellation does not wait.
+    """
+    task = asyncio.ensure_future(work)
+    task.add_done_callback(lambda t: t.cancelled() or t.exception())  # nobody may be waiting
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await asyncio.wait((task,))
+        raise
+
+
+def _check_same_guest(monitor: Monitor, guard: ResumeGuard) -> None:
+    if None not in (monitor.peer_pid, guard.peer_pid) and monitor.peer_pid != guard.peer_pid:
+        raise OperationFailed(
+            f"{guard.target} is a monitor of another process than {monitor.target}: its guard "
+            "could not resume this guest; nothing was touched",
+            remedy="name a monitor of the same QEMU for the guard",
+        )
+
+
+def _status_of(reply: Reply | CommandFailed) -> str:
+    if isinstance(reply, CommandFailed):
+        raise reply
+    value = reply.value
+    if not isinstance(value, dict) or not isinstance(value.get("status"), str):
+        raise ProtocolViolation(f"query-status returned {value!r:.100}")
+    return str(value["status"])
+
+
+def _end_of(*replies: Reply | CommandFailed) -> int:
+    """When the first of these that QEMU accepted was answered."""
+    for reply in replies:
+        if isinstance(reply, Reply):
+            return reply.t_end_ns
+    return time.monotonic_ns()
+
+
+def _note_guard(notes: list[str], guard: ResumeGuard) -> None:
+    if guard.acted:
+        notes.append(f"the resume guard resumed the guest: {guard.why}")
+    elif not guard.is_alive:
+        notes.append("the resume guard ended during the update; the guest was resumed without it")
+
+
+def _sentence(settled: Settled, guard: ResumeGuard) -> str:
+    return {
+        Settled.RUNS: "the guest runs",
+        Settled.RESUMED: "the resume guard resumed the guest",
+        Settled.LEFT: f"the guest is still stopped: {guard.obstacle}",
+        Settled.UNKNOWN: "whether the guest runs is not known",
+    }[settled]
+
+
+def _lost(error: TargetError, settled: Settled) -> TargetError:
+    how = {
+        Settled.RUNS: "the guest runs",
+        Settled.RESUMED: "the resume guard resumed the guest",
+        Settled.LEFT: "the guest could not be resumed",
+        Settled.UNKNOWN: "whether the guest runs is not known; QEMU may be gone",
+    }[settled]
+    kind = type(error) if isinstance(error, TargetLost | ProtocolViolation) else TargetError
+    return kind(f"{error.message} while the guest was being paused; {how}", remedy=error.remedy)

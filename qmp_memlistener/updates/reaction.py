@@ -1,0 +1,242 @@
+"""What the guest does about an update: its signs, whether it has done its part, what refused.
+
+Fed with QMP events and with records of transitions while `operation` waits; asks QEMU only for
+what no event tells: the sizes of virtio-mem devices (MEMORY_DEVICE_SIZE_CHANGE comes once a second
+at most) and whether a virtio driver has taken its device.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..errors import CommandFailed
+from ..monitor import Monitor, QmpEvent
+from ..recording import Cause, Record, TransitionRecord
+from .guest_view import read_virtio_mem
+from .phases import Marks
+from .plans import Awaited, UpdatePlan
+
+__all__ = ["Reaction", "Verdict"]
+
+QUIET_S = 0.3
+"""So long nothing may happen until a guest counts as done; Linux pauses for some 100 ms between
+finding a device and its driver."""
+FIRST_SIGN_S = 3.0
+"""Linux reacts to ACPI and PCIe hotplug within 0.1 s, a busy one within a second or two."""
+_POLL_S = 0.05
+_ASK_DEADLINE = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether the guest has done its part; `refused` when it said no; `reason` in words."""
+
+    done: bool
+    refused: bool = False
+    reason: str | None = None
+    remedy: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Reaction:
+    """Collects signs from the moment it is made.  `event` and `record` are callbacks."""
+
+    def __init__(self, plan: UpdatePlan, marks: Marks, monitor: Monitor) -> None:
+        self._plan = plan
+        self._marks = marks
+        self._monitor = monitor
+        self._news = asyncio.Event()
+        self._gone: set[str] = set()
+        self._backends_gone: list[str] = []
+        self._refusal: str | None = None
+        self._ost: list[str] = []
+        self._lost = False
+        self.transitions: list[TransitionRecord] = []
+
+    # -- what comes in -----------------------------------------------------------------------
+
+    def record(self, record: Record) -> None:
+        """A record of the agent."""
+        if isinstance(record, TransitionRecord):
+            self.transitions.append(record)
+            # BARs are mapped when the guest programs them, never by plugging (hw/pci/pci.c)
+            self._marks.sign(record.t_ns, surely=_is_bar(record.cause))
+            self._news.set()
+
+    def event(self, event: QmpEvent) -> None:
+        """A QMP event: of our devices, or of the guest's end."""
+        data = event.data
+        if event.name == "ACPI_DEVICE_OST":
+            self._take_ost(data.get("info"), event.t_ns)
+        elif event.name == "DEVICE_DELETED":
+            self._take_deleted(data, event.t_ns)
+        elif event.name in ("DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR"):
+            self._take_refusal(event.name, data, event.t_ns)
+        elif event.name == "MEMORY_DEVICE_SIZE_CHANGE" and data.get("id") in self._plan.devices:
+            self._marks.sign(event.t_ns)
+        self._news.set()
+
+    def _take_ost(self, info: object, t_ns: int) -> None:
+        """_OST of ACPI 6.3, 6.3.5: source 1 device check, 3 ejection request, 0x103 ejection
+        processing; status 0 success, 0x84 ejection in progress, the rest are refusals."""
+        if not isinstance(info, Mapping) or info.get("device") not in self._plan.devices:
+            return
+        source, status = info.get("source"), info.get("status")
+        self._marks.sign(t_ns, surely=True)
+        self._ost.append(f"{info['device']}: source {source}, status {status}")
+        if status not in (0, 0x84) and isinstance(status, int):
+            what = {1: "general failure", 2: "unrecognised notification", 0x80: "not supported",
+                    0x81: "in use", 0x82: "busy", 0x83: "a dependency is busy"}  # fmt: skip
+            why = what.get(status, f"status {status:#x}")
+            self._refusal = f"the guest refused {info['device']} by ACPI _OST: {why}"
+
+    def _take_deleted(self, data: Mapping[str, object], t_ns: int) -> None:
+        """The device itself has its id in `device`; a backend of it has only a path below it."""
+        name, path = data.get("device"), str(data.get("path", ""))
+        if name in self._plan.devices:
+            self._gone.add(str(name))
+            self._marks.sign(t_ns)
+        elif any(path.startswith(f"/machine/peripheral/{d}/") for d in self._plan.devices):
+            self._backends_gone.append(path.rpartition("/")[2])
+            self._marks.sign(t_ns)
+
+    def _take_refusal(self, name: str, data: Mapping[str, object], t_ns: int) -> None:
+        path = str(data.get("path", "")).rpartition("/")[2]
+        if data.get("device") in self._plan.devices or path in self._plan.devices:
+            self._marks.sign(t_ns)
+            why = f": {data['msg']}" if data.get("msg") else ""
+            self._refusal = (
+                f"the guest refused to let go of {data.get('device') or path} ({name}{why})"
+            )
+
+    # -- waiting -----------------------------------------------------------------------------
+
+    async def wait(self, wait_s: float) -> Verdict:
+        """Until the guest has done its part, refused, or `wait_s` seconds are over.
+
+        Raises TargetError.
+        """
+        end = time.monotonic() + wait_s
+        match self._plan.awaited:
+            case Awaited.GONE:
+                verdict = await self._wait_gone(end)
+            case Awaited.SIZE:
+                verdict = await self._wait_sizes(end)
+            case Awaited.REACTION:
+                verdict = await self._wait_reaction(end)
+        if not verdict.refused:
+            await self._wait_quiet(max(end, time.monotonic() + QUIET_S))
+        return verdict
+
+    async def _wait_gone(self, end: float) -> Verdict:
+        wanted = set(self._plan.devices)
+        while not wanted <= self._gone and self._refusal is None and self._left(end):
+            await self._until(end)
+        if wanted <= self._gone:
+            return Verdict(True)
+        if self._refusal is not None:
+            return Verdict(False, True, self._refusal, "stop using it in the guest, and try again")
+        left = ", ".join(sorted(wanted - self._gone))
+        so_far = []
+        if self._backends_gone:
+            so_far.append(f"its {', '.join(self._backends_gone)} is gone, the device itself not")
+        if self._ost:
+            so_far.append(f"the guest reported {self._ost[-1]}")
+        if not so_far:
+            so_far.append("the guest was asked and has not answered")
+        return Verdict(
+            False,
+            reason=f"{left} is still there: {'; '.join(so_far)}",
+            remedy="wait longer (--wait); is the guest's hotplug driver loaded, and is it running?",
+        )
+
+    async def _wait_sizes(self, end: float) -> Verdict:
+        sizes: dict[str, int] = {}
+        while self._plan.sizes:
+            before = sizes
+            sizes = await self._read_sizes()
+            if before and sizes != before:
+                self._marks.sign(time.monotonic_ns())
+            if sizes == self._plan.sizes:
+                return Verdict(True)
+            if not self._left(end):
+                break
+            await self._until(min(end, time.monotonic() + _POLL_S))
+        if not self._plan.sizes:
+            return Verdict(True)
+        have = ", ".join(
+            f"{name} has {sizes.get(name, 0) >> 20} of {size >> 20} MiB"
+            for name, size in self._plan.sizes.items()
+        )
+        return Verdict(
+            False,
+            reason=f"the guest has not plugged or unplugged all of it: {have}",
+            remedy="it goes on as the guest can; wait longer (--wait), or ask for another size",
+        )
+
+    async def _read_sizes(self) -> dict[str, int]:
+        found = await read_virtio_mem(self._monitor)
+        return {v.id: v.size for v in found if v.id is not None and v.id in self._plan.sizes}
+
+    async def _wait_reaction(self, end: float) -> Verdict:
+        first = min(end, time.monotonic() + FIRST_SIGN_S)
+        while self._marks.first_sign is None and self._left(first):
+            await self._until(first)
+        if self._marks.first_sign is None:
+            return Verdict(True, notes=("the guest has not reacted: it may have no driver",))
+        await self._wait_quiet(end)
+        if self._refusal is not None:
+            return Verdict(False, True, self._refusal, "see the guest's log")
+        return Verdict(True)
+
+    async def _wait_quiet(self, end: float) -> None:
+        """Until nothing has come for `QUIET_S`; looks after the driver meanwhile."""
+        while self._left(end):
+            last = self._marks.last_sign or self._marks.accepted or time.monotonic_ns()
+            quiet = QUIET_S - (time.monotonic_ns() - last) / 1e9
+            if quiet <= 0:
+                return
+            bound = self._marks.bound is not None or not await self._look_for_driver()
+            nap = quiet if bound else min(quiet, _POLL_S)
+            await self._until(min(end, time.monotonic() + nap))
+
+    async def _look_for_driver(self) -> bool:
+        """Whether there is a driver to wait for.  DRIVER_OK: virtio 1.2, 2.1; QEMU 7.2 and later
+        tell it by x-query-virtio-status, on a path below the device."""
+        if self._plan.awaited is not Awaited.REACTION or self._marks.first_sign is None:
+            return False
+        path = f"/machine/peripheral/{self._plan.devices[0]}/virtio-backend"
+        asked = time.monotonic_ns()
+        try:
+            found = await self._monitor.execute(
+                "x-query-virtio-status", {"path": path}, deadline=_ASK_DEADLINE
+            )
+        except CommandFailed:
+            return False
+        if "DRIVER_OK" not in repr(found.get("status") if isinstance(found, Mapping) else ""):
+            self._marks.unbound = asked
+        elif self._marks.unbound is not None:
+            self._marks.bound = time.monotonic_ns()
+        else:
+            self._marks.unbound, self._marks.bound = self._marks.first_sign, time.monotonic_ns()
+        return True
+
+    async def _until(self, end: float) -> None:
+        """Until something comes, or `end`."""
+        self._news.clear()
+        try:
+            async with asyncio.timeout(max(0.0, end - time.monotonic())):
+                await self._news.wait()
+        except TimeoutError:
+            pass
+
+    @staticmethod
+    def _left(end: float) -> bool:
+        return time.monotonic() < end
+
+
+def _is_bar(cause: Cause) -> bool:
+    return cause.type == "pci_bar" or any(_is_bar(c) for c in cause.causes or ())

@@ -1,0 +1,113 @@
+"""Comparing strategies on real guests: what is counted, what is put back, what is left out."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from qmp_memlistener import Strategy, attach
+from qmp_memlistener.guests import QemuBuild
+from qmp_memlistener.guests.linux import LinuxSpec
+from qmp_memlistener.updates.compare import CONTROL, CompareOptions, compare
+from qmp_memlistener.updates.model import Plug, Role, UpdateRefused
+from qmp_memlistener.updates.operation import UpdateOptions
+from qmp_memlistener.updates.options import parse_addition, parse_resize
+from tests.support.linux import booted_linux
+from tests.support.live import QEMUS, booted, builds
+
+pytestmark = pytest.mark.qemu
+
+SHORT = CompareOptions(repeat=2, window_s=0.5, seed=3)
+
+
+@builds(of=QEMUS[:2])
+@pytest.mark.asyncio
+async def test_strategies_on_linux(build: QemuBuild) -> None:
+    spec = LinuxSpec(machine="pc", virtio_mem=1 << 30)
+    async with booted_linux(build, spec) as linux:
+        target = f"unix:{linux.guest.guest.monitors[1]}"
+        before = await linux.guest.memory_total()
+        async with attach(target, guarded=True, probes=("runstate", "trace")) as agent:
+            found = await compare(agent, parse_resize("+256M"), tuple(Strategy), SHORT)
+        assert found.ended_early is None
+        assert found.skipped == []
+        names = [r.strategy for r in found.rounds]
+        for name in (*Strategy, CONTROL):
+            assert names.count(name) == 2
+        assert [r.order for r in found.rounds] == list(range(8))
+        assert {r.outcome for r in found.rounds} == {"done"}
+        by_name = {r.strategy: r for r in found.rounds}
+        assert by_name["direct"].slot_ops == by_name["pause"].slot_ops == 1
+        assert by_name["hole"].slot_ops == by_name[CONTROL].slot_ops == 0
+        (paused,) = [s for s in found.summary if (s.strategy, s.kind) == ("pause", "vcpu_pause")]
+        assert paused.stalls == 2
+        assert all(
+            s.max_ns == 0 for s in found.summary if s.kind == "vcpu_pause" and s is not paused
+        )
+        document = msgspec.json.decode(msgspec.json.encode(found))
+        assert {"schema", "rounds", "summary", "differences"} <= set(document)
+        assert {"strategy", "order", "stalls"} <= set(document["rounds"][0])
+        await linux.guest.until(linux.guest.memory_total, lambda total: total == before)
+
+
+@builds()
+@pytest.mark.asyncio
+async def test_a_strategy_that_is_not_possible_is_left_out(build: QemuBuild) -> None:
+    async with (
+        booted(build, "tcg") as vm,
+        attach(vm.target, probes=("runstate",)) as agent,
+    ):
+        with pytest.raises(UpdateRefused, match="virtio-mem"):
+            await compare(agent, parse_resize("+256M"), [Strategy.HOLE], SHORT)
+
+
+@builds()
+@pytest.mark.asyncio
+async def test_a_guest_that_keeps_the_device_ends_it(build: QemuBuild) -> None:
+    """This one has no driver that would let go: rounds would not start alike."""
+    plug = Plug(parse_addition(Role.DEVICE, "virtio-rng-pci,id=r0"))
+    options = CompareOptions(repeat=2, window_s=0.1, update=UpdateOptions(wait_s=0.1))
+    async with (
+        booted(build, "tcg") as vm,
+        attach(vm.target, probes=("runstate",)) as agent,
+    ):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr("qmp_memlistener.updates.compare.PATIENCE_S", 0.2)
+            found = await compare(agent, plug, [Strategy.DIRECT], options)
+    assert found.rounds == []
+    assert found.ended_early is not None
+    assert "could not be put back" in found.ended_early
+    assert found.remedy is not None
+    assert "r0" in found.remedy
+
+
+@builds(of=QEMUS[:2])
+@pytest.mark.asyncio
+async def test_interrupted_it_puts_the_guest_back(build: QemuBuild) -> None:
+    spec = LinuxSpec(machine="pc", pulse_us=None)
+    async with booted_linux(build, spec) as linux:
+        target = f"unix:{linux.guest.guest.monitors[1]}"
+        before = await linux.monitor.execute("query-memory-size-summary")
+        async with attach(target, probes=("runstate",)) as agent:
+            reached = asyncio.Event()
+            options = CompareOptions(repeat=100, window_s=0.5)
+            task = asyncio.create_task(
+                compare(
+                    agent,
+                    parse_resize("+256M"),
+                    [Strategy.DIRECT],
+                    options,
+                    lambda _: reached.set(),
+                )
+            )
+            await reached.wait()
+            # no event tells that memory was plugged
+            while await linux.monitor.execute("query-memory-size-summary") == before:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+            task.cancel()
+            found = await task
+        assert found.ended_early == "interrupted"
+        assert found.rounds
+        assert await linux.monitor.execute("query-memory-size-summary") == before

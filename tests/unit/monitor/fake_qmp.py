@@ -1,0 +1,74 @@
+"""Servers that are no QEMU, or a sick one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+from qmp_memlistener.monitor import UnixTarget
+
+__all__ = ["GREETING", "Serve", "message", "replying", "serving", "within"]
+
+GREETING: dict[str, object] = {
+    "QMP": {
+        "version": {"qemu": {"major": 9, "minor": 1, "micro": 2}, "package": " (Debian 1:9) "},
+        "capabilities": ["oob"],
+    }
+}
+Serve = Callable[[asyncio.StreamReader, asyncio.StreamWriter], Awaitable[None]]
+
+
+def message(value: object) -> bytes:
+    return json.dumps(value).encode() + b"\r\n"
+
+
+@asynccontextmanager
+async def serving(tmp_path: Path, serve: Serve) -> AsyncIterator[UnixTarget]:
+    path = str(tmp_path / "qmp")
+    writers: list[asyncio.StreamWriter] = []
+
+    async def accepted(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writers.append(writer)
+        try:
+            await serve(reader, writer)
+        except (ConnectionError, asyncio.IncompleteReadError):
+            return
+
+    server = await asyncio.start_unix_server(accepted, path)
+    try:
+        yield UnixTarget(path)
+    finally:
+        server.close()
+        for writer in writers:
+            writer.close()
+        await server.wait_closed()
+        await asyncio.sleep(0)
+
+
+@asynccontextmanager
+async def within(seconds: float) -> AsyncIterator[None]:
+    start = time.monotonic()
+    async with asyncio.timeout(seconds + 5):
+        yield
+    assert time.monotonic() - start < seconds
+
+
+def replying(*replies: bytes, greeting: bytes = message(GREETING)) -> Serve:
+    """Greets, accepts the capabilities, then answers each line with the next of `replies`."""
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(greeting)
+        for reply in (b'{"return": {}, "id": ID}\r\n', *replies):
+            request = await reader.readuntil(b"}")
+            while request.count(b"{") != request.count(b"}"):
+                request += await reader.readuntil(b"}")
+            exec_id = json.dumps(json.loads(request).get("id")).encode()
+            writer.write(reply.replace(b"ID", exec_id))
+            await writer.drain()
+        await reader.read()
+
+    return serve

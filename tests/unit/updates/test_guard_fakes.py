@@ -1,0 +1,318 @@
+"""What a real QEMU will not do on request: refuse `stop` or `cont`, stand for another reason in
+the middle of a pause, or not answer.  The guard's process is the real one."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from qmp_memlistener.errors import (
+    CommandFailed,
+    DeadlineExceeded,
+    OperationFailed,
+    ProtocolViolation,
+    TargetLost,
+)
+from qmp_memlistener.monitor import Command, Monitor, Reply, UnixTarget
+from qmp_memlistener.updates import guard as guard_module
+from qmp_memlistener.updates.guard import ResumeGuard, Settled
+from qmp_memlistener.updates.guard_notes import NoteForm
+from qmp_memlistener.updates.pausing import paused_guest, run_paused
+
+GREETING: dict[str, object] = {
+    "QMP": {"version": {"qemu": {"major": 9, "minor": 0, "micro": 0}}, "capabilities": ["oob"]}
+}
+
+
+class FakeQemu:
+    """A run state behind several monitors.
+
+    `refuse`: how often a command is refused (-1: always).  `becomes`: the status that a command
+    leads to in place of its own.  While `open` is not set, no command is answered.
+    """
+
+    def __init__(self) -> None:
+        self.status = "running"
+        self.refuse: dict[str, int] = {}
+        self.becomes: dict[str, str] = {}
+        self.ran: list[str] = []
+        self.open = asyncio.Event()
+        self.open.set()
+        self._clients: list[asyncio.StreamWriter] = []
+
+    async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._clients.append(writer)
+        try:
+            self._send(writer, GREETING)
+            async for message in _messages(reader):
+                await self.open.wait()
+                number = {"id": message["id"]} if "id" in message else {}
+                self._send(writer, {**self._run(str(message["execute"])), **number})
+        except ConnectionError:
+            pass
+        except asyncio.CancelledError:
+            pass  # the test is over
+        finally:
+            self._clients.remove(writer)
+            writer.close()
+
+    def hang_up(self) -> None:
+        for writer in self._clients:
+            writer.close()
+
+    def _run(self, name: str) -> dict[str, object]:
+        self.ran.append(name)
+        left = self.refuse.get(name, 0)
+        if left:
+            self.refuse[name] = left - 1
+            return {"error": {"class": "GenericError", "desc": f"no {name} now"}}
+        if name == "stop" and self.status == "running":
+            self._change(self.becomes.get(name, "paused"), "STOP")
+        elif name == "cont" and self.status == "paused":
+            self._change("running", "RESUME")
+        elif name in self.becomes:
+            self.status = self.becomes[name]
+        if name == "query-status":
+            return {"return": {"status": self.status, "running": self.status == "running"}}
+        return {"return": {}}
+
+    def _change(self, status: str, event: str) -> None:
+        self.status = status
+        for writer in self._clients:
+            self._send(writer, {"event": event, "timestamp": {"seconds": 1, "microseconds": 0}})
+
+    def _send(self, writer: asyncio.StreamWriter, message: dict[str, object]) -> None:
+        writer.write(json.dumps(message).encode() + b"\r\n")
+
+
+async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, object]]:
+    """JSON objects one behind the other: a client need not end a line."""
+    text = ""
+    while data := await reader.read(4096):
+        text = (text + data.decode()).lstrip()
+        while text:
+            try:
+                message, end = json.JSONDecoder().raw_decode(text)
+            except ValueError:
+                break
+            text = text[end:].lstrip()
+            yield message
+
+
+@asynccontextmanager
+async def faked(
+    directory: Path, guard_type: type[ResumeGuard] = ResumeGuard
+) -> AsyncIterator[tuple[FakeQemu, Monitor, ResumeGuard]]:
+    fake = FakeQemu()
+    paths = [str(directory / name) for name in ("a", "b")]
+    servers = [await asyncio.start_unix_server(fake.serve, path) for path in paths]
+    try:
+        async with (
+            await Monitor.connect(UnixTarget(paths[0])) as monitor,
+            await guard_type.start([UnixTarget(paths[1])]) as guard,
+        ):
+            fake.ran.clear()
+            yield fake, monitor, guard
+            fake.open.set()
+    finally:
+        for server in servers:
+            server.close()
+        fake.hang_up()
+        await asyncio.sleep(0)
+
+
+@pytest.fixture(autouse=True)
+def note_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where guards leave their notes in these tests."""
+    path = tmp_path / "note"
+    monkeypatch.setattr(guard_module, "new_note", lambda _: NoteForm(str(path), {"schema": 1}))
+    return path
+
+
+def read_note(path: Path) -> dict[str, object] | None:
+    if not path.exists():
+        return None
+    note = json.loads(path.read_bytes())
+    assert isinstance(note, dict)
+    return note
+
+
+class Stalling(ResumeGuard):
+    """QEMU stops answering right after this guard was armed."""
+
+    fake: FakeQemu | None = None
+
+    async def arm(self) -> str:
+        status = await super().arm()
+        if self.fake is not None:
+            self.fake.open.clear()
+        return status
+
+
+UPDATE = (Command("object-add"), Command("device_add"))
+
+
+@pytest.mark.asyncio
+async def test_everything_is_sent_in_one_go_and_in_order(tmp_path: Path) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        result = await run_paused(monitor, guard, UPDATE, deadline=5)
+        armed, *rest = fake.ran
+        assert armed == "query-status", "the guard asks before anything is stopped"
+        assert rest == ["query-status", "stop", "object-add", "device_add", "cont"]
+        assert (result.resumed, result.note) == (True, None)
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.parametrize("failing", ["object-add", "device_add"])
+@pytest.mark.asyncio
+async def test_each_command_may_fail(tmp_path: Path, failing: str, pipelined: bool) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        fake.refuse[failing] = -1
+        result = await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
+        kinds = [CommandFailed if c.name == failing else Reply for c in UPDATE]
+        assert [type(r) for r in result.replies] == kinds
+        assert (result.resumed, fake.status) == (True, "running")
+
+
+@pytest.mark.asyncio
+async def test_a_refused_stop_is_told(tmp_path: Path) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        fake.refuse["stop"] = 2
+        result = await run_paused(monitor, guard, UPDATE, deadline=5)
+        assert result.resumed
+        assert "it ran all the time" in str(result.note)
+        with pytest.raises(CommandFailed, match="stop"):
+            await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=False)
+        assert fake.ran.count("object-add") == 1, "one after the other there is no need to go on"
+        assert fake.status == "running"
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.asyncio
+async def test_a_refused_cont_is_tried_again_by_the_guard(
+    tmp_path: Path, pipelined: bool, note_path: Path
+) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        fake.refuse["cont"] = 3
+        result = await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
+        assert (result.resumed, fake.status) == (True, "running")
+        assert guard.acted
+        assert str(result.note).endswith("the resume guard resumed the guest")
+    assert read_note(note_path) is None
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.asyncio
+async def test_a_guest_that_fails_in_the_pause_is_left_alone(
+    tmp_path: Path, pipelined: bool
+) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        fake.refuse["cont"] = -1
+        fake.becomes["device_add"] = "internal-error"
+        result = await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
+        assert not result.resumed
+        assert "still stopped: the guest is internal-error" in str(result.note)
+        assert fake.ran.count("cont") == 1, "ours; the guard sends none"
+
+
+@pytest.mark.asyncio
+async def test_what_the_guard_could_not_do_is_noted(tmp_path: Path, note_path: Path) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        await guard.arm()
+        await monitor.execute("stop")
+        fake.status = "io-error"
+        await guard.close()
+        assert "cont" not in fake.ran
+    note = read_note(note_path)
+    assert note is not None
+    assert (note["resumed"], note["obstacle"]) == (False, "the guest is io-error")
+    assert "closed its guard" in str(note["why"])
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.asyncio
+async def test_a_connection_that_ends_in_the_pause(tmp_path: Path, pipelined: bool) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+
+        class Cutting(dict[str, str]):
+            """Cuts our connection when the command is looked up."""
+
+            def __contains__(self, name: object) -> bool:
+                if name == "device_add":
+                    fake._clients[0].transport.abort()
+                return False
+
+        fake.becomes = Cutting()
+        with pytest.raises(TargetLost) as caught:
+            await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
+        assert "while the guest was being paused" in caught.value.message
+        await guard.close()
+        assert fake.status == "running"
+
+
+@pytest.mark.asyncio
+async def test_a_qemu_that_does_not_answer(tmp_path: Path) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        assert await guard.arm() == "running"
+        fake.open.clear()
+        with pytest.raises(DeadlineExceeded):
+            await monitor.execute("stop", deadline=0.1)
+        assert await guard.hand_over(deadline=0.2) is Settled.UNKNOWN
+        fake.open.set()
+        # the `stop` is executed now; nobody but the guard sends `cont`
+        await guard.close()
+        assert fake.status == "running"
+
+
+@pytest.mark.asyncio
+async def test_replies_that_come_too_late_leave_the_guard_armed(tmp_path: Path) -> None:
+    async with faked(tmp_path, Stalling) as (fake, monitor, guard):
+        assert isinstance(guard, Stalling)
+        guard.fake = fake
+        with pytest.raises(DeadlineExceeded):
+            await run_paused(monitor, guard, UPDATE, deadline=0.2)
+        guard.fake = None
+        with pytest.raises(OperationFailed, match="earlier pause"):
+            await guard.arm()
+        fake.open.set()
+        await monitor.execute("query-status")  # all before it has been executed
+        assert await guard.arm() == "running"
+        assert fake.status == "running"
+
+
+@pytest.mark.asyncio
+async def test_a_stalled_qemu_is_not_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(guard_module, "_ARM_S", 0.2)
+    async with faked(tmp_path) as (fake, monitor, guard):
+        fake.open.clear()
+        with pytest.raises(OperationFailed, match="did not answer"):
+            await run_paused(monitor, guard, UPDATE, deadline=5)
+        fake.open.set()
+        async with paused_guest(monitor, guard, deadline=5):
+            assert fake.status == "paused"
+        assert fake.status == "running"
+        assert fake.ran.count("stop") == 1
+
+
+@pytest.mark.asyncio
+async def test_no_qmp_is_no_monitor(tmp_path: Path) -> None:
+    closed = asyncio.Event()
+
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0\r\n")
+        await reader.read()
+        writer.close()
+        closed.set()
+
+    path = str(tmp_path / "s")
+    async with await asyncio.start_unix_server(serve, path):
+        with pytest.raises(ProtocolViolation):
+            await ResumeGuard.start([UnixTarget(path)])
+        await asyncio.wait_for(closed.wait(), 5)

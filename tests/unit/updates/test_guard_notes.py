@@ -1,0 +1,117 @@
+"""Notes of the resume guard: what is written, found, taken and thrown away."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from qmp_memlistener.errors import MissingPrerequisite
+from qmp_memlistener.monitor.freeze import FreezeKey, process_key
+from qmp_memlistener.monitor.procfs import Process
+from qmp_memlistener.updates import guard_notes
+from qmp_memlistener.updates.guard_notes import all_notes, new_note, take_notes
+
+
+@pytest.fixture(autouse=True)
+def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """In place of the user's own, which may hold real notes."""
+    monkeypatch.setattr(guard_notes, "private_directory", lambda **_: str(tmp_path))
+    return tmp_path
+
+
+@pytest.fixture
+def key() -> FreezeKey:
+    """A process that lives: ours."""
+    process = Process.read(os.getpid())
+    assert process is not None
+    return process_key(process)
+
+
+def write(key: FreezeKey, **changes: object) -> Path:
+    """A note as the guard's process writes it."""
+    form = new_note(key)
+    done = {"why": "the agent ended", "resumed": True, "obstacle": "", "t_ns": time.monotonic_ns()}
+    path = Path(form.path)
+    path.write_bytes(msgspec.json.encode({**form.content, **done, **changes}))
+    return path
+
+
+def test_a_note_is_taken_once(key: FreezeKey) -> None:
+    path = write(key)
+    (note,) = take_notes(key)
+    assert note.guest == f"QEMU (pid {os.getpid()})"
+    assert (note.pid, note.resumed, note.remedy) == (os.getpid(), True, None)
+    assert "resumed QEMU" in note.text
+    assert "the agent ended" in note.text
+    assert not path.exists()
+    assert take_notes(key) == []
+
+
+def test_one_that_was_not_resumed_has_a_remedy(key: FreezeKey) -> None:
+    write(key, resumed=False, obstacle="the guest is internal-error")
+    (note,) = take_notes(key)
+    assert "could not resume" in note.text
+    assert "internal-error" in note.text
+    assert note.remedy is not None
+
+
+def test_all_notes_stay_and_are_in_order(key: FreezeKey) -> None:
+    now = time.monotonic_ns()
+    for ago in (1, 3, 2):
+        write(key, t_ns=now - ago)
+    assert [now - n.t_ns for n in all_notes()] == [3, 2, 1]
+    assert len(all_notes()) == 3
+
+
+def test_other_guests_notes_are_not_taken(key: FreezeKey) -> None:
+    other = FreezeKey("localhost:4444", "tcp-0123456789abcdef", None)
+    path = write(other)
+    assert take_notes(key) == []
+    assert path.exists()
+    (note,) = take_notes(other)
+    assert (note.guest, note.pid) == ("localhost:4444", None)
+
+
+@pytest.mark.parametrize(
+    "changes", [{"start_ticks": 1}, {"pid": 1 << 30}, {"boot": "another"}, {"schema": 99}]
+)
+def test_notes_about_what_is_gone_are_removed(key: FreezeKey, changes: dict[str, object]) -> None:
+    path = write(key, **changes)
+    assert all_notes() == []
+    assert not path.exists()
+
+
+def test_what_is_no_note_is_removed_and_other_files_stay(key: FreezeKey, directory: Path) -> None:
+    path = write(key)
+    path.write_bytes(b'{"schema":')
+    (directory / "1-2.lock").touch()
+    assert take_notes(key) == []
+    assert [p.name for p in directory.iterdir()] == ["1-2.lock"]
+
+
+def test_a_symbolic_link_is_not_followed(key: FreezeKey, directory: Path) -> None:
+    real = write(key)
+    (directory / "secret").write_bytes(real.read_bytes())
+    real.unlink()
+    real.symlink_to(directory / "secret")
+    assert take_notes(key) == []
+    assert (directory / "secret").exists()
+
+
+def test_without_a_directory_there_is_no_note(
+    key: FreezeKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none(**_: object) -> str:
+        raise MissingPrerequisite("none")
+
+    monkeypatch.setattr(guard_notes, "private_directory", none)
+    assert new_note(key).path == ""
+    assert take_notes(key) == all_notes() == []
+
+
+def test_each_note_has_a_name_of_its_own(key: FreezeKey) -> None:
+    assert new_note(key).path != new_note(key).path

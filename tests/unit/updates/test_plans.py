@@ -1,0 +1,271 @@
+"""Plans: what is asked of QEMU for an intent under a strategy, and what is refused beforehand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmp_memlistener.updates.guest_view import Bridge, Dimm, GuestView, VirtioMem
+from qmp_memlistener.updates.model import (
+    Addition,
+    Plug,
+    Resize,
+    Role,
+    Strategy,
+    Unplug,
+    UpdateRefused,
+    Value,
+)
+from qmp_memlistener.updates.plans import Awaited, Facts, UpdatePlan, plan_update
+
+MIB = 1 << 20
+GIB = 1 << 30
+PC = GuestView(
+    status="running",
+    running=True,
+    migration=None,
+    jobs=(),
+    machine="pc-i440fx-10.0-machine",
+    nvdimm=False,
+    base_memory=GIB,
+    max_memory=4 * GIB,
+    dimm_slots=4,
+    dimms=(),
+    virtio_mems=(),
+    bridges=(),
+)
+PORT = Bridge("rp0", "pcie-root-port", (0xFE000000, 0xFE200000), (0xF0000000, 0xF2000000), False)
+Q35 = replace(PC, machine="pc-q35-10.0-machine", bridges=(PORT,))
+NONE = Facts({})
+PCI = Facts({}, pci=True)
+
+
+def device(driver: str, name: str = "d0", **properties: Value) -> Addition:
+    return Addition(Role.DEVICE, name, {"driver": driver, "id": name, **properties}, typed=True)
+
+
+def memory(name: str, size: int) -> Addition:
+    arguments: dict[str, Value] = {"qom-type": "memory-backend-ram", "id": name, "size": size}
+    return Addition(Role.OBJECT, name, arguments, typed=True)
+
+
+def commands(plan: UpdatePlan) -> list[tuple[str, object]]:
+    steps = (*plan.prepare, *plan.update, *plan.finish)
+    return [(s.command.name, (s.command.arguments or {}).get("id")) for s in steps]
+
+
+def dimm_of(size: int) -> Plug:
+    return Plug(device("pc-dimm", memdev="m0"), (memory("m0", size),))
+
+
+def test_backends_come_first_and_can_be_taken_back() -> None:
+    plan = plan_update(dimm_of(256 * MIB), Strategy.DIRECT, PC, NONE)
+    assert commands(plan) == [("object-add", "m0"), ("device_add", "d0")]
+    (backend,) = plan.prepare
+    assert backend.undo is not None
+    assert (backend.undo.name, backend.undo.arguments) == ("object-del", {"id": "m0"})
+
+
+@pytest.mark.parametrize("strategy", list(Strategy))
+@pytest.mark.parametrize(
+    "view",
+    [
+        replace(PC, migration="active"),
+        *(
+            replace(PC, status=status)
+            for status in ("postmigrate", "internal-error", "inmigrate", "guest-panicked")
+        ),
+    ],
+    ids=lambda view: view.migration or view.status,
+)
+def test_a_guest_in_no_state_for_it(view: GuestView, strategy: Strategy) -> None:
+    with pytest.raises(UpdateRefused, match="nothing was touched"):
+        plan_update(Unplug("d0"), strategy, view, Facts({}, devices=frozenset({"d0"})))
+
+
+def test_block_jobs_forbid_only_a_pause() -> None:
+    view = replace(PC, jobs=("backup",))
+    with pytest.raises(UpdateRefused, match="backup"):
+        plan_update(dimm_of(MIB), Strategy.PAUSE, view, NONE)
+    assert plan_update(dimm_of(MIB), Strategy.DIRECT, view, NONE).update
+
+
+@pytest.mark.parametrize(
+    ("view", "size", "words"),
+    [
+        (replace(PC, dimm_slots=0), 256 * MIB, "no slots"),
+        (
+            replace(PC, dimm_slots=1, dimms=(Dimm("a", "pc-dimm", MIB, "/objects/a", True),)),
+            256 * MIB,
+            "all 1 memory slots",
+        ),
+        (PC, 4 * GIB, "has room for 3072 MiB"),
+        (
+            replace(PC, virtio_mems=(VirtioMem("v", 0, 0, 3 * GIB, 2 * MIB),)),
+            256 * MIB,
+            "has room for 0 MiB",
+        ),
+    ],
+)
+def test_no_room_for_a_dimm(view: GuestView, size: int, words: str) -> None:
+    for intent in (dimm_of(size), Resize("+", size)):
+        with pytest.raises(UpdateRefused, match=words) as caught:
+            plan_update(intent, Strategy.PAUSE, view, NONE)
+        assert caught.value.remedy is not None
+        assert "maxmem" in caught.value.remedy
+
+
+def test_an_nvdimm_needs_a_machine_that_takes_it() -> None:
+    plug = Plug(device("nvdimm", memdev="m0"), (memory("m0", MIB),))
+    with pytest.raises(UpdateRefused, match="NVDIMM") as caught:
+        plan_update(plug, Strategy.DIRECT, PC, NONE)
+    assert "nvdimm=on" in str(caught.value.remedy)
+    assert plan_update(plug, Strategy.DIRECT, replace(PC, nvdimm=True), NONE).update
+
+
+def test_a_dimm_fills_no_hole() -> None:
+    with pytest.raises(UpdateRefused, match="memslot of its own") as caught:
+        plan_update(dimm_of(MIB), Strategy.HOLE, PC, NONE)
+    assert "virtio-mem" in str(caught.value.remedy)
+
+
+def test_an_id_in_use() -> None:
+    with pytest.raises(UpdateRefused, match="m0 already"):
+        plan_update(dimm_of(MIB), Strategy.DIRECT, PC, Facts({}, used=frozenset({"m0"})))
+
+
+def test_q35_gets_a_free_root_port() -> None:
+    plan = plan_update(Plug(device("virtio-net-pci")), Strategy.DIRECT, Q35, PCI)
+    (step,) = plan.update
+    assert (step.command.arguments or {})["bus"] == "rp0"
+
+
+def test_q35_without_a_free_root_port() -> None:
+    for bridges in ((), (replace(PORT, occupied=True),)):
+        view = replace(Q35, bridges=bridges)
+        with pytest.raises(UpdateRefused, match="no free PCIe root port") as caught:
+            plan_update(Plug(device("virtio-net-pci")), Strategy.DIRECT, view, PCI)
+        assert "pcie-root-port" in str(caught.value.remedy)
+
+
+def test_a_root_port_takes_one_device() -> None:
+    view = replace(Q35, bridges=(replace(PORT, occupied=True),))
+    with pytest.raises(UpdateRefused, match="rp0 has a device already"):
+        plan_update(Plug(device("virtio-net-pci", bus="rp0")), Strategy.DIRECT, view, PCI)
+
+
+def test_the_port_with_room_is_taken() -> None:
+    small = replace(PORT, id="small", prefetchable=(0xF0000000, 0xF0100000))
+    view = replace(Q35, bridges=(small, PORT))
+    plug = Plug(device("ivshmem-plain", memdev="m0"), (memory("m0", 16 * MIB),))
+    for strategy in (Strategy.DIRECT, Strategy.HOLE):
+        (step,) = plan_update(plug, strategy, view, PCI).update
+        assert (step.command.arguments or {})["bus"] == "rp0"
+
+
+def test_hole_wants_a_window_that_is_large_enough() -> None:
+    plug = Plug(device("ivshmem-plain", memdev="m0"), (memory("m0", 64 * MIB),))
+    with pytest.raises(UpdateRefused, match="bridge windows would have to move") as caught:
+        plan_update(plug, Strategy.HOLE, Q35, PCI)
+    assert "pref64-reserve=64M" in str(caught.value.remedy)
+    assert plan_update(plug, Strategy.DIRECT, Q35, PCI).update
+
+
+def test_pc_has_no_window_to_move() -> None:
+    plug = Plug(device("ivshmem-plain", memdev="m0"), (memory("m0", 64 * MIB),))
+    plan = plan_update(plug, Strategy.HOLE, PC, PCI)
+    assert "bus" not in (plan.update[0].command.arguments or {})
+
+
+def test_unplug_waits_for_the_device_and_then_removes_what_it_stood_on() -> None:
+    facts = Facts({}, devices=frozenset({"d0"}))
+    plan = plan_update(Unplug("d0", (memory("m0", MIB),)), Strategy.PAUSE, PC, facts)
+    assert commands(plan) == [("device_del", "d0"), ("object-del", "m0")]
+    assert plan.awaited is Awaited.GONE
+    assert [s.command.name for s in plan.finish] == ["object-del"]
+
+
+def test_unplug_of_what_is_not_there() -> None:
+    with pytest.raises(UpdateRefused, match="no device d1; those with an id: d0"):
+        plan_update(Unplug("d1"), Strategy.DIRECT, PC, Facts({}, devices=frozenset({"d0"})))
+
+
+def test_a_dimm_from_the_command_line_stays() -> None:
+    view = replace(PC, dimms=(Dimm("d0", "pc-dimm", MIB, "/objects/m", False),))
+    with pytest.raises(UpdateRefused, match="not hotpluggable"):
+        plan_update(Unplug("d0"), Strategy.DIRECT, view, Facts({}, devices=frozenset({"d0"})))
+
+
+def test_growing_takes_ids_that_are_free() -> None:
+    facts = Facts({}, used=frozenset({"qml-dimm0", "qml-mem1"}))
+    plan = plan_update(Resize("+", 256 * MIB), Strategy.DIRECT, PC, facts)
+    assert commands(plan) == [("object-add", "qml-mem2"), ("device_add", "qml-dimm2")]
+
+
+def test_a_size_that_no_guest_can_use() -> None:
+    with pytest.raises(UpdateRefused, match="multiple of 128 MiB"):
+        plan_update(Resize("+", 100 * MIB), Strategy.DIRECT, PC, NONE)
+
+
+def test_equals_counts_all_memory() -> None:
+    view = replace(PC, dimms=(Dimm("a", "pc-dimm", GIB, "/objects/am", True),))
+    assert commands(plan_update(Resize("=", 2 * GIB), Strategy.DIRECT, view, NONE)) == []
+    less = plan_update(Resize("=", GIB), Strategy.DIRECT, view, NONE)
+    assert commands(less) == [("device_del", "a"), ("object-del", "am")]
+    more = plan_update(Resize("=", 3 * GIB), Strategy.DIRECT, view, NONE)
+    assert (more.prepare[0].command.arguments or {})["size"] == GIB
+
+
+def test_shrinking_takes_whole_dimms_the_newest_first() -> None:
+    sizes = (256 * MIB, 512 * MIB, 256 * MIB)
+    dimms = tuple(Dimm(f"d{i}", "pc-dimm", s, f"/objects/m{i}", True) for i, s in enumerate(sizes))
+    view = replace(PC, dimms=dimms)
+    one = plan_update(Resize("-", 256 * MIB), Strategy.DIRECT, view, NONE)
+    assert one.devices == ("d2",)
+    two = plan_update(Resize("-", 768 * MIB), Strategy.DIRECT, view, NONE)
+    assert two.devices == ("d2", "d1")
+    with pytest.raises(UpdateRefused, match="d2 256 MiB, d1 512 MiB, d0 256 MiB"):
+        plan_update(Resize("-", 128 * MIB), Strategy.DIRECT, view, NONE)
+
+
+def test_hole_without_virtio_mem_says_what_to_add() -> None:
+    with pytest.raises(UpdateRefused, match="no virtio-mem device") as caught:
+        plan_update(Resize("+", 256 * MIB), Strategy.HOLE, PC, NONE)
+    assert "virtio-mem-pci" in str(caught.value.remedy)
+
+
+BLOCK = 2 * MIB
+DEVICES = st.lists(st.tuples(st.integers(0, 64), st.integers(0, 64)), min_size=1, max_size=4)
+
+
+@given(DEVICES, st.integers(-128, 128).filter(bool))
+def test_virtio_mem_devices_share_a_change(pairs: list[tuple[int, int]], change: int) -> None:
+    """They take all of it within their bounds, or nothing at all."""
+    mems = tuple(
+        VirtioMem(f"v{i}", a * BLOCK, min(a, b) * BLOCK, max(a, b) * BLOCK, BLOCK)
+        for i, (a, b) in enumerate(pairs)
+    )
+    view = replace(PC, virtio_mems=mems)
+    room = sum(v.max_size - v.requested if change > 0 else v.requested for v in mems)
+    intent = Resize("+" if change > 0 else "-", abs(change) * BLOCK)
+    if abs(change) * BLOCK > room:
+        with pytest.raises(UpdateRefused, match="nothing was touched"):
+            plan_update(intent, Strategy.HOLE, view, NONE)
+        return
+    plan = plan_update(intent, Strategy.HOLE, view, NONE)
+    known = {v.id: v for v in mems}
+    assert sum(s - known[name].requested for name, s in plan.sizes.items()) == change * BLOCK
+    assert all(0 <= s <= known[name].max_size for name, s in plan.sizes.items())
+    for step in plan.update:
+        assert step.undo is not None
+        name = str((step.command.arguments or {})["path"]).rpartition("/")[2]
+        assert (step.undo.arguments or {})["value"] == known[name].requested
+
+
+def test_a_part_of_a_block_is_refused() -> None:
+    view = replace(PC, virtio_mems=(VirtioMem("v", 0, 0, GIB, BLOCK),))
+    with pytest.raises(UpdateRefused, match="block size, 2 MiB"):
+        plan_update(Resize("+", MIB), Strategy.HOLE, view, NONE)
