@@ -31,9 +31,9 @@ def _strategies(_: click.Context, __: click.Parameter, text: str) -> tuple[Strat
     return tuple(Strategy(name) for name in names)
 
 
-@click.command("compare")
+@click.command("compare", context_settings={"ignore_unknown_options": True})
 @click.argument("target")
-@click.option("--resize", "size", metavar="+SIZE|-SIZE", help="What to do: more or less memory.")
+@click.argument("intent", required=False)
 @additions_options
 @click.option("--strategies", default="direct,pause,hole", show_default=True, metavar="NAMES",
               callback=_strategies, help="Which to compare; the control, which does nothing, is "
@@ -49,7 +49,7 @@ def _strategies(_: click.Context, __: click.Parameter, text: str) -> tuple[Strat
 @json_option
 def command(
     attaching: Attaching,
-    size: str | None,
+    intent: str | None,
     device: str | None,
     objects: tuple[str, ...],
     netdevs: tuple[str, ...],
@@ -63,34 +63,30 @@ def command(
 ) -> int:
     """Change a guest under several strategies, many times in random order, and compare the stalls.
 
-    What to do is --resize SIZE, or --device with what it stands on, as for `hotplug`. After each
-    round the guest is put back as it was. A strategy that the guest does not allow is left out, and
-    the reason is said.
+    INTENT is a change of memory (+256M, -256M, =4G) or a device (DRIVER,id=ID,…, which can be
+    given as --device as well), with what it stands on as for `hotplug`. After each round the guest
+    is put back as it was. A strategy that the guest does not allow is left out, and the reason is
+    said.
 
     Exit code 1: no strategy is possible, or the guest could not be put back.
 
-    Example: qmp-memlistener compare /run/vm.qmp --resize +256M --repeat 20
+    Example: qmp-memlistener compare /run/vm.qmp +256M --repeat 20
     """
     import secrets
 
     from ..updates.compare import CompareOptions
-    from ..updates.options import parse_resize
 
-    if (size is None) == (device is None):
-        raise click.UsageError("say what to do: --resize SIZE, or --device DRIVER,id=ID,…")
+    if (intent is None) == (device is None):
+        raise click.UsageError(
+            "say what to do: an INTENT such as +256M, or --device DRIVER,id=ID,…"
+        )
     if window <= 0:
         raise click.BadParameter("a window is longer than 0", param_hint="'--window'")
-    intent: Intent
-    if size is not None:
-        intent, what = parse_resize(size), f"resize {size}"
-    else:
-        assert device is not None
-        intent = plug_of(device, objects, netdevs, blockdevs)
-        what = f"plug {intent.device.type} {intent.device.id}"
+    change, what = _intent(intent or device or "", objects, netdevs, blockdevs)
     wanted = CompareOptions(
         repeat, window, secrets.randbelow(1_000_000) if seed is None else seed, options
     )
-    found = run_async(_compare(attaching, intent, strategies, wanted))
+    found = run_async(_compare(attaching, change, strategies, wanted))
     if as_json:
         print_json(found)
     else:
@@ -101,6 +97,18 @@ def command(
     if found.ended_early == "interrupted":
         raise Interrupted
     return 0 if found.ended_early is None else 1
+
+
+def _intent(
+    text: str, objects: tuple[str, ...], netdevs: tuple[str, ...], blockdevs: tuple[str, ...]
+) -> tuple[Intent, str]:
+    """The intent, and what it is in words.  Raises InputError."""
+    from ..updates.options import parse_resize
+
+    if text[:1] in ("+", "-", "="):
+        return parse_resize(text), f"resize {text}"
+    plug = plug_of(text, objects, netdevs, blockdevs)
+    return plug, f"plug {plug.device.type} {plug.device.id}"
 
 
 async def _compare(

@@ -91,8 +91,8 @@ class GuestView:
 
     @property
     def memory(self) -> int:
-        """All memory the guest has now."""
-        plugged = sum(d.size for d in self.dimms) + sum(v.size for v in self.virtio_mems)
+        """All memory the guest has, or is about to have of virtio-mem devices."""
+        plugged = sum(d.size for d in self.dimms) + sum(v.requested for v in self.virtio_mems)
         return self.base_memory + plugged
 
     @property

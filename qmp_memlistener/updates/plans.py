@@ -29,6 +29,7 @@ _FORBIDDEN_STATES = {
     "restore-vm": "a snapshot is being loaded",
     "colo": "it is a COLO secondary",
 }
+_PCIE_MACHINES = ("pc-q35", "virt", "microvm")
 _DIMM_ALIGN = 128 << 20
 """Linux on x86 adds memory in blocks of 128 MiB at least (memory_block_size_bytes)."""
 
@@ -203,11 +204,17 @@ def _on_a_bus(
 ) -> Addition:
     """The device with a bus, where the machine's own bus takes no devices while it runs.
 
-    q35's root complex pcie.0 does not (hw/pci-host/q35.c); pc's pci.0 does, by ACPI.
+    A PCIe root complex does not (q35's, and gpex of virt and microvm; pcie.0); pc's pci.0 does, by
+    ACPI.
     """
     bus = device.arguments.get("bus")
     ports = {b.id: b for b in view.bridges}
-    if bus is None and view.machine.startswith("pc-q35"):
+    if bus == "pcie.0" or (bus is None and view.machine.startswith(_PCIE_MACHINES)):
+        if bus is not None:
+            raise UpdateRefused(
+                "the root bus pcie.0 takes no device while the guest runs; nothing was touched",
+                remedy="name a free root port with bus=, or none to have one chosen",
+            )
         need = _window_needed(device, sizes)
         free = [b for b in view.bridges if not b.occupied]
         if not free:
@@ -306,7 +313,9 @@ def _resize(intent: Resize, strategy: Strategy, view: GuestView, facts: Facts) -
     if intent.sign == "-":
         change = -change
     if not change:
-        return UpdatePlan((), (), (), Awaited.SIZE, (), {}, ("the guest has that much already",))
+        late = {str(v.id): v.requested for v in view.virtio_mems if v.size != v.requested}
+        note = "that much was asked for already" if late else "the guest has that much already"
+        return UpdatePlan((), (), (), Awaited.SIZE, tuple(late), late, (note,))
     if strategy is Strategy.HOLE:
         return _resize_virtio_mem(change, view)
     return _grow(change, view, facts) if change > 0 else _shrink(-change, view)

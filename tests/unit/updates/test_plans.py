@@ -151,6 +151,13 @@ def test_q35_without_a_free_root_port() -> None:
         assert "pcie-root-port" in str(caught.value.remedy)
 
 
+def test_the_root_bus_of_pcie_takes_no_device() -> None:
+    for machine in ("pc-q35-7.2-machine", "virt-10.0-machine"):
+        view = replace(Q35, machine=machine)
+        with pytest.raises(UpdateRefused, match=r"root bus pcie\.0"):
+            plan_update(Plug(device("virtio-net-pci", bus="pcie.0")), Strategy.DIRECT, view, PCI)
+
+
 def test_a_root_port_takes_one_device() -> None:
     view = replace(Q35, bridges=(replace(PORT, occupied=True),))
     with pytest.raises(UpdateRefused, match="rp0 has a device already"):
@@ -217,6 +224,14 @@ def test_equals_counts_all_memory() -> None:
     assert commands(less) == [("device_del", "a"), ("object-del", "am")]
     more = plan_update(Resize("=", 3 * GIB), Strategy.DIRECT, view, NONE)
     assert (more.prepare[0].command.arguments or {})["size"] == GIB
+
+
+def test_equals_waits_for_what_was_asked_for_before() -> None:
+    view = replace(PC, virtio_mems=(VirtioMem("v", 256 * MIB, 0, GIB, 2 * MIB),))
+    plan = plan_update(Resize("=", GIB), Strategy.HOLE, view, NONE)
+    assert commands(plan) == []
+    assert plan.sizes == {"v": 0}
+    assert plan.awaited is Awaited.SIZE
 
 
 def test_shrinking_takes_whole_dimms_the_newest_first() -> None:
