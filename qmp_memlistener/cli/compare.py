@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import Interrupted, json_option, print_json, printable, run_async
+from .common import Interrupted, duration, json_option, print_json, printable, run_async
 from .update_options import (
     Attaching,
     additions_options,
@@ -40,7 +40,7 @@ def _strategies(_: click.Context, __: click.Parameter, text: str) -> tuple[Strat
               "always there.")  # fmt: skip
 @click.option("--repeat", type=click.IntRange(min=1), default=10, show_default=True, metavar="N",
               help="Rounds of each strategy.")  # fmt: skip
-@click.option("--window", type=float, default=1.0, show_default=True, metavar="SECONDS",
+@click.option("--window", type=duration, default="1s", show_default=True, metavar="DURATION",
               help="How long each round is looked at from its beginning.")  # fmt: skip
 @click.option("--seed", type=int, metavar="N", help="Makes the order of the rounds; default: a new "
               "one each time.")  # fmt: skip
@@ -56,7 +56,7 @@ def command(
     blockdevs: tuple[str, ...],
     strategies: tuple[Strategy, ...],
     repeat: int,
-    window: float,
+    window: int,
     seed: int | None,
     options: UpdateOptions,
     as_json: bool,
@@ -65,8 +65,8 @@ def command(
 
     INTENT is a change of memory (+256M, -256M, =4G) or a device (DRIVER,id=ID,…, which can be
     given as --device as well), with what it stands on as for `hotplug`. After each round the guest
-    is put back as it was. A strategy that the guest does not allow is left out, and the reason is
-    said.
+    is put back as it was; Ctrl-C does that too, and shows the rounds so far. A strategy that the
+    guest does not allow is left out, and the reason is said.
 
     Exit code 1: no strategy is possible, or the guest could not be put back.
 
@@ -74,7 +74,7 @@ def command(
     """
     import secrets
 
-    from ..updates.compare import CompareOptions
+    from ..updates.compare import INTERRUPTED, CompareOptions
 
     if (intent is None) == (device is None):
         raise click.UsageError(
@@ -84,7 +84,7 @@ def command(
         raise click.BadParameter("a window is longer than 0", param_hint="'--window'")
     change, what = _intent(intent or device or "", objects, netdevs, blockdevs)
     wanted = CompareOptions(
-        repeat, window, secrets.randbelow(1_000_000) if seed is None else seed, options
+        repeat, window / 1e9, secrets.randbelow(1_000_000) if seed is None else seed, options
     )
     found = run_async(_compare(attaching, change, strategies, wanted))
     if as_json:
@@ -94,18 +94,20 @@ def command(
 
         for line in comparison_lines(found, what):
             click.echo(printable(line))
-    if found.ended_early == "interrupted":
+    if found.ended_early == INTERRUPTED:
         raise Interrupted
-    return 0 if found.ended_early is None else 1
+    return found.exit_code
 
 
 def _intent(
     text: str, objects: tuple[str, ...], netdevs: tuple[str, ...], blockdevs: tuple[str, ...]
 ) -> tuple[Intent, str]:
-    """The intent, and what it is in words.  Raises InputError."""
+    """The intent, and what it is in words.  Raises InputError, UsageError."""
     from ..updates.options import parse_resize
 
     if text[:1] in ("+", "-", "="):
+        if objects or netdevs or blockdevs:
+            raise click.UsageError("a change of memory makes its own backends")
         return parse_resize(text), f"resize {text}"
     plug = plug_of(text, objects, netdevs, blockdevs)
     return plug, f"plug {plug.device.type} {plug.device.id}"
@@ -121,5 +123,5 @@ async def _compare(
             click.echo(printable(remark), err=True)
         await agent.measuring.wait_started()
         return await compare(
-            agent, intent, strategies, options, lambda text: click.echo(text, err=True)
+            agent, intent, strategies, options, lambda text: click.echo(printable(text), err=True)
         )

@@ -46,6 +46,12 @@ def command(
 
     Example: qmp-memlistener unplug /run/vm.qmp dimm0 --backends
     """
+    try:
+        device.encode()
+    except UnicodeEncodeError:
+        device = ""  # the shell gave bytes that are no text
+    if not device:
+        raise click.BadParameter("no device is called that", param_hint="'ID'")
 
     async def intend(agent: Agent) -> Unplug:
         from ..updates.guest_facts import backends_of

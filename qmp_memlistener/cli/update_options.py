@@ -96,14 +96,26 @@ def strategy_option(function: Callable[..., int]) -> Callable[..., int]:
 
 
 def update_options(function: Callable[..., int]) -> Callable[..., int]:
-    """How to carry out an update; the verb gets them as `options`."""
+    """How to carry out an update; the verb gets them as `options`.
+
+    A verb with a `strategy` takes those for a pause with that one only.  Raises InputError.
+    """
 
     @wraps(function)
     def verb(
         max_pause: int, wait: int, through_guest: bool, guard_monitor: str | None, **rest: object
     ) -> int:
+        from ..monitor import parse_target
         from ..updates.operation import UpdateOptions
 
+        if not max_pause:
+            raise click.BadParameter("a pause is longer than 0", param_hint="'--max-pause'")
+        if rest.get("strategy", "pause") != "pause":
+            for given, name in ((through_guest, "through-guest"), (guard_monitor, "guard-monitor")):
+                if given:
+                    raise click.UsageError(f"--{name} goes with --strategy pause only")
+        if guard_monitor is not None:
+            parse_target(guard_monitor)
         options = UpdateOptions(
             max_pause_s=max_pause / 1e9,
             wait_s=wait / 1e9,

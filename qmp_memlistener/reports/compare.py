@@ -5,7 +5,12 @@ Nothing is printed here.
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from collections.abc import Set as AbstractSet
+
+import msgspec
 
 from ..updates.compare import CONTROL, Comparison, Round
 from ..updates.compare_stats import Difference, Summary, percentile
@@ -20,40 +25,115 @@ ENOUGH_FOR_P99 = 100
 
 def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
     """Lines of at most 80 columns; `what` says in words what was done in each round."""
-    counts = {s.strategy: s.n for s in found.summary}
+    counts = Counter(r.strategy for r in found.rounds if r.outcome == "done")
     rounds = max(counts.values(), default=0)
     window = duration_text(found.window_ns)
-    yield f"{what}: {count_text(rounds, 'round')} each in random order (seed {found.seed}),"
+    each = count_text(rounds, "round")
+    if len(set(counts.values())) > 1:
+        each = f"up to {each}"
+    yield from _folded(f"{what}: {each} each in random order (seed {found.seed}),")
     yield f"{window} looked at from the beginning of each; {CONTROL} did nothing"
     for skipped in found.skipped:
-        yield f"{skipped.strategy} is not possible: {skipped.reason}"
+        yield from _folded(f"{skipped.strategy} is not possible: {skipped.reason}")
         if skipped.remedy:
-            yield f"  remedy: {skipped.remedy}"
-    failed = [r for r in found.rounds if r.outcome != "done"]
-    for each in failed:
-        yield f"round {each.order} ({each.strategy}) left out: {each.outcome}: {each.reason}"
+            yield from _folded(f"  remedy: {skipped.remedy}")
+    for r in found.rounds:
+        if r.outcome != "done":
+            yield from _folded(f"round {r.order} ({r.strategy}) left out: {r.outcome}: {r.reason}")
+    yield from _outlasted(found)
     if found.ended_early is not None:
-        yield f"ended early: {found.ended_early}"
+        yield from _folded(f"ended early: {found.ended_early}")
         if found.remedy:
-            yield f"  remedy: {found.remedy}"
+            yield from _folded(f"  remedy: {found.remedy}")
     if not found.summary:
-        yield "nothing to compare"
+        yield "no stall was seen in any round" if counts else "nothing to compare"
+    if not counts:
         return
     yield ""
     yield from _operations(found.rounds)
+    if not found.summary:
+        return
+    kinds = {s.kind for s in found.summary}
+    yield from _measured(found, "time that a round lost to stalls of a kind, all together", kinds)
+    # one stall a round is all of it
+    many = {s.kind for s in found.summary if s.stalls and s.longest_ns < s.max_ns}
+    single = msgspec.structs.replace(
+        found,
+        summary=[_of_longest(s) for s in found.summary],
+        differences=[_of_longest_difference(d) for d in found.differences],
+    )
+    yield from _measured(single, "the longest stall of a round, where there were several", many)
+
+
+def _of_longest(s: Summary) -> Summary:
+    return msgspec.structs.replace(
+        s,
+        p50_ns=s.longest_p50_ns,
+        p90_ns=s.longest_p90_ns,
+        p99_ns=s.longest_p99_ns,
+        max_ns=s.longest_ns,
+    )
+
+
+def _of_longest_difference(d: Difference) -> Difference:
+    return msgspec.structs.replace(
+        d, median_diff_ns=d.longest_diff_ns, ci95_ns=d.longest_ci95_ns, seen=d.longest_seen
+    )
+
+
+def _measured(found: Comparison, title: str, kinds: AbstractSet[str]) -> Iterator[str]:
+    """The table of these kinds, and the differences."""
+    rows = sorted(
+        (s for s in found.summary if s.kind in kinds), key=lambda s: (s.kind, _rank(s.strategy))
+    )
+    if not rows:
+        return
     yield ""
-    yield "time that a round lost to stalls of a kind, all together"
+    yield title
     yield ""
-    columns = "".join(f"{name:>9}" for name in ("p50", "p90", "p99", "max", "longest"))
-    yield f"{'kind':<13}{'strategy':<9}{columns}{'count':>7}"
+    columns = "".join(f"{name:>9}" for name in ("p50", "p90", "p99", "max"))
+    yield f"{'kind':<13}{'strategy':<9}{columns}{'stalls':>9}"
     last = None
-    for row in sorted(found.summary, key=lambda s: (s.kind, _rank(s.strategy))):
+    for row in rows:
         yield _row(row, show_kind=row.kind != last)
         last = row.kind
+    nothing = {(s.strategy, s.kind) for s in rows if s.max_ns == 0}
+    told = [
+        d
+        for d in found.differences
+        if d.kind in kinds and not {(d.a, d.kind), (d.b, d.kind)} <= nothing
+    ]
+    if not told:
+        return
     yield ""
     yield "differences of the medians, with the interval that holds them at 95 %"
+    if any(d.enough for d in told):
+        yield "(of 20 such intervals, one misses by chance)"
     yield ""
-    yield from _differences(found.differences)
+    yield from _differences(told)
+
+
+def _folded(text: str) -> Iterator[str]:
+    """At most 80 columns; what goes on is indented."""
+    indent = " " * (len(text) - len(text.lstrip()))
+    yield from textwrap.wrap(
+        text, 80, subsequent_indent=f"{indent}  ", break_long_words=False, break_on_hyphens=False
+    )
+
+
+def _outlasted(found: Comparison) -> Iterator[str]:
+    """Updates that went on when nobody counted stalls any more."""
+    done = [r for r in found.rounds if r.outcome == "done"]
+    for name in sorted({r.strategy for r in done}, key=_rank):
+        own = [r.took_ns for r in done if r.strategy == name]
+        late = sum(took > found.window_ns for took in own)
+        if late:
+            of = count_text(len(own), "round")
+            yield from _folded(
+                f"{name} took longer than was looked at in {late} of {of}"
+                f" (up to {duration_text(max(own))}): what it stalled afterwards is missing here, "
+                "use a longer --window"
+            )
 
 
 def _rank(strategy: str) -> int:
@@ -80,14 +160,16 @@ def _row(s: Summary, *, show_kind: bool) -> str:
     kind = kind_text(s.kind) if show_kind else ""
     return (
         f"{kind:<13}{s.strategy:<9}{duration_text(s.p50_ns):>9}{p90:>9}{p99:>9}"
-        f"{duration_text(s.max_ns):>9}{duration_text(s.longest_ns):>9}{s.stalls:>7}"
+        f"{duration_text(s.max_ns):>9}{s.stalls:>9,}"
     )
 
 
 def _differences(found: Sequence[Difference]) -> Iterator[str]:
     for d in sorted(found, key=lambda d: (d.kind, _rank(d.a), _rank(d.b))):
         pair = f"{kind_text(d.kind):<13}{d.a} - {d.b}"
-        if not d.seen:
+        if not d.enough:
+            yield f"{pair:<32}too few rounds to tell"
+        elif not d.seen:
             yield f"{pair:<32}no difference seen ({_interval(d)})"
         else:
             yield f"{pair:<32}{_signed(d.median_diff_ns):>10}  ({_interval(d)})"

@@ -1,9 +1,9 @@
 """Comparing strategies on one guest: the same intent again and again, in random order.
 
 Each round carries the intent out under one strategy and looks at the guest for a fixed time, then
-the inverse puts the guest back; rounds of the `control` only look.  Stalls that began within that
-time count, whatever made them: what a guest stalls anyway shows in the control.  Statistics are in
-`compare_stats`.
+the guest is put back (`compare_guest`); rounds of the `control` only look.  What was seen within
+that time counts, whatever made it: what a guest stalls anyway shows in the control.  Statistics
+are in `compare_stats`.
 """
 
 from __future__ import annotations
@@ -11,31 +11,41 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
 
-from ..errors import OperationFailed
-from ..recording import Record, StallRecord
+from ..errors import InputError, MemListenerError, OperationFailed
+from ..recording import Record, SlotOp, StallRecord, TransitionRecord
+from .compare_guest import ComparedGuest, HostGuest, NotPutBack
 from .compare_stats import Difference, Summary, differences, summaries
-from .guest_view import read_guest
-from .model import Intent, Outcome, Plug, Resize, Strategy, Unplug, UpdateRefused
-from .operation import Host, UpdateOptions, perform
+from .model import Intent, Outcome, Strategy, UpdateRefused
+from .operation import Host, UpdateOptions
 
-__all__ = ["CONTROL", "Comparison", "CompareOptions", "Round", "Skipped", "compare", "inverse_of"]
+__all__ = [
+    "CONTROL",
+    "INTERRUPTED",
+    "CompareOptions",
+    "Comparison",
+    "Round",
+    "Skipped",
+    "compare",
+    "compare_guest",
+]
 
 CONTROL = "control"
-PATIENCE_S = 30.0
-"""How long a guest may take at least to give back what it got."""
-_PUT_BACK_DEADLINE = 60.0
+INTERRUPTED = "interrupted"
+"""Why a comparison ended early that was cancelled; the guest was put back."""
 
 
 class Round(msgspec.Struct, frozen=True):
     """One round; `order` counts from 0 over all rounds that count.
 
-    `stalls` began within the window, `outcome` is that of the intent (`done` for the control).  A
-    round that is not `done` is no part of the statistics.
+    `[start_ns, start_ns + window_ns)` was looked at; `stalls` are those that touch it.  `outcome`
+    is that of the intent (`done` for the control), which took `took_ns`.  `slot_ops` were made and
+    `transitions` seen from `start_ns` to the end of the window or of the update, whichever came
+    last, on so many different `slots`.  A round that is not `done` is no part of the statistics.
     """
 
     strategy: str
@@ -47,10 +57,11 @@ class Round(msgspec.Struct, frozen=True):
     slot_ops: int
     slots: int
     transitions: int
+    took_ns: int = 0
 
 
 class Skipped(msgspec.Struct, frozen=True):
-    """A strategy that this guest does not allow."""
+    """A strategy that this guest does not allow, or that failed in its warm-up round."""
 
     strategy: str
     reason: str
@@ -58,7 +69,10 @@ class Skipped(msgspec.Struct, frozen=True):
 
 
 class Comparison(msgspec.Struct, frozen=True, kw_only=True):
-    """The JSON document of `compare`.  `ended_early`: why there are fewer rounds than wanted."""
+    """The JSON document of `compare`.
+
+    `ended_early`: why there are fewer rounds than wanted; the verb's exit code is then `exit_code`.
+    """
 
     schema: int = 1
     seed: int
@@ -69,33 +83,18 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     skipped: list[Skipped]
     ended_early: str | None
     remedy: str | None
+    exit_code: int = 0
 
 
 @dataclass(frozen=True, slots=True)
 class CompareOptions:
-    """`repeat` rounds of each strategy and of the control, each `window_s` seconds long; before
-    them one that does not count.  `seed` makes the order."""
+    """`repeat` rounds of each strategy and of the control, each looked at for `window_s` seconds;
+    before them one of each strategy that does not count.  `seed` makes the order."""
 
     repeat: int = 10
     window_s: float = 1.0
     seed: int = 0
     update: UpdateOptions = field(default_factory=UpdateOptions)
-
-
-async def inverse_of(host: Host, intent: Intent) -> Intent:
-    """What puts the guest back.  Raises UpdateRefused for an intent that has none."""
-    match intent:
-        case Plug():
-            return Unplug(intent.device.id, intent.backends[::-1])
-        case Resize(sign="="):
-            return Resize("=", (await read_guest(host.monitor)).memory)
-        case Resize():
-            return Resize("-" if intent.sign == "+" else "+", intent.size)
-        case _:
-            raise UpdateRefused(
-                "what was unplugged cannot be put back without knowing how it was made",
-                remedy="compare plugging it: the inverse is part of every round",
-            )
 
 
 async def compare(
@@ -105,172 +104,192 @@ async def compare(
     options: CompareOptions,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """Carry it all out.  Cancelled, it puts the guest back and returns what there is.
+    """Carry it all out.  Cancelled or failing, it puts the guest back and returns what there is.
 
-    Raises UpdateRefused when no strategy is possible, InputError and TargetError as `perform`.
+    Before there is a round that counts, it raises instead: UpdateRefused when no strategy is
+    possible, InputError and TargetError as `perform`, CancelledError.
     """
-    return await _Comparing(host, intent, options, progress).run(strategies)
+    guest = HostGuest(host, intent, options.update)
+    return await compare_guest(guest, strategies, options, progress)
+
+
+async def compare_guest(
+    guest: ComparedGuest,
+    strategies: Sequence[Strategy],
+    options: CompareOptions,
+    progress: Callable[[str], None] = lambda _: None,
+) -> Comparison:
+    """The same for a guest of any kind."""
+    return await _Comparing(guest, options, progress).run(strategies)
+
+
+class _Interrupted(OperationFailed):
+    exit_code = 130
 
 
 class _Comparing:
     def __init__(
-        self,
-        host: Host,
-        intent: Intent,
-        options: CompareOptions,
-        progress: Callable[[str], None],
+        self, guest: ComparedGuest, options: CompareOptions, progress: Callable[[str], None]
     ) -> None:
-        self._host = host
-        self._intent = intent
+        self._guest = guest
         self._options = options
+        self._window_ns = round(options.window_s * 1e9)
         self._progress = progress
         self._rounds: list[Round] = []
         self._skipped: list[Skipped] = []
-        self._stalls: list[StallRecord] = []
+        self._seen: list[Record] = []
 
     async def run(self, strategies: Sequence[Strategy]) -> Comparison:
-        inverse = await inverse_of(self._host, self._intent)
-        stop = self._host.subscribe(self._take)
-        ended, remedy = None, None
+        await self._guest.begin()
+        stop = self._guest.subscribe(self._take)
+        ended: MemListenerError | None = None
         try:
-            possible = await self._warm_up(strategies, inverse)
-            chance = random.Random(self._options.seed)
-            for number in range(self._options.repeat):
-                names: list[Strategy | None] = [*possible, None]
-                chance.shuffle(names)
-                for strategy in names:
-                    done = await self._round(strategy, inverse, len(self._rounds))
-                    self._rounds.append(done)
-                self._progress(f"round {number + 1} of {self._options.repeat}")
+            await self._carry_out(await self._warm_up(strategies))
         except asyncio.CancelledError:
-            task = asyncio.current_task()
-            if task is None or not self._rounds:
+            if not self._rounds:
                 raise
-            task.uncancel()
-            ended = "interrupted"
-        except _NotPutBack as exc:
-            ended, remedy = exc.message, exc.remedy
+            ended = _Interrupted(INTERRUPTED)
+        except NotPutBack as exc:
+            ended = exc
+        except InputError:
+            raise
+        except MemListenerError as exc:
+            if not self._rounds:
+                raise
+            ended = exc
         finally:
             stop()
-        return self._result(ended, remedy)
+        task = asyncio.current_task()
+        while ended is not None and task is not None and task.cancelling():
+            task.uncancel()
+        # a second or two for many rounds, in which the agent has better things to do
+        return await asyncio.to_thread(self._result, ended)
 
-    async def _warm_up(self, strategies: Sequence[Strategy], inverse: Intent) -> list[Strategy]:
+    async def _carry_out(self, possible: Sequence[Strategy]) -> None:
+        chance = random.Random(self._options.seed)
+        for number in range(self._options.repeat):
+            names: list[Strategy | None] = [*possible, None]
+            chance.shuffle(names)
+            for strategy in names:
+                await self._round(strategy)
+            self._progress(f"round {number + 1} of {self._options.repeat}")
+
+    async def _warm_up(self, strategies: Sequence[Strategy]) -> list[Strategy]:
         """A round of each that does not count; it shows which are possible."""
         possible = []
         for strategy in strategies:
-            done = await self._round(strategy, inverse, -1)
-            if done.outcome == "refused":
-                self._progress(f"{strategy} is not possible: {done.reason}")
-            else:
+            outcome = await self._round(strategy, counts=False)
+            assert outcome is not None, "a strategy has an outcome"
+            if outcome.outcome in ("done", "partial"):
                 possible.append(strategy)
+                continue
+            why = Skipped(str(strategy), outcome.reason or outcome.outcome, outcome.remedy)
+            self._skipped.append(why)
+            self._progress(f"{strategy} is not possible: {why.reason}")
         if not possible:
             first = self._skipped[0]
             raise UpdateRefused(first.reason, remedy=first.remedy)
         return possible
 
-    async def _round(self, strategy: Strategy | None, inverse: Intent, order: int) -> Round:
-        if strategy is None:
-            start = time.monotonic_ns()
-            async with self._host.burst():
-                await self._look(start)
-            return self._made(CONTROL, order, start, None)
+    async def _round(self, strategy: Strategy | None, *, counts: bool = True) -> Outcome | None:
+        """One round, of the control when `strategy` is None, and what the intent came to.  The
+        guest is put back whatever happens."""
+        self._seen.clear()
+        found: Outcome | None = None
         try:
-            outcome = await perform(self._host, self._intent, strategy, self._options.update)
-            start = outcome.phases[0].start_ns if outcome.phases else time.monotonic_ns()
-            if outcome.outcome == "refused" and not outcome.phases:
-                if order < 0:
-                    self._skipped.append(
-                        Skipped(str(strategy), outcome.reason or "", outcome.remedy)
-                    )
-                return self._made(str(strategy), order, start, outcome)
-            async with self._host.burst():
-                await self._look(start)
-            made = self._made(str(strategy), order, start, outcome)
-        except asyncio.CancelledError:
-            await self._to_the_end(self._put_back(strategy, inverse, careful=True))
-            raise
-        if outcome.outcome != "failed":  # what failed was undone
-            await self._to_the_end(self._put_back(strategy, inverse, careful=False))
-        return made
+            if strategy is None:
+                start = time.monotonic_ns()
+                async with self._guest.burst():
+                    await self._guest.look()
+                    await self._until(start + self._window_ns)
+            else:
+                found = await self._guest.change(strategy)
+                start = found.phases[0].start_ns if found.phases else time.monotonic_ns()
+                if found.outcome in ("done", "partial"):
+                    async with self._guest.burst():
+                        await self._until(start + self._window_ns)
+            made = self._made(strategy, start, found)
+            if counts:
+                self._rounds.append(made)
+        finally:
+            if strategy is not None:
+                await _to_the_end(self._guest.put_back())
+        return found
 
-    async def _look(self, start: int) -> None:
-        """Until the window is over."""
-        left = start / 1e9 + self._options.window_s - time.monotonic()
-        await asyncio.sleep(max(0.0, left))
-        await self._host.settle()
-
-    async def _put_back(self, strategy: Strategy, inverse: Intent, *, careful: bool) -> None:
-        """`careful`: the intent may not have got far enough for anything to be there."""
-        how = strategy
-        if isinstance(inverse, Unplug) or strategy is Strategy.PAUSE:
-            how = Strategy.DIRECT
-        patient = UpdateOptions(wait_s=max(self._options.update.wait_s, PATIENCE_S))
-        outcome = await perform(self._host, inverse, how, patient)
-        if outcome.outcome == "done" or (careful and outcome.outcome == "refused"):
-            return
-        raise _NotPutBack(
-            f"the guest could not be put back as it was: {outcome.reason}",
-            remedy=f"undo by hand what {_in_words(self._intent)} has done; {outcome.remedy or ''}",
-        )
-
-    async def _to_the_end(self, work: Awaitable[None]) -> None:
-        """A guest is put back also when we are cancelled meanwhile."""
-        task = asyncio.ensure_future(work)
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            await asyncio.wait((task,), timeout=_PUT_BACK_DEADLINE)
-            raise
+    async def _until(self, end: int) -> None:
+        await asyncio.sleep(max(0.0, end / 1e9 - time.monotonic()))
+        await self._guest.settle()
 
     def _take(self, record: Record) -> None:
-        if isinstance(record, StallRecord):
-            self._stalls.append(record)
+        if isinstance(record, StallRecord | SlotOp | TransitionRecord):
+            self._seen.append(record)
 
-    def _made(self, strategy: str, order: int, start: int, outcome: Outcome | None) -> Round:
-        end = start + round(self._options.window_s * 1e9)
-        stalls = [s for s in self._stalls if start <= s.start_ns < end]
-        self._stalls = [s for s in self._stalls if s.start_ns >= end]
-        ops = outcome.slot_ops if outcome is not None else []
+    def _made(self, strategy: Strategy | None, start: int, outcome: Outcome | None) -> Round:
+        window = start + self._window_ns
+        # `settled` is mostly our waiting for nothing
+        busy = [p.end_ns for p in outcome.phases if p.name != "settled"] if outcome else []
+        took = max((end - start for end in busy), default=0)
+        end = max(window, start + took)
+        seen = self._seen
+        ops = [r for r in seen if isinstance(r, SlotOp) and start <= r.t_ns < end]
+        changes = [r for r in seen if isinstance(r, TransitionRecord) and start <= r.t_ns < end]
+        # brackets of pings begin before what they bracket
+        stalls = [
+            r
+            for r in seen
+            if isinstance(r, StallRecord) and r.start_ns < window and r.end_ns > start
+        ]
         return Round(
-            strategy,
-            order,
+            CONTROL if strategy is None else str(strategy),
+            len(self._rounds),
             outcome.outcome if outcome is not None else "done",
             outcome.reason if outcome is not None else None,
             start,
             stalls,
             len(ops),
             len({(op.as_id, op.slot) for op in ops}),
-            outcome.transitions if outcome is not None else 0,
+            sum(t.merged for t in changes),
+            took,
         )
 
-    def _result(self, ended: str | None, remedy: str | None) -> Comparison:
+    def _result(self, ended: MemListenerError | None) -> Comparison:
         counted: dict[str, list[list[StallRecord]]] = {}
         for each in self._rounds:
             if each.outcome == "done":
                 counted.setdefault(each.strategy, []).append(each.stalls)
         order = {name: i for i, name in enumerate((*Strategy, CONTROL))}
-        ordered = dict(sorted(counted.items(), key=lambda item: order.get(item[0], 99)))
+        ordered = dict(sorted(counted.items(), key=lambda item: order[item[0]]))
         return Comparison(
             seed=self._options.seed,
-            window_ns=round(self._options.window_s * 1e9),
+            window_ns=self._window_ns,
             rounds=self._rounds,
             summary=summaries(ordered),
             differences=differences(ordered, self._options.seed),
             skipped=self._skipped,
-            ended_early=ended,
-            remedy=remedy,
+            ended_early=ended.message if ended is not None else None,
+            remedy=ended.remedy if ended is not None else None,
+            exit_code=ended.exit_code if ended is not None else 0,
         )
 
 
-class _NotPutBack(OperationFailed):
-    """The inverse failed; going on would compare different guests."""
-
-
-def _in_words(intent: Intent) -> str:
-    match intent:
-        case Plug():
-            return f"plugging {intent.device.id}"
-        case Unplug():
-            return f"unplugging {intent.id}"
-        case Resize():
-            return f"resizing by {intent.sign}{intent.size}"
+async def _to_the_end(work: Coroutine[None, None, None]) -> None:
+    """Cancelled meanwhile, finish all the same; cancelled twice, say what that means."""
+    task = asyncio.ensure_future(work)
+    cancelled = False
+    while not task.done():
+        try:
+            await asyncio.wait((task,))
+        except asyncio.CancelledError:
+            if not cancelled:
+                cancelled = True
+                continue
+            task.cancel()
+            await asyncio.wait((task,))
+    if task.cancelled():
+        raise NotPutBack(
+            "interrupted again while the guest was being put back",
+            remedy="look what is left over in the guest (`show`), and undo it by hand",
+        )
+    task.result()
+    if cancelled:
+        raise asyncio.CancelledError

@@ -5,14 +5,17 @@ The state that concerns every update is in `guest_view`.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import msgspec
 
-from ..monitor import Monitor
+from ..errors import CommandFailed
+from ..monitor import Monitor, hmp
 from .guest_view import ask
-from .model import Addition, Intent, Plug, Resize, Role
-from .plans import Facts
+from .model import Addition, Intent, Plug, Role
+from .steps import Facts
 
-__all__ = ["backends_of", "read_facts"]
+__all__ = ["backends_of", "read_devices", "read_facts"]
 
 
 class _Child(msgspec.Struct):
@@ -26,6 +29,10 @@ class _Property(msgspec.Struct):
     name: str
 
 
+class _Node(msgspec.Struct):
+    name: str = msgspec.field(name="node-name", default="")
+
+
 class _Memdev(msgspec.Struct):
     size: int
     id: str = ""
@@ -33,7 +40,7 @@ class _Memdev(msgspec.Struct):
 
 async def read_facts(monitor: Monitor, intent: Intent) -> Facts:
     """Raises TargetError."""
-    devices = await _children(monitor, "/machine/peripheral")
+    devices = await read_devices(monitor)
     objects = await _children(monitor, "/objects")
     memdevs = await ask(monitor, "query-memdev", list[_Memdev], [])
     pci = False
@@ -43,8 +50,44 @@ async def read_facts(monitor: Monitor, intent: Intent) -> Facts:
             monitor, "device-list-properties", list[_Property], [], typename=intent.device.type
         )
         pci = "multifunction" in {p.name for p in known}
-    taken = devices | objects if isinstance(intent, Plug | Resize) else frozenset()
-    return Facts({m.id: m.size for m in memdevs if m.id}, pci, taken, devices)
+    used = {Role.DEVICE: devices, Role.OBJECT: objects}
+    if isinstance(intent, Plug):
+        roles = {b.role for b in intent.backends}
+        if Role.NETDEV in roles:
+            used[Role.NETDEV] = await _netdevs(monitor)
+        if Role.BLOCKDEV in roles:
+            used[Role.BLOCKDEV] = await _nodes(monitor)
+    return Facts({m.id: m.size for m in memdevs if m.id}, pci, used)
+
+
+async def read_devices(monitor: Monitor) -> frozenset[str]:
+    """The ids of all devices that have one.  Raises TargetError."""
+    return await _children(monitor, "/machine/peripheral")
+
+
+async def _netdevs(monitor: Monitor) -> frozenset[str]:
+    """The names of all network clients; no QMP command tells them."""
+    try:
+        text = await hmp(monitor, "info network")
+    except CommandFailed:
+        return frozenset()
+    return frozenset(name for line in text.splitlines() for name in _net_names(line))
+
+
+def _net_names(line: str) -> Iterator[str]:
+    """Of `net1: index=0,type=user,…`, ` \\ net1: index=…` for a peer, and for the port of a hub
+    ` \\ net1` or ` \\ net1: peer: index=…` (hmp_info_network of net/net.c, net_hub_info of
+    net/hub.c; 7.2 to 11.1)."""
+    if not line.startswith("hub "):
+        for part in line.removeprefix(" \\ ").split(": "):
+            if not part or part.startswith("index="):
+                return
+            yield part
+
+
+async def _nodes(monitor: Monitor) -> frozenset[str]:
+    found = await ask(monitor, "query-named-block-nodes", list[_Node], [], flat=True)
+    return frozenset(n.name for n in found)
 
 
 async def _children(monitor: Monitor, path: str) -> frozenset[str]:

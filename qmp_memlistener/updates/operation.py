@@ -3,7 +3,10 @@
     outcome = await perform(agent, Plug(device), Strategy.PAUSE, UpdateOptions())
 
 Everything that was made for an update that fails is taken back, whatever the reason, a
-cancellation too.  What to send is `plans`' business, the pause `pausing`'s, the promise that no
+cancellation too.  Where the answer to the change itself never came, QEMU is asked: a change that it
+has made stands, and what it stands on with it, since to force a device out would be worse.
+
+What to send is `plans`' business, the pause `pausing`'s, the promise that no
 guest stays paused `guard`'s, and what the guest does about it `reaction`'s.
 """
 
@@ -11,30 +14,42 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
 
-from ..errors import CommandFailed, MemListenerError
+import msgspec
+
+from ..errors import (
+    CommandFailed,
+    InputError,
+    MemListenerError,
+    OperationFailed,
+    TargetError,
+    TargetUnreachable,
+)
 from ..monitor import Companions, Monitor, Reply
 from ..recording import Header, Record, SlotOp, StallRecord, TransitionRecord
 from .guard import ResumeGuard
 from .guard_targets import guard_targets
-from .guest_facts import read_facts
+from .guest_facts import read_devices, read_facts
 from .guest_view import Bridge, read_bridges, read_guest, read_status
 from .model import (
     GuestStates,
     Intent,
     Outcome,
     Plug,
+    Role,
     Strategy,
     UpdateRefused,
 )
 from .pausing import run_paused
 from .phases import Marks, phases_of
-from .plans import Awaited, Step, UpdatePlan, plan_update
+from .plans import plan_update
+from .ram_blocks import count_blocks, memory_backends, wait_freed
 from .reaction import Reaction, Verdict
+from .steps import Awaited, Step, UpdatePlan
 from .through_guest import ThroughGuest
 from .typing import add, type_arguments
 
@@ -43,6 +58,7 @@ __all__ = ["Host", "UpdateOptions", "perform"]
 UPDATE_DEADLINE = 60.0
 """A backend that is preallocated is cleared while its command runs."""
 _UNDO_DEADLINE = 10.0
+_UNKNOWN = "unknown"
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,19 +113,24 @@ class _Operation:
         self._marks = Marks(time.monotonic_ns())
         self._records: list[Record] = []
         self._notes: list[str] = []
-        self._before = ""
+        self._before = _UNKNOWN
         self._undo: list[Step] = []
+        self._unsure: tuple[Step, ...] = ()
+        """Sent, and not answered."""
+        self._stands = False
         self._bridges: tuple[Bridge, ...] = ()
 
     async def run(self, intent: Intent) -> Outcome:
         async with AsyncExitStack() as stack:
             stack.callback(self._host.subscribe(self._records.append))
-            self._before, _ = await read_status(self._host.monitor)
             try:
+                self._before, _ = await read_status(self._host.monitor)
                 plan = await self._plan(intent)
                 guard = await self._start_guard(stack, plan)
-            except (UpdateRefused, CommandFailed) as exc:
-                return await self._outcome("refused", exc)
+            except OperationFailed as exc:
+                refused = await self._outcome("refused", exc)
+                # what happens to the guest meanwhile, a migration's say, is none of our doing
+                return msgspec.structs.replace(refused, stalls=[], slot_ops=[], transitions=0)
             self._notes += plan.notes
             ops = await stack.enter_async_context(self._host.operating())
             await stack.enter_async_context(self._host.burst())
@@ -136,7 +157,15 @@ class _Operation:
             self._host.companions, self._host.monitor.target, self._options.guard_monitor
         )
         guard = await ResumeGuard.start(targets, max_pause_s=self._options.max_pause_s)
-        return await stack.enter_async_context(guard)
+        await stack.enter_async_context(guard)
+        ours, its = self._host.monitor.peer_pid, guard.peer_pid
+        if None not in (ours, its) and ours != its:
+            raise UpdateRefused(
+                f"{guard.target} is a monitor of another process: its guard could not resume this "
+                "guest; nothing was touched",
+                remedy="name a monitor of the same QEMU for the guard",
+            )
+        return guard
 
     # -- doing it ----------------------------------------------------------------------------
 
@@ -151,8 +180,8 @@ class _Operation:
                 async with self._undone_on_failure(ops):
                     await self._prepare(plan, ops)
                     await self._update(plan.update, ops, guard)
-            except CommandFailed as exc:
-                return await self._outcome("failed", exc)
+            except OperationFailed as exc:
+                return await self._outcome("partial" if self._stands else "failed", exc)
             through = None
             if guard is not None and self._options.through_guest:
                 through = ThroughGuest(ops, guard, self._host.subscribe)
@@ -180,10 +209,14 @@ class _Operation:
 
     async def _wait(self, reaction: Reaction) -> Verdict:
         """A guest that does not run does nothing."""
-        _, running = await read_status(self._host.monitor)
-        if running:
-            return await reaction.wait(self._options.wait_s)
-        await self._host.settle()
+        try:
+            _, running = await read_status(self._host.monitor)
+            if running:
+                return await reaction.wait(self._options.wait_s)
+        except CommandFailed as exc:
+            why = f"it was changed, but what the guest does about it is not known: {exc.message}"
+            return Verdict(False, reason=why, remedy=exc.remedy)
+        await self._settle()
         verdict = await reaction.wait(0.0)
         note = "the guest does not run: it takes note of the change when it does"
         return replace(verdict, notes=(*verdict.notes, note))
@@ -192,7 +225,13 @@ class _Operation:
         self._marks.begun = time.monotonic_ns()
         for step in plan.prepare:
             assert step.addition is not None, "only additions are prepared"
-            await add(ops, step.addition, UPDATE_DEADLINE)
+            self._unsure = (step,)
+            try:
+                await add(ops, step.addition, UPDATE_DEADLINE)
+            except (OperationFailed, InputError):
+                self._unsure = ()  # QEMU said no, or was not asked
+                raise
+            self._unsure = ()
             self._undo.append(step)
         if plan.prepare:
             self._marks.prepared = time.monotonic_ns()
@@ -202,6 +241,7 @@ class _Operation:
         if not commands:
             return
         run = None
+        self._unsure = tuple(steps)
         if guard is not None:
             run = await run_paused(
                 ops, guard, commands, deadline=UPDATE_DEADLINE, pipelined=self._options.pipelined
@@ -218,33 +258,85 @@ class _Operation:
             resumed = run.end_ns if run is not None else answered[-1].t_end_ns
             self._marks.own_until = resumed + (self._host.header.stamp_bound_ns or 0)
         failed = [r for r in replies if isinstance(r, CommandFailed)]
-        self._undo += [step for step, r in zip(steps, replies, strict=True) if isinstance(r, Reply)]
+        done = [step for step, r in zip(steps, replies, strict=True) if isinstance(r, Reply)]
+        self._unsure = ()
+        self._undo += [step for step in done if step.undo is not None]
         if failed:
+            stand = [step.what for step in done if step.undo is None]
+            self._stands = bool(stand)
+            self._notes += [f"{what}: this was done, and stands" for what in stand]
             raise failed[0]
 
     @asynccontextmanager
     async def _undone_on_failure(self, ops: Monitor) -> AsyncIterator[None]:
+        known = len(self._notes)
         try:
             yield
+        except TargetError as exc:
+            await self._bounded(self._take_back(ops))
+            said = (exc.message, *self._notes[known:])
+            raise type(exc)("; ".join(said), remedy=exc.remedy) from exc
         except BaseException:
-            undoing = asyncio.ensure_future(self._take_back(ops))
-            await asyncio.wait((undoing,), timeout=_UNDO_DEADLINE + 1)
+            await self._bounded(self._take_back(ops))
             raise
+
+    @staticmethod
+    async def _bounded(work: Coroutine[object, object, None]) -> None:
+        """Also when cancelled again meanwhile, it gets its time."""
+        task = asyncio.ensure_future(work)
+        try:
+            await asyncio.wait((task,), timeout=_UNDO_DEADLINE)
+        finally:
+            task.cancel()
 
     async def _take_back(self, ops: Monitor) -> None:
         """In reverse; what cannot be taken back is said."""
-        for step in reversed(self._undo):
+        self._notes += [
+            f"{step.what}: whether QEMU took the command is not known"
+            for step in self._unsure
+            if step.undo is None and step.addition is None
+        ]
+        try:
+            if not ops.is_connected:
+                await ops.reconnect()
+            if await self._was_made(ops):
+                return
+        except TargetUnreachable:
+            return  # QEMU has gone, and all that was made with it
+        except MemListenerError as exc:
+            self._notes.append(f"what was changed may not be as it was before: {exc.message}")
+        for step in reversed((*self._undo, *self._unsure)):
             if step.undo is None:
                 continue
             try:
-                if not ops.is_connected:
-                    await ops.reconnect()
                 await ops.execute(step.undo.name, step.undo.arguments, deadline=_UNDO_DEADLINE)
+            except CommandFailed as exc:
+                if step not in self._unsure:  # one that was never made cannot be removed
+                    self._notes.append(f"{step.what} is still there: {exc.message}")
             except MemListenerError as exc:
-                self._notes.append(f"{step.what} is still there: {exc.message}")
+                self._notes.append(f"{step.what} may still be there: {exc.message}")
+                return
+
+    async def _was_made(self, ops: Monitor) -> bool:
+        """Whether a device is there although the answer to its device_add has not come."""
+        plugged = [s for s in self._unsure if s.addition and s.addition.role is Role.DEVICE]
+        if not plugged:
+            return False
+        there = await read_devices(ops)
+        found = [s.what for s in plugged if s.addition and s.addition.id in there]
+        self._notes += [f"{what} is there all the same, and what it stands on" for what in found]
+        self._stands = bool(found)
+        return self._stands
 
     async def _finish(self, plan: UpdatePlan, ops: Monitor, verdict: Verdict) -> Verdict:
         """What is left to do once the guest has done its part: backends of what was unplugged."""
+        objects = [
+            str((s.command.arguments or {}).get("id"))
+            for s in plan.finish
+            if s.command.name == Role.OBJECT.remove_command
+        ]
+        backends = await memory_backends(ops, objects) if objects else 0
+        blocks = await count_blocks(ops) if backends else None
         for step in plan.finish:
             try:
                 await ops.execute(step.command.name, step.command.arguments)
@@ -254,19 +346,24 @@ class _Operation:
                     reason=f"{step.what} could not be removed: {exc.desc}",
                     remedy="is something else using it?",
                 )
+        if blocks is not None and not await wait_freed(ops, blocks - backends):
+            self._notes.append("QEMU has not freed that memory yet: wait before it is used again")
         return verdict
 
     # -- what came of it ---------------------------------------------------------------------
 
     async def _outcome(self, outcome: str, why: Verdict | MemListenerError) -> Outcome:
-        await self._host.settle()
+        await self._settle()
         self._marks.settled = time.monotonic_ns()
-        after, _ = await read_status(self._host.monitor)
+        after = await self._status()
         reason = why.message if isinstance(why, MemListenerError) else why.reason
         begun = self._marks.begun
-        stalls = [r for r in self._records if isinstance(r, StallRecord) and r.end_ns > begun]
-        slot_ops = [r for r in self._records if isinstance(r, SlotOp) and r.t_ns >= begun]
-        changes = [r for r in self._records if isinstance(r, TransitionRecord) and r.t_ns >= begun]
+        # what happens in a guest that was not touched is none of ours
+        touched = self._marks.prepared is not None or self._marks.sent is not None
+        seen = self._records if touched else []
+        stalls = [r for r in seen if isinstance(r, StallRecord) and r.end_ns > begun]
+        slot_ops = [r for r in seen if isinstance(r, SlotOp) and r.t_ns >= begun]
+        changes = [r for r in seen if isinstance(r, TransitionRecord) and r.t_ns >= begun]
         return Outcome(
             outcome=outcome,
             reason=None if outcome == "done" else reason,
@@ -279,3 +376,15 @@ class _Operation:
             transitions=sum(t.merged for t in changes),
             notes=self._notes,
         )
+
+    async def _settle(self) -> None:
+        try:
+            await self._host.settle()
+        except CommandFailed as exc:
+            self._notes.append(f"the last changes of the map may be missing: {exc.message}")
+
+    async def _status(self) -> str:
+        try:
+            return (await read_status(self._host.monitor))[0]
+        except CommandFailed:
+            return _UNKNOWN

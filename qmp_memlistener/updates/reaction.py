@@ -15,9 +15,10 @@ from dataclasses import dataclass
 from ..errors import CommandFailed
 from ..monitor import Monitor, QmpEvent
 from ..recording import Cause, Record, TransitionRecord
+from .guest_facts import read_devices
 from .guest_view import read_virtio_mem
 from .phases import Marks
-from .plans import Awaited, UpdatePlan
+from .steps import Awaited, UpdatePlan
 
 __all__ = ["Reaction", "Verdict"]
 
@@ -139,7 +140,14 @@ class Reaction:
             return Verdict(True)
         if self._refusal is not None:
             return Verdict(False, True, self._refusal, "stop using it in the guest, and try again")
-        left = ", ".join(sorted(wanted - self._gone))
+        left = wanted - self._gone
+        if not left & await read_devices(self._monitor):
+            return Verdict(
+                False,
+                reason=f"{', '.join(sorted(left))} left the guest, and QEMU has not freed it yet: "
+                "a vCPU or a request holds on to it",
+                remedy="it goes on by itself; wait longer (--wait)",
+            )
         so_far = []
         if self._backends_gone:
             so_far.append(f"its {', '.join(self._backends_gone)} is gone, the device itself not")
@@ -147,9 +155,10 @@ class Reaction:
             so_far.append(f"the guest reported {self._ost[-1]}")
         if not so_far:
             so_far.append("the guest was asked and has not answered")
+        are = "is" if len(left) == 1 else "are"
         return Verdict(
             False,
-            reason=f"{left} is still there: {'; '.join(so_far)}",
+            reason=f"{', '.join(sorted(left))} {are} still there: {'; '.join(so_far)}",
             remedy="wait longer (--wait); is the guest's hotplug driver loaded, and is it running?",
         )
 
@@ -195,7 +204,7 @@ class Reaction:
     async def _wait_quiet(self, end: float) -> None:
         """Until nothing has come for `QUIET_S`; looks after the driver meanwhile."""
         while self._left(end):
-            last = self._marks.last_sign or self._marks.accepted or time.monotonic_ns()
+            last = self._marks.last_sign or self._marks.accepted or self._marks.begun
             quiet = QUIET_S - (time.monotonic_ns() - last) / 1e9
             if quiet <= 0:
                 return

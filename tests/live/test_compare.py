@@ -10,7 +10,9 @@ import pytest
 from qmp_memlistener import Strategy, attach
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.guests.linux import LinuxSpec
-from qmp_memlistener.updates.compare import CONTROL, CompareOptions, compare
+from qmp_memlistener.updates.compare import CONTROL, INTERRUPTED, CompareOptions, compare
+from qmp_memlistener.updates.compare_guest import read_state
+from qmp_memlistener.updates.guest_view import read_status
 from qmp_memlistener.updates.model import Plug, Role, UpdateRefused
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition, parse_resize
@@ -19,10 +21,11 @@ from tests.support.live import QEMUS, booted, builds
 
 pytestmark = pytest.mark.qemu
 
+D, P, H = Strategy
 SHORT = CompareOptions(repeat=2, window_s=0.5, seed=3)
 
 
-@builds(of=QEMUS[:2])
+@builds(of=QEMUS[:1])
 @pytest.mark.asyncio
 async def test_strategies_on_linux(build: QemuBuild) -> None:
     spec = LinuxSpec(machine="pc", virtio_mem=1 << 30)
@@ -74,7 +77,7 @@ async def test_a_guest_that_keeps_the_device_ends_it(build: QemuBuild) -> None:
         attach(vm.target, probes=("runstate",)) as agent,
     ):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qmp_memlistener.updates.compare.PATIENCE_S", 0.2)
+            patch.setattr("qmp_memlistener.updates.compare_guest.PATIENCE_S", 0.2)
             found = await compare(agent, plug, [Strategy.DIRECT], options)
     assert found.rounds == []
     assert found.ended_early is not None
@@ -83,31 +86,61 @@ async def test_a_guest_that_keeps_the_device_ends_it(build: QemuBuild) -> None:
     assert "r0" in found.remedy
 
 
-@builds(of=QEMUS[:2])
+@builds(of=QEMUS[:1])
 @pytest.mark.asyncio
-async def test_interrupted_it_puts_the_guest_back(build: QemuBuild) -> None:
-    spec = LinuxSpec(machine="pc", pulse_us=None)
+async def test_interrupted_at_any_moment_it_puts_the_guest_back(build: QemuBuild) -> None:
+    """The guest has a DIMM of its own of that size, which stays; `resize` made it."""
+    spec = LinuxSpec(machine="pc", pulse_us=None, virtio_mem=1 << 30)
+    options = CompareOptions(repeat=100, window_s=0.3, seed=1)
+    wanted = parse_resize("+256M")
     async with booted_linux(build, spec) as linux:
         target = f"unix:{linux.guest.guest.monitors[1]}"
-        before = await linux.monitor.execute("query-memory-size-summary")
-        async with attach(target, probes=("runstate",)) as agent:
-            reached = asyncio.Event()
-            options = CompareOptions(repeat=100, window_s=0.5)
-            task = asyncio.create_task(
-                compare(
-                    agent,
-                    parse_resize("+256M"),
-                    [Strategy.DIRECT],
-                    options,
-                    lambda _: reached.set(),
+        async with attach(target, guarded=True, probes=("runstate",)) as agent:
+            own = await agent.resize("+256M")
+            assert own.outcome == "done", own.reason
+            before = await read_state(linux.monitor, wanted)
+            assert ("device", "qml-dimm0") in before.ids
+            for number in (0, 2, 4, 5, 7):
+                rounds: asyncio.Queue[str] = asyncio.Queue()
+                task = asyncio.create_task(
+                    compare(agent, wanted, (D, P, H), options, rounds.put_nowait)
                 )
-            )
-            await reached.wait()
-            # no event tells that memory was plugged
-            while await linux.monitor.execute("query-memory-size-summary") == before:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
-            task.cancel()
-            found = await task
-        assert found.ended_early == "interrupted"
-        assert found.rounds
-        assert await linux.monitor.execute("query-memory-size-summary") == before
+                if number >= 5:
+                    await rounds.get()
+                await asyncio.sleep(0.15 * number)
+                task.cancel()
+                try:
+                    found = await task
+                except asyncio.CancelledError:
+                    assert number < 5
+                else:
+                    assert found.ended_early == INTERRUPTED
+                    assert found.rounds
+                assert await read_state(linux.monitor, wanted) == before
+                assert (await read_status(linux.monitor)) == ("running", True)
+
+
+@builds(of=QEMUS[:2][-1:])
+@pytest.mark.asyncio
+async def test_less_memory_and_a_device(build: QemuBuild) -> None:
+    """Linux lets go of what it was given; ids are free again."""
+    spec = LinuxSpec(machine="pc", pulse_us=None, virtio_mem=1 << 30)
+    plug = Plug(
+        parse_addition(Role.DEVICE, "ivshmem-plain,id=iv0,memdev=ivm0"),
+        (parse_addition(Role.OBJECT, "memory-backend-ram,id=ivm0,size=1M,share=on"),),
+    )
+    async with booted_linux(build, spec) as linux:
+        target = f"unix:{linux.guest.guest.monitors[1]}"
+        async with attach(target, guarded=True, probes=("runstate", "trace")) as agent:
+            for intent, strategies in ((parse_resize("-256M"), (P, H)), (plug, (D, P))):
+                before = await read_state(linux.monitor, intent)
+                found = await compare(agent, intent, strategies, SHORT)
+                assert found.ended_early is None
+                assert found.skipped == []
+                assert [r.reason for r in found.rounds] == [None] * 6
+                assert await read_state(linux.monitor, intent) == before
+                by_name = {r.strategy: r for r in found.rounds}
+                assert by_name["pause"].slot_ops >= 1
+                assert by_name["pause"].transitions >= 1
+                pauses = [s.stalls for s in found.summary if s.kind == "vcpu_pause"]
+                assert sum(pauses) == 2

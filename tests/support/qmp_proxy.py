@@ -10,6 +10,7 @@ client gets a connection to the monitor of its own, one after the other, as QEMU
 from __future__ import annotations
 
 import asyncio
+import codecs
 import json
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -44,20 +45,32 @@ class How(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """What happens to the `nth` command (from 1) called `name`."""
+    """What happens to the `nth` command (from 1) called `name`; nobody connects after that one that
+    cuts the connection `for_good`."""
 
     name: str
     nth: int
     how: How
+    for_good: bool = False
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.nth}, {self.how}{' for good' if self.for_good else ''}"
 
 
 class QmpProxy:
-    """Made by `on`; `target` is where it listens, `commands` what clients sent since `begin`."""
+    """Made by `on`; `target` is where it listens.
+
+    Since `begin`: `commands` are what clients sent, `forwarded` what QEMU got of it, `done` what it
+    has carried out, `hits` how many faults there were.  While `closed` nobody gets through.
+    """
 
     def __init__(self, monitor: Path) -> None:
         self.target = ""
         self.commands: list[str] = []
+        self.forwarded: list[str] = []
+        self.done: list[str] = []
         self.hits = 0
+        self.closed = False
         self._monitor = monitor
         self._faults: tuple[Fault, ...] = ()
         self._counts: Counter[str] = Counter()
@@ -83,8 +96,10 @@ class QmpProxy:
             await server.wait_closed()
 
     def begin(self, *faults: Fault) -> None:
-        """Count commands from now on, and let these fail; `hits` says how many have."""
+        """Count commands from now on, and let these fail."""
         self.commands = []
+        self.forwarded = []
+        self.done = []
         self.hits = 0
         self._counts.clear()
         self._faults = faults
@@ -95,7 +110,8 @@ class QmpProxy:
         self._clients.add(task)
         try:
             async with self._one:  # QEMU serves one client at a time
-                await self._serve(reader, writer)
+                if not self.closed:
+                    await self._serve(reader, writer)
         except (OSError, asyncio.CancelledError):
             pass  # either side has hung up, or the test is over
         finally:
@@ -126,8 +142,24 @@ class QmpProxy:
         for fault in self._faults:
             if (fault.name, fault.nth) == (name, self._counts[name]):
                 self.hits += 1
+                self.closed = fault.for_good
                 return fault.how
         return None
+
+
+async def _messages(reader: asyncio.StreamReader) -> AsyncIterator[dict[str, object]]:
+    """JSON objects one after the other; clients need not put anything between them."""
+    decode = codecs.getincrementaldecoder("utf-8")().decode
+    text = ""
+    while data := await reader.read(1 << 16):
+        text += decode(data)
+        while text := text.lstrip():
+            try:
+                message, end = json.JSONDecoder().raw_decode(text)
+            except json.JSONDecodeError:
+                break  # the rest is still to come
+            text = text[end:]
+            yield message
 
 
 class _Session:
@@ -139,37 +171,48 @@ class _Session:
         self._proxy = proxy
         self._client = client
         self._qemu = qemu
-        self._replies: dict[object, How] = {}
-        """What becomes of the replies to come, by the ids of the commands."""
+        self._sent: dict[object, tuple[str, How | None]] = {}
+        """What QEMU has not answered, by id, and what becomes of the answers."""
+        self._answered = asyncio.Event()
 
     async def from_client(self, reader: asyncio.StreamReader) -> None:
-        while line := await reader.readline():
-            message = json.loads(line)
-            name = message.get("execute") or message.get("exec-oob")
-            how = self._proxy._take(str(name))
+        async for message in _messages(reader):
+            name = str(message.get("execute") or message.get("exec-oob"))
+            how = self._proxy._take(name)
             if how is How.CUT_BEFORE:
-                await asyncio.sleep(0)  # what QEMU has been sent so far, it gets
-                await self._qemu.drain()
+                await self._all_answered()
                 return
             if how is How.SWALLOWED:
                 continue
-            if how is not None:
-                self._replies[message.get("id")] = how
+            self._sent[message.get("id")] = name, how
             if how is How.REFUSED:
                 # QEMU itself answers in the right order
                 message = {"execute": _NO_COMMAND, "id": message.get("id")}
-                line = json.dumps(message).encode() + b"\n"
-            self._qemu.write(line)
+            else:
+                self._proxy.forwarded.append(name)
+            self._qemu.write(json.dumps(message).encode() + b"\n")
+            if how is How.CUT_AFTER:
+                await self._all_answered()
+                return
 
     async def from_qemu(self, reader: asyncio.StreamReader) -> None:
         while line := await reader.readline():
             message = json.loads(line)
-            how = self._replies.pop(message.get("id"), None) if "event" not in message else None
-            if how is How.CUT_AFTER:
-                return
-            if how is How.MUTED:
+            if "return" not in message and "error" not in message:
+                self._client.write(line)  # the greeting, an event
                 continue
+            name, how = self._sent.pop(message.get("id"))
+            if "return" in message:
+                self._proxy.done.append(name)
             if how is How.REFUSED:
                 message["error"] = {"class": "GenericError", "desc": INJECTED}
                 line = json.dumps(message).encode() + b"\r\n"
-            self._client.write(line)
+            if how not in (How.CUT_AFTER, How.MUTED):
+                self._client.write(line)
+            self._answered.set()
+
+    async def _all_answered(self) -> None:
+        """QEMU drops what it has not begun when a connection ends: let it finish."""
+        while self._sent:
+            self._answered.clear()
+            await self._answered.wait()

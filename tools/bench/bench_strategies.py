@@ -3,12 +3,14 @@
     python -m tools.bench.bench_strategies
 
 A Linux guest under TCG grows by a DIMM (`direct`; `pause` in one write and step by step) and by
-virtio-mem (`hole`), in turns, and shrinks again in between, which is not measured.
+virtio-mem (`hole`), in random order within each round, and shrinks again in between, which is not
+measured.
 """
 
 from __future__ import annotations
 
 import asyncio
+import random
 from collections import defaultdict
 
 from qmp_memlistener import Agent, Strategy, attach
@@ -52,8 +54,11 @@ async def _measure(build: QemuBuild, image: LinuxImage, rounds: int) -> Sample:
         attach(f"unix:{linux.guest.monitors[0]}", guarded=True) as agent,
     ):
         await agent.measuring.wait_started()
+        chance = random.Random(1)
         for number in range(rounds + 1):
-            for mode, (strategy, options) in MODES.items():
+            modes = list(MODES.items())
+            chance.shuffle(modes)
+            for mode, (strategy, options) in modes:
                 values = await _grow(agent, strategy, options)
                 if number:  # the first one of each is slower
                     for kind, value in values.items():

@@ -5,21 +5,9 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.recording import Cause, StallRecord, TransitionRecord
+from qmp_memlistener.recording import StallRecord
 from qmp_memlistener.updates.phases import Marks, phases_of
-
-
-def transition(seq: int, t_ns: int) -> TransitionRecord:
-    return TransitionRecord(
-        seq=seq,
-        t_ns=t_ns,
-        cause=Cause("unknown"),
-        removed=[],
-        added=[],
-        holes_punched=[],
-        holes_filled=[],
-        detail="full",
-    )
+from tests.support.records import transition
 
 
 def stall(incident: int, start: int) -> StallRecord:

@@ -19,7 +19,8 @@ from qmp_memlistener.updates.model import (
     UpdateRefused,
     Value,
 )
-from qmp_memlistener.updates.plans import Awaited, Facts, UpdatePlan, plan_update
+from qmp_memlistener.updates.plans import plan_update
+from qmp_memlistener.updates.steps import Awaited, Facts, UpdatePlan
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -41,6 +42,7 @@ PORT = Bridge("rp0", "pcie-root-port", (0xFE000000, 0xFE200000), (0xF0000000, 0x
 Q35 = replace(PC, machine="pc-q35-10.0-machine", bridges=(PORT,))
 NONE = Facts({})
 PCI = Facts({}, pci=True)
+D0 = {Role.DEVICE: frozenset({"d0"})}
 
 
 def device(driver: str, name: str = "d0", **properties: Value) -> Addition:
@@ -83,7 +85,7 @@ def test_backends_come_first_and_can_be_taken_back() -> None:
 )
 def test_a_guest_in_no_state_for_it(view: GuestView, strategy: Strategy) -> None:
     with pytest.raises(UpdateRefused, match="nothing was touched"):
-        plan_update(Unplug("d0"), strategy, view, Facts({}, devices=frozenset({"d0"})))
+        plan_update(Unplug("d0"), strategy, view, Facts({}, used=D0))
 
 
 def test_block_jobs_forbid_only_a_pause() -> None:
@@ -133,8 +135,9 @@ def test_a_dimm_fills_no_hole() -> None:
 
 
 def test_an_id_in_use() -> None:
-    with pytest.raises(UpdateRefused, match="m0 already"):
-        plan_update(dimm_of(MIB), Strategy.DIRECT, PC, Facts({}, used=frozenset({"m0"})))
+    taken = {Role.OBJECT: frozenset({"m0"}), Role.NETDEV: frozenset({"d0"})}
+    with pytest.raises(UpdateRefused, match="an object called m0 already"):
+        plan_update(dimm_of(MIB), Strategy.DIRECT, PC, Facts({}, used=taken))
 
 
 def test_q35_gets_a_free_root_port() -> None:
@@ -188,7 +191,7 @@ def test_pc_has_no_window_to_move() -> None:
 
 
 def test_unplug_waits_for_the_device_and_then_removes_what_it_stood_on() -> None:
-    facts = Facts({}, devices=frozenset({"d0"}))
+    facts = Facts({}, used=D0)
     plan = plan_update(Unplug("d0", (memory("m0", MIB),)), Strategy.PAUSE, PC, facts)
     assert commands(plan) == [("device_del", "d0"), ("object-del", "m0")]
     assert plan.awaited is Awaited.GONE
@@ -197,17 +200,18 @@ def test_unplug_waits_for_the_device_and_then_removes_what_it_stood_on() -> None
 
 def test_unplug_of_what_is_not_there() -> None:
     with pytest.raises(UpdateRefused, match="no device d1; those with an id: d0"):
-        plan_update(Unplug("d1"), Strategy.DIRECT, PC, Facts({}, devices=frozenset({"d0"})))
+        plan_update(Unplug("d1"), Strategy.DIRECT, PC, Facts({}, used=D0))
 
 
 def test_a_dimm_from_the_command_line_stays() -> None:
     view = replace(PC, dimms=(Dimm("d0", "pc-dimm", MIB, "/objects/m", False),))
     with pytest.raises(UpdateRefused, match="not hotpluggable"):
-        plan_update(Unplug("d0"), Strategy.DIRECT, view, Facts({}, devices=frozenset({"d0"})))
+        plan_update(Unplug("d0"), Strategy.DIRECT, view, Facts({}, used=D0))
 
 
 def test_growing_takes_ids_that_are_free() -> None:
-    facts = Facts({}, used=frozenset({"qml-dimm0", "qml-mem1"}))
+    used = {Role.DEVICE: frozenset({"qml-dimm0"}), Role.OBJECT: frozenset({"qml-mem1"})}
+    facts = Facts({}, used=used)
     plan = plan_update(Resize("+", 256 * MIB), Strategy.DIRECT, PC, facts)
     assert commands(plan) == [("object-add", "qml-mem2"), ("device_add", "qml-dimm2")]
 

@@ -1,0 +1,83 @@
+"""What a plan is made of: steps, what they wait for, and the facts that they rest on.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from ..monitor import Command
+from .model import Addition, Role
+
+__all__ = ["Awaited", "Facts", "Step", "UpdatePlan", "adding", "mib", "removal"]
+
+
+class Awaited(StrEnum):
+    """What tells that the guest has done its part.
+
+    REACTION: any sign of it, and then quiet; a guest without a driver gives none.  GONE:
+    DEVICE_DELETED of the device itself.  SIZE: virtio-mem devices have the size that was asked for.
+    """
+
+    REACTION = "reaction"
+    GONE = "gone"
+    SIZE = "size"
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """A command, what it is for in words, and the command that takes it back, if there is one."""
+
+    command: Command
+    what: str
+    undo: Command | None = None
+    addition: Addition | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class UpdatePlan:
+    """`prepare` runs first, with vCPUs running; `update` is what changes the map, under the
+    strategy; `finish` runs once the guest has done its part.  `devices` are the ids of the devices
+    that come, go or change; `sizes` what virtio-mem devices shall have.
+    """
+
+    prepare: tuple[Step, ...]
+    update: tuple[Step, ...]
+    finish: tuple[Step, ...]
+    awaited: Awaited
+    devices: tuple[str, ...]
+    sizes: Mapping[str, int]
+    notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What plans need beside the view.
+
+    `backends` are the memory backends that exist, with their sizes in bytes; `pci` says whether the
+    device to be plugged is a PCI device; `used` are the ids there are, by what they are ids of.
+    """
+
+    backends: Mapping[str, int]
+    pci: bool = False
+    used: Mapping[Role, frozenset[str]] = field(default_factory=dict)
+
+    def ids(self, role: Role) -> frozenset[str]:
+        return self.used.get(role, frozenset())
+
+
+def adding(addition: Addition) -> Step:
+    """A failed device_add leaves nothing behind, and a device that is there must not be undone by
+    force: only backends have an undo."""
+    undo = None if addition.role is Role.DEVICE else removal(addition)
+    command = Command(addition.role.add_command, dict(addition.arguments))
+    return Step(command, f"{addition.role} {addition.id}", undo, addition)
+
+
+def removal(addition: Addition) -> Command:
+    return Command(addition.role.remove_command, {addition.role.id_key: addition.id})
+
+
+def mib(size: int) -> str:
+    """A size in words, exactly."""
+    return f"{size >> 20} MiB" if not size % (1 << 20) else f"{size} bytes"

@@ -1,0 +1,195 @@
+"""The rounds of a comparison: order, what counts, putting back, ends before the end."""
+
+from __future__ import annotations
+
+import asyncio
+
+import msgspec
+import pytest
+
+from qmp_memlistener.errors import TargetLost
+from qmp_memlistener.updates.compare import (
+    CONTROL,
+    INTERRUPTED,
+    CompareOptions,
+    Comparison,
+    compare_guest,
+)
+from qmp_memlistener.updates.model import Outcome, Strategy, UpdateRefused
+from tests.unit.updates.compare_fakes import FakeGuest
+
+D, P, H = Strategy.DIRECT, Strategy.PAUSE, Strategy.HOLE
+WINDOW_S = 0.002
+
+
+async def run(
+    guest: FakeGuest, *strategies: Strategy, repeat: int = 3, seed: int = 1
+) -> Comparison:
+    return await compare_guest(guest, strategies, CompareOptions(repeat, WINDOW_S, seed))
+
+
+def order(found: Comparison) -> list[str]:
+    return [r.strategy for r in found.rounds]
+
+
+@pytest.mark.asyncio
+async def test_every_strategy_and_the_control_once_a_round_after_a_warm_up() -> None:
+    guest = FakeGuest()
+    found = await run(guest, D, P, repeat=4)
+    assert guest.log[:5] == ["begin", D, "back", P, "back"]
+    assert len(found.rounds) == 12
+    for first in range(0, 12, 3):
+        assert sorted(order(found)[first : first + 3]) == sorted([D, P, CONTROL])
+    assert [r.order for r in found.rounds] == list(range(12))
+    assert guest.subscribers == 0
+    assert found.exit_code == 0
+
+
+@pytest.mark.asyncio
+async def test_the_order_is_random_and_the_seed_repeats_it() -> None:
+    orders = [order(await run(FakeGuest(), D, P, H, repeat=4, seed=s)) for s in (1, 1, 2)]
+    assert orders[0] == orders[1]
+    assert orders[0] != orders[2]
+
+
+@pytest.mark.asyncio
+async def test_what_was_seen_in_the_window_counts_for_its_round_only() -> None:
+    guest = FakeGuest()
+    guest.costs = {D: 50, P: 500}
+    found = await run(guest, D, P, repeat=5)
+    for each in found.rounds:
+        changed = each.strategy != CONTROL
+        # the one that was over before is not there, the one that a ping brackets is
+        assert len(each.stalls) == changed
+        assert (each.slot_ops, each.slots) == ((3, 2) if changed else (0, 0))
+        assert each.transitions == (2 if changed else 1)
+    (pause,) = [s for s in found.summary if s.strategy == P]
+    assert pause.p50_ns == pause.max_ns == 501_000
+    (seen,) = [d for d in found.differences if (d.a, d.b) == (D, P)]
+    assert seen.seen
+    assert seen.median_diff_ns == -450_000
+    document = msgspec.json.decode(msgspec.json.encode(found))
+    assert document["schema"] == 1
+    assert set(document["summary"][0]) >= {"strategy", "kind", "n", "p50_ns", "p99_ns", "max_ns"}
+    assert set(document["differences"][0]) >= {"a", "b", "kind", "median_diff_ns", "ci95_ns"}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("answer", ["refused", "failed"])
+async def test_a_strategy_that_is_not_possible_is_left_out(answer: str) -> None:
+    guest = FakeGuest()
+    guest.answers = {(P, -1): answer}
+    found = await run(guest, D, P)
+    assert [(s.strategy, s.reason) for s in found.skipped] == [(P, f"{answer} here")]
+    assert set(order(found)) == {D, CONTROL}
+    guest = FakeGuest()
+    guest.answers = {(P, -1): answer}
+    with pytest.raises(UpdateRefused, match=f"{answer} here"):
+        await run(guest, P)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("answer", ["refused", "failed", "partial"])
+async def test_a_round_that_is_not_done_is_told_and_left_out(answer: str) -> None:
+    guest = FakeGuest()
+    guest.answers = {(D, 2): answer}
+    found = await run(guest, D)
+    assert [r.outcome for r in found.rounds if r.strategy == D].count(answer) == 1
+    assert len(found.rounds) == 6
+    assert {s.strategy: s.n for s in found.summary} == {D: 2, CONTROL: 3}
+    assert not guest.is_changed
+
+
+@pytest.mark.asyncio
+async def test_a_guest_that_cannot_be_put_back_ends_it() -> None:
+    guest = FakeGuest()
+    guest.stuck_at = 2
+    found = await run(guest, D, repeat=5)
+    assert found.ended_early == "it stays"
+    assert found.remedy == "take it out by hand"
+    assert found.exit_code == 1
+    assert order(found).count(D) == 2, "the last round is over and counts"
+    assert guest.log[-1] == "back"
+
+
+@pytest.mark.asyncio
+async def test_a_guest_that_is_lost_leaves_the_rounds_so_far() -> None:
+    class Mortal(FakeGuest):
+        async def change(self, strategy: Strategy) -> Outcome:
+            if self.changes == 3:
+                raise TargetLost("the guest went away")
+            return await super().change(strategy)
+
+        async def put_back(self) -> None:
+            if self.changes == 3 and not self.is_changed:
+                raise TargetLost("the guest went away")
+            await super().put_back()
+
+    found = await run(Mortal(), D, repeat=5)
+    assert found.ended_early == "the guest went away"
+    assert found.exit_code == 3
+    assert order(found).count(D) == 2
+
+
+@pytest.mark.asyncio
+async def test_interrupted_it_puts_the_guest_back_and_tells_the_rounds_so_far() -> None:
+    guest = FakeGuest()
+    guest.hangs_at = 3
+    task = asyncio.create_task(run(guest, D, repeat=5))
+    await guest.reached.wait()
+    task.cancel()
+    found = await task
+    assert found.ended_early == INTERRUPTED
+    assert found.exit_code == 130
+    assert order(found).count(D) == 2
+    assert not guest.is_changed
+    assert guest.log[-1] == "back"
+    assert guest.subscribers == 0
+
+
+@pytest.mark.asyncio
+async def test_interrupted_in_the_warm_up_there_is_nothing_to_tell() -> None:
+    guest = FakeGuest()
+    guest.hangs_at = 0
+    task = asyncio.create_task(run(guest, D))
+    await guest.reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert not guest.is_changed
+
+
+@pytest.mark.asyncio
+async def test_interrupted_and_not_put_back_says_the_latter() -> None:
+    guest = FakeGuest()
+    guest.hangs_at = guest.stuck_at = 2
+    task = asyncio.create_task(run(guest, D))
+    await guest.reached.wait()
+    task.cancel()
+    found = await task
+    assert found.ended_early == "it stays"
+    assert found.exit_code == 1
+    assert task.cancelling() == 0
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("times", [1, 2])
+async def test_interrupted_while_it_puts_back(times: int) -> None:
+    """Once: that is finished. Twice: it is not, and that is said."""
+    guest = FakeGuest()
+    guest.slow_put_back = True
+    task = asyncio.create_task(run(guest, D))
+    while guest.log.count("back") < 2:
+        guest.reached.clear()
+        await guest.reached.wait()
+    for _ in range(times):
+        task.cancel()
+        await asyncio.sleep(0)
+    found = await task
+    assert found.ended_early is not None
+    if times == 1:
+        assert found.ended_early == INTERRUPTED
+        assert not guest.is_changed
+    else:
+        assert "interrupted again" in found.ended_early
+        assert guest.is_changed
