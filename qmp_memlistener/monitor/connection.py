@@ -369,7 +369,10 @@ def _session_error(target: SocketTarget, cause: BaseException) -> TargetError:
             remedy="is this a QMP monitor (-qmp, or -mon mode=control)?",
         )
     if isinstance(cause, ConnectionError):
-        return TargetLost(f"the connection to {target} broke: {cause}")
+        return TargetLost(
+            f"the connection to {target} broke: {cause}",
+            remedy="QEMU quit, was killed or closed the monitor",
+        )
     if isinstance(cause, OSError):
         return TargetUnreachable(f"cannot connect to {target}: {cause.strerror or cause}")
     # asyncio reports a line longer than the read limit as ValueError.

@@ -167,6 +167,10 @@ class _Function(msgspec.Struct):
     pci_bridge: _BridgeInfo | None = None
 
 
+class _Child(msgspec.Struct):
+    name: str
+
+
 class _PciBus(msgspec.Struct):
     devices: list[_Function] = []
 
@@ -240,10 +244,17 @@ async def read_bridges(monitor: Monitor) -> tuple[Bridge, ...]:
                 driver,
                 bridge.bus.memory_range.half_open,
                 bridge.bus.prefetchable_range.half_open,
-                bool(bridge.devices),
+                bool(bridge.devices) or await _has_children(monitor, f"{path}/{function.qdev_id}"),
             )
         )
     return tuple(found)
+
+
+async def _has_children(monitor: Monitor, bus: str) -> bool:
+    """query-pci does not tell what is behind a bridge without bus numbers, which a guest gives it
+    (hw/pci/pci-qmp-cmds.c); the bus has a link to each of its devices (hw/core/qdev.c)."""
+    found = await ask(monitor, "qom-list", list[_Child], [], path=bus)
+    return any(child.name.startswith("child[") for child in found)
 
 
 async def read_virtio_mem(monitor: Monitor) -> tuple[VirtioMem, ...]:

@@ -36,10 +36,20 @@ class Marks:
     bound: int | None = None
     settled: int | None = None
     _signs: list[tuple[int, bool]] = field(default_factory=list)
+    _own: list[int] = field(default_factory=list)
 
     def sign(self, t_ns: int, *, surely: bool = False) -> None:
         """Something happened at `t_ns` that may be the guest's doing, or is `surely`."""
         self._signs.append((t_ns, surely))
+
+    def own(self, t_ns: int) -> None:
+        """Something happened at `t_ns` that only QEMU does, however late we learned of it."""
+        self._own.append(t_ns)
+
+    @property
+    def own_end(self) -> int | None:
+        """Until when changes of the map are QEMU's own doing."""
+        return None if self.own_until is None else max(self.own_until, *self._own, 0)
 
     @property
     def first_sign(self) -> int | None:
@@ -91,7 +101,7 @@ def _intervals(m: Marks, changes: list[int]) -> Iterator[tuple[str, int, int]]:
         return
     yield "accepted", m.sent, m.accepted
     first, last = m.first_sign, m.last_sign
-    until = m.accepted if m.own_until is None else m.own_until
+    until = m.accepted if m.own_end is None else m.own_end
     own = [t for t in changes if m.sent <= t <= until and (first is None or t < first)]
     if own:
         yield "realised", m.sent, own[-1]

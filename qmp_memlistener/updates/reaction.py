@@ -63,8 +63,11 @@ class Reaction:
         """A record of the agent."""
         if isinstance(record, TransitionRecord):
             self.transitions.append(record)
-            # BARs are mapped when the guest programs them, never by plugging (hw/pci/pci.c)
-            self._marks.sign(record.t_ns, surely=_is_bar(record.cause))
+            if self._plan.awaited is Awaited.REACTION and _is(record.cause, "memory_device"):
+                self._marks.own(record.t_ns)  # QEMU maps a DIMM before the guest knows of it
+            else:
+                # BARs are mapped when the guest programs them, never by plugging (hw/pci/pci.c)
+                self._marks.sign(record.t_ns, surely=_is(record.cause, "pci_bar"))
             self._news.set()
 
     def event(self, event: QmpEvent) -> None:
@@ -247,5 +250,5 @@ class Reaction:
         return time.monotonic() < end
 
 
-def _is_bar(cause: Cause) -> bool:
-    return cause.type == "pci_bar" or any(_is_bar(c) for c in cause.causes or ())
+def _is(cause: Cause, kind: str) -> bool:
+    return cause.type == kind or any(_is(c, kind) for c in cause.causes or ())

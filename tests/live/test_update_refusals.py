@@ -176,6 +176,26 @@ async def test_a_window_that_is_too_small_for_a_hole(build: QemuBuild) -> None:
         assert await status(monitor) == "running"
 
 
+@builds()
+@pytest.mark.asyncio
+async def test_a_port_that_is_taken_is_none_for_another(build: QemuBuild) -> None:
+    """No firmware has given the ports bus numbers, so query-pci shows nothing behind them."""
+    ports = [("-device", f"pcie-root-port,id=rp{n},chassis={n + 1}") for n in range(2)]
+    async with attached(build, *ports[0], *ports[1], machine="q35") as (_, agent, monitor):
+        for name in ("e0", "e1"):
+            outcome = await agent.hotplug("virtio-rng-pci", id=name, options=SHORT)
+            assert outcome.outcome == "done"
+        buses = {
+            await monitor.execute(
+                "qom-get", {"path": f"/machine/peripheral/{name}", "property": "parent_bus"}
+            )
+            for name in ("e0", "e1")
+        }
+        assert buses == {f"/machine/peripheral/rp{n}/rp{n}" for n in range(2)}
+        third = await agent.hotplug("virtio-rng-pci", id="e2", options=SHORT)
+        check_refused(third, "no free PCIe root port", "nothing was touched")
+
+
 # -- the guard's monitor -------------------------------------------------------------------------
 
 

@@ -66,6 +66,14 @@ def test_what_came_in_a_pause_is_no_sign_of_the_guest() -> None:
     assert [(p.name, p.end_ns) for p in phases] == [("accepted", 50), ("realised", 55)]
 
 
+def test_what_only_qemu_does_is_its_own_however_late_we_learn_of_it() -> None:
+    marks = Marks(0, sent=20, accepted=50, own_until=50)
+    marks.own(58)
+    assert marks.first_sign is None
+    phases = phases_of(marks, [transition(1, 58)], [])
+    assert [(p.name, p.end_ns) for p in phases] == [("accepted", 50), ("realised", 58)]
+
+
 def test_a_guest_that_was_faster_than_our_reading() -> None:
     marks = Marks(0, sent=20, accepted=50, own_until=50)
     marks.sign(40, surely=True)
