@@ -29,8 +29,10 @@ TOGGLES = 100
               show_default=True, help="auto: KVM where it works, else TCG.")  # fmt: skip
 @click.option("--qemu", metavar="VERSION", help="A QEMU that is here, by version; default: the "
               "installed one.")  # fmt: skip
+@click.option("--repeat", type=click.IntRange(min=0), default=5, show_default=True, metavar="N",
+              help="Rounds of the comparison at the end; 0 leaves it out.")  # fmt: skip
 @json_option
-def command(machine: str, accel: str, qemu: str | None, as_json: bool) -> None:
+def command(machine: str, accel: str, qemu: str | None, repeat: int, as_json: bool) -> None:
     """Boot a small guest that reshapes its own memory map, attach, and show what happens.
 
     The guest opens and closes PAM segments and SMRAM or TSEG (holes in its RAM) and maps a BAR of
@@ -42,7 +44,7 @@ def command(machine: str, accel: str, qemu: str | None, as_json: bool) -> None:
     Example: qmp-memlistener demo --machine q35
     """
     demo = _Demo(machine, as_json)
-    run_async(demo.run(accel, qemu))
+    run_async(demo.run(accel, qemu, repeat))
     if as_json:
         print_json(demo.document())
 
@@ -64,7 +66,7 @@ class _Demo:
         self._slot_ops = 0
         self._predicted = 0
 
-    async def run(self, accel: str, version: str | None) -> None:
+    async def run(self, accel: str, version: str | None, repeat: int) -> None:
         from ..agent import attach
         from ..guests import GuestSpec, Pulse, boot_args, kvm_usable, launch
         from ..listener import MemoryListener
@@ -127,9 +129,10 @@ class _Demo:
             await self._races(build if version is not None else None)
         else:
             self._say("\nwhat happens to a vCPU whose code is taken away shows under KVM only")
-        from .demo_compare import compare_strategies
+        if repeat:
+            from .demo_compare import compare_strategies
 
-        self._facts["comparison"] = await compare_strategies(build, self._say)
+            self._facts["comparison"] = await compare_strategies(build, repeat, self._say)
 
     def document(self) -> dict[str, object]:
         return {

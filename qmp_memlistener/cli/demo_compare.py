@@ -16,12 +16,13 @@ from ..updates.options import parse_resize
 
 __all__ = ["compare_strategies"]
 
-REPEAT = 5
 WINDOW_S = 0.7
 SIZE = "+256M"
 
 
-async def compare_strategies(build: QemuBuild, say: Callable[[str], None]) -> Comparison | None:
+async def compare_strategies(
+    build: QemuBuild, repeat: int, say: Callable[[str], None]
+) -> Comparison | None:
     """Boot Linux under TCG and compare; None, and the reason said, when there is no Linux guest."""
     say(f"\n-- Linux under QEMU {build.version} gets 256 MiB more, under every strategy")
     try:
@@ -39,7 +40,7 @@ async def compare_strategies(build: QemuBuild, say: Callable[[str], None]) -> Co
             agent,
             parse_resize(SIZE),
             tuple(Strategy),
-            CompareOptions(REPEAT, WINDOW_S),
+            CompareOptions(repeat, WINDOW_S),
             lambda text: say(f"{' ' * 12}{text}"),
         )
     say("")

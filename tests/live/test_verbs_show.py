@@ -9,7 +9,8 @@ import pytest
 
 from qmp_memlistener.guests import QemuBuild
 from tests.live.verbs_support import check_tables_fit, watched
-from tests.support.live import Vm, best_accel, booted, builds, cases, qmp
+from tests.support.linux import image
+from tests.support.live import QEMUS, Vm, best_accel, booted, builds, cases, qmp
 from tests.support.verbs import run_verb
 
 pytestmark = pytest.mark.qemu
@@ -114,7 +115,7 @@ async def test_list(build: QemuBuild) -> None:
 @pytest.mark.asyncio
 async def test_demo(build: QemuBuild, machine: str) -> None:
     """Under the accelerator it chooses, and in words under TCG."""
-    which = ("--qemu", build.version, "--machine", machine)
+    which = ("--qemu", build.version, "--machine", machine, "--repeat", "0")
     ran = await run_verb("demo", "--json", *which, seconds=30)
     assert (ran.code, ran.err) == (0, "")
     (document,) = ran.documents
@@ -132,6 +133,21 @@ async def test_demo(build: QemuBuild, machine: str) -> None:
     for words in ("hole punched", "hole filled", "RAM appeared", "(predicted)", "missing in"):
         assert words in ran.out
     assert ("tseg" in ran.out) == (machine == "q35")
+
+
+@builds(of=QEMUS[:1])
+@pytest.mark.asyncio
+async def test_the_demo_ends_with_a_comparison(build: QemuBuild) -> None:
+    image()  # built before, or the reason why not
+    which = ("--qemu", build.version, "--accel", "tcg", "--repeat", "1")
+    ran = await run_verb("demo", "--json", *which, seconds=90)
+    assert (ran.code, ran.err) == (0, "")
+    (document,) = ran.documents
+    comparison = document["comparison"]
+    assert isinstance(comparison, dict)
+    assert comparison["ended_early"] is None
+    strategies = [r["strategy"] for r in comparison["rounds"]]
+    assert sorted(strategies) == ["control", "direct", "hole", "pause"]
 
 
 @pytest.mark.parametrize("verb", ["list", "show", "watch", "record", "plan", "demo"])

@@ -7,6 +7,7 @@ import contextlib
 import fcntl
 import os
 import re
+import signal
 import struct
 import sys
 import termios
@@ -88,10 +89,13 @@ class Verb:
         text = "".join(self._lines) + (out or b"").decode()
         return Ran(self.process.returncode, text, err.decode(), took)
 
-    async def signalled(self, number: int, seconds: float = 10.0) -> Ran:
-        """Send a signal, then wait for the end."""
+    async def signalled(self, number: int) -> Ran:
+        """Send a signal, then wait for the end.
+
+        A process that is killed ends when the kernel has taken its uprobes out, up to 0.1 s each.
+        """
         self.process.send_signal(number)
-        return await self.end(seconds)
+        return await self.end(60.0 if number == signal.SIGKILL else 10.0)
 
     async def ready(self) -> None:
         """Until the first map was printed: the verb is attached and will see what comes."""
