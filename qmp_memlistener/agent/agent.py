@@ -18,18 +18,24 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from types import TracebackType
 from typing import Self
 
+import msgspec
+
 from ..errors import MemListenerError, TargetError
 from ..listener import MemoryListener
 from ..memslots import Rules, SlotTable
-from ..monitor import CONNECT_DEADLINE, GuestFacts, Monitor, Target
+from ..monitor import CONNECT_DEADLINE, Companions, GuestFacts, Monitor, Target
 from ..probes import Kind
 from ..probes.registry import known_names
-from ..recording import Record
+from ..recording import Header, Record
 from ..topology import MemoryMap
+from ..updates.guest_facts import backends_of
+from ..updates.model import Addition, Intent, Outcome, Plug, Role, Strategy, Unplug, Value
+from ..updates.operation import UpdateOptions, perform
+from ..updates.options import parse_addition, parse_resize
+from .measuring import Measuring
 from .opening import Attached, AttachOptions, Opening
 from .outlet import Outlet
 from .stream import RecordStream
-from .updating import Updating
 from .upkeep import Upkeep
 
 __all__ = ["Agent", "attach"]
@@ -86,17 +92,21 @@ def attach(
     )
 
 
-class Agent(Updating):
+class Agent:
     """A watched guest; made by `attach`, usable inside its block.
 
     `monitor` is the connection it observes through, `operations` the one that was named for that
     (the observer's when none was, see `operating`), `measuring` the probes at work.
     `facts` is what the guest said of itself, `header` the first record, `remarks` what the user
-    should know about this attachment.  What changes the guest comes from `Updating`.
+    should know about this attachment.
     """
 
+    monitor: Monitor
     operations: Monitor
+    measuring: Measuring
     facts: GuestFacts
+    companions: Companions
+    header: Header
 
     def __init__(self, options: AttachOptions) -> None:
         self.remarks: list[str] = []
@@ -208,6 +218,72 @@ class Agent(Updating):
             return
         async with monitor:
             yield monitor
+
+    @asynccontextmanager
+    async def burst(self) -> AsyncIterator[None]:
+        """The probes look closer as long as the block lasts."""
+        await self.measuring.burst(True)
+        try:
+            yield
+        finally:
+            await self.measuring.burst(False)
+
+    async def update(
+        self,
+        intent: Intent,
+        strategy: Strategy | str = Strategy.DIRECT,
+        options: UpdateOptions | None = None,
+    ) -> Outcome:
+        """Carry out an intent under `direct`, `pause` or `hole`.
+
+        `pause` needs a monitor for its guard, which `attach(..., guarded=True)` keeps free.
+        Returns an Outcome also when the guest or the strategy does not allow it; raises InputError
+        for what no QEMU could do and TargetError when the guest is lost.  The methods below are
+        short forms of this one.
+        """
+        return await perform(self, intent, Strategy(strategy), options)
+
+    async def hotplug(
+        self,
+        driver: str,
+        *,
+        id: str,  # noqa: A002 - QEMU's name for it
+        strategy: Strategy | str = Strategy.DIRECT,
+        backends: Sequence[Addition] = (),
+        options: UpdateOptions | None = None,
+        properties: Mapping[str, Value] | None = None,
+        **more: Value,
+    ) -> Outcome:
+        """Plug a device: `await agent.hotplug("ivshmem-plain", id="iv0", memdev="m0")`.
+
+        Its properties are typed; `properties` has those whose names are none in Python.
+        `backends` are made first, and removed if plugging fails.
+        """
+        arguments = {"driver": driver, "id": id, **(properties or {}), **more}
+        device = parse_addition(Role.DEVICE, msgspec.json.encode(arguments).decode())
+        return await self.update(Plug(device, tuple(backends)), strategy, options)
+
+    async def unplug(
+        self,
+        id: str,  # noqa: A002 - QEMU's name for it
+        *,
+        strategy: Strategy | str = Strategy.DIRECT,
+        backends: bool = False,
+        options: UpdateOptions | None = None,
+    ) -> Outcome:
+        """Take out the device `id`, with `backends` also what it stood on."""
+        also = await backends_of(self.monitor, id) if backends else ()
+        return await self.update(Unplug(id, also), strategy, options)
+
+    async def resize(
+        self,
+        size: str,
+        *,
+        strategy: Strategy | str = Strategy.DIRECT,
+        options: UpdateOptions | None = None,
+    ) -> Outcome:
+        """More memory (`+256M`), less (`-256M`), or so much in all (`=4G`)."""
+        return await self.update(parse_resize(size), strategy, options)
 
     # -- waiting ---------------------------------------------------------------------------
 

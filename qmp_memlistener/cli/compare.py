@@ -118,10 +118,7 @@ async def _compare(
 ) -> Comparison:
     from ..updates.compare import compare
 
-    async with attaching.attach(guarded="pause" in strategies) as agent:
-        for remark in agent.remarks:
-            click.echo(printable(remark), err=True)
-        await agent.measuring.wait_started()
+    async with attaching.attached(guarded="pause" in strategies) as agent:
         return await compare(
             agent, intent, strategies, options, lambda text: click.echo(printable(text), err=True)
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable
-from contextlib import AbstractAsyncContextManager
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING
@@ -40,11 +40,15 @@ class Attaching:
     ping_monitor: str | None
     ops_monitor: str | None
 
-    def attach(self, *, guarded: bool) -> AbstractAsyncContextManager[Agent]:
-        """With a monitor kept free for the guard when something is going to be paused."""
+    @asynccontextmanager
+    async def attached(self, *, guarded: bool) -> AsyncIterator[Agent]:
+        """An agent whose probes are all at work; its remarks are told.
+
+        With `guarded` a monitor is kept free for the guard, as pausing needs it.
+        """
         from ..agent import attach
 
-        return attach(
+        async with attach(
             self.target,
             trace=not self.no_trace,
             probes=self.probes,
@@ -52,7 +56,11 @@ class Attaching:
             ping_monitor=self.ping_monitor,
             ops_monitor=self.ops_monitor,
             guarded=guarded,
-        )
+        ) as agent:
+            for remark in agent.remarks:
+                click.echo(printable(remark), err=True)
+            await agent.measuring.wait_started()
+            yield agent
 
 
 def attach_options(function: Callable[..., int]) -> Callable[..., int]:
@@ -203,8 +211,5 @@ async def _update(
 ) -> Outcome:
     from ..updates.model import Strategy
 
-    async with attaching.attach(guarded=strategy == Strategy.PAUSE) as agent:
-        for remark in agent.remarks:
-            click.echo(printable(remark), err=True)
-        await agent.measuring.wait_started()
+    async with attaching.attached(guarded=strategy == Strategy.PAUSE) as agent:
         return await agent.update(await intend(agent), Strategy(strategy), options)
