@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from ..errors import DeadlineExceeded, MissingPrerequisite, OperationFailed
+from ..errors import DeadlineExceeded, OperationFailed
+from ..images import find_built_image
 from . import layout
 from .pci import PciAddress
 from .pulse_memory import Header, High, PulseMemory, ToggleLog
@@ -48,18 +49,7 @@ def find_image() -> Path:
 
     Raises MissingPrerequisite when there is neither.
     """
-    package = Path(__file__).resolve().parent.parent
-    candidates = (
-        package / "_images" / "pulse.img",
-        package.parent / "vm-images" / "pulse" / "pulse.img",
-    )
-    for path in candidates:
-        if path.is_file():
-            return path
-    raise MissingPrerequisite(
-        f"the pulse guest's image is at none of {', '.join(map(str, candidates))}",
-        remedy="build it with `make -C vm-images/pulse`, or install the package again",
-    )
+    return find_built_image("pulse", "pulse.img")
 
 
 def boot_args(how: Literal["rom", "disk"] = "rom") -> tuple[str, ...]:

@@ -13,6 +13,7 @@ from heapq import heappop, heappush
 import msgspec
 
 from ..errors import InputError
+from .intervals import cut, put
 
 __all__ = [
     "GUEST_MEMFD",
@@ -94,6 +95,18 @@ class Slot(msgspec.Struct, frozen=True, gc=False):
         if at < self.end:
             out.append((at, self.end))
         return tuple(out)
+
+    def with_hole(self, start: int, end: int) -> Slot:
+        """The same slot with a hole at `[start, end)`, joined with those that it touches."""
+        holes = list(self.holes)
+        put(holes, start, end)
+        return msgspec.structs.replace(self, holes=tuple(holes))
+
+    def without_hole(self, start: int, end: int) -> Slot:
+        """The same slot reached at `[start, end)`."""
+        holes = list(self.holes)
+        cut(holes, start, end)
+        return msgspec.structs.replace(self, holes=tuple(holes))
 
     def __str__(self) -> str:
         return f"slot {self.slot} of address space {self.as_id} ({self.gpa:#x}+{self.size:#x})"

@@ -12,8 +12,9 @@ from collections.abc import Set as AbstractSet
 
 import msgspec
 
+from ..distribution import percentile
 from ..updates.compare import CONTROL, Comparison, Round
-from ..updates.compare_stats import Difference, Summary, percentile
+from ..updates.compare_stats import Difference, Summary
 from .stalls import count_text, duration_text, kind_text
 
 __all__ = ["comparison_lines"]

@@ -17,6 +17,7 @@ from statistics import median
 
 import msgspec
 
+from ..distribution import percentile
 from ..recording import StallRecord
 
 __all__ = [
@@ -26,7 +27,6 @@ __all__ = [
     "differences",
     "interval",
     "longest",
-    "percentile",
     "summaries",
     "totals",
 ]
@@ -79,17 +79,6 @@ class Difference(msgspec.Struct, frozen=True):
     longest_diff_ns: int = 0
     longest_ci95_ns: tuple[int, int] = (0, 0)
     longest_seen: bool = False
-
-
-def percentile(values: Sequence[int], percent: float) -> int:
-    """The smallest value that at least so many per cent of them do not exceed.
-
-    Raises ValueError when there is none.
-    """
-    if not values:
-        raise ValueError("no values")
-    rank = max(1, ceil(len(values) * percent / 100))
-    return sorted(values)[rank - 1]
 
 
 def totals(stalls: Sequence[StallRecord]) -> dict[str, int]:

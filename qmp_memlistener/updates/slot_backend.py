@@ -19,7 +19,6 @@ import msgspec
 
 from ..errors import OperationFailed
 from ..memslots import LOG_DIRTY_PAGES, READONLY, Op, OpKind, Slot, SlotTable
-from ..memslots.intervals import cut, put
 
 __all__ = [
     "MEMORY",
@@ -133,11 +132,11 @@ class SlotWriter:
             await self._call(backend.set_flags, new)
             self._replace(slot, new)
         elif op.op is OpKind.CLEAR_HOLE:
-            new = _without_hole(slot, op.gpa, op.end)
+            new = slot.without_hole(op.gpa, op.end)
             await self._call(backend.clear_hole, new, op.gpa, op.end)
             self._replace(slot, new)
         elif not any(low <= op.gpa and op.end <= high for low, high in slot.holes):
-            new = _with_hole(slot, op.gpa, op.end)
+            new = slot.with_hole(op.gpa, op.end)
             await self._call(backend.set_hole, new, op.gpa, op.end)
             self._replace(slot, new)
 
@@ -213,7 +212,7 @@ class ModelBackend:
         held = self._held(slot)
         if start >= end or not any(low <= start and end <= high for low, high in held.mapped):
             raise _refused(errno.EINVAL, slot)
-        self._replace(held, _with_hole(held, start, end))
+        self._replace(held, held.with_hole(start, end))
         dirty = self._dirty[slot.as_id, slot.slot]
         dirty -= {page for page in dirty if start <= page < end}
 
@@ -224,7 +223,7 @@ class ModelBackend:
             raise _refused(errno.EINVAL, slot)
         if self._table.overlapping(slot.as_id, start, end):
             raise _refused(errno.EEXIST, slot)
-        self._replace(held, _without_hole(held, start, end))
+        self._replace(held, held.without_hole(start, end))
 
     def begin(self) -> None:
         self._shown = self._table.copy()
@@ -277,20 +276,6 @@ class ModelBackend:
     def _replace(self, old: Slot, new: Slot) -> None:
         self._table.remove(old.as_id, old.slot)
         self._table.add(new)
-
-
-def _with_hole(slot: Slot, start: int, end: int) -> Slot:
-    """The same slot with a hole at `[start, end)`."""
-    holes = list(slot.holes)
-    put(holes, start, end)
-    return msgspec.structs.replace(slot, holes=tuple(holes))
-
-
-def _without_hole(slot: Slot, start: int, end: int) -> Slot:
-    """The same slot reached at `[start, end)`."""
-    holes = list(slot.holes)
-    cut(holes, start, end)
-    return msgspec.structs.replace(slot, holes=tuple(holes))
 
 
 def _refused(number: int, slot: Slot) -> OSError:

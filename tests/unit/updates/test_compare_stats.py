@@ -14,7 +14,6 @@ from qmp_memlistener.updates.compare_stats import (
     ENOUGH_ROUNDS,
     differences,
     interval,
-    percentile,
     summaries,
     totals,
 )
@@ -25,22 +24,6 @@ VALUES = st.lists(st.integers(0, 10**9), min_size=1, max_size=50)
 
 def stall(kind: str, length: int) -> StallRecord:
     return stall_at(kind, 0, length)
-
-
-@given(VALUES, st.floats(0, 100))
-def test_a_percentile_is_the_smallest_value_that_so_many_do_not_exceed(
-    values: list[int], percent: float
-) -> None:
-    found = percentile(values, percent)
-    assert found in values
-    assert sum(v <= found for v in values) >= len(values) * percent / 100
-    smaller = [v for v in values if v < found]
-    assert len(smaller) < max(1e-9, len(values) * percent / 100)
-
-
-def test_no_values_have_no_percentile() -> None:
-    with pytest.raises(ValueError, match="no values"):
-        percentile([], 50)
 
 
 def test_a_round_without_a_stall_counts_as_nothing_lost() -> None:

@@ -1,0 +1,64 @@
+"""`python -m qmp_memlistener.kvmlab race ...`: the lab with nothing but msgspec beside it.
+
+For hosts and nested guests where the command line's libraries are not installed.  Prints the same
+JSON documents as `qmp-memlistener lab ... --json`, with the same exit codes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+
+import msgspec
+
+from ..errors import MemListenerError
+from .programs import GuestKind
+from .race import RaceOptions, race, race_document
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The exit code."""
+    parser = argparse.ArgumentParser(prog="python -m qmp_memlistener.kvmlab")
+    verbs = parser.add_subparsers(dest="verb", required=True)
+    racing = verbs.add_parser("race", help="punch and fill a hole under each strategy")
+    racing.add_argument("--strategy", default="all", metavar="NAME[,NAME]")
+    racing.add_argument("--updates", type=int, default=400)
+    racing.add_argument("--guest", type=GuestKind, default=GuestKind.DATA)
+    racing.add_argument("--vcpus", type=int, default=1)
+    racing.add_argument("--slot-size", type=int, default=64 << 20, metavar="BYTES")
+    racing.add_argument("--hole-size", type=int, default=4096, metavar="BYTES")
+    racing.add_argument("--hole-offset", type=int, metavar="BYTES")
+    racing.add_argument("--slots", type=int, default=0)
+    for name in ("dirty-log", "populate", "touch-hole", "json"):
+        racing.add_argument(f"--{name}", action="store_true")
+    options = parser.parse_args(argv)
+    try:
+        report = race(
+            RaceOptions(
+                strategies=tuple(options.strategy.split(",")),
+                updates=options.updates,
+                guest=options.guest,
+                vcpus=options.vcpus,
+                slot_size=options.slot_size,
+                hole_size=options.hole_size,
+                hole_offset=options.hole_offset,
+                slots=options.slots,
+                dirty_log=options.dirty_log,
+                populate=options.populate,
+                touch_hole=options.touch_hole,
+            )
+        )
+    except MemListenerError as exc:
+        sys.stderr.write(f"error: {exc.message}\n")
+        if exc.remedy:
+            sys.stderr.write(f"remedy: {exc.remedy}\n")
+        return exc.exit_code
+    sys.stdout.write(msgspec.json.encode(race_document(report)).decode() + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,261 @@
+"""The part of KVM's ABI that the lab uses and that is the same on every architecture.
+
+Structures, ioctl numbers, exit reasons and flags of Linux' include/uapi/linux/kvm.h; those of x86
+are in `x86`.  Numbers of ioctls follow from the structures, as in the kernel's macros.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from ctypes import c_int32, c_uint8, c_uint16, c_uint32, c_uint64
+from enum import IntEnum
+
+__all__ = [
+    "API_VERSION",
+    "CHECK_EXTENSION",
+    "CLEAR_DIRTY_LOG",
+    "CREATE_GUEST_MEMFD",
+    "CREATE_VCPU",
+    "CREATE_VM",
+    "DIRTY_GFN_DIRTY",
+    "DIRTY_GFN_RESET",
+    "DIRTY_LOG_PAGE_OFFSET",
+    "ENABLE_CAP",
+    "GET_API_VERSION",
+    "GET_DIRTY_LOG",
+    "GET_VCPU_MMAP_SIZE",
+    "KVMIO",
+    "MEMORY_ATTRIBUTE_PRIVATE",
+    "MEM_GUEST_MEMFD",
+    "MEM_LOG_DIRTY_PAGES",
+    "MEM_READONLY",
+    "RESET_DIRTY_RINGS",
+    "RUN",
+    "SET_MEMORY_ATTRIBUTES",
+    "SET_SIGNAL_MASK",
+    "SET_USER_MEMORY_REGION",
+    "SET_USER_MEMORY_REGION2",
+    "ClearDirtyLog",
+    "CreateGuestMemfd",
+    "DirtyGfn",
+    "DirtyLog",
+    "EnableCap",
+    "ExitReason",
+    "MemoryAttributes",
+    "MemoryRegion",
+    "MemoryRegion2",
+    "Run",
+    "SignalMask",
+    "io",
+    "ior",
+    "iow",
+    "iowr",
+]
+
+KVMIO = 0xAE
+API_VERSION = 12
+
+_Struct = type[ctypes.Structure]
+
+
+def io(number: int) -> int:
+    """`_IO(KVMIO, number)`."""
+    return KVMIO << 8 | number
+
+
+def _sized(direction: int, number: int, size: int) -> int:
+    return direction << 30 | size << 16 | KVMIO << 8 | number
+
+
+def iow(number: int, struct: _Struct) -> int:
+    """`_IOW(KVMIO, number, struct)`: user space writes it, the kernel reads it."""
+    return _sized(1, number, ctypes.sizeof(struct))
+
+
+def ior(number: int, struct: _Struct) -> int:
+    """`_IOR(KVMIO, number, struct)`."""
+    return _sized(2, number, ctypes.sizeof(struct))
+
+
+def iowr(number: int, struct: _Struct) -> int:
+    """`_IOWR(KVMIO, number, struct)`."""
+    return _sized(3, number, ctypes.sizeof(struct))
+
+
+MEM_LOG_DIRTY_PAGES = 1
+MEM_READONLY = 2
+MEM_GUEST_MEMFD = 4
+
+MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
+
+DIRTY_GFN_DIRTY = 1
+DIRTY_GFN_RESET = 2
+DIRTY_LOG_PAGE_OFFSET = 64
+"""Where in a vCPU's mapping its dirty ring begins, in pages (x86 and arm64)."""
+
+
+class ExitReason(IntEnum):
+    """`kvm_run.exit_reason`, those that the lab's guests can cause."""
+
+    UNKNOWN = 0
+    EXCEPTION = 1
+    IO = 2
+    DEBUG = 4
+    HLT = 5
+    MMIO = 6
+    IRQ_WINDOW_OPEN = 7
+    SHUTDOWN = 8
+    FAIL_ENTRY = 9
+    INTR = 10
+    INTERNAL_ERROR = 17
+    SYSTEM_EVENT = 24
+    DIRTY_RING_FULL = 31
+    MEMORY_FAULT = 39
+
+
+class MemoryRegion(ctypes.Structure):
+    """`struct kvm_userspace_memory_region`; size 0 deletes."""
+
+    _fields_ = (
+        ("slot", c_uint32),
+        ("flags", c_uint32),
+        ("guest_phys_addr", c_uint64),
+        ("memory_size", c_uint64),
+        ("userspace_addr", c_uint64),
+    )
+
+
+class MemoryRegion2(ctypes.Structure):
+    """`struct kvm_userspace_memory_region2` (Linux 6.8): with guest_memfd."""
+
+    _fields_ = (
+        *MemoryRegion._fields_,
+        ("guest_memfd_offset", c_uint64),
+        ("guest_memfd", c_uint32),
+        ("pad1", c_uint32),
+        ("pad2", c_uint64 * 14),
+    )
+
+
+class DirtyLog(ctypes.Structure):
+    """`struct kvm_dirty_log`: where the bitmap of a slot is to be written."""
+
+    _fields_ = (("slot", c_uint32), ("padding1", c_uint32), ("dirty_bitmap", c_uint64))
+
+
+class ClearDirtyLog(ctypes.Structure):
+    """`struct kvm_clear_dirty_log`."""
+
+    _fields_ = (
+        ("slot", c_uint32),
+        ("num_pages", c_uint32),
+        ("first_page", c_uint64),
+        ("dirty_bitmap", c_uint64),
+    )
+
+
+class EnableCap(ctypes.Structure):
+    """`struct kvm_enable_cap`."""
+
+    _fields_ = (
+        ("cap", c_uint32),
+        ("flags", c_uint32),
+        ("args", c_uint64 * 4),
+        ("pad", c_uint8 * 64),
+    )
+
+
+class DirtyGfn(ctypes.Structure):
+    """`struct kvm_dirty_gfn`: an entry of a dirty ring; `slot` has the address space above."""
+
+    _fields_ = (("flags", c_uint32), ("slot", c_uint32), ("offset", c_uint64))
+
+
+class SignalMask(ctypes.Structure):
+    """`struct kvm_signal_mask` with the kernel's 8-byte set behind it."""
+
+    _fields_ = (("len", c_uint32), ("sigset", c_uint8 * 8))
+
+
+class MemoryAttributes(ctypes.Structure):
+    """`struct kvm_memory_attributes` (Linux 6.8)."""
+
+    _fields_ = (
+        ("address", c_uint64),
+        ("size", c_uint64),
+        ("attributes", c_uint64),
+        ("flags", c_uint64),
+    )
+
+
+class CreateGuestMemfd(ctypes.Structure):
+    """`struct kvm_create_guest_memfd` (Linux 6.8)."""
+
+    _fields_ = (("size", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 6))
+
+
+class _Mmio(ctypes.Structure):
+    _fields_ = (
+        ("phys_addr", c_uint64),
+        ("data", c_uint64),
+        ("len", c_uint32),
+        ("is_write", c_uint8),
+    )
+
+
+class _Internal(ctypes.Structure):
+    _fields_ = (("suberror", c_uint32), ("ndata", c_uint32), ("data", c_uint64 * 16))
+
+
+class _FailEntry(ctypes.Structure):
+    _fields_ = (("hardware_entry_failure_reason", c_uint64), ("cpu", c_uint32))
+
+
+class _MemoryFault(ctypes.Structure):
+    _fields_ = (("flags", c_uint64), ("gpa", c_uint64), ("size", c_uint64))
+
+
+class _Exit(ctypes.Union):
+    _fields_ = (
+        ("mmio", _Mmio),
+        ("internal", _Internal),
+        ("fail_entry", _FailEntry),
+        ("memory_fault", _MemoryFault),
+        ("padding", c_uint8 * 256),
+    )
+
+
+class Run(ctypes.Structure):
+    """`struct kvm_run` up to its union; what the lab reads of it."""
+
+    _fields_ = (
+        ("request_interrupt_window", c_uint8),
+        ("immediate_exit", c_uint8),
+        ("padding1", c_uint8 * 6),
+        ("exit_reason", c_uint32),
+        ("ready_for_interrupt_injection", c_uint8),
+        ("if_flag", c_uint8),
+        ("flags", c_uint16),
+        ("cr8", c_uint64),
+        ("apic_base", c_uint64),
+        ("exit", _Exit),
+    )
+
+
+GET_API_VERSION = io(0x00)
+CREATE_VM = io(0x01)
+CHECK_EXTENSION = io(0x03)
+GET_VCPU_MMAP_SIZE = io(0x04)
+CREATE_VCPU = io(0x41)
+GET_DIRTY_LOG = iow(0x42, DirtyLog)
+SET_USER_MEMORY_REGION = iow(0x46, MemoryRegion)
+SET_USER_MEMORY_REGION2 = iow(0x49, MemoryRegion2)
+RUN = io(0x80)
+ENABLE_CAP = iow(0xA3, EnableCap)
+CLEAR_DIRTY_LOG = iowr(0xC0, ClearDirtyLog)
+RESET_DIRTY_RINGS = io(0xC7)
+SET_MEMORY_ATTRIBUTES = iow(0xD2, MemoryAttributes)
+CREATE_GUEST_MEMFD = iowr(0xD4, CreateGuestMemfd)
+
+# its size in the number is that of the structure without the set that follows it
+SET_SIGNAL_MASK = _sized(1, 0x8B, ctypes.sizeof(c_int32))

@@ -1,0 +1,194 @@
+"""The lab's guest programs: what the host and vm-images/lab/probe.s agree on.
+
+A guest lives in a private slot that nothing but the lab touches: code, a report page for each vCPU,
+tables of addresses, page tables.  `Private` lays it out in host memory.  What the guest works on
+lies outside.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from enum import StrEnum
+from functools import cache
+
+from ..errors import InputError
+from ..images import find_built_image
+from . import x86
+from .host_memory import HostMemory
+
+__all__ = ["MAX_VCPUS", "GuestKind", "Private", "Report", "code"]
+
+COUNT = 0x00
+LAST_TSC = 0x08
+MAX_GAP = 0x10
+MAX_GAP_TSC = 0x18
+TABLE = 0x20
+IN_USE = 0x28
+GENERATION = 0x30
+
+GAP = 0x000
+DATA = 0x080
+WRITER = 0x100
+SIZE = 0x200
+
+MAX_VCPUS = 16
+
+_PAGE = 4096
+_CODE = 0x1000
+_REPORTS = 0x2000
+_SCRATCH = _REPORTS + MAX_VCPUS * _PAGE
+_TABLES = 0x20000
+_TABLE_BYTES = 0x4000
+_PAGE_TABLES = _TABLES + MAX_VCPUS * 2 * _TABLE_BYTES
+MAX_ADDRESSES = _TABLE_BYTES // 8 - 1
+
+
+class GuestKind(StrEnum):
+    """What a guest does, and so what it notices.
+
+    gap        only beats: what stops a vCPU
+    data       reads and writes words of RAM that stays
+    writer     sweeps all RAM that stays with a generation number a page: dirty logs
+    code       runs code that lies in the slot
+    pagetable  has its page tables in the slot, so that CR3 points at memory that vanishes
+    """
+
+    DATA = "data"
+    WRITER = "writer"
+    CODE = "code"
+    PAGETABLE = "pagetable"
+    GAP = "gap"
+
+
+@cache
+def code() -> bytes:
+    """The programs.  Raises MissingPrerequisite when the image is nowhere."""
+    image = find_built_image("lab", "probe.img").read_bytes()
+    if len(image) != SIZE:
+        raise InputError(
+            f"the lab's guest image has {len(image)} bytes, not {SIZE}",
+            remedy="build it with `make -C vm-images/lab`, or install the package again",
+        )
+    return image
+
+
+class Report:
+    """A vCPU's report page, as the host sees it.  Each read or write is one of 8 bytes."""
+
+    def __init__(self, memory: HostMemory, offset: int) -> None:
+        self._words = memory.words
+        self._at = offset // 8
+
+    @property
+    def count(self) -> int:
+        """Beats so far."""
+        return self._words[self._at]
+
+    @property
+    def last_tsc(self) -> int:
+        return self._words[self._at + LAST_TSC // 8]
+
+    @property
+    def max_gap(self) -> int:
+        """Ticks of the longest time between two beats since `forget_gap`."""
+        return self._words[self._at + MAX_GAP // 8]
+
+    def forget_gap(self) -> None:
+        self._words[self._at + MAX_GAP // 8] = 0
+
+    def beat_now(self, tsc: int) -> None:
+        """Let the next gap count from `tsc`: for a vCPU that was stopped on purpose."""
+        self._words[self._at + LAST_TSC // 8] = tsc
+
+    @property
+    def table_in_use(self) -> int:
+        return self._words[self._at + IN_USE // 8]
+
+    @table_in_use.setter
+    def table_in_use(self, gpa: int) -> None:
+        self._words[self._at + IN_USE // 8] = gpa
+
+    @property
+    def table(self) -> int:
+        return self._words[self._at + TABLE // 8]
+
+    @table.setter
+    def table(self, gpa: int) -> None:
+        self._words[self._at + TABLE // 8] = gpa
+
+
+class Private:
+    """The private slot's memory for `vcpus` vCPUs, mapped at `gpa` of the guest.
+
+    The guest reaches addresses below `gibibytes` GiB, this slot among them.
+    """
+
+    def __init__(self, gpa: int, vcpus: int, gibibytes: int) -> None:
+        """Raises InputError for more than the lab can do, OperationFailed when there is no room."""
+        if not 1 <= vcpus <= MAX_VCPUS:
+            raise InputError(
+                f"the lab has room for 1 to {MAX_VCPUS} vCPUs, not {vcpus}",
+                remedy=f"use at most {MAX_VCPUS}",
+            )
+        if not 1 <= gibibytes <= x86.MAX_GIB or gpa >= gibibytes * x86.GIB:
+            raise InputError(
+                f"the lab's guests reach 1 to {x86.MAX_GIB} GiB, not {gibibytes}",
+                remedy="place memory below that",
+            )
+        self.gpa = gpa
+        self.size = self.size_for(gibibytes)
+        self._gibibytes = gibibytes
+        self.memory = HostMemory(self.size, "private")
+        self.memory.write(_CODE, code())
+        self.memory.write(_PAGE_TABLES, self.page_tables(gpa + _PAGE_TABLES))
+        self.memory.populate()
+        self.reports = [Report(self.memory, _REPORTS + i * _PAGE) for i in range(vcpus)]
+        self._half = [0] * vcpus
+
+    @staticmethod
+    def size_for(gibibytes: int) -> int:
+        """Bytes of the slot."""
+        return _PAGE_TABLES + x86.TABLE_BYTES + gibibytes * _PAGE
+
+    @property
+    def code_gpa(self) -> int:
+        return self.gpa + _CODE
+
+    @property
+    def cr3(self) -> int:
+        return self.gpa + _PAGE_TABLES
+
+    def page_tables(self, at: int) -> bytes:
+        """Page tables that map the same, to be placed at gpa `at`."""
+        return x86.tables(at, self._gibibytes)
+
+    def report_gpa(self, vcpu: int) -> int:
+        return self.gpa + _REPORTS + vcpu * _PAGE
+
+    def scratch_gpa(self, vcpu: int) -> int:
+        """A word of the vCPU's own to read and write, in this slot."""
+        return self.gpa + _SCRATCH + vcpu * 64
+
+    def set_table(self, vcpu: int, addresses: Sequence[int]) -> int:
+        """Write the table that is not in use and name it; its gpa.
+
+        An odd address stands for the even one below, which is only read.  The vCPU goes through it
+        from its next pass on (`Report.table_in_use`).  Raises InputError for too many.
+        """
+        assert 0 not in addresses, "0 ends a table"
+        assert addresses, "a pass without a word to touch makes no beat"
+        if len(addresses) > MAX_ADDRESSES:
+            raise InputError(
+                f"{len(addresses)} addresses for a vCPU, there is room for {MAX_ADDRESSES}",
+                remedy="give fewer",
+            )
+        self._half[vcpu] ^= 1
+        offset = _TABLES + (2 * vcpu + self._half[vcpu]) * _TABLE_BYTES
+        entries = (*addresses, 0)
+        self.memory.write(offset, struct.pack(f"<{len(entries)}Q", *entries))
+        self.reports[vcpu].table = self.gpa + offset
+        return self.gpa + offset
+
+    def close(self) -> None:
+        self.memory.close()

@@ -1,0 +1,219 @@
+"""`lab race`: punch and fill a hole many times under each strategy, and say what the guest met.
+
+Each strategy has a machine of its own.  In a round every one of them punches and fills once, in
+random order, while the vCPUs of the others stand; the control, which changes nothing, takes part.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import msgspec
+
+from ..errors import InputError
+from ..memslots import Rules, plan
+from .bitmaps import keeps_bitmap
+from .contender import Contender
+from .device import Kvm, flavour
+from .field import Field
+from .host_memory import PAGE
+from .measuring import Totals
+from .programs import MAX_VCPUS, GuestKind
+from .strategies import LabStrategy, select, why_not
+
+__all__ = ["RaceOptions", "RaceReport", "StrategyResult", "host_facts", "race", "race_document"]
+
+_OWN_SLOTS = 4  # the private one, and what a hole takes beside the RAM it is in
+
+
+class RaceOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """What to race.  Sizes in bytes; `hole_offset` None is the middle of the slot.
+
+    `updates` counts punches and fills; an odd number is one more.
+    """
+
+    strategies: tuple[str, ...] = ("all",)
+    updates: int = 400
+    guest: GuestKind = GuestKind.DATA
+    vcpus: int = 1
+    slot_size: int = 64 << 20
+    hole_size: int = PAGE
+    hole_offset: int | None = None
+    slots: int = 0
+    dirty_log: bool = False
+    populate: bool = False
+    touch_hole: bool = False
+    seed: int = 0
+
+    def field(self) -> Field:
+        """The RAM and its hole.  Raises InputError for what does not fit."""
+        if not 1 <= self.vcpus <= MAX_VCPUS:
+            raise InputError(f"{self.vcpus} vCPUs", remedy=f"the lab has room for 1 to {MAX_VCPUS}")
+        if self.updates < 1:
+            raise InputError(f"{self.updates} updates", remedy="use 1 or more")
+        if self.touch_hole and self.guest not in (GuestKind.DATA, GuestKind.GAP):
+            raise InputError(
+                f"a {self.guest} guest does not go through addresses",
+                remedy="touch the hole with the data guest",
+            )
+        return Field(
+            size=self.slot_size,
+            hole_size=self.hole_size,
+            hole_offset=self.hole_offset,
+            extra=self.slots,
+            logged=self.dirty_log or self.guest is GuestKind.WRITER,
+        )
+
+
+class Model(msgspec.Struct, frozen=True):
+    """What the plan of a strategy says of one punch: what no kernel runs can still be compared."""
+
+    operations: int
+    exposed_bytes: int
+    atomic: bool
+    slot_ids_kept: bool
+    bitmap_dropped_bytes: int
+
+
+class StrategyResult(msgspec.Struct, frozen=True):
+    """One strategy's race.  `skipped` says why it did not run."""
+
+    name: str
+    fidelity: str
+    model: Model
+    skipped: str | None = None
+    totals: Totals = Totals()
+    bitmap_kept: bool = False
+
+
+class RaceReport(msgspec.Struct, frozen=True):
+    """A race; `host` says where."""
+
+    host: dict[str, object]
+    options: RaceOptions
+    results: tuple[StrategyResult, ...]
+    ram_lost: int
+
+
+def race(
+    options: RaceOptions,
+    *,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> RaceReport:
+    """Run it.  `progress` is told rounds done and rounds in all.
+
+    Raises InputError; MissingPrerequisite when KVM cannot be used here; OperationFailed when KVM
+    refuses something or a vCPU does not go on.  Whatever it raises, nothing is left behind.
+    """
+    ground = options.field()
+    chosen = select(options.strategies)
+    order = random.Random(options.seed)
+    with ExitStack() as stack:
+        kvm = stack.enter_context(Kvm(device) if device else Kvm())
+        skipped = {s.name: why_not(s, kvm, slots=slots_of(s, ground)) for s in chosen}
+        kept = {s.name: keeps_bitmap(kvm, s) for s in chosen if skipped[s.name] is None}
+        contenders = {
+            s.name: stack.enter_context(
+                Contender(
+                    kvm,
+                    s,
+                    ground,
+                    options.guest,
+                    vcpus=options.vcpus,
+                    populate=options.populate,
+                    touch_hole=options.touch_hole,
+                )
+            )
+            for s in chosen
+            if skipped[s.name] is None
+        }
+        rounds = (options.updates + 1) // 2
+        running = list(contenders.values())
+        for i in range(rounds):
+            order.shuffle(running)
+            for contender in running:
+                contender.round()
+            if progress is not None:
+                progress(i + 1, rounds)
+        results = tuple(
+            StrategyResult(
+                s.name,
+                s.fidelity,
+                model_of(s, ground),
+                skipped[s.name],
+                Totals.of(contenders[s.name].updates) if s.name in contenders else Totals(),
+                kept.get(s.name, False),
+            )
+            for s in chosen
+        )
+        low, high = ground.lost
+        return RaceReport(host_facts(kvm), options, results, high - low - options.hole_size)
+
+
+def slots_of(strategy: LabStrategy, ground: Field) -> int:
+    """Slots that its machine needs at most."""
+    chunks = 1 if strategy.chunk is None else -(-ground.size // strategy.chunk)
+    return chunks + ground.extra + _OWN_SLOTS
+
+
+def model_of(strategy: LabStrategy, ground: Field) -> Model:
+    """What its plan says, whether a kernel runs it or not."""
+    if strategy.idle:
+        return Model(0, 0, True, True, 0)
+    rules = Rules(strategy.order, PAGE)
+    full, holed = ground.views(strategy.chunk)
+    punch = plan(
+        full, holed, strategy.plan, table=ground.table(full, rules), rules=rules, max_holes=None
+    )
+    return Model(
+        sum(op.slot >= 0 for op in punch.ops),
+        sum(m.size for m in punch.missing),
+        punch.atomic,
+        not punch.exposure.slot_ids_changed,
+        punch.dirty.dropped,
+    )
+
+
+def host_facts(kvm: Kvm) -> dict[str, object]:
+    """Where something was measured: kernel, KVM, CPUs, capabilities."""
+    return {
+        "kernel": platform.release(),
+        "machine": platform.machine(),
+        "kvm": flavour(),
+        "cpus": os.cpu_count() or 0,
+        "capabilities": {c.cap.name: c.value for c in kvm.capabilities()},
+    }
+
+
+def race_document(report: RaceReport) -> dict[str, object]:
+    """The document of `lab race --json`; docs/json.md has its keys."""
+    o = report.options
+    return {
+        "schema": 1,
+        "host": report.host,
+        "options": msgspec.to_builtins(o),
+        "ram_lost_bytes": report.ram_lost,
+        "strategies": [_entry(r) for r in report.results],
+    }
+
+
+def _entry(r: StrategyResult) -> dict[str, object]:
+    t = r.totals
+    return {
+        "name": r.name,
+        "skipped": r.skipped,
+        "fidelity": r.fidelity,
+        "updates": t.updates,
+        "updates_hit": t.hit,
+        **t.as_json(),
+        "dirty_pages_changed": t.pages_changed,
+        "dirty_pages_lost": t.pages_lost,
+        "slot_ids_kept": r.skipped is None and not t.ids_changed,
+        "bitmap_kept": r.bitmap_kept,
+        "model": msgspec.to_builtins(r.model),
+    }

@@ -1,0 +1,318 @@
+"""`lab replay`: transitions of a real guest on a VM of our own, under every strategy.
+
+All strategies take part in turn, transition by transition, each on a machine of its own; their
+memory is the same, since only one of them runs at a time.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import replace
+from types import TracebackType
+from typing import Self
+
+import msgspec
+
+from ..errors import InputError
+from ..memslots import SlotTable
+from .arenas import arenas_of
+from .capabilities import Cap
+from .device import Kvm
+from .execution import Backing, BlockName, Carried, Executor, SlotExecutor, refused
+from .hole_execution import HoleExecutor
+from .host_memory import PAGE, HostMemory
+from .machine import Machine
+from .measuring import Totals, Update, measure
+from .programs import DATA, Private
+from .race import host_facts
+from .replay_input import HostBlock, ReplayInput, ReplayTransition, read_replay
+from .replay_plans import Planned, addresses, chunk_of, free_place, plans_for, without
+from .strategies import LabStrategy, select, why_not
+from .x86 import GIB, MAX_GIB
+
+__all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay_document", "replay_on_lab"]
+
+
+class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
+    """`most` bounds the transitions that are replayed; None is all."""
+
+    strategies: tuple[str, ...] = ("all",)
+    vcpus: int = 1
+    most: int | None = None
+    seed: int = 0
+
+
+class ReplayedTransition(msgspec.Struct, frozen=True):
+    """One transition under one strategy: its number, its operations, what it did."""
+
+    seq: int
+    ops: int
+    return_mismatches: int
+    update: Update
+
+
+class ReplayResult(msgspec.Struct, frozen=True):
+    """One strategy.  `skipped` says why it did not run."""
+
+    name: str
+    fidelity: str
+    skipped: str | None = None
+    transitions: tuple[ReplayedTransition, ...] = ()
+
+    @property
+    def totals(self) -> Totals:
+        return Totals.of([t.update for t in self.transitions])
+
+
+class ReplayReport(msgspec.Struct, frozen=True):
+    """A replay; `notes` say what was guessed or left out."""
+
+    host: dict[str, object]
+    source: str
+    kind: str
+    qemu_version: str | None
+    options: ReplayOptions
+    results: tuple[ReplayResult, ...]
+    notes: tuple[str, ...]
+
+
+def replay_on_lab(
+    path: str,
+    options: ReplayOptions,
+    *,
+    device: str | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> ReplayReport:
+    """Replay a recording or a QEMU log.  `progress` is told transitions done and in all.
+
+    Raises InputError, RecordingError; MissingPrerequisite when KVM cannot be used here;
+    OperationFailed when a vCPU does not go on or memory is short.  Nothing is left behind.
+    """
+    chosen = select(options.strategies)
+    source = read_replay(path, page_size=PAGE)
+    if options.most is not None:
+        if options.most < 1:
+            raise InputError(f"{options.most} transitions", remedy="use 1 or more")
+        source = _first(source, options.most)
+    order = random.Random(options.seed)
+    with ExitStack() as stack:
+        kvm = stack.enter_context(Kvm(device) if device else Kvm())
+        source, notes = without(source, max(kvm.capability(Cap.MULTI_ADDRESS_SPACE), 1))
+        memory = _memory(stack, source)
+        skipped: dict[str, str] = {}
+        players: list[_Player] = []
+        for strategy in chosen:
+            first, plans = (
+                (source.initial, []) if strategy.only_model else plans_for(strategy, source)
+            )
+            most = max((len(p.plan.after) for p in plans), default=len(first))
+            reason = why_not(strategy, kvm, slots=max(most, len(first)) + 2)
+            if reason is not None:
+                skipped[strategy.name] = reason
+                continue
+            player = _Player(kvm, strategy, source, plans, memory, options.vcpus)
+            players.append(stack.enter_context(player))
+            player.begin(first)
+        total = len(source.transitions)
+        for i in range(total):
+            order.shuffle(players)
+            for player in players:
+                player.play(i)
+            if progress is not None:
+                progress(i + 1, total)
+        done = {p.strategy.name: tuple(p.transitions) for p in players}
+        return ReplayReport(
+            host_facts(kvm),
+            path,
+            source.kind,
+            source.qemu_version,
+            options,
+            tuple(
+                ReplayResult(s.name, s.fidelity, skipped.get(s.name), done.get(s.name, ()))
+                for s in chosen
+            ),
+            (*source.notes, *notes),
+        )
+
+
+class _Player:
+    """A machine that goes through the transitions under one strategy."""
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        strategy: LabStrategy,
+        source: ReplayInput,
+        plans: list[Planned],
+        memory: Backing,
+        vcpus: int,
+    ) -> None:
+        self.strategy = strategy
+        self.transitions: list[ReplayedTransition] = []
+        self._source = source
+        self._plans = plans
+        self._memory = memory
+        most = kvm.capability(Cap.NR_MEMSLOTS) or 1 << 15
+        reach = MAX_GIB * GIB
+        place = free_place(source, Private.size_for(MAX_GIB), reach)
+        if place is None:
+            raise InputError(
+                f"{source.source} leaves no room for the lab's own slot below {MAX_GIB} GiB",
+                remedy="replay fewer transitions",
+            )
+        top = max((e for e in _ends(source) if e <= reach), default=place)
+        self._vcpus = vcpus
+        self._machine = Machine(
+            kvm, vcpus=vcpus, private_slot=most - 1, private_gpa=place, reach=min(top, reach - GIB)
+        )
+        self._reach = self._machine.reach
+        self._executor: Executor | None = None
+
+    def begin(self, table: SlotTable) -> None:
+        """Make the slots that are there before the first transition, and start the guest."""
+        machine, strategy = self._machine, self.strategy
+        if strategy.hole is None:
+            self._executor = SlotExecutor(
+                machine,
+                _Chunks(self._memory) if strategy.chunk else self._memory,
+                sync=strategy.sync,
+            )
+        else:
+            tables = [table, *(p.plan.after for p in self._plans)]
+            self._executor = HoleExecutor(machine, self._memory, strategy.hole, arenas_of(tables))
+        self._executor.install(table)
+        entry, private = machine.entry(DATA), machine.private
+        machine.set_tables([[private.scratch_gpa(i)] for i in range(self._vcpus)])
+        machine.load(lambda i: (entry, private.cr3, machine.registers(i)))
+
+    def play(self, index: int) -> None:
+        """One transition, vCPUs running on what stays.  Raises OperationFailed."""
+        machine, planned = self._machine, self._plans[index]
+        transition = self._source.transitions[index]
+        machine.set_tables([self._addresses(transition, i) for i in range(self._vcpus)])
+        machine.release()
+        update, carried = measure(
+            machine,
+            lambda: self._carry_out(planned),
+            ids_changed=bool(planned.plan.exposure.slot_ids_changed),
+        )
+        # what they go through now may be gone with the next one
+        private = machine.private
+        machine.set_tables([[private.scratch_gpa(i)] for i in range(self._vcpus)])
+        machine.hold()
+        self.transitions.append(
+            ReplayedTransition(
+                transition.seq,
+                sum(op.slot >= 0 for op in planned.plan.ops),
+                _mismatches(planned, carried),
+                update,
+            )
+        )
+
+    def _addresses(self, transition: ReplayTransition, vcpu: int) -> list[int]:
+        found = addresses(transition, self._reach, vcpu, self._vcpus)
+        return found or [self._machine.private.scratch_gpa(vcpu)]
+
+    def _carry_out(self, planned: Planned) -> Carried:
+        assert self._executor is not None, "begun"
+        if planned.slots is not None:
+            assert isinstance(self._executor, SlotExecutor), "only slots repeat what was recorded"
+            return self._executor.carry_out(planned.plan, planned.slots)
+        carried = self._executor.carry_out(planned.plan)
+        error = refused(carried.results, planned.plan.ops)
+        if error is not None:
+            raise error
+        return carried
+
+    def close(self) -> None:
+        if self._executor is not None:
+            self._executor.close()
+        self._machine.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class _Chunks(dict[BlockName, HostMemory]):
+    """Memory of blocks, also for the parts into which a strategy splits them."""
+
+    def __init__(self, memory: Backing) -> None:
+        super().__init__(memory)
+
+    def __missing__(self, name: BlockName) -> HostMemory:
+        block, owner = name
+        memory = self[name] = self[chunk_of(block or ""), owner]
+        return memory
+
+
+def _mismatches(planned: Planned, carried: Carried) -> int:
+    """Operations that KVM answered otherwise than it did when they were recorded."""
+    if planned.expected is None:
+        return sum(bool(result) for result in carried.results.values())
+    return sum(result != planned.expected[i] for i, result in carried.results.items())
+
+
+def _ends(source: ReplayInput) -> list[int]:
+    ends = [s.end for s in source.initial]
+    return ends + [s.end for t in source.transitions for s in t.slots]
+
+
+def _memory(stack: ExitStack, source: ReplayInput) -> dict[BlockName, HostMemory]:
+    """Memory for every block, none of it populated.  Raises OperationFailed."""
+
+    def made(block: HostBlock) -> HostMemory:
+        size = -(-block.size // PAGE) * PAGE
+        return stack.enter_context(HostMemory(size, "replay"))
+
+    return {(block.name, block.owner): made(block) for block in source.blocks}
+
+
+def _first(source: ReplayInput, most: int) -> ReplayInput:
+    return replace(source, transitions=source.transitions[:most])
+
+
+def replay_document(report: ReplayReport) -> dict[str, object]:
+    """The document of `lab replay --json`; docs/json.md has its keys."""
+    return {
+        "schema": 1,
+        "host": report.host,
+        "source": report.source,
+        "kind": report.kind,
+        "qemu_version": report.qemu_version,
+        "notes": list(report.notes),
+        "options": msgspec.to_builtins(report.options),
+        "strategies": [_entry(r) for r in report.results],
+    }
+
+
+def _entry(r: ReplayResult) -> dict[str, object]:
+    totals = r.totals
+    return {
+        "name": r.name,
+        "skipped": r.skipped,
+        "fidelity": r.fidelity,
+        "transitions": totals.updates,
+        "ops": sum(t.ops for t in r.transitions),
+        "return_mismatches": sum(t.return_mismatches for t in r.transitions),
+        "transitions_hit": totals.hit,
+        **totals.as_json(),
+        "by_transition": [
+            {
+                "seq": t.seq,
+                "ops": t.ops,
+                "return_mismatches": t.return_mismatches,
+                **msgspec.to_builtins(t.update),
+            }
+            for t in r.transitions
+        ],
+    }

@@ -1,0 +1,100 @@
+"""System calls of the lab with raw addresses: ioctl, mmap with MAP_FIXED, mprotect, madvise.
+
+Python's own modules do not take addresses.  Each call releases the interpreter's lock and raises
+OSError; interrupted ones (EINTR) are made again unless the caller asks to see that.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+
+__all__ = [
+    "MADV_DONTNEED",
+    "MADV_POPULATE_WRITE",
+    "MAP_ANONYMOUS",
+    "MAP_FIXED",
+    "MAP_NORESERVE",
+    "MAP_PRIVATE",
+    "MAP_SHARED",
+    "PROT_NONE",
+    "PROT_READ",
+    "PROT_WRITE",
+    "ioctl",
+    "madvise",
+    "mmap",
+    "mprotect",
+    "munmap",
+    "raw_ioctl",
+]
+
+PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
+MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x1, 0x2, 0x10, 0x20
+MAP_NORESERVE = 0x4000
+MADV_DONTNEED, MADV_POPULATE_WRITE = 4, 23
+
+_libc = ctypes.CDLL(None, use_errno=True)
+raw_ioctl = _libc.ioctl
+"""`ioctl(2)` itself, for loops in which every microsecond counts: -1 and `ctypes.get_errno()`."""
+raw_ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
+raw_ioctl.restype = ctypes.c_int
+_libc.mmap.argtypes = (
+    *(ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int),
+    *(ctypes.c_int, ctypes.c_int, ctypes.c_long),
+)
+_libc.mmap.restype = ctypes.c_void_p
+_libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+_libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+_libc.madvise.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+
+_FAILED = ctypes.c_void_p(-1).value
+
+
+def ioctl(fd: int, request: int, argument: ctypes.Structure | int = 0) -> int:
+    """The result, not negative.  A structure is passed by address, an int as it is."""
+    pointer = (
+        ctypes.addressof(argument) if isinstance(argument, ctypes.Structure) else argument or None
+    )
+    while True:
+        result: int = raw_ioctl(fd, request, pointer)
+        if result >= 0:
+            return result
+        number = ctypes.get_errno()
+        if number != errno.EINTR:
+            raise OSError(number, os.strerror(number), f"ioctl {request:#x}")
+
+
+def mmap(
+    size: int,
+    protection: int = PROT_READ | PROT_WRITE,
+    flags: int = MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE,
+    fd: int = -1,
+    offset: int = 0,
+    address: int | None = None,
+) -> int:
+    """The address of a new mapping; with MAP_FIXED at `address`, whatever was there."""
+    result: int | None = _libc.mmap(address, size, protection, flags, fd, offset)
+    if result is None or result == _FAILED:
+        raise _error("mmap")
+    return result
+
+
+def munmap(address: int, size: int) -> None:
+    if _libc.munmap(address, size):
+        raise _error("munmap")
+
+
+def mprotect(address: int, size: int, protection: int) -> None:
+    if _libc.mprotect(address, size, protection):
+        raise _error("mprotect")
+
+
+def madvise(address: int, size: int, advice: int) -> None:
+    if _libc.madvise(address, size, advice):
+        raise _error("madvise")
+
+
+def _error(call: str) -> OSError:
+    number = ctypes.get_errno()
+    return OSError(number, os.strerror(number), call)

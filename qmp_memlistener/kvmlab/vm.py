@@ -1,0 +1,191 @@
+"""A VM of our own: slots, dirty logs, vCPUs.  Everything about threads is in `machine`."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import os
+from types import TracebackType
+from typing import Self
+
+from ..errors import OperationFailed
+from . import abi, system, x86
+from .capabilities import Cap
+from .device import Kvm
+
+__all__ = ["LabVm", "SlotRefused", "Vcpu"]
+
+
+class SlotRefused(OperationFailed):
+    """KVM refused a slot operation; `errno` says why."""
+
+    def __init__(self, what: str, number: int) -> None:
+        remedy = None
+        if number in (errno.ENOSPC, errno.EINVAL):
+            remedy = "EINVAL: no such id, an unaligned range, or flags this KVM does not know"
+        if number == errno.ENOMEM:
+            remedy = "use less RAM or fewer slots, or free memory on the host"
+        super().__init__(f"KVM refused {what}: {os.strerror(number)}", remedy=remedy)
+        self.errno = number
+
+
+class LabVm:
+    """A VM on /dev/kvm without devices or interrupts.
+
+    `slots_touched` would be nothing KVM tells, so the lab keeps its own table elsewhere.  Raises
+    OperationFailed when KVM makes no VM.
+    """
+
+    def __init__(self, kvm: Kvm, vm_type: int = 0) -> None:
+        self.kvm = kvm
+        self._fd = -1
+        self.vcpus: list[Vcpu] = []
+        try:
+            self._fd = kvm.ioctl(abi.CREATE_VM, vm_type)
+            x86.set_up_vm(self.ioctl)
+        except OSError as exc:
+            self.close()
+            raise OperationFailed(
+                f"KVM makes no VM: {exc.strerror}",
+                remedy="end other virtual machines, or free memory on the host"
+                if exc.errno in (errno.ENOMEM, errno.EBUSY)
+                else None,
+            ) from exc
+
+    def ioctl(self, request: int, argument: ctypes.Structure | int = 0, /) -> int:
+        """An ioctl of the VM.  Raises OSError."""
+        return system.ioctl(self._fd, request, argument)
+
+    def capability(self, cap: Cap) -> int:
+        """KVM_CHECK_EXTENSION for this VM."""
+        return self.ioctl(abi.CHECK_EXTENSION, int(cap))
+
+    def region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> int:
+        """KVM_SET_USER_MEMORY_REGION; 0 or -errno.  Size 0 deletes (api.rst 4.35)."""
+        region = abi.MemoryRegion(slot, flags, gpa, size, hva)
+        if system.raw_ioctl(self._fd, abi.SET_USER_MEMORY_REGION, ctypes.addressof(region)) < 0:
+            return -ctypes.get_errno()
+        return 0
+
+    def set_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
+        """The same; raises SlotRefused."""
+        result = self.region(slot, gpa, size, hva, flags)
+        if result:
+            verb = "to set" if size else "to delete"
+            raise SlotRefused(f"{verb} slot {slot} at {gpa:#x}+{size:#x}", -result)
+
+    def region2(
+        self, slot: int, gpa: int, size: int, hva: int, flags: int, memfd: int, memfd_offset: int
+    ) -> None:
+        """KVM_SET_USER_MEMORY_REGION2, with a guest_memfd.  Raises SlotRefused."""
+        region = abi.MemoryRegion2(slot, flags, gpa, size, hva, memfd_offset, memfd)
+        try:
+            self.ioctl(abi.SET_USER_MEMORY_REGION2, region)
+        except OSError as exc:
+            raise SlotRefused(
+                f"to set slot {slot} at {gpa:#x}+{size:#x} with guest_memfd", exc.errno or 0
+            ) from exc
+
+    def guest_memfd(self, size: int) -> int:
+        """A new guest_memfd (api.rst 4.142).  Raises OSError."""
+        return self.ioctl(abi.CREATE_GUEST_MEMFD, abi.CreateGuestMemfd(size))
+
+    def set_private(self, gpa: int, size: int, private: bool) -> None:
+        """Make pages private or shared, KVM_SET_MEMORY_ATTRIBUTES.  Raises OSError."""
+        attributes = abi.MEMORY_ATTRIBUTE_PRIVATE if private else 0
+        self.ioctl(abi.SET_MEMORY_ATTRIBUTES, abi.MemoryAttributes(gpa, size, attributes))
+
+    def dirty_log(self, slot: int, size: int) -> bytes:
+        """The dirty bitmap of a slot of `size` bytes, a bit a page; cleared by that.
+
+        Raises SlotRefused: ENOENT for a slot that is not logged.
+        """
+        words = (size // 4096 + 63) // 64
+        bitmap = (ctypes.c_uint64 * words)()
+        log = abi.DirtyLog(slot, 0, ctypes.addressof(bitmap))
+        if system.raw_ioctl(self._fd, abi.GET_DIRTY_LOG, ctypes.addressof(log)) < 0:
+            raise SlotRefused(f"the dirty log of slot {slot}", ctypes.get_errno())
+        return bytes(bitmap)
+
+    def enable(self, cap: Cap, value: int) -> None:
+        """KVM_ENABLE_CAP with one argument.  Raises OSError."""
+        enable = abi.EnableCap(int(cap))
+        enable.args[0] = value
+        self.ioctl(abi.ENABLE_CAP, enable)
+
+    def add_vcpu(self) -> Vcpu:
+        """Raises OperationFailed."""
+        index = len(self.vcpus)
+        try:
+            vcpu = Vcpu(self, self.ioctl(abi.CREATE_VCPU, index), index)
+        except OSError as exc:
+            raise OperationFailed(
+                f"KVM makes no vCPU {index}: {exc.strerror}", remedy="use fewer vCPUs"
+            ) from exc
+        self.vcpus.append(vcpu)
+        return vcpu
+
+    def close(self) -> None:
+        for vcpu in self.vcpus:
+            vcpu.close()
+        self.vcpus.clear()
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+class Vcpu:
+    """A vCPU: its file descriptor and its `kvm_run`.  Only one thread may call `ioctl(RUN)`."""
+
+    def __init__(self, vm: LabVm, fd: int, index: int) -> None:
+        self.fd = fd
+        self.index = index
+        self._size = vm.kvm.ioctl(abi.GET_VCPU_MMAP_SIZE)
+        self._address = 0
+        try:
+            self._address = system.mmap(
+                self._size, system.PROT_READ | system.PROT_WRITE, system.MAP_SHARED, fd
+            )
+            x86.set_up_vcpu(vm.kvm.ioctl, self.ioctl)
+        except OSError:
+            self.close()
+            raise
+        self.run = abi.Run.from_address(self._address)
+
+    def ioctl(self, request: int, argument: ctypes.Structure | int = 0, /) -> int:
+        """An ioctl of the vCPU.  Raises OSError."""
+        return system.ioctl(self.fd, request, argument)
+
+    def start(self, rip: int, cr3: int, registers: dict[str, int]) -> None:
+        """The next KVM_RUN begins there.  Raises OperationFailed."""
+        try:
+            x86.start(self.ioctl, rip, cr3, registers)
+        except OSError as exc:
+            raise OperationFailed(
+                f"KVM does not take the state of vCPU {self.index}: {exc.strerror}"
+            ) from exc
+
+    def set_signal_mask(self, blocked: int) -> None:
+        """Signals that are blocked while it runs, a bit a signal from 1 on (api.rst 4.21)."""
+        mask = abi.SignalMask(8)
+        mask.sigset[:] = blocked.to_bytes(8, "little")
+        self.ioctl(abi.SET_SIGNAL_MASK, mask)
+
+    def close(self) -> None:
+        if self._address:
+            system.munmap(self._address, self._size)
+            self._address = 0
+        if self.fd >= 0:
+            os.close(self.fd)
+            self.fd = -1
