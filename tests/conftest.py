@@ -7,7 +7,7 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, settings
 
-TIERS = ("unit", "conformance", "live", "fuzz")
+TIERS = ("unit", "conformance", "kvm", "live", "fuzz")
 
 # the machines are slow and noisy: a deadline for one example would test them, not us
 settings.register_profile(

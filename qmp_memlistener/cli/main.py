@@ -28,6 +28,7 @@ VERBS = {
     "compare": "compare",
     "report": "report",
     "plan": "plan",
+    "lab": "lab",
     "demo": "demo",
 }
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from types import TracebackType
 from typing import Self
@@ -15,7 +14,7 @@ from ..topology import FlatView
 from .arenas import arenas_of
 from .capabilities import Cap
 from .device import Kvm
-from .execution import Backing, Carried, Executor, FetchedLog, SlotExecutor, hva_of, refused
+from .execution import Backing, Carried, Executor, FetchedLog, SlotExecutor, nothing, refused
 from .field import RAM, Field
 from .hole_execution import HoleExecutor
 from .host_memory import PAGE, HostMemory
@@ -194,21 +193,12 @@ class Contender:
 
     def _carry_out(self, what: Plan) -> Carried:
         if self.strategy.idle:
-            return self._nothing()
+            return nothing(self.machine)
         carried = self._executor.carry_out(what)
         error = refused(carried.results, what.ops)
         if error is not None:
             raise error
         return carried
-
-    def _nothing(self) -> Carried:
-        """An ioctl that KVM finds nothing to do for."""
-        slot = self._executor.slots()[0]
-        hva = hva_of(self._backing, slot)
-        begin_ns = time.monotonic_ns()
-        self.machine.vm.set_region(slot.kvm_slot, slot.gpa, slot.size, hva, slot.flags)
-        end_ns = time.monotonic_ns()
-        return Carried(begin_ns, end_ns, end_ns - begin_ns)
 
     # -- dirty pages -----------------------------------------------------------------------------
 

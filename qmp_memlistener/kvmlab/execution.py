@@ -17,7 +17,17 @@ from .host_memory import HostMemory
 from .machine import Machine
 from .vm import SlotRefused
 
-__all__ = ["Backing", "BlockName", "Carried", "Executor", "FetchedLog", "SlotExecutor", "hva_of"]
+__all__ = [
+    "Backing",
+    "BlockName",
+    "Carried",
+    "Executor",
+    "FetchedLog",
+    "SlotExecutor",
+    "hva_of",
+    "nothing",
+    "refused",
+]
 
 BlockName = tuple[str | None, str | None]
 """Name and owner of what backs a slot."""
@@ -240,6 +250,15 @@ class _Gap:
             self.since_ns = since_ns
         if index == self._last:
             self.until_ns = until_ns
+
+
+def nothing(machine: Machine) -> Carried:
+    """The control: a slot is set to what it is, nothing to do for KVM.  Raises SlotRefused."""
+    private = machine.private
+    begin_ns = time.monotonic_ns()
+    machine.vm.set_region(machine.private_slot, private.gpa, private.size, private.memory.hva)
+    end_ns = time.monotonic_ns()
+    return Carried(begin_ns, end_ns, end_ns - begin_ns)
 
 
 def refused(results: Mapping[int, int], ops: Sequence[Op]) -> SlotRefused | None:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 from ..errors import OperationFailed
 from ..memslots import LOG_DIRTY_PAGES, READONLY, Op, Plan, Slot, SlotTable
-from ..memslots.intervals import subtract
+from ..memslots.intervals import Range, cut, intersect, put, subtract
 from ..memslots.slots import AS_SHIFT
 from . import abi, system
 from .arenas import Arena, Piece, Step, shown, slots_by_arena, steps_of
@@ -148,6 +148,7 @@ class _Mapped:
         self._memfd = -1
         self._room = Reservation(arena.size)
         self._placed: list[Piece] = []
+        self._watched: list[Range] = []  # by userfaultfd
         self.slot: Slot | None = None
 
     # -- the slot ------------------------------------------------------------------------------
@@ -155,7 +156,7 @@ class _Mapped:
     def come(self, slots: Sequence[Slot]) -> None:
         """Map what `slots` show and make the slot.  Raises SlotRefused, OSError."""
         self._room.clear(0, self._room.size)
-        self._placed = []
+        self._placed, self._watched = [], []
         pieces = shown(self._arena, slots)
         for piece in pieces:
             if piece.block is not None:
@@ -213,6 +214,7 @@ class _Mapped:
         elif self._kind is HoleKind.USERFAULT:
             assert self._userfault is not None, "opened with the executor"
             self._userfault.punch(self._room.hva + at, size)
+            put(self._watched, piece.start, piece.end)
         else:
             self._vm.set_private(piece.start, size, True)
 
@@ -220,15 +222,22 @@ class _Mapped:
         """What lies there already can be reached again."""
         at, size = self._at(piece)
         if self._kind is HoleKind.USERFAULT:
-            assert self._userfault is not None, "opened with the executor"
-            self._userfault.fill(self._room.hva + at, size)
+            self._unwatch(piece)
         elif self._kind is HoleKind.ATTRIBUTES:
             self._vm.set_private(piece.start, size, False)
         else:
             system.mprotect(self._room.hva + at, size, self._protection(piece))
 
+    def _unwatch(self, piece: Piece) -> None:
+        """Fill what of it is a hole: a slot made anew shows other parts of it all the time."""
+        assert self._userfault is not None, "opened with the executor"
+        for low, high in intersect(self._watched, piece.start, piece.end):
+            self._userfault.fill(self._room.hva + low - self._arena.gpa, high - low)
+        cut(self._watched, piece.start, piece.end)
+
     def _place(self, piece: Piece) -> None:
         assert piece.block is not None, "there is something to place"
+        cut(self._watched, piece.start, piece.end)
         at, size = self._at(piece)
         memory = self._backing[piece.block]
         self._room.place(at, size, memory, piece.offset, self._protection(piece))

@@ -118,9 +118,9 @@ class Machine:
         for thread in self.threads:
             thread.wait_standing()
         self.held = True
-        self._through_bql = through_bql
         if through_bql:
             self.bql.acquire()
+        self._through_bql = through_bql
         self.check()
 
     def release(self) -> None:
@@ -251,9 +251,6 @@ class Machine:
 
     def close(self) -> None:
         """End threads and VM; may be called at any time."""
-        if self._through_bql:
-            self._through_bql = False
-            self.bql.release()
         while self._closers:
             self._closers.pop()()
 

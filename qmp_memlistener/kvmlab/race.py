@@ -18,6 +18,7 @@ from ..errors import InputError
 from ..memslots import Rules, plan
 from .bitmaps import keeps_bitmap
 from .contender import Contender
+from .cpus import Cpus
 from .device import Kvm, flavour
 from .field import Field
 from .host_memory import PAGE
@@ -117,21 +118,24 @@ def race(
         kvm = stack.enter_context(Kvm(device) if device else Kvm())
         skipped = {s.name: why_not(s, kvm, slots=slots_of(s, ground)) for s in chosen}
         kept = {s.name: keeps_bitmap(kvm, s) for s in chosen if skipped[s.name] is None}
-        contenders = {
-            s.name: stack.enter_context(
-                Contender(
-                    kvm,
-                    s,
-                    ground,
-                    options.guest,
-                    vcpus=options.vcpus,
-                    populate=options.populate,
-                    touch_hole=options.touch_hole,
+        cpus = Cpus.for_vcpus(options.vcpus)
+        with cpus.on(cpus.vcpus):  # where the threads of the vCPUs stay
+            contenders = {
+                s.name: stack.enter_context(
+                    Contender(
+                        kvm,
+                        s,
+                        ground,
+                        options.guest,
+                        vcpus=options.vcpus,
+                        populate=options.populate,
+                        touch_hole=options.touch_hole,
+                    )
                 )
-            )
-            for s in chosen
-            if skipped[s.name] is None
-        }
+                for s in chosen
+                if skipped[s.name] is None
+            }
+        stack.enter_context(cpus.on(cpus.own))
         rounds = (options.updates + 1) // 2
         running = list(contenders.values())
         for i in range(rounds):
@@ -152,7 +156,7 @@ def race(
             for s in chosen
         )
         low, high = ground.lost
-        return RaceReport(host_facts(kvm), options, results, high - low - options.hole_size)
+        return RaceReport(host_facts(kvm, cpus), options, results, high - low - options.hole_size)
 
 
 def slots_of(strategy: LabStrategy, ground: Field) -> int:
@@ -179,13 +183,17 @@ def model_of(strategy: LabStrategy, ground: Field) -> Model:
     )
 
 
-def host_facts(kvm: Kvm) -> dict[str, object]:
-    """Where something was measured: kernel, KVM, CPUs, capabilities."""
+def host_facts(kvm: Kvm, cpus: Cpus) -> dict[str, object]:
+    """Where something was measured: kernel, KVM, CPUs, capabilities.
+
+    `cpus_apart`: whoever changed slots had a CPU to himself.
+    """
     return {
         "kernel": platform.release(),
         "machine": platform.machine(),
         "kvm": flavour(),
         "cpus": os.cpu_count() or 0,
+        "cpus_apart": cpus.apart,
         "capabilities": {c.cap.name: c.value for c in kvm.capabilities()},
     }
 

@@ -19,8 +19,9 @@ from ..errors import InputError
 from ..memslots import SlotTable
 from .arenas import arenas_of
 from .capabilities import Cap
+from .cpus import Cpus
 from .device import Kvm
-from .execution import Backing, BlockName, Carried, Executor, SlotExecutor, refused
+from .execution import Backing, BlockName, Carried, Executor, SlotExecutor, nothing, refused
 from .hole_execution import HoleExecutor
 from .host_memory import PAGE, HostMemory
 from .machine import Machine
@@ -103,18 +104,21 @@ def replay_on_lab(
         memory = _memory(stack, source)
         skipped: dict[str, str] = {}
         players: list[_Player] = []
+        cpus = Cpus.for_vcpus(options.vcpus)
         for strategy in chosen:
-            first, plans = (
-                (source.initial, []) if strategy.only_model else plans_for(strategy, source)
-            )
-            most = max((len(p.plan.after) for p in plans), default=len(first))
-            reason = why_not(strategy, kvm, slots=max(most, len(first)) + 2)
+            reason = why_not(strategy, kvm)
+            if reason is None:
+                first, plans = plans_for(strategy, source)
+                tables = [first, *(p.plan.after for p in plans)]
+                reason = why_not(strategy, kvm, slots=max(map(len, tables)) + 2)
             if reason is not None:
                 skipped[strategy.name] = reason
                 continue
-            player = _Player(kvm, strategy, source, plans, memory, options.vcpus)
+            with cpus.on(cpus.vcpus):  # where the threads of the vCPUs stay
+                player = _Player(kvm, strategy, source, plans, memory, options.vcpus)
             players.append(stack.enter_context(player))
             player.begin(first)
+        stack.enter_context(cpus.on(cpus.own))
         total = len(source.transitions)
         for i in range(total):
             order.shuffle(players)
@@ -124,7 +128,7 @@ def replay_on_lab(
                 progress(i + 1, total)
         done = {p.strategy.name: tuple(p.transitions) for p in players}
         return ReplayReport(
-            host_facts(kvm),
+            host_facts(kvm, cpus),
             path,
             source.kind,
             source.qemu_version,
@@ -193,14 +197,17 @@ class _Player:
         transition = self._source.transitions[index]
         machine.set_tables([self._addresses(transition, i) for i in range(self._vcpus)])
         machine.release()
+        idle = self.strategy.idle
         update, carried = measure(
             machine,
-            lambda: self._carry_out(planned),
-            ids_changed=bool(planned.plan.exposure.slot_ids_changed),
+            (lambda: nothing(machine)) if idle else lambda: self._carry_out(planned),
+            ids_changed=bool(planned.plan.exposure.slot_ids_changed) and not idle,
         )
         # what they go through now may be gone with the next one
         private = machine.private
         machine.set_tables([[private.scratch_gpa(i)] for i in range(self._vcpus)])
+        if idle:
+            carried = self._carry_out(planned)  # so that the next one finds what it begins with
         machine.hold()
         self.transitions.append(
             ReplayedTransition(

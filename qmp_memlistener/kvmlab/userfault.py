@@ -14,12 +14,21 @@ from ctypes import c_int64, c_uint64
 
 from . import system
 
-__all__ = ["Userfault", "why_not"]
+__all__ = [
+    "FEATURE_MINOR_SHMEM",
+    "MODE_MINOR",
+    "UFFDIO_API",
+    "UFFDIO_CONTINUE",
+    "UFFDIO_REGISTER",
+    "UFFDIO_UNREGISTER",
+    "Userfault",
+    "why_not",
+]
 
 _SYS_USERFAULTFD = 323  # x86-64
 _API = 0xAA
-_FEATURE_MINOR_SHMEM = 1 << 10
-_MODE_MINOR = 1 << 2
+FEATURE_MINOR_SHMEM = 1 << 10
+MODE_MINOR = 1 << 2
 _EVENT_PAGEFAULT = 0x12
 _MESSAGE = struct.Struct("=BBHIQQQ")  # struct uffd_msg: event, reserved, then flags, address
 
@@ -46,10 +55,10 @@ def _number(direction: int, number: int, struct_type: type[ctypes.Structure]) ->
     return direction << 30 | ctypes.sizeof(struct_type) << 16 | _API << 8 | number
 
 
-_UFFDIO_API = _number(3, 0x3F, _Api)
-_UFFDIO_REGISTER = _number(3, 0x00, _Register)
-_UFFDIO_UNREGISTER = _number(2, 0x01, _Range)
-_UFFDIO_CONTINUE = _number(3, 0x07, _Continue)
+UFFDIO_API = _number(3, 0x3F, _Api)
+UFFDIO_REGISTER = _number(3, 0x00, _Register)
+UFFDIO_UNREGISTER = _number(2, 0x01, _Range)
+UFFDIO_CONTINUE = _number(3, 0x07, _Continue)
 
 
 class Userfault:
@@ -62,7 +71,7 @@ class Userfault:
             raise OSError(number, os.strerror(number), "userfaultfd")
         self.fd = fd
         try:
-            system.ioctl(fd, _UFFDIO_API, _Api(_API, _FEATURE_MINOR_SHMEM))
+            system.ioctl(fd, UFFDIO_API, _Api(_API, FEATURE_MINOR_SHMEM))
         except OSError:
             self.close()
             raise
@@ -70,19 +79,19 @@ class Userfault:
     def punch(self, address: int, size: int) -> None:
         """From now on, whoever touches `[address, address + size)` waits."""
         # a page that was never there would be made, and nobody told
-        system.madvise(address, size, system.MADV_POPULATE_WRITE)
-        register = _Register(_Range(address, size), _MODE_MINOR)
-        system.ioctl(self.fd, _UFFDIO_REGISTER, register)
+        system.madvise(address, size, system.MADV_POPULATE_READ)
+        register = _Register(_Range(address, size), MODE_MINOR)
+        system.ioctl(self.fd, UFFDIO_REGISTER, register)
         system.madvise(address, size, system.MADV_DONTNEED)
 
     def fill(self, address: int, size: int) -> None:
         """Put the pages back and wake whoever waits."""
         try:
-            system.ioctl(self.fd, _UFFDIO_CONTINUE, _Continue(_Range(address, size)))
+            system.ioctl(self.fd, UFFDIO_CONTINUE, _Continue(_Range(address, size)))
         except OSError as exc:
             if exc.errno != errno.EEXIST:
                 raise
-        system.ioctl(self.fd, _UFFDIO_UNREGISTER, _Range(address, size))
+        system.ioctl(self.fd, UFFDIO_UNREGISTER, _Range(address, size))
 
     def addresses(self) -> list[int]:
         """Host addresses at which somebody waits, or waited, not told before."""

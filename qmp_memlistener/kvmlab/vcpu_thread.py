@@ -199,7 +199,8 @@ class VcpuThread:
         run = self.vcpu.run
         start, end = self._around.hole
         if run.exit_reason == ExitReason.MEMORY_FAULT:
-            return start <= run.exit.memory_fault.gpa < end
+            gpa: int = run.exit.memory_fault.gpa
+            return start <= gpa < end
         return self._around.touched and start < end
 
     def _exited(self, reason: int) -> None:
@@ -227,15 +228,20 @@ class VcpuThread:
                 through_bql = self._through_bql
                 if through_bql:
                     # QEMU's vCPU threads take the BQL on their way out, and see `stop` under it
-                    with self._around.bql:
-                        pass
+                    self._pass_bql()
                 self._answered = self._requests
                 self._stood.put(None)
             self._tokens.get()
         if self._stopping:
             return
         if through_bql:
-            with self._around.bql:
-                pass
+            self._pass_bql()
         self.entered_ns = time.monotonic_ns()
         self._entered.put(None)
+
+    def _pass_bql(self) -> None:
+        """Take the lock and give it back, unless the thread is to end."""
+        while not self._stopping:
+            if self._around.bql.acquire(timeout=0.05):
+                self._around.bql.release()
+                return

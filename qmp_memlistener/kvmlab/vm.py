@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
+import struct
 from types import TracebackType
 from typing import Self
 
@@ -14,6 +16,9 @@ from .capabilities import Cap
 from .device import Kvm
 
 __all__ = ["LabVm", "SlotRefused", "Vcpu"]
+
+
+_REGION = struct.Struct("=IIQQQ")  # abi.MemoryRegion
 
 
 class SlotRefused(OperationFailed):
@@ -32,8 +37,8 @@ class SlotRefused(OperationFailed):
 class LabVm:
     """A VM on /dev/kvm without devices or interrupts.
 
-    `slots_touched` would be nothing KVM tells, so the lab keeps its own table elsewhere.  Raises
-    OperationFailed when KVM makes no VM.
+    KVM does not tell which slots it has: whoever sets them keeps a table.  Raises OperationFailed
+    when KVM makes no VM.
     """
 
     def __init__(self, kvm: Kvm, vm_type: int = 0) -> None:
@@ -62,9 +67,13 @@ class LabVm:
 
     def region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> int:
         """KVM_SET_USER_MEMORY_REGION; 0 or -errno.  Size 0 deletes (api.rst 4.35)."""
-        region = abi.MemoryRegion(slot, flags, gpa, size, hva)
-        if system.raw_ioctl(self._fd, abi.SET_USER_MEMORY_REGION, ctypes.addressof(region)) < 0:
-            return -ctypes.get_errno()
+        try:
+            # quicker than a structure, and lets vCPU threads run as well
+            fcntl.ioctl(
+                self._fd, abi.SET_USER_MEMORY_REGION, _REGION.pack(slot, flags, gpa, size, hva)
+            )
+        except OSError as exc:
+            return -(exc.errno or errno.EIO)
         return 0
 
     def set_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:

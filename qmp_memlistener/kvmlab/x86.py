@@ -15,7 +15,18 @@ from typing import Protocol
 from .abi import io, ior, iow, iowr
 
 __all__ = [
+    "GET_REGS",
+    "GET_SREGS",
+    "GET_SUPPORTED_CPUID",
+    "GET_TSC_KHZ",
     "GIB",
+    "MAX_GIB",
+    "SET_CPUID2",
+    "SET_IDENTITY_MAP_ADDR",
+    "SET_MP_STATE",
+    "SET_REGS",
+    "SET_SREGS",
+    "SET_TSS_ADDR",
     "TABLE_BYTES",
     "Cpuid",
     "CpuidEntry",
@@ -24,7 +35,6 @@ __all__ = [
     "Regs",
     "Segment",
     "Sregs",
-    "MAX_GIB",
     "set_up_vcpu",
     "set_up_vm",
     "start",

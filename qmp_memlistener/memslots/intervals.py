@@ -5,7 +5,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections.abc import Iterable, Sequence
 
-__all__ = ["Range", "complement", "cut", "cutting", "join", "put", "subtract"]
+__all__ = ["Range", "complement", "cut", "cutting", "intersect", "join", "put", "subtract"]
 
 Range = tuple[int, int]
 
@@ -44,6 +44,13 @@ def subtract(a: Sequence[Range], b: Sequence[Range]) -> list[Range]:
 def complement(start: int, end: int, ranges: Sequence[Range]) -> list[Range]:
     """What of `[start, end)` is not in `ranges`."""
     return subtract([(start, end)], ranges)
+
+
+def intersect(ranges: Sequence[Range], start: int, end: int) -> list[Range]:
+    """What of `ranges` lies in `[start, end)`."""
+    i = bisect_right(ranges, start, key=_end)
+    j = bisect_left(ranges, end, key=_start)
+    return [(max(low, start), min(high, end)) for low, high in ranges[i:j]]
 
 
 def put(ranges: list[Range], start: int, end: int) -> None:

@@ -17,7 +17,7 @@ from qmp_memlistener.memslots import (
     differences,
     fold,
 )
-from qmp_memlistener.memslots.intervals import complement, cut, cutting, join, put, subtract
+from qmp_memlistener.memslots.intervals import complement, cut, cutting, intersect, join, put, subtract
 
 
 def test_lookups() -> None:

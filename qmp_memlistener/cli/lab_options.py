@@ -1,0 +1,84 @@
+"""What the lab's verbs share: options, sizes, a progress bar, and ending cleanly."""
+
+from __future__ import annotations
+
+import re
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import TypeVar
+
+import rich_click as click
+
+from .common import Interrupted
+
+__all__ = ["device_option", "ending_cleanly", "progress_bar", "size", "sizes", "strategies_option"]
+
+F = TypeVar("F", bound=Callable[..., object])
+_UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
+
+
+def size(text: str) -> int:
+    """`4096`, `4K`, `64M` in bytes, for an option's `type`."""
+    match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise click.BadParameter(f"{text!r} is not a size such as 4096, 4K or 64M")
+    return int(match[1]) << _UNITS[match[2].upper()]
+
+
+def sizes(text: str) -> list[int]:
+    """`2M,16M` in bytes."""
+    return [size(part) for part in text.split(",")]
+
+
+def device_option(function: F) -> F:
+    """`--device`."""
+    return click.option(
+        "--device", default="/dev/kvm", show_default=True, metavar="PATH", help="The KVM device."
+    )(function)
+
+
+def strategies_option(function: F) -> F:
+    """`--strategy`; the verb gets a tuple of names as `strategies`."""
+    return click.option(
+        "--strategy", "strategies", default="all", show_default=True, metavar="NAME[,NAME]",
+        callback=_names, help="Which to run; `lab strategies` lists them. The control always runs.",
+    )(function)  # fmt: skip
+
+
+def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:  # noqa: ARG001
+    names = tuple(name.strip() for name in value.split(","))
+    if not all(names):
+        raise click.BadParameter(f"{value!r} is no list such as naive,pause,hole")
+    return names
+
+
+@contextmanager
+def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
+    """Tells a bar on a terminal's stderr how many are done and how many there are."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    from rich.console import Console
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task(what, total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
+
+
+@contextmanager
+def ending_cleanly() -> Iterator[None]:
+    """SIGINT and SIGTERM end the verb by an exception, so that VM and threads are gone."""
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise Interrupted
+
+    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,52 @@
+"""`lab replay`: the transitions of a real guest on a VM of our own, under each strategy."""
+
+from __future__ import annotations
+
+import rich_click as click
+
+from .common import json_option, print_json, printable
+from .lab_options import device_option, ending_cleanly, progress_bar, strategies_option
+
+
+@click.command("replay")
+@click.argument("file")
+@strategies_option
+@click.option("--vcpus", type=click.IntRange(min=1), default=1, show_default=True, metavar="N")
+@click.option("--first", type=click.IntRange(min=1), metavar="N",
+              help="Only the first N transitions.")  # fmt: skip
+@click.option("--seed", type=int, default=0, show_default=True, metavar="N",
+              help="Makes the order of the strategies in each transition.")  # fmt: skip
+@device_option
+@json_option
+def command(
+    file: str,
+    strategies: tuple[str, ...],
+    vcpus: int,
+    first: int | None,
+    seed: int,
+    device: str,
+    as_json: bool,
+) -> int:
+    """Replay what happened to a guest's slots, with vCPUs on the RAM that stays.
+
+    FILE is a recording, or a log of QEMU (7.2 to 11.1) with `kvm_set_user_memory` lines, with or
+    without time stamps. Strategies that are about QEMU's operations repeat those that were
+    recorded, and what KVM answers is compared; the others make their own for the same change.
+
+    Exit code 1: KVM answered otherwise than recorded.
+
+    Example: qmp-memlistener lab replay boot.jsonl --strategy naive,inhibit,hole
+    """
+    from ..kvmlab.replay import ReplayOptions, replay_document, replay_on_lab
+
+    options = ReplayOptions(strategies=strategies, vcpus=vcpus, most=first, seed=seed)
+    with ending_cleanly(), progress_bar("replaying") as progress:
+        report = replay_on_lab(file, options, device=device, progress=progress)
+    if as_json:
+        print_json(replay_document(report))
+    else:
+        from ..reports.lab import replay_lines
+
+        for line in replay_lines(report):
+            click.echo(printable(line))
+    return int(any(t.return_mismatches for r in report.results for t in r.transitions))

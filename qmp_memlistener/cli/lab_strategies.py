@@ -1,0 +1,33 @@
+"""`lab strategies`: what the lab can run, what each stands for, and what it lacks here."""
+
+from __future__ import annotations
+
+import rich_click as click
+
+from .common import json_option, print_json
+from .lab_options import device_option
+
+
+@click.command("strategies")
+@device_option
+@json_option
+def command(device: str, as_json: bool) -> None:
+    """List the lab's strategies: what each stands for, and why it does not run here.
+
+    Example: qmp-memlistener lab strategies
+    """
+    from ..kvmlab.cpus import Cpus
+    from ..kvmlab.device import Kvm
+    from ..kvmlab.race import host_facts
+    from ..kvmlab.strategies import STRATEGIES, why_not
+    from ..reports.lab import strategy_lines
+
+    with Kvm(device) as kvm:
+        found = [(s.name, s.fidelity, why_not(s, kvm)) for s in STRATEGIES]
+        facts = host_facts(kvm, Cpus.split())
+    if as_json:
+        entries = [{"name": n, "fidelity": f, "skipped": w} for n, f, w in found]
+        print_json({"schema": 1, "host": facts, "strategies": entries})
+        return
+    for line in strategy_lines(found):
+        click.echo(line)

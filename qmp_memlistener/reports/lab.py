@@ -1,0 +1,151 @@
+"""What races and replays on the lab found, as tables of at most 80 columns.  Nothing is printed."""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterator, Sequence
+
+from ..kvmlab.measuring import Totals
+from ..kvmlab.race import RaceReport, StrategyResult
+from ..kvmlab.replay import ReplayReport
+from .lab_cost import CostTable
+from .terminal import size_text
+
+__all__ = ["race_lines", "replay_lines", "strategy_lines"]
+
+_WIDTH = 80
+
+
+def race_lines(report: RaceReport) -> Iterator[str]:
+    """What was raced, what the guest met, how long things took, what did not run."""
+    o = report.options
+    field = o.field()
+    low, _ = field.hole
+    yield from textwrap.wrap(
+        f"{_count(o.updates, 'punch or fill', 'punches and fills')} of a hole of "
+        f"{size_text(o.hole_size)} at {low:#x}, in a slot of {size_text(o.slot_size)}"
+        f"{', dirty logging on' if field.logged else ''}; {_count(o.vcpus, 'vCPU', 'vCPUs')}, "
+        f"guest {o.guest.value}; {report.host['kvm']} KVM of Linux {report.host['kernel']}",
+        _WIDTH,
+    )
+    if report.ram_lost:
+        yield from textwrap.wrap(
+            f"a slot is whole pages, so the hole takes {size_text(report.ram_lost)} of RAM more "
+            "than it has",
+            _WIDTH,
+        )
+    yield ""
+    ran = [r for r in report.results if r.skipped is None]
+    yield from _met(ran, logged=field.logged, touched=o.touch_hole)
+    yield ""
+    yield from _times([(r.name, r.totals) for r in ran])
+    yield from _skipped([(r.name, r.skipped) for r in report.results if r.skipped])
+
+
+def _met(ran: Sequence[StrategyResult], *, logged: bool, touched: bool) -> Iterator[str]:
+    columns = ["strategy", "hit", "of", "spurious", "died"]
+    columns += ["hole"] * touched + ["dirty", "lost"] * logged + ["ids", "bitmap"]
+    rows = []
+    for r in ran:
+        t = r.totals
+        row = [r.name, f"{t.hit:,}", f"{t.updates:,}", f"{t.spurious:,}"]
+        row.append(f"{t.internal_errors + t.shutdowns:,}")
+        row += [f"{t.hole:,}"] * touched
+        row += [f"{t.pages_changed:,}", f"{t.pages_lost:,}"] * logged
+        row += ["changed" if t.ids_changed else "kept", "kept" if r.bitmap_kept else "lost"]
+        rows.append(tuple(row))
+    title = (
+        "hit: updates in which the guest met RAM that should have been there; its spurious exits, "
+        "its deaths"
+        f"{'; exits at the hole' if touched else ''}"
+        f"{'; pages it wrote, and of them those that no log told of' if logged else ''}; slot ids "
+        "and dirty bitmaps of RAM that stays"
+    )
+    yield from CostTable(title, tuple(columns), tuple(rows)).lines()
+
+
+def _times(found: Sequence[tuple[str, Totals]]) -> Iterator[str]:
+    rows = []
+    for name, t in found:
+        gap = t.guest_gap
+        numbers = [gap.p50_ns, gap.p90_ns, gap.p99_ns, gap.max_ns]
+        numbers += (t.update.p50_ns, t.ioctl.p50_ns, t.missing.p50_ns, t.vcpu_stall.p50_ns)
+        rows.append((name, *map(_us, numbers)))
+    columns = ("strategy", "gap p50", "p90", "p99", "max", "update", "calls", "missing", "stall")
+    yield from CostTable(
+        "us: the guest's longest gap in an update; then medians of the update, its system calls, "
+        "how long RAM was missing at most, how long vCPUs were kept out",
+        columns,
+        tuple(rows),
+    ).lines()
+
+
+def _us(ns: int) -> str:
+    """In us, or what is long in ms: columns stay narrow."""
+    return f"{ns / 1000:,.0f}" if ns < 10_000_000 else f"{ns / 1_000_000:.0f}ms"
+
+
+def _skipped(found: Sequence[tuple[str, str]]) -> Iterator[str]:
+    if not found:
+        return
+    yield ""
+    yield "not run:"
+    for name, why in found:
+        yield from textwrap.wrap(
+            f"{name}: {why}", _WIDTH, initial_indent="  ", subsequent_indent="    "
+        )
+
+
+def replay_lines(report: ReplayReport) -> Iterator[str]:
+    """What was replayed, what the guest met, how long things took, what did not run."""
+    ran = [r for r in report.results if r.skipped is None]
+    of = f" of QEMU {report.qemu_version}" if report.qemu_version else ""
+    yield from textwrap.wrap(
+        f"{report.kind} {report.source}{of}, on {report.host['kvm']} KVM of Linux "
+        f"{report.host['kernel']}, {_count(report.options.vcpus, 'vCPU', 'vCPUs')}",
+        _WIDTH,
+        break_on_hyphens=False,
+    )
+    for note in report.notes:
+        yield from textwrap.wrap(f"note: {note}", _WIDTH, subsequent_indent="  ")
+    yield ""
+    rows = []
+    for r in ran:
+        t = r.totals
+        rows.append(
+            (
+                r.name,
+                f"{t.hit:,}",
+                f"{t.updates:,}",
+                f"{sum(x.ops for x in r.transitions):,}",
+                f"{sum(x.return_mismatches for x in r.transitions):,}",
+                f"{t.spurious:,}",
+                f"{t.internal_errors + t.shutdowns:,}",
+            )
+        )
+    yield from CostTable(
+        "hit: transitions in which the guest met RAM that should have been there; operations, and "
+        "those that KVM answered otherwise than recorded; spurious exits, deaths of the guest",
+        ("strategy", "hit", "of", "operations", "differ", "spurious", "died"),
+        tuple(rows),
+    ).lines()
+    yield ""
+    yield from _times([(r.name, r.totals) for r in ran])
+    yield from _skipped([(r.name, r.skipped) for r in report.results if r.skipped])
+
+
+def strategy_lines(found: Sequence[tuple[str, str, str | None]]) -> Iterator[str]:
+    """Name, what it stands for, and why it does not run here or None."""
+    for name, fidelity, why_not in found:
+        yield name if why_not is None else f"{name} (not here)"
+        yield from _indented(fidelity)
+        if why_not is not None:
+            yield from _indented(why_not)
+
+
+def _indented(text: str) -> list[str]:
+    return textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="    ")
+
+
+def _count(n: int, one: str, many: str) -> str:
+    return f"{n:,} {one if n == 1 else many}"

@@ -1,0 +1,196 @@
+"""What slot operations and slot look-ups cost, as tables of at most 80 columns.
+
+`cost_tables` and `lookup_tables` give titles, columns and cells, `cost_lines` and `lookup_lines`
+the same as lines.  Nothing is printed here.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+from ..distribution import Distribution
+from ..kvmlab.cost import Costs
+from ..kvmlab.cost_vm import Op
+from ..kvmlab.lookup import Kind, LookupComparison, LookupCost, Structure, UpdateCost
+from .terminal import size_text
+
+__all__ = ["CostTable", "cost_lines", "cost_tables", "lookup_lines", "lookup_tables"]
+
+_OPS = {
+    Op.ADD: "add",
+    Op.LOG_ON: "log on",
+    Op.LOG_OFF: "log off",
+    Op.MOVE: "move",
+    Op.DELETE: "delete",
+    Op.SAME: "same",
+    Op.PUNCH: "punch",
+    Op.FILL: "fill",
+}
+_KINDS = {
+    Kind.RANDOM: "searched",
+    Kind.MISS: "in no slot",
+    Kind.CACHED: "cached",
+    Kind.HOST: "host's",
+}
+_STRUCTURES = {
+    Structure.ARRAY: "array",
+    Structure.TREE: "tree",
+    Structure.INTERVALS: "intervals",
+}
+_LAYOUTS = {
+    "array_5_7": "array 5.7",
+    "array_5_14": "array 5.14",
+    "tree_5_17": "trees 5.17",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class CostTable:
+    """A title, the names of columns, and rows of as many cells; the first `words` of each are
+    words or labels, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+
+    def lines(self) -> Iterator[str]:
+        """The title, an empty line, and columns under their names."""
+        yield from textwrap.wrap(self.title, 80, break_on_hyphens=False)
+        yield ""
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        for row in (self.columns, *self.rows):
+            cells = [
+                cell.ljust(width) if i < self.words else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            yield "  ".join(cells).rstrip()
+
+
+def cost_lines(found: Costs) -> Iterator[str]:
+    """The tables of `cost_tables`, one below the other."""
+    return _joined(cost_tables(found))
+
+
+def lookup_lines(found: LookupComparison) -> Iterator[str]:
+    """The tables of `lookup_tables`, and why nothing was timed where nothing was."""
+    yield from _joined(lookup_tables(found))
+    if found.not_timed is not None:
+        yield ""
+        yield from textwrap.wrap(f"not timed: {found.not_timed}", 80)
+
+
+def cost_tables(found: Costs) -> tuple[CostTable, ...]:
+    """Operations by shape, p50 and p90 in us; then what a guest's reads cost by number of slots."""
+    tables = []
+    if found.shapes:
+        cycles = found.shapes[0].cycles
+        apart = "" if found.cpus_apart else ", the CPU shared with vCPUs"
+        for name, attribute in (("median", "p50_ns"), ("90th percentile", "p90_ns")):
+            tables.append(
+                CostTable(
+                    f"slot operations, us: {name} of {cycles:,} each ({found.kvm} KVM{apart}); "
+                    "vCPUs is how many run; punch and fill are mprotect of the slot's first page",
+                    ("slot", "slots", "vCPUs", *_OPS.values()),
+                    tuple(
+                        (
+                            size_text(shape.size),
+                            f"{shape.slots:,}",
+                            str(shape.vcpus),
+                            *(_us(getattr(shape.ops[op], attribute)) for op in _OPS),
+                        )
+                        for shape in found.shapes
+                    ),
+                )
+            )
+    if found.accesses:
+        pages = found.accesses[0].pages
+        tables.append(
+            CostTable(
+                f"a guest's read of one of {pages:,} pages that it reads in random order, us: "
+                "medians of passes; all pages in one slot, or in as many as there are",
+                ("slots", "in one", "in many", "so many", "ratio"),
+                tuple(
+                    (
+                        f"{access.slots:,}",
+                        _us(access.one.p50_ns),
+                        _us(access.many.p50_ns),
+                        f"{access.spread:,}",
+                        f"{access.many.p50_ns / max(1, access.one.p50_ns):.2f}x",
+                    )
+                    for access in found.accesses
+                ),
+            )
+        )
+    return tuple(tables)
+
+
+def lookup_tables(found: LookupComparison) -> tuple[CostTable, ...]:
+    """Look-ups by kind and number of slots, then updates."""
+    costs = {(c.kind, c.slots, c.structure): c for c in found.lookups}
+    wanted = dict.fromkeys((c.kind, c.slots) for c in found.lookups)
+    lookups = CostTable(
+        "looking up a page's slot: comparisons, mean / most, and ns (median of blocks); cached is "
+        "16 pages of a slot in a row, through the slot found last; host's is by host address",
+        ("page", "slots", *(cell for s in _STRUCTURES.values() for cell in (s, "ns"))),
+        tuple(
+            (
+                _KINDS[kind],
+                f"{slots:,}",
+                *(cell for s in _STRUCTURES for cell in _lookup(costs.get((kind, slots, s)))),
+            )
+            for kind, slots in sorted(wanted, key=lambda row: (list(_KINDS).index(row[0]), row[1]))
+        ),
+    )
+    work = {(u.op, u.slots, u.layout): u for u in found.updates}
+    changes = dict.fromkeys((u.op, u.slots) for u in found.updates)
+    updates = CostTable(
+        "changing a slot: bytes that the arrays of Linux 5.7 and 5.14 copy and shift, comparisons "
+        "and rotations in all trees of 5.17, and ns (median)",
+        ("update", "slots", *(cell for layout in _LAYOUTS.values() for cell in (layout, "ns"))),
+        tuple(
+            (
+                op,
+                f"{slots:,}",
+                *(c for name in _LAYOUTS for c in _update(work.get((op, slots, name)))),
+            )
+            for op, slots in sorted(changes)
+        ),
+    )
+    return lookups, updates
+
+
+def _lookup(cost: LookupCost | None) -> tuple[str, str]:
+    if cost is None:
+        return "-", "-"
+    mean = cost.comparisons / cost.lookups
+    return f"{_number(mean)} / {cost.most_comparisons:,}", _ns(cost.each)
+
+
+def _update(cost: UpdateCost | None) -> tuple[str, str]:
+    if cost is None:
+        return "-", "-"
+    moved = cost.bytes_copied + cost.bytes_shifted
+    work = moved or cost.comparisons + cost.rotations
+    return _number(work / max(1, cost.updates)), _ns(cost.each)
+
+
+def _number(value: float) -> str:
+    return f"{value:.1f}" if value < 1000 else f"{value:,.0f}"
+
+
+def _ns(each: Distribution | None) -> str:
+    return "-" if each is None else f"{each.p50_ns:,}"
+
+
+def _us(ns: int) -> str:
+    return f"{ns / 1000:.1f}" if ns < 100_000 else f"{ns / 1000:,.0f}"
+
+
+def _joined(tables: Iterable[CostTable]) -> Iterator[str]:
+    for i, table in enumerate(tables):
+        if i:
+            yield ""
+        yield from table.lines()
