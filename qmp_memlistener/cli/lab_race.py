@@ -56,7 +56,7 @@ def command(
     Example: qmp-memlistener lab race --strategy naive,pause,hole --guest code
     """
     from ..kvmlab.programs import GuestKind
-    from ..kvmlab.race import RaceOptions, race, race_document
+    from ..kvmlab.race import RaceOptions, race_document, run_race
 
     options = RaceOptions(
         strategies=strategies,
@@ -73,7 +73,7 @@ def command(
         seed=seed,
     )
     with ending_cleanly(), progress_bar("racing") as progress:
-        report = race(options, device=device, progress=progress)
+        report = run_race(options, device=device, progress=progress)
     if as_json:
         print_json(race_document(report))
         return

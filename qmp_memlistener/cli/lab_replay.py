@@ -37,11 +37,11 @@ def command(
 
     Example: qmp-memlistener lab replay boot.jsonl --strategy naive,inhibit,hole
     """
-    from ..kvmlab.replay import ReplayOptions, replay_document, replay_on_lab
+    from ..kvmlab.replay import ReplayOptions, replay_document, run_replay
 
     options = ReplayOptions(strategies=strategies, vcpus=vcpus, most=first, seed=seed)
     with ending_cleanly(), progress_bar("replaying") as progress:
-        report = replay_on_lab(file, options, device=device, progress=progress)
+        report = run_replay(file, options, device=device, progress=progress)
     if as_json:
         print_json(replay_document(report))
     else:

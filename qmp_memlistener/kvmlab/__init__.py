@@ -1,24 +1,31 @@
 """The lab: a VM of our own on /dev/kvm, on which strategies for slot updates are run for real.
 
-Needs x86-64 and a usable /dev/kvm; says so where there is none (MissingPrerequisite).
+Needs x86-64 and a usable /dev/kvm; says so where there is none (MissingPrerequisite).  The names
+below are loaded on first use: a race needs msgspec alone, a replay what reads recordings as well.
 """
 
-from .capabilities import Cap, Capability
-from .device import Kvm
-from .machine import Machine
-from .programs import GuestKind
-from .race import RaceOptions, RaceReport, race, race_document
-from .replay import ReplayOptions, ReplayReport, replay_document, replay_on_lab
-from .replay_input import read_replay
-from .strategies import STRATEGIES, LabStrategy, select, why_not
-from .vm import LabVm, SlotRefused
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from .capabilities import Cap, Capability
+    from .device import Kvm
+    from .machine import Machine
+    from .programs import GuestKind
+    from .race import RaceOptions, RaceReport, race_document, run_race
+    from .replay import ReplayOptions, ReplayReport, replay_document, run_replay
+    from .replay_input import read_replay
+    from .strategies import STRATEGIES, LabStrategy, select, why_not
+    from .vm import LabVm, SlotRefused
 
 __all__ = [
-    "race",
+    "run_race",
     "RaceOptions",
     "RaceReport",
     "race_document",
-    "replay_on_lab",
+    "run_replay",
     "ReplayOptions",
     "ReplayReport",
     "replay_document",
@@ -35,3 +42,36 @@ __all__ = [
     "Machine",
     "GuestKind",
 ]
+
+_HOME = {
+    "Cap": "capabilities",
+    "Capability": "capabilities",
+    "GuestKind": "programs",
+    "Kvm": "device",
+    "LabStrategy": "strategies",
+    "LabVm": "vm",
+    "Machine": "machine",
+    "RaceOptions": "race",
+    "RaceReport": "race",
+    "ReplayOptions": "replay",
+    "ReplayReport": "replay",
+    "STRATEGIES": "strategies",
+    "SlotRefused": "vm",
+    "race_document": "race",
+    "run_race": "race",
+    "read_replay": "replay_input",
+    "replay_document": "replay",
+    "run_replay": "replay",
+    "select": "strategies",
+    "why_not": "strategies",
+}
+
+
+def __getattr__(name: str) -> object:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f".{_HOME[name]}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -14,7 +14,7 @@ import msgspec
 
 from ..errors import MemListenerError
 from .programs import GuestKind
-from .race import RaceOptions, race, race_document
+from .race import RaceOptions, race_document, run_race
 
 __all__ = ["main"]
 
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         racing.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args(argv)
     try:
-        report = race(
+        report = run_race(
             RaceOptions(
                 strategies=tuple(options.strategy.split(",")),
                 updates=options.updates,

@@ -26,7 +26,7 @@ from .measuring import Totals
 from .programs import MAX_VCPUS, GuestKind
 from .strategies import LabStrategy, select, why_not
 
-__all__ = ["RaceOptions", "RaceReport", "StrategyResult", "host_facts", "race", "race_document"]
+__all__ = ["RaceOptions", "RaceReport", "StrategyResult", "host_facts", "race_document", "run_race"]
 
 _OWN_SLOTS = 4  # the private one, and what a hole takes beside the RAM it is in
 
@@ -100,7 +100,7 @@ class RaceReport(msgspec.Struct, frozen=True):
     ram_lost: int
 
 
-def race(
+def run_race(
     options: RaceOptions,
     *,
     device: str | None = None,

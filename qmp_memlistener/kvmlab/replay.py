@@ -33,7 +33,7 @@ from .replay_plans import Planned, addresses, chunk_of, free_place, plans_for, w
 from .strategies import LabStrategy, select, why_not
 from .x86 import GIB, MAX_GIB
 
-__all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay_document", "replay_on_lab"]
+__all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay_document", "run_replay"]
 
 
 class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -79,7 +79,7 @@ class ReplayReport(msgspec.Struct, frozen=True):
     notes: tuple[str, ...]
 
 
-def replay_on_lab(
+def run_replay(
     path: str,
     options: ReplayOptions,
     *,

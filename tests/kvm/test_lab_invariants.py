@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qmp_memlistener.kvmlab import GuestKind, Kvm, RaceOptions, RaceReport, race
+from qmp_memlistener.kvmlab import GuestKind, Kvm, RaceOptions, RaceReport, run_race
 from qmp_memlistener.kvmlab.measuring import Totals
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(600)]
@@ -21,7 +21,7 @@ def ran(report: RaceReport) -> dict[str, Totals]:
 def test_ram_that_stays_is_never_missed_but_where_slots_go(kvm: Kvm) -> None:
     del kvm
     names = ("naive", "qemu-7.2", *HELD, *HOLES)
-    found = ran(race(RaceOptions(strategies=names, updates=UPDATES, slot_size=16 << 20)))
+    found = ran(run_race(RaceOptions(strategies=names, updates=UPDATES, slot_size=16 << 20)))
     for name, totals in found.items():
         assert totals.updates == UPDATES, name
         if name in ("naive", "qemu-7.2"):
@@ -39,7 +39,7 @@ def test_slots_split_beforehand(kvm: Kvm) -> None:
     """As small as the hole they expose nothing; larger ones what else is in the hole's slot."""
     del kvm
     names = ("presplit-4k", "presplit-64k")
-    found = ran(race(RaceOptions(strategies=names, updates=60, slot_size=1 << 20)))
+    found = ran(run_race(RaceOptions(strategies=names, updates=60, slot_size=1 << 20)))
     assert (found["presplit-4k"].hit, found["presplit-4k"].missing.max_ns) == (0, 0)
     assert found["presplit-64k"].hit > 0
 
@@ -47,7 +47,7 @@ def test_slots_split_beforehand(kvm: Kvm) -> None:
 def test_dirty_pages(kvm: Kvm) -> None:
     del kvm
     names = ("naive", *HELD, *HOLES)
-    report = race(
+    report = run_race(
         RaceOptions(strategies=names, updates=UPDATES, guest=GuestKind.WRITER, slot_size=16 << 20)
     )
     found = ran(report)
@@ -68,7 +68,7 @@ def test_code_and_page_tables_in_the_slot(kvm: Kvm, guest: GuestKind) -> None:
     options = RaceOptions(
         strategies=("naive", *HELD, *HOLES), updates=UPDATES, guest=guest, slot_size=16 << 20
     )
-    found = ran(race(options))
+    found = ran(run_race(options))
     naive = found.pop("naive")
     assert naive.internal_errors + naive.shutdowns > 0
     for name, totals in found.items():
@@ -78,7 +78,7 @@ def test_code_and_page_tables_in_the_slot(kvm: Kvm, guest: GuestKind) -> None:
 def test_ids_of_ram_that_stays(kvm: Kvm) -> None:
     del kvm
     names = ("naive", "pause", "presplit-4k", "presplit-2m", *HOLES)
-    found = ran(race(RaceOptions(strategies=names, updates=4, slot_size=4 << 20)))
+    found = ran(run_race(RaceOptions(strategies=names, updates=4, slot_size=4 << 20)))
     kept = {name for name, totals in found.items() if not totals.ids_changed}
     assert kept == {"control", "presplit-4k", *HOLES}
 
@@ -87,7 +87,7 @@ def test_a_guest_that_goes_to_the_hole_gets_no_ram_there(kvm: Kvm) -> None:
     """The accesses leave the guest, or stop it until the hole is filled; then it goes on."""
     del kvm
     names = ("naive", "pause", *HOLES)
-    found = ran(race(RaceOptions(strategies=names, updates=40, touch_hole=True)))
+    found = ran(run_race(RaceOptions(strategies=names, updates=40, touch_hole=True)))
     assert found.pop("control").hole == 0
     for name, totals in found.items():
         assert totals.hole >= 20, name
@@ -98,7 +98,7 @@ def test_a_guest_that_goes_to_the_hole_gets_no_ram_there(kvm: Kvm) -> None:
 
 def test_a_hole_of_one_byte_takes_its_page(kvm: Kvm) -> None:
     del kvm
-    report = race(
+    report = run_race(
         RaceOptions(strategies=("naive", "hole"), updates=4, hole_size=1, slot_size=1 << 20)
     )
     assert report.ram_lost == 4095
@@ -108,7 +108,7 @@ def test_a_hole_of_one_byte_takes_its_page(kvm: Kvm) -> None:
 def test_several_vcpus(kvm: Kvm) -> None:
     del kvm
     found = ran(
-        race(RaceOptions(strategies=("naive", "pause", "inhibit", "hole"), updates=60, vcpus=4))
+        run_race(RaceOptions(strategies=("naive", "pause", "inhibit", "hole"), updates=60, vcpus=4))
     )
     assert found["naive"].hit > 0
     for name in ("pause", "inhibit", "hole"):

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import InputError
-from qmp_memlistener.kvmlab import Kvm, ReplayOptions, replay_document, replay_on_lab
+from qmp_memlistener.kvmlab import Kvm, ReplayOptions, replay_document, run_replay
 from qmp_memlistener.kvmlab.replay import ReplayReport
 from tests.kvm.lab_support import recorded, recordings, slot_log
 
@@ -39,7 +39,7 @@ def check(report: ReplayReport) -> None:
 @pytest.mark.parametrize("sample", SLOT_SAMPLES)
 def test_recorded_steps(kvm: Kvm, sample: str, tmp_path: Path) -> None:
     del kvm
-    report = replay_on_lab(str(slot_log(sample, tmp_path)), ReplayOptions(strategies=STRATEGIES))
+    report = run_replay(str(slot_log(sample, tmp_path)), ReplayOptions(strategies=STRATEGIES))
     check(report)
 
 
@@ -49,7 +49,7 @@ def test_recorded_guests(kvm: Kvm, path: Path, tmp_path: Path) -> None:
     del kvm
     file = recorded(path, tmp_path)
     names = ("naive", "pause+sync", "inhibit", "hole")
-    report = replay_on_lab(str(file), ReplayOptions(strategies=names, most=80))
+    report = run_replay(str(file), ReplayOptions(strategies=names, most=80))
     for r in report.results:
         assert sum(t.return_mismatches for t in r.transitions) == 0, r.name
         if r.name != "naive":
@@ -59,7 +59,7 @@ def test_recorded_guests(kvm: Kvm, path: Path, tmp_path: Path) -> None:
 def test_naive_replay_meets_missing_ram_and_the_document_says_so(kvm: Kvm, tmp_path: Path) -> None:
     del kvm
     path = str(slot_log("7.2/pc-pam", tmp_path))
-    report = replay_on_lab(path, ReplayOptions(strategies=("naive", "hole"), vcpus=2))
+    report = run_replay(path, ReplayOptions(strategies=("naive", "hole"), vcpus=2))
     document = replay_document(report)
     strategies = document["strategies"]
     assert isinstance(strategies, list)
@@ -78,10 +78,10 @@ def test_naive_replay_meets_missing_ram_and_the_document_says_so(kvm: Kvm, tmp_p
 def test_only_the_first_transitions(kvm: Kvm, tmp_path: Path) -> None:
     del kvm
     path = str(slot_log("7.2/pc-pam", tmp_path))
-    report = replay_on_lab(path, ReplayOptions(strategies=("pause",), most=3))
+    report = run_replay(path, ReplayOptions(strategies=("pause",), most=3))
     assert [len(r.transitions) for r in report.results] == [3, 3]
     with pytest.raises(InputError):
-        replay_on_lab(path, ReplayOptions(most=0))
+        run_replay(path, ReplayOptions(most=0))
 
 
 def test_what_kvm_answers_otherwise_is_counted(kvm: Kvm, tmp_path: Path) -> None:
@@ -94,6 +94,6 @@ def test_what_kvm_answers_otherwise_is_counted(kvm: Kvm, tmp_path: Path) -> None
         + line.format(1, "0x100000", "0x100000", "0x7f0000100000", -17)
         + line.format(1, "0x100000", "0x100000", "0x7f0000100000", 0)
     )
-    report = replay_on_lab(str(path), ReplayOptions(strategies=("naive",)))
+    report = run_replay(str(path), ReplayOptions(strategies=("naive",)))
     naive = report.results[1]
     assert sum(t.return_mismatches for t in naive.transitions) >= 1
