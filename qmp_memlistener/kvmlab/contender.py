@@ -25,6 +25,7 @@ from .strategies import HoleKind, LabStrategy
 
 __all__ = ["Contender"]
 
+_ALIASES = 2  # GiB of pages of 2 MiB: more than a TLB holds
 _FILLER = 1 << 15  # ids of further slots count down from here, so that plans do not meet them
 
 
@@ -136,8 +137,9 @@ class Contender:
             code_at = ground.inside(SIZE)
             self._memory.write(code_at - ground.start, code())
         if self._guest is GuestKind.PAGETABLE:
-            cr3 = ground.inside(len(private.page_tables(0)))
-            self._memory.write(cr3 - ground.start, private.page_tables(cr3))
+            cr3 = ground.inside(len(private.page_tables(0, _ALIASES)))
+            self._memory.write(cr3 - ground.start, private.page_tables(cr3, _ALIASES))
+            tables = [private.scratch_aliases(i, _ALIASES) for i in range(vcpus)]
 
         def begin(i: int) -> tuple[int, int, dict[str, int]]:
             more = {}

@@ -35,6 +35,7 @@ SIZE = 0x200
 MAX_VCPUS = 16
 
 _PAGE = 4096
+_LARGE_PAGE = 2 << 20
 _CODE = 0x1000
 _REPORTS = 0x2000
 _SCRATCH = _REPORTS + MAX_VCPUS * _PAGE
@@ -51,7 +52,8 @@ class GuestKind(StrEnum):
     data       reads and writes words of RAM that stays
     writer     sweeps all RAM that stays with a generation number a page: dirty logs
     code       runs code that lies in the slot
-    pagetable  has its page tables in the slot, so that CR3 points at memory that vanishes
+    pagetable  has its page tables in the slot, so that CR3 points at memory that vanishes; goes
+               through so many pages that it walks them all the time
     """
 
     DATA = "data"
@@ -131,6 +133,8 @@ class Private:
                 f"the lab has room for 1 to {MAX_VCPUS} vCPUs, not {vcpus}",
                 remedy=f"use at most {MAX_VCPUS}",
             )
+        if gpa % _LARGE_PAGE:
+            raise InputError(f"the lab's own slot at {gpa:#x}", remedy="use multiples of 2 MiB")
         if not 1 <= gibibytes <= x86.MAX_GIB or gpa >= gibibytes * x86.GIB:
             raise InputError(
                 f"the lab's guests reach 1 to {x86.MAX_GIB} GiB, not {gibibytes}",
@@ -159,9 +163,17 @@ class Private:
     def cr3(self) -> int:
         return self.gpa + _PAGE_TABLES
 
-    def page_tables(self, at: int) -> bytes:
-        """Page tables that map the same, to be placed at gpa `at`."""
-        return x86.tables(at, self._gibibytes)
+    def page_tables(self, at: int, aliases: int = 0) -> bytes:
+        """Page tables that map the same, to be placed at gpa `at`.
+
+        And behind it `aliases` GiB of pages of 2 MiB that all show the beginning of this slot.
+        """
+        return x86.tables(at, self._gibibytes, aliases, self.gpa)
+
+    def scratch_aliases(self, vcpu: int, aliases: int) -> list[int]:
+        """Addresses of the vCPU's scratch word, one in each of those pages."""
+        first = self._gibibytes * x86.GIB + self.scratch_gpa(vcpu) - self.gpa
+        return [first + page * _LARGE_PAGE for page in range(aliases * 512)]
 
     def report_gpa(self, vcpu: int) -> int:
         return self.gpa + _REPORTS + vcpu * _PAGE

@@ -190,15 +190,19 @@ def tsc_khz(vcpu: Ioctl) -> int:
 TABLE_BYTES = 2 * PAGE  # and a page for each GiB
 
 
-def tables(at: int, gibibytes: int) -> bytes:
+def tables(at: int, gibibytes: int, aliases: int = 0, alias_of: int = 0) -> bytes:
     """Page tables for gpa `at` that map `[0, gibibytes GiB)` to itself in pages of 2 MiB.
 
-    `TABLE_BYTES + gibibytes * 4096` bytes.  At most MAX_GIB.
+    Behind that, `aliases` GiB of pages that all show the 2 MiB at `alias_of`: a guest that goes
+    through them walks its page tables all the time.  `TABLE_BYTES` and 4096 bytes a GiB; at most
+    MAX_GIB together.
     """
     present, large = 3, 0x83
     directories = at + TABLE_BYTES
+    every = gibibytes + aliases
     top = [at + PAGE | present] + [0] * 511
-    third = [directories + i * PAGE | present for i in range(gibibytes)]
-    third += [0] * (512 - gibibytes)
+    third = [directories + i * PAGE | present for i in range(every)]
+    third += [0] * (512 - every)
     pages = [page << 21 | large for page in range(gibibytes * 512)]
+    pages += [alias_of | large] * (aliases * 512)
     return array("Q", [*top, *third, *pages]).tobytes()

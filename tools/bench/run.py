@@ -34,6 +34,8 @@ BENCHES = {
     "idle": "an attached agent with nothing to do",
     "toggle": "what a PAM toggle costs on each QEMU",
     "strategies": "what more memory costs a guest under each strategy",
+    "lab": "a hole that comes and goes, on real KVM, under each strategy",
+    "lab_cost": "what the lab's Python adds to a slot operation, beside C",
     "observer": "what the guest notices of being watched",
 }
 
