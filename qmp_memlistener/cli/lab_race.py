@@ -26,6 +26,7 @@ GUESTS = ("data", "writer", "code", "pagetable", "gap")
 @click.option("--slots", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
               help="Further slots that nobody touches.")  # fmt: skip
 @click.option("--dirty-log", is_flag=True, help="Log dirty pages (a writer always has it).")
+@click.option("--rings", is_flag=True, help="Log them in rings of the vCPUs, not in bitmaps.")
 @click.option("--populate", is_flag=True, help="Bring all memory in beforehand.")
 @click.option("--touch-hole", is_flag=True, help="Let the guest go to the hole as well.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N",
@@ -42,6 +43,7 @@ def command(
     hole_at: int | None,
     slots: int,
     dirty_log: bool,
+    rings: bool,
     populate: bool,
     touch_hole: bool,
     seed: int,
@@ -68,6 +70,7 @@ def command(
         hole_offset=hole_at,
         slots=slots,
         dirty_log=dirty_log,
+        rings=rings,
         populate=populate,
         touch_hole=touch_hole,
         seed=seed,

@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     racing.add_argument("--hole-size", type=int, default=4096, metavar="BYTES")
     racing.add_argument("--hole-offset", type=int, metavar="BYTES")
     racing.add_argument("--slots", type=int, default=0)
-    for name in ("dirty-log", "populate", "touch-hole", "json"):
+    for name in ("dirty-log", "rings", "populate", "touch-hole", "json"):
         racing.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args(argv)
     try:
@@ -47,6 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 hole_offset=options.hole_offset,
                 slots=options.slots,
                 dirty_log=options.dirty_log,
+                rings=options.rings,
                 populate=options.populate,
                 touch_hole=options.touch_hole,
             )

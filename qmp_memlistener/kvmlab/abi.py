@@ -17,6 +17,7 @@ __all__ = [
     "CREATE_GUEST_MEMFD",
     "CREATE_VCPU",
     "CREATE_VM",
+    "DIRTY_GFN_BYTES",
     "DIRTY_GFN_DIRTY",
     "DIRTY_GFN_RESET",
     "DIRTY_LOG_PAGE_OFFSET",
@@ -41,6 +42,7 @@ __all__ = [
     "DirtyLog",
     "EnableCap",
     "ExitReason",
+    "GfnArray",
     "MemoryAttributes",
     "MemoryRegion",
     "MemoryRegion2",
@@ -169,6 +171,10 @@ class DirtyGfn(ctypes.Structure):
     """`struct kvm_dirty_gfn`: an entry of a dirty ring; `slot` has the address space above."""
 
     _fields_ = (("flags", c_uint32), ("slot", c_uint32), ("offset", c_uint64))
+
+
+DIRTY_GFN_BYTES = ctypes.sizeof(DirtyGfn)
+GfnArray = ctypes.Array[DirtyGfn]
 
 
 class SignalMask(ctypes.Structure):

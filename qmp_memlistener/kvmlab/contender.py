@@ -14,7 +14,7 @@ from ..topology import FlatView
 from .arenas import arenas_of
 from .capabilities import Cap
 from .device import Kvm
-from .execution import Backing, Carried, Executor, FetchedLog, SlotExecutor, nothing, refused
+from .execution import Backing, Carried, Executor, Log, SlotExecutor, nothing, refused
 from .field import RAM, Field
 from .hole_execution import HoleExecutor
 from .host_memory import PAGE, HostMemory
@@ -42,6 +42,7 @@ class Contender:
         vcpus: int = 1,
         populate: bool = False,
         touch_hole: bool = False,
+        rings: bool = False,
     ) -> None:
         """Raises InputError, OperationFailed, MissingPrerequisite."""
         self.strategy = strategy
@@ -64,6 +65,7 @@ class Contender:
                 private_slot=most - 1,
                 private_gpa=ground.private_gpa,
                 reach=ground.private_gpa,
+                rings=rings,
                 vm_type=1 if strategy.hole is HoleKind.ATTRIBUTES else 0,
             )
             self._closers.append(self.machine.close)
@@ -214,7 +216,7 @@ class Contender:
         self.machine.release()
         return pages
 
-    def _end_ledger(self, before: list[int], logs: list[FetchedLog]) -> tuple[int, int]:
+    def _end_ledger(self, before: list[int], logs: list[Log]) -> tuple[int, int]:
         """How many pages the guest changed since, and of how many of them no log told."""
         self.machine.hold()
         logs = [*logs, *self._executor.fetch_logs()]
@@ -241,7 +243,7 @@ class Contender:
         generations = self._generations()
         return [gpa for gpa, now in zip(pages, generations, strict=True) if now]
 
-    def punch_at_rest(self) -> list[FetchedLog]:
+    def punch_at_rest(self) -> list[Log]:
         """Punch once while the guest touches nothing of the slot; the dirty logs afterwards."""
         self.machine.release()
         if not self.strategy.idle:

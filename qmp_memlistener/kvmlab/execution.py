@@ -7,12 +7,13 @@ held where the plan says so.  Those that make holes in live slots are in `hole_e
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
 from ..errors import OperationFailed
 from ..memslots import Missing, Op, OpKind, Plan, Slot, SlotTable
+from .dirty_ring import DirtyRings
 from .host_memory import HostMemory
 from .machine import Machine
 from .vm import SlotRefused
@@ -23,10 +24,13 @@ __all__ = [
     "Carried",
     "Executor",
     "FetchedLog",
+    "Log",
+    "RingLog",
     "SlotExecutor",
     "hva_of",
     "nothing",
     "refused",
+    "ring_log",
 ]
 
 BlockName = tuple[str | None, str | None]
@@ -54,6 +58,27 @@ class FetchedLog:
         return 0 <= page < self.size >> 12 and bool(self.bitmap[page >> 3] >> (page & 7) & 1)
 
 
+@dataclass(frozen=True, slots=True)
+class RingLog:
+    """Pages that dirty rings told of."""
+
+    pages: frozenset[int]
+
+    def dirty(self, gpa: int) -> bool:
+        return gpa & ~0xFFF in self.pages
+
+
+Log = FetchedLog | RingLog
+
+
+def ring_log(rings: DirtyRings, slots: Iterable[Slot]) -> RingLog:
+    """What is in the rings, of slots that are there now; whatever else is lost.  Raises OSError."""
+    start = {slot.kvm_slot: slot.gpa for slot in slots}
+    return RingLog(
+        frozenset(start[slot] + (page << 12) for slot, page in rings.take() if slot in start)
+    )
+
+
 @dataclass(slots=True)
 class Carried:
     """One plan, carried out.
@@ -71,7 +96,7 @@ class Carried:
     missing_ns: int = 0
     stall_ns: int = 0
     results: dict[int, int] = field(default_factory=dict)
-    logs: list[FetchedLog] = field(default_factory=list)
+    logs: list[Log] = field(default_factory=list)
     deleted: list[int] = field(default_factory=list)
 
     @property
@@ -96,7 +121,7 @@ class Executor(Protocol):
     def slots(self) -> list[Slot]:
         """The slots as KVM has them."""
 
-    def fetch_logs(self) -> list[FetchedLog]:
+    def fetch_logs(self) -> list[Log]:
         """The dirty logs of all logged slots, cleared by that.  Raises SlotRefused."""
 
     def waiting_at(self) -> list[int]:
@@ -123,7 +148,10 @@ class SlotExecutor:
     def slots(self) -> list[Slot]:
         return list(self.table)
 
-    def fetch_logs(self) -> list[FetchedLog]:
+    def fetch_logs(self) -> list[Log]:
+        rings = self._machine.rings
+        if rings is not None:
+            return [ring_log(rings, self.table)]
         return [self._fetch(slot) for slot in self.table if slot.logged]
 
     def waiting_at(self) -> list[int]:
@@ -197,7 +225,9 @@ class SlotExecutor:
             if gap is not None:
                 gap.note(i, since, until)
 
-    def _fetch(self, slot: Slot) -> FetchedLog:
+    def _fetch(self, slot: Slot) -> Log:
+        if self._machine.rings is not None:
+            return ring_log(self._machine.rings, self.table)
         return FetchedLog(slot.gpa, slot.size, self._machine.vm.dirty_log(slot.kvm_slot, slot.size))
 
 

@@ -18,7 +18,7 @@ from ..memslots.intervals import Range, cut, intersect, put, subtract
 from ..memslots.slots import AS_SHIFT
 from . import abi, system
 from .arenas import Arena, Piece, Step, shown, slots_by_arena, steps_of
-from .execution import Backing, Carried, FetchedLog
+from .execution import Backing, Carried, FetchedLog, Log, ring_log
 from .host_memory import Reservation
 from .machine import Machine
 from .strategies import HoleKind
@@ -62,8 +62,10 @@ class HoleExecutor:
     def slots(self) -> list[Slot]:
         return [slot for m in self._mapped.values() if (slot := m.slot) is not None]
 
-    def fetch_logs(self) -> list[FetchedLog]:
+    def fetch_logs(self) -> list[Log]:
         vm = self._machine.vm
+        if self._machine.rings is not None:
+            return [ring_log(self._machine.rings, self.slots())]
         return [
             FetchedLog(s.gpa, s.size, vm.dirty_log(s.kvm_slot, s.size))
             for s in self.slots()

@@ -11,13 +11,14 @@ from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Self
 
-from ..errors import OperationFailed
+from ..errors import MissingPrerequisite, OperationFailed
 from .capabilities import Cap
 from .device import Kvm
+from .dirty_ring import DirtyRings, ring_capability
 from .programs import GAP, Private
 from .vcpu_thread import Exits, VcpuThread
 from .vm import LabVm
-from .x86 import GIB, MAX_GIB, tsc_khz
+from .x86 import GIB, MAX_GIB, address_bits, tsc_khz
 
 __all__ = ["Machine", "Program"]
 
@@ -44,10 +45,12 @@ class Machine:
         private_gpa: int,
         reach: int,
         vm_type: int = 0,
+        rings: bool = False,
     ) -> None:
         """`reach` is the first address that no vCPU will touch; the attribute is what they can.
 
-        Raises InputError, MissingPrerequisite, OperationFailed.
+        `rings`: dirty rings of the vCPUs instead of the slots' bitmaps.  Raises InputError,
+        MissingPrerequisite, OperationFailed.
         """
         self.hole = (0, 0)
         self.touched = False
@@ -62,7 +65,7 @@ class Machine:
         self._programs: Program = self._beat_only
         try:
             gibibytes = -(-max(reach, private_gpa + Private.size_for(1)) // GIB) + 1
-            gibibytes = min(gibibytes, MAX_GIB)
+            gibibytes = min(gibibytes, MAX_GIB, 1 << max(address_bits(kvm.ioctl) - 30, 0))
             self.reach = gibibytes * GIB
             self.private = Private(private_gpa, vcpus, gibibytes)
             self._closers.append(self.private.close)
@@ -71,8 +74,12 @@ class Machine:
             memory = self.private.memory
             self.private_slot = private_slot
             self.vm.set_region(private_slot, private_gpa, self.private.size, memory.hva)
+            self.rings = self._make_rings() if rings else None
             for _ in range(vcpus):
-                self.threads.append(VcpuThread(self.vm.add_vcpu(), self))
+                vcpu = self.vm.add_vcpu()
+                if self.rings is not None:
+                    self.rings.add(vcpu)
+                self.threads.append(VcpuThread(vcpu, self))
             self._khz = self._tsc_khz()
             for thread in self.threads:
                 self._closers.append(thread.stop)
@@ -80,6 +87,17 @@ class Machine:
         except BaseException:
             self.close()
             raise
+
+    def _make_rings(self) -> DirtyRings:
+        cap = ring_capability(self.vm)
+        if cap is None:
+            raise MissingPrerequisite(
+                "this kernel's KVM has no dirty rings (KVM_CAP_DIRTY_LOG_RING)",
+                remedy="use dirty bitmaps, or a kernel that has them (x86: Linux 5.11)",
+            )
+        rings = DirtyRings(self.vm, cap)
+        self._closers.append(rings.close)
+        return rings
 
     # -- programs ------------------------------------------------------------------------------
 

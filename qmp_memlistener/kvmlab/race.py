@@ -46,6 +46,7 @@ class RaceOptions(msgspec.Struct, frozen=True, kw_only=True):
     hole_offset: int | None = None
     slots: int = 0
     dirty_log: bool = False
+    rings: bool = False
     populate: bool = False
     touch_hole: bool = False
     seed: int = 0
@@ -66,7 +67,7 @@ class RaceOptions(msgspec.Struct, frozen=True, kw_only=True):
             hole_size=self.hole_size,
             hole_offset=self.hole_offset,
             extra=self.slots,
-            logged=self.dirty_log or self.guest is GuestKind.WRITER,
+            logged=self.dirty_log or self.rings or self.guest is GuestKind.WRITER,
         )
 
 
@@ -130,6 +131,7 @@ def run_race(
                         vcpus=options.vcpus,
                         populate=options.populate,
                         touch_hole=options.touch_hole,
+                        rings=options.rings,
                     )
                 )
                 for s in chosen

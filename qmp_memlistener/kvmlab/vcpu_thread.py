@@ -19,6 +19,7 @@ from typing import Protocol
 
 from . import abi, system
 from .abi import ExitReason
+from .dirty_ring import DirtyRings
 from .vm import Vcpu
 
 __all__ = ["KICK", "Exits", "Surroundings", "VcpuThread"]
@@ -39,6 +40,7 @@ class Surroundings(Protocol):
     touched: bool
     changes: int
     bql: threading.Lock
+    rings: DirtyRings | None
 
 
 @dataclass(slots=True)
@@ -210,6 +212,8 @@ class VcpuThread:
         elif reason == ExitReason.SHUTDOWN:
             self.exits.shutdowns += 1
             self.death = "shutdown (triple fault)"
+        elif reason == ExitReason.DIRTY_RING_FULL and self._around.rings is not None:
+            self._around.rings.drain()
         elif reason not in (ExitReason.INTR, ExitReason.IRQ_WINDOW_OPEN):
             raise OSError(errno.EPROTO, f"the guest left with exit reason {reason}", "KVM_RUN")
 

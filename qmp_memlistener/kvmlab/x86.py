@@ -28,6 +28,7 @@ __all__ = [
     "SET_SREGS",
     "SET_TSS_ADDR",
     "TABLE_BYTES",
+    "address_bits",
     "Cpuid",
     "CpuidEntry",
     "DescriptorTable",
@@ -137,6 +138,7 @@ SET_CPUID2 = iow(0x90, _CpuidHead)
 SET_MP_STATE = iow(0x99, _MpState)
 GET_TSC_KHZ = io(0xA3)
 
+_ADDRESS_SIZES = 0x8000_0008
 _CR0 = 0x8001_0011  # paging, write protect, extension type, protection
 _CR4 = 0x20  # physical address extension
 _EFER = 0x500  # long mode enabled and active
@@ -160,6 +162,17 @@ def set_up_vcpu(system: Ioctl, vcpu: Ioctl) -> None:
     cpuid = Cpuid(nent=_ENTRIES)
     system(GET_SUPPORTED_CPUID, cpuid)
     vcpu(SET_CPUID2, cpuid)
+
+
+def address_bits(system: Ioctl) -> int:
+    """Bits of a guest-physical address (CPUID 0x80000008); 36 on a CPU that does not say."""
+    cpuid = Cpuid(nent=_ENTRIES)
+    system(GET_SUPPORTED_CPUID, cpuid)
+    for entry in cpuid.entries[: cpuid.nent]:
+        if entry.function == _ADDRESS_SIZES:
+            bits: int = entry.eax & 0xFF
+            return bits
+    return 36
 
 
 def start(vcpu: Ioctl, rip: int, cr3: int, registers: Mapping[str, int]) -> None:

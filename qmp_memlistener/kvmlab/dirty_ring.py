@@ -1,0 +1,79 @@
+"""Dirty rings: the pages that each vCPU wrote, in the order in which it wrote them.
+
+KVM_CAP_DIRTY_LOG_RING (Documentation/virt/kvm/api.rst 8.29): a ring for each vCPU instead of a
+bitmap for each slot.  An entry names a slot by its id and a page in it; what that was when the page
+was written is for the reader to know.
+"""
+
+from __future__ import annotations
+
+import threading
+
+from . import abi, system
+from .capabilities import Cap
+from .host_memory import PAGE
+from .vm import LabVm, Vcpu
+
+__all__ = ["ENTRIES", "DirtyRings", "ring_capability"]
+
+ENTRIES = 1 << 14
+"""Of each ring: 256 KiB, which every kernel that has rings takes."""
+
+Page = tuple[int, int]
+"""KVM's id of a slot, with the address space in it, and the number of a page in it."""
+
+
+def ring_capability(vm: LabVm) -> Cap | None:
+    """The capability to enable, None where this KVM has no rings that are large enough."""
+    for cap in (Cap.DIRTY_LOG_RING_ACQ_REL, Cap.DIRTY_LOG_RING):
+        if vm.capability(cap) >= ENTRIES * abi.DIRTY_GFN_BYTES:
+            return cap
+    return None
+
+
+class DirtyRings:
+    """The rings of a VM.  Made before its first vCPU; any thread may call `drain`."""
+
+    def __init__(self, vm: LabVm, cap: Cap) -> None:
+        """From now on the VM has no dirty bitmaps.  Raises OSError."""
+        self._vm = vm
+        self._rings: list[tuple[int, abi.GfnArray]] = []
+        self._next: list[int] = []
+        self._lock = threading.Lock()
+        self._found: list[Page] = []
+        vm.enable(cap, ENTRIES * abi.DIRTY_GFN_BYTES)
+
+    def add(self, vcpu: Vcpu) -> None:
+        """Map the ring of a new vCPU.  Raises OSError."""
+        size = ENTRIES * abi.DIRTY_GFN_BYTES
+        both = system.PROT_READ | system.PROT_WRITE
+        offset = abi.DIRTY_LOG_PAGE_OFFSET * PAGE
+        address = system.mmap(size, both, system.MAP_SHARED, vcpu.fd, offset)
+        self._rings.append((address, (abi.DirtyGfn * ENTRIES).from_address(address)))
+        self._next.append(0)
+
+    def drain(self) -> None:
+        """Collect all entries and give their places back.  Raises OSError."""
+        with self._lock:
+            for i, (_, ring) in enumerate(self._rings):
+                at = self._next[i]
+                while ring[at % ENTRIES].flags & abi.DIRTY_GFN_DIRTY:
+                    entry = ring[at % ENTRIES]
+                    self._found.append((entry.slot, entry.offset))
+                    entry.flags = abi.DIRTY_GFN_RESET
+                    at += 1
+                self._next[i] = at
+            self._vm.ioctl(abi.RESET_DIRTY_RINGS)
+
+    def take(self) -> list[Page]:
+        """What was collected, drained once more; nothing is kept.  Raises OSError."""
+        self.drain()
+        with self._lock:
+            found, self._found = self._found, []
+            return found
+
+    def close(self) -> None:
+        """No vCPU may run any more."""
+        while self._rings:
+            address, _ = self._rings.pop()
+            system.munmap(address, ENTRIES * abi.DIRTY_GFN_BYTES)
