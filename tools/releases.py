@@ -1,7 +1,7 @@
 """Releases of something out of Debian suites, side by side in a directory: `DIR/<LABEL>/`.
 
-What side_by_side.py and vm-images/linux/build.py have in common: the directory, its lock, one
-release after the other, and the exit codes.  What a release is made of is up to them.
+What side_by_side.py and guest_image.py have in common: the directory, its lock, one release after
+the other, and the exit codes.  What a release is made of is up to them.
 """
 
 from __future__ import annotations

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING
@@ -15,6 +16,7 @@ from ..errors import InputError, MemListenerError
 from ..recording import (
     GuestFailure,
     Lost,
+    MirrorRecord,
     Reconciled,
     Record,
     SlotOp,
@@ -23,8 +25,10 @@ from ..recording import (
     Violation,
 )
 from .common import duration, print_json, printable, terminal_shape
+from .watch_mirror import MirrorOptions, WatchedMirror, opened_mirror
 
 if TYPE_CHECKING:
+    from ..agent import Agent
     from ..agent.limits import Limits
 
 __all__ = ["FollowOptions", "Followed", "follow", "follow_options", "probe_names"]
@@ -108,7 +112,10 @@ def follow_options(function: Callable[..., None]) -> Callable[..., None]:
 
 @dataclass
 class Followed:
-    """What was seen, and why it ended (None: as asked)."""
+    """What was seen, and why it ended (None: as asked).
+
+    `mirror_fault` says what is wrong with the mirror, if there was one.
+    """
 
     transitions: int = 0
     slot_ops: int = 0
@@ -117,6 +124,7 @@ class Followed:
     failures: int = 0
     differences: int = 0
     lost: int = 0
+    mirror_fault: str | None = None
     error: MemListenerError | None = None
 
     def note(self, record: Record) -> None:
@@ -155,6 +163,7 @@ class _Printer:
         self._as_json = as_json
         self._quiet = quiet
         width, unicode = terminal_shape()
+        self._width = width
         self._narrator = Narrator(width=width, unicode=unicode)
 
     def take(self, record: Record) -> None:
@@ -184,11 +193,24 @@ class _Printer:
             if self._as_json:
                 print_json(record)
             elif not self._quiet:
-                for line in self._narrator.lines(record):
+                for line in self._lines(record):
                     click.echo(printable(line))
         except BrokenPipeError:
             self.reader_gone = True
             self.stop.set()
+
+    def _lines(self, record: Record) -> Iterator[str]:
+        if isinstance(record, MirrorRecord):
+            from ..reports.mirror import mirror_lines
+
+            return mirror_lines(record, width=self._width)
+        return self._narrator.lines(record)
+
+    async def tell_mirror(self, mirror: WatchedMirror) -> None:
+        """What became of a mirror that has followed to the end."""
+        if not self.reader_gone:
+            self._print(await mirror.record())
+            self.seen.mirror_fault = mirror.fault
 
 
 async def follow(
@@ -199,17 +221,21 @@ async def follow(
     quiet: bool = False,
     record: str | None = None,
     limits: Limits | None = None,
+    mirror: MirrorOptions | None = None,
 ) -> Followed:
     """Attach and print records until the time is over, the count reached, a signal or the end.
 
     `limits` are checked on the way; with a freeze among them, nobody else of ours may touch the
-    guest meanwhile.
+    guest meanwhile.  With `mirror`, slots of our own follow the guest; what they need is there
+    before anything is attached, and gone when this returns.
     """
     if options.for_ns == 0:
         raise InputError("--for needs a time longer than 0", remedy="such as --for 30s")
     printer = _Printer(options.count, limits, as_json=as_json, quiet=quiet)
     try:
-        await _follow(target, options, printer, limits, record)
+        with ExitStack() as stack:
+            beside = stack.enter_context(opened_mirror(mirror)) if mirror is not None else None
+            await _follow(target, options, printer, limits, record, beside)
     except asyncio.CancelledError:
         # a signal while probes were started: the user has seen enough
         task = asyncio.current_task()
@@ -227,6 +253,7 @@ async def _follow(
     printer: _Printer,
     limits: Limits | None,
     record: str | None,
+    mirror: WatchedMirror | None,
 ) -> None:
     from ..agent import attach
 
@@ -240,22 +267,39 @@ async def _follow(
         record=record,
         ping_monitor=options.ping_monitor,
         ops_monitor=options.ops_monitor,
+        guarded=mirror is not None and mirror.options.pauses,
         on_record=printer.take,
     ) as agent:
         loop = asyncio.get_running_loop()
+
+        def stop() -> None:
+            if printer.stop.is_set() and mirror is not None:
+                mirror.give_up()
+            printer.stop.set()
+
         for sig in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(sig, printer.stop.set)
-        lost = asyncio.create_task(agent.wait_lost())
-        stopped = asyncio.create_task(printer.stop.wait())
-        try:
-            timeout = None if options.for_ns is None else options.for_ns / 1e9
-            await asyncio.wait(
-                [lost, stopped], timeout=timeout, return_when=asyncio.FIRST_COMPLETED
-            )
-            if lost.done():
-                printer.seen.error = lost.result()
-            elif not stopped.done():
-                await agent.settle()
-        finally:
-            lost.cancel()
-            stopped.cancel()
+            loop.add_signal_handler(sig, stop)
+        async with mirror.following(agent) if mirror is not None else nullcontext():
+            if mirror is not None:
+                printer.take(mirror.note())
+            await _wait(agent, options, printer)
+            if mirror is not None and printer.reader_gone:
+                mirror.give_up()
+        if mirror is not None:
+            await printer.tell_mirror(mirror)
+
+
+async def _wait(agent: Agent, options: FollowOptions, printer: _Printer) -> None:
+    """Until the time is over, the count reached, a signal came, or the guest is gone."""
+    lost = asyncio.create_task(agent.wait_lost())
+    stopped = asyncio.create_task(printer.stop.wait())
+    try:
+        timeout = None if options.for_ns is None else options.for_ns / 1e9
+        await asyncio.wait([lost, stopped], timeout=timeout, return_when=asyncio.FIRST_COMPLETED)
+        if lost.done():
+            printer.seen.error = lost.result()
+        elif not stopped.done():
+            await agent.settle()
+    finally:
+        lost.cancel()
+        stopped.cancel()

@@ -9,6 +9,7 @@ import rich_click as click
 from ..errors import OperationFailed
 from .common import duration, json_option, run_async
 from .follow import FollowOptions, follow, follow_options
+from .watch_mirror import MirrorOptions, mirror_options
 
 if TYPE_CHECKING:
     from ..agent.limits import Limits
@@ -22,12 +23,14 @@ if TYPE_CHECKING:
 @click.option("--freeze", is_flag=True, help="While real-time work runs: every transition, and "
               "every stall above a limit (5ms unless --max-stall says otherwise), is a violation; "
               "other verbs refuse to touch this guest meanwhile.")  # fmt: skip
+@mirror_options
 @follow_options
 @json_option
 def command(
     target: str,
     max_stalls: tuple[str, ...],
     freeze: bool,
+    mirror: MirrorOptions | None,
     options: FollowOptions,
     as_json: bool,
 ) -> None:
@@ -35,19 +38,33 @@ def command(
 
     Ends with Ctrl-C, after --for or --count, or (exit code 3) when the guest is gone; then comes
     a summary of all stalls by kind and cause. The guest's trace events and log are put back as
-    they were. Exit code 1: a limit was exceeded.
+    they were. Exit code 1: a limit was exceeded, or a mirror was not in step at the end.
+
+    With --mirror, slots of our own follow the guest's map meanwhile, and the report of that comes
+    before the summary.
 
     TARGET is unix:PATH, HOST:PORT or pid:N.
 
     Example: qmp-memlistener watch /run/vm.qmp --max-stall main_loop=5ms --for 60s
     """
+    if freeze and mirror is not None and mirror.pauses:
+        raise click.UsageError("--strategy pause stops the guest: it does not go with --freeze")
     limits = _limits(max_stalls, freeze)
-    seen = run_async(follow(target, options, as_json=as_json, limits=limits))
+    seen = run_async(follow(target, options, as_json=as_json, limits=limits, mirror=mirror))
+    problems = []
     if seen.violations:
+        problems.append(
+            f"{seen.violations} violation{'s' if seen.violations > 1 else ''} of the limits"
+        )
+    if seen.mirror_fault is not None:
+        problems.append(seen.mirror_fault)
+    if problems:
         more = f" ({seen.error.message})" if seen.error is not None else ""
         raise OperationFailed(
-            f"{seen.violations} violation{'s' if seen.violations > 1 else ''} of the limits{more}",
-            remedy="the lines above say which stalls and transitions, and what made them",
+            f"{'; '.join(problems)}{more}",
+            remedy="the lines above say which stalls and transitions, and what made them"
+            if seen.violations
+            else "the lines above, from `mirror` on, say where and what",
         )
     if seen.error is not None:
         raise seen.error

@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
@@ -18,12 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self, TypeVar
 
-import msgspec
-
-from ..errors import DeadlineExceeded, InputError, MissingPrerequisite, OperationFailed
+from ..errors import DeadlineExceeded, OperationFailed
 from . import layout, linux_views
 from .launch import Guest, GuestSpec, launch, sized_file
 from .linux_console import Console, Outcome
+from .linux_images import Description, Images
 from .linux_views import BlockDevice, MemoryBlocks, NetDevice, PciDevice
 from .qemus import KvmProbe, QemuBuild, kvm_usable
 
@@ -32,8 +29,7 @@ __all__ = ["LinuxGuest", "LinuxImage", "LinuxSpec", "boot_linux", "linux_kvm_usa
 BOOT_TIMEOUT = 90.0
 DEFAULT_LABEL = "6.1"
 
-_SCRIPT = Path(__file__).resolve().parents[2] / "vm-images" / "linux" / "build.py"
-_BUILD_TIMEOUT = 900.0
+_IMAGES = Images("linux", "Linux guest", "QMP_MEMLISTENER_LINUX")
 _POLL = 0.1  # seconds between two looks of the guest at itself; each look costs it some forks
 _KERNEL_ARGS = (
     "console=ttyS0",
@@ -50,16 +46,9 @@ _TCG_CPU = "qemu64,-cx16"
 T = TypeVar("T")
 
 
-class _Description(msgspec.Struct):
-    """linux.json as vm-images/linux/build.py writes it; it may know more than we need."""
+class _Description(Description):
+    """What linux.json has of its own."""
 
-    label: str
-    release: str
-    version: str
-    kernel: str
-    initramfs: str
-    modules: tuple[str, ...]
-    builtin: tuple[str, ...]
     pulse: bool
     why_no_pulse: str | None = None
 
@@ -94,30 +83,14 @@ class LinuxImage:
         `qmp-memlistener/linux` in the user's cache.  Raises MissingPrerequisite when there is
         none and InputError for a description that is not one.
         """
-        home = _cache_dir() / label
-        remedy = f"build it in a checkout: python vm-images/linux/build.py {label}"
-        try:
-            known = msgspec.json.decode((home / "linux.json").read_bytes(), type=_Description)
-        except FileNotFoundError:
-            raise MissingPrerequisite(
-                f"the Linux guest {label} is not in {home}", remedy=remedy
-            ) from None
-        except (OSError, msgspec.MsgspecError) as exc:
-            raise InputError(
-                f"{home / 'linux.json'} does not describe a Linux guest: {exc}", remedy=remedy
-            ) from exc
-        files = (Path(known.kernel), Path(known.initramfs))
-        for path in files:
-            if not path.is_file():
-                raise MissingPrerequisite(
-                    f"the Linux guest {label} is incomplete: {path} is missing", remedy=remedy
-                )
+        known = _IMAGES.find(label, _Description)
         why = known.why_no_pulse or "the image was built without it"
         return cls(
             known.label,
             known.release,
             known.version,
-            *files,
+            Path(known.kernel),
+            Path(known.initramfs),
             known.modules,
             known.builtin,
             None if known.pulse else why,
@@ -131,36 +104,8 @@ class LinuxImage:
         to download some 30 MB.  Outside a checkout it can only be found.  Raises
         MissingPrerequisite that says what is missing.
         """
-        if not _SCRIPT.is_file():
-            return cls.find(label)
-        try:
-            done = subprocess.run(
-                [sys.executable, str(_SCRIPT), "--dir", str(_cache_dir()), label],
-                stdin=subprocess.DEVNULL,
-                capture_output=True,
-                text=True,
-                timeout=_BUILD_TIMEOUT,
-                check=False,
-            )
-        except subprocess.TimeoutExpired:
-            raise MissingPrerequisite(
-                f"the Linux guest {label} was not built within {_BUILD_TIMEOUT:.0f} s"
-            ) from None
-        if done.returncode:
-            said = (done.stdout + done.stderr).strip().splitlines()
-            raise MissingPrerequisite(
-                f"the Linux guest cannot be built: {said[-1] if said else 'no message'}",
-                remedy=f"run python vm-images/linux/build.py {label} to see all of it",
-            )
+        _IMAGES.build(label)
         return cls.find(label)
-
-
-def _cache_dir() -> Path:
-    named = os.environ.get("QMP_MEMLISTENER_LINUX")
-    if named:
-        return Path(named)
-    cache = os.environ.get("XDG_CACHE_HOME")
-    return Path(cache or Path.home() / ".cache") / "qmp-memlistener" / "linux"
 
 
 @dataclass(frozen=True, slots=True)

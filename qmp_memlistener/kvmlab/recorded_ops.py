@@ -19,6 +19,9 @@ __all__ = ["Backing", "Recorded", "RecordedOp", "RecordedSlot", "Remarks"]
 PAGE = 4096
 """What gpa, size and host address of a slot are multiples of: the smallest page KVM knows."""
 
+_MOST_BYTES = ((1 << 31) - 1) * PAGE
+"""Of a slot: KVM_MEM_MAX_NR_PAGES (Linux, include/linux/kvm_host.h)."""
+
 Backing = tuple[str, str | None, int]
 """RAM block, its owner, and the offset in it of a slot's first byte."""
 
@@ -49,9 +52,13 @@ class RecordedOp(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def possible(self) -> bool:
-        """KVM may have carried it out: whole pages inside 64 bits (`__kvm_set_memory_region`)."""
+        """KVM may have carried it out: whole pages, not too many, inside 64 bits.
+
+        `kvm_set_memory_region` (Linux, virt/kvm/kvm_main.c) refuses anything else.
+        """
         return (
             self.as_id <= LAST_SLOT
+            and self.size <= _MOST_BYTES
             and not (self.gpa | self.size | (self.hva or 0)) & (PAGE - 1)
             and max(self.gpa, self.hva or 0) + self.size <= 1 << 64
         )

@@ -2,8 +2,8 @@
 
 A recording's map names the block of a range, an operation its host address; an operation on
 a range that the map shows tells both, and so where in QEMU the block lies.  What has an address
-alone belongs to the named block that lies there, else to the run of addresses it is part of.
-A log has nothing but addresses.
+alone belongs to the named block that lies there then, else to the run of addresses it is part of:
+memory that is freed leaves its address to other memory.  A log has nothing but addresses.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..memslots.intervals import join
 from .recorded_ops import Backing
 from .replay_history import Life
 
@@ -73,7 +74,7 @@ def back(
             block = nowhere.setdefault(life.as_id, _Block(name, None, None))
             block.take(life, life.gpa)
             continue
-        found = places.holding(life.hva)
+        found = places.of(life)
         if found is None:
             loose.append(life)
         else:
@@ -83,10 +84,8 @@ def back(
     finished, behind = _finish(there, blocks)
     final = _Places([b for b in blocks if b.base is not None], {})
     for life in lives:
-        if not life.refused or life.hva is None:
-            continue
-        shown = final.holding(life.hva)
-        if shown is not None and life.hva - _base(shown) + life.end - life.gpa <= shown.size:
+        shown = final.around(life) if life.refused else None
+        if shown is not None and life.hva is not None:
             name, owner, _ = behind[shown.lives[0][0]]
             behind[life] = (name, owner, life.hva - _base(shown))
     return finished, behind
@@ -128,15 +127,39 @@ class _Places:
             self._blocks.append(block)
             self._starts.append(_base(block))
             self._ends.append(_base(block) + max(block.size, span))
+        self._times = {b: _Times(life for life, _ in b.lives) for b in self._blocks}
 
-    def holding(self, hva: int) -> _Block | None:
-        """The block that lies there; of several, the one that begins last."""
-        i = bisect_right(self._starts, hva) - 1
-        return self._blocks[i] if i >= 0 and hva < self._ends[i] else None
+    def around(self, life: Life) -> _Block | None:
+        """The block that has all that the slot shows; of several, the one that begins last."""
+        if life.hva is None:
+            return None
+        i = bisect_right(self._starts, life.hva) - 1
+        fits = i >= 0 and life.hva + life.end - life.gpa <= self._ends[i]
+        return self._blocks[i] if fits else None
+
+    def of(self, life: Life) -> _Block | None:
+        """The same, if others show the block at that time, or the very same part of it ever."""
+        block = self.around(life)
+        return block if block is not None and self._times[block].fit(life) else None
 
     def between(self, start: int, end: int) -> bool:
         """A block begins in `(start, end]`."""
         return bisect_right(self._starts, start) != bisect_right(self._starts, end)
+
+
+class _Times:
+    """When slots show a block, and which parts of it."""
+
+    def __init__(self, lives: Iterable[Life]) -> None:
+        known = sorted(lives, key=lambda life: life.since)
+        self._parts = {(life.hva, life.size) for life in known}
+        self._spans = join((life.since, life.until) for life in known)
+
+    def fit(self, life: Life) -> bool:
+        if (life.hva, life.size) in self._parts:
+            return True
+        i = bisect_right(self._spans, (life.until, 0)) - 1
+        return i >= 0 and self._spans[i][1] >= life.since
 
 
 def _runs(lives: Iterable[Life], places: _Places) -> list[_Block]:

@@ -7,11 +7,12 @@ the same time: guessed slots cannot overlap.
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 
 from ..errors import InputError
-from ..memslots import LOG_DIRTY_PAGES, OpKind
+from ..memslots import OpKind
+from ..memslots.intervals import join
 from ..memslots.slots import LAST_SLOT
 from .recorded_ops import Remarks
 from .replay_history import Commit, History, Life
@@ -31,27 +32,25 @@ def complete(history: History, remarks: Remarks) -> None:
     guessed = _guess_sizes(history, initial)
     _give_ids(history, initial, remarks)
     if initial:
-        unsure = f", the sizes of {guessed} of them are guessed" if guessed else ""
-        remarks.add(f"{_slots(len(initial))} there before the first operation{unsure}")
+        unsure = f" (sizes guessed: {guessed})" if guessed else ""
+        remarks.add(f"slots that were there before the first operation: {len(initial)}{unsure}")
 
 
 def _guess_sizes(history: History, initial: Iterable[Life]) -> int:
-    """Fill in missing sizes; how many there were.
-
-    A commit that deletes a slot mostly sets the same memory again, cut or joined: what it adds
-    with the same distance of host address and gpa tells where the slot ended.  Otherwise the same
-    host memory, set anywhere at any time.
-    """
+    """Fill in missing sizes; how many there were."""
     starts: dict[int, list[int]] = {}
     for life in initial:
         starts.setdefault(life.as_id, []).append(life.gpa)
     for gpas in starts.values():
         gpas.sort()
     memory = _Memory(history.lives)
+    begun: set[Life] = set()
     guessed = 0
     for commit in history.commits:
         for done in commit.done:
             life = done.life
+            if done.kind is OpKind.ADD:
+                begun.add(life)
             if not life.initial or done.kind is not OpKind.DELETE:
                 continue
             gpas = starts[life.as_id]
@@ -61,66 +60,88 @@ def _guess_sizes(history: History, initial: Iterable[Life]) -> int:
                 life.size = min(life.size, bound - life.gpa)
                 continue
             guessed += 1
-            again = _again(commit, life, bound)
-            size = max((other.end for other in again), default=life.gpa) - life.gpa
-            twin = again[0] if again else memory.at(life.hva)
-            if twin is not None:
-                life.first_flags = life.flags = twin.first_flags & ~LOG_DIRTY_PAGES
-            if again:
-                life.first_flags |= again[0].first_flags & LOG_DIRTY_PAGES
-            if size <= 0:
-                size = memory.size_from(life.hva) or _DEFAULT_SIZE
-            life.size = min(size, bound - life.gpa)
+            twins = sorted(memory.beginning(life), key=begun.__contains__)
+            seen = memory.behind(life)
+            life.size = _size(life, commit, bound, twins, seen)
     return guessed
 
 
-def _again(commit: Commit, life: Life, bound: int) -> list[Life]:
-    """What the commit sets of the memory that showed through `life`, in address order."""
-    if life.hva is None:
-        return []
-    found = [
+def _size(life: Life, commit: Commit, bound: int, twins: Sequence[Life], seen: int) -> int:
+    """How large a slot was that `commit` deletes; sets its flags too.
+
+    What is reachable mostly stays so: a commit sets again, cut or joined, what it deletes.
+    So the slot reached as far as the same memory is set again, and as far as anything is set
+    without a gap.  One that is set again at its place is shorter or longer now, and a later one
+    there may be as it was.  One that is not set again may come back later, here or elsewhere (as
+    a BAR does).
+
+    `twins` are other slots that begin with the same memory, the next ones first; `seen` is how much
+    of it was ever seen from there on.
+    """
+    added = [
         done.life
         for done in commit.done
-        if done.kind is OpKind.ADD
-        and done.ret == 0
-        and done.life.as_id == life.as_id
-        and done.life.hva is not None
-        and done.life.hva - done.life.gpa == life.hva - life.gpa
-        and done.life.gpa < bound
-        and done.life.end > life.gpa
+        if done.kind is OpKind.ADD and done.ret == 0 and done.life.as_id == life.as_id
     ]
-    return sorted(found, key=lambda other: other.gpa)
+    again = [
+        other
+        for other in sorted(added, key=_gpa)
+        if _distance(other) is not None
+        and _distance(other) == _distance(life)
+        and life.gpa < other.end
+        and other.gpa < bound
+    ]
+    model = next(iter((*again, *twins)), None)
+    if model is not None:
+        life.flags = life.first_flags = model.first_flags
+    end = max((other.end for other in again), default=life.gpa)
+    for start, stop in join(sorted((other.gpa, other.end) for other in added)):
+        if start <= life.gpa < stop:
+            end = max(end, stop)
+    if end >= bound:
+        return bound - life.gpa
+    here = [twin for twin in twins if twin.gpa == life.gpa and twin.end <= bound]
+    if end > life.gpa:
+        if [other.gpa for other in again] == [life.gpa]:
+            end = next((twin.end for twin in here if twin.end != again[0].end), end)
+        return end - life.gpa
+    seen = next((twin.end - twin.gpa for twin in (*here, *twins)), seen)
+    return min(seen or _DEFAULT_SIZE, bound - life.gpa)
 
 
 class _Memory:
     """Host memory that slots of known size show."""
 
     def __init__(self, lives: Iterable[Life]) -> None:
-        self._at: dict[int, Life] = {}
+        self._from: dict[int, list[Life]] = {}
         self._starts: list[int] = []
         self._reach: list[int] = []  # how far the slots up to here reach
         known = [(life.hva, life) for life in lives if life.hva is not None and life.size]
         for hva, life in sorted(known, key=itemgetter(0)):
-            largest = self._at.get(hva)
-            if largest is None or largest.end - largest.gpa < life.end - life.gpa:
-                self._at[hva] = life
+            self._from.setdefault(hva, []).append(life)
             end = hva + life.end - life.gpa
             self._starts.append(hva)
             self._reach.append(max(end, self._reach[-1] if self._reach else 0))
 
-    def at(self, hva: int | None) -> Life | None:
-        """The largest slot that began there."""
-        return self._at.get(hva) if hva is not None else None
+    def beginning(self, life: Life) -> list[Life]:
+        """The slots that begin with the same memory, in the order of the file."""
+        return self._from.get(life.hva, []) if life.hva is not None else []
 
-    def size_from(self, hva: int | None) -> int:
-        """How far memory was seen from there on; 0 when it was not."""
-        if hva is None:
+    def behind(self, life: Life) -> int:
+        """How far memory was seen from where `life` begins; 0 when it was not."""
+        if life.hva is None:
             return 0
-        twin = self._at.get(hva)
-        if twin is not None:
-            return twin.end - twin.gpa
-        i = bisect_right(self._starts, hva) - 1
-        return max(self._reach[i] - hva, 0) if i >= 0 else 0
+        i = bisect_right(self._starts, life.hva) - 1
+        return max(self._reach[i] - life.hva, 0) if i >= 0 else 0
+
+
+def _distance(life: Life) -> int | None:
+    """Of host address and gpa: the same for all that shows memory at its place."""
+    return life.hva - life.gpa if life.hva is not None else None
+
+
+def _gpa(life: Life) -> int:
+    return life.gpa
 
 
 def _give_ids(history: History, initial: Iterable[Life], remarks: Remarks) -> None:
@@ -134,11 +155,11 @@ def _give_ids(history: History, initial: Iterable[Life], remarks: Remarks) -> No
         if life.slot is None:
             unnumbered.setdefault(life.as_id, []).append(life)
     for as_id, lives in unnumbered.items():
-        used, taken = history.used.get(as_id, set()), history.taken.get(as_id, set())
-        above = max((*used, *taken), default=-1) + 1
+        named, taken = history.named.get(as_id, set()), history.taken.get(as_id, set())
+        above = max((*named, *taken), default=-1) + 1
         ids = (*sorted(taken), *range(above, LAST_SLOT + 1), *range(above))
-        free = (i for i in dict.fromkeys(ids) if i not in used)
-        for life in sorted(lives, key=lambda life: life.gpa):
+        free = (i for i in dict.fromkeys(ids) if i not in named)
+        for life in sorted(lives, key=_gpa):
             life.slot = next(free, None)
             if life.slot is None:
                 raise InputError(
@@ -149,8 +170,4 @@ def _give_ids(history: History, initial: Iterable[Life], remarks: Remarks) -> No
         max(len(ids) - len(unnumbered.get(as_id, ())), 0) for as_id, ids in history.taken.items()
     )
     if hidden:
-        remarks.add(f"{_slots(hidden)} there all the time, of which nothing tells where")
-
-
-def _slots(count: int) -> str:
-    return "1 slot was" if count == 1 else f"{count} slots were"
+        remarks.add(f"slots that were there all the time, at places not told: {hidden}")

@@ -22,14 +22,17 @@ KVM's rules; sizes and ids that no operation tells are in `replay_guesses`.
 
 from __future__ import annotations
 
+import sys
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from ..memslots import LOG_DIRTY_PAGES, READONLY, OpKind, Order
 from ..memslots.intervals import Range, put
 from ..topology.model import ADDRESS_SPACE_SIZE
 from .recorded_ops import PAGE, Backing, Recorded, RecordedOp, Remarks
+from .replay_clues import counts_from_zero, log_switches
+
+_CHANGEABLE = LOG_DIRTY_PAGES | READONLY
 
 __all__ = ["Commit", "Done", "History", "Life", "fold_history"]
 
@@ -41,6 +44,7 @@ class Life:
     `flags` are those it has at the end of what was folded, `first_flags` those at its beginning.
     `slot`, `size` and `hva` are None as long as nothing told them.  An `initial` slot was there
     before the file began, and ends at `bound` at the latest.  A `refused` one never was.
+    `since` and `until` count operations.
     """
 
     as_id: int
@@ -53,6 +57,8 @@ class Life:
     initial: bool = False
     refused: bool = False
     bound: int = ADDRESS_SPACE_SIZE
+    since: int = 0
+    until: int = sys.maxsize
     first_flags: int = field(init=False)
 
     def __post_init__(self) -> None:
@@ -88,7 +94,7 @@ class Commit:
 class History:
     """Lives in the order in which they were met, commits in order.
 
-    `taken` has, by address space, ids that were in use by slots no operation tells of, `used`
+    `taken` has, by address space, ids that were in use by slots no operation tells of, `named`
     those of operations.
     """
 
@@ -96,14 +102,15 @@ class History:
     commits: tuple[Commit, ...]
     order: Order
     taken: dict[int, set[int]]
-    used: dict[int, set[int]]
+    named: dict[int, set[int]]
 
 
 def fold_history(recorded: Recorded) -> History:
     """Fold a file's operations; remarks go to those of `recorded`.
 
     Where a log does not say which QEMU wrote it, that is taken for 7.2 unless a marked commit goes
-    back in address after it has changed flags, as from 8.0 on.  O(n log n) in operations, plus a shift of the live slots for each.
+    back in address after it has changed flags, as from 8.0 on.  O(n log n) in operations, plus a
+    shift of the live slots for each.
     """
     if recorded.order is not None:
         fold = _Fold(recorded, recorded.order)
@@ -122,7 +129,7 @@ def fold_history(recorded: Recorded) -> History:
         tuple(fold.commits),
         fold.order,
         {as_id: space.taken for as_id, space in fold.spaces.items()},
-        {as_id: space.used for as_id, space in fold.spaces.items()},
+        {as_id: space.named for as_id, space in fold.spaces.items()},
     )
 
 
@@ -134,7 +141,8 @@ class _Space:
     placed: list[Life] = field(default_factory=list)  # live, by gpa
     unnumbered: dict[int, Life] = field(default_factory=dict)  # live, by gpa; not in by_id
     ever: list[Range] = field(default_factory=list)  # where a slot has been
-    used: set[int] = field(default_factory=set)  # ids of operations
+    used: set[int] = field(default_factory=set)  # ids of operations that KVM carried out
+    named: set[int] = field(default_factory=set)  # ids of all operations
     taken: set[int] = field(default_factory=set)  # ids in use by slots never seen
     top: int = 0  # ids from here on have not been looked at
 
@@ -181,7 +189,11 @@ class _Fold:
         self.looks_queued = False
         self.spaces: dict[int, _Space] = {}
         self._marked = recorded.marked
-        self._from_start = recorded.kind == "log" and _counts_from_zero(recorded.ops)
+        is_log = recorded.kind == "log"
+        self._from_start = is_log and counts_from_zero(recorded.ops)
+        late = is_log and not self._from_start
+        self._switches = log_switches(recorded.ops) if late else set()
+        self._now = 0
         self._place: tuple[int, ...] = ()
         self._flagged: set[Life] = set()  # in the last commit
         for s in recorded.initial:
@@ -198,10 +210,13 @@ class _Fold:
         if op.ret == 0 and not op.possible:
             self.remarks.add("an operation that no KVM accepts is left out", op.where)
             return
+        self._now += 1
         space = self._space(op.as_id)
+        space.named.add(op.slot)
         if op.ret != 0:
             self._refused(op, space)
-        elif op.size == 0:
+            return
+        if op.size == 0:
             self._delete(op, space)
         else:
             self._set(op, space)
@@ -230,18 +245,18 @@ class _Fold:
             return
         if life.hva is None and life.gpa == op.gpa:
             life.hva = op.hva
-        space.take(life)
+        self._end(life, space)
         self._note(op, OpKind.DELETE, Done(OpKind.DELETE, life))
 
     def _set(self, op: RecordedOp, space: _Space) -> None:
         life = space.by_id.get(op.slot) or self._relogged(op, space)
-        if life is None or not _same(life, op):
+        if life is None or not _same(life, op) or (life.flags ^ op.flags) & ~_CHANGEABLE:
             self._add(op, space)
             return
         if life.hva is None:
             life.hva = op.hva
         if (life.flags ^ op.flags) & READONLY:
-            space.take(life)
+            self._end(life, space)
             new = self._begin(op, space)
             both = (Done(OpKind.DELETE, life), Done(OpKind.ADD, new, op.flags))
             self._note(op, OpKind.FLAGS, *both)
@@ -256,7 +271,7 @@ class _Fold:
             doomed.append(holder)
         for life in doomed:
             self.remarks.add("the deletion of a slot is missing and was put in", op.where)
-            space.take(life)
+            self._end(life, space)
             self._note(op, OpKind.DELETE, Done(OpKind.DELETE, life, missing=True))
         if not self._from_start:
             ids = range(space.top, op.slot)
@@ -266,9 +281,14 @@ class _Fold:
 
     def _begin(self, op: RecordedOp, space: _Space) -> Life:
         life = Life(op.as_id, op.slot, op.gpa, op.size, op.flags, op.hva, op.shown)
+        life.since = self._now
         self.lives.append(life)
         space.put(life)
         return life
+
+    def _end(self, life: Life, space: _Space) -> None:
+        space.take(life)
+        life.until = self._now
 
     # -- slots that were there before the file began -------------------------------------------
 
@@ -291,11 +311,9 @@ class _Fold:
             return None
         life = self._number(op, space)
         if life is not None:
-            if not (life.flags ^ op.flags) & LOG_DIRTY_PAGES:
-                life.flags = life.first_flags = life.flags ^ LOG_DIRTY_PAGES
+            life.flags = life.first_flags = op.flags ^ LOG_DIRTY_PAGES
             return life
-        likely = bool(op.flags & LOG_DIRTY_PAGES) or op.slot in space.taken
-        if op.told is OpKind.FLAGS or (likely and not self._from_start):
+        if op.told is OpKind.FLAGS or op.where in self._switches or op.slot in space.taken:
             life = self._found(op, space, op.size, op.flags ^ LOG_DIRTY_PAGES)
         return life
 
@@ -345,21 +363,6 @@ class _Fold:
         if self.order is Order.V7_2:
             return (life.as_id, kind is not OpKind.DELETE, life.gpa)
         return (kind is not OpKind.FLAGS, life.as_id, kind is OpKind.ADD, life.gpa)
-
-
-def _counts_from_zero(ops: Sequence[RecordedOp]) -> bool:
-    """The log begins with the guest: ids are 0, 1, 2, … and the first slot is not logged."""
-    free: dict[int, int] = {}
-    for op in ops:
-        if op.ret != 0:
-            continue
-        due = free.get(op.as_id, 0)
-        if op.size == 0 or op.slot < due:
-            break
-        if op.slot > due or (not free and op.flags & LOG_DIRTY_PAGES):
-            return False
-        free[op.as_id] = due + 1
-    return bool(free)
 
 
 def _same(life: Life, op: RecordedOp) -> bool:

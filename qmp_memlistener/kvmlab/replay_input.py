@@ -31,7 +31,7 @@ from .recorded_ops import Backing, Recorded
 from .recorded_records import read_recording
 from .replay_blocks import HostBlock, back
 from .replay_guesses import complete
-from .replay_history import Commit, Done, History, Life, fold_history
+from .replay_history import Done, History, Life, fold_history
 
 __all__ = ["HostBlock", "ReplayInput", "ReplayTransition", "read_replay"]
 
@@ -153,48 +153,41 @@ def _transitions(
     history: History, behind: Mapping[Life, Backing], initial: SlotTable, kind: str
 ) -> tuple[ReplayTransition, ...]:
     out: list[ReplayTransition] = []
-    table = initial
+    before, live = initial, {(s.as_id, s.slot): s for s in initial}
     for number, commit in enumerate(history.commits, 1):
-        seq = (commit.seq or 0) if kind == "recording" else number
-        transition = _transition(seq, commit, behind, table)
-        out.append(transition)
-        table = transition.after
+        slots = [_carry_out(done, live, behind) for done in commit.done]
+        after = SlotTable(live.values())  # made anew: a copy keeps every id that was ever free
+        out.append(
+            ReplayTransition(
+                (commit.seq or 0) if kind == "recording" else number,
+                tuple(
+                    Op(done.kind, slot.as_id, slot.slot, slot.gpa, slot.size, done.flags)
+                    for done, slot in zip(commit.done, slots, strict=True)
+                ),
+                tuple(done.ret for done in commit.done),
+                tuple(slots),
+                tuple(done.missing for done in commit.done),
+                before,
+                after,
+                _log_change(before, after),
+            )
+        )
+        before = after
     return tuple(out)
 
 
-def _transition(
-    seq: int, commit: Commit, behind: Mapping[Life, Backing], before: SlotTable
-) -> ReplayTransition:
-    after = before.copy()
-    ops: list[Op] = []
-    slots: list[Slot] = []
-    for done in commit.done:
-        slot = _carry_out(done, after, behind)
-        ops.append(Op(done.kind, slot.as_id, slot.slot, slot.gpa, slot.size, done.flags))
-        slots.append(slot)
-    return ReplayTransition(
-        seq,
-        tuple(ops),
-        tuple(done.ret for done in commit.done),
-        tuple(slots),
-        tuple(done.missing for done in commit.done),
-        before,
-        after,
-        _log_change(before, after),
-    )
-
-
-def _carry_out(done: Done, table: SlotTable, behind: Mapping[Life, Backing]) -> Slot:
-    """Change `table` as the operation did; the slot it is about."""
+def _carry_out(
+    done: Done, live: dict[tuple[int, int], Slot], behind: Mapping[Life, Backing]
+) -> Slot:
+    """Change `live` as the operation did; the slot it is about."""
     slot = _slot(done.life, behind, done.flags)
-    there = table.get(slot.as_id, slot.slot)
-    if done.kind is OpKind.DELETE and there is not None:
-        slot = there
+    which = (slot.as_id, slot.slot)
+    if done.kind is OpKind.DELETE:
+        slot = live.get(which, slot)
     if done.ret == 0:
-        if done.kind is not OpKind.ADD:
-            table.remove(slot.as_id, slot.slot)
+        live.pop(which, None)
         if done.kind is not OpKind.DELETE:
-            table.add(slot)
+            live[which] = slot
     return slot
 
 
@@ -234,13 +227,11 @@ def _remark(history: History, recorded: Recorded) -> None:
     elsewhere = sum(1 for commit in history.commits for done in commit.done if done.life.as_id != 0)
     if elsewhere:
         recorded.remarks.add(
-            f"{elsewhere} operations are on another address space than `memory` (SMM's, mostly)"
+            f"operations on another address space than `memory` (SMM's, mostly): {elsewhere}"
         )
     private = sum(1 for life in lives if (life.flags | life.first_flags) & GUEST_MEMFD)
     if private:
-        recorded.remarks.add(
-            f"{private} slots have a guest_memfd, so their memory is not the host's"
-        )
+        recorded.remarks.add(f"slots with a guest_memfd, whose memory is not the host's: {private}")
 
 
 def _nothing_in(path: str, recorded: Recorded) -> InputError:

@@ -12,6 +12,7 @@ from .measured import (
     SummaryRecord,
     Violation,
 )
+from .mirrored import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
 from .reader import Recording, is_recording
 from .records import (
     SCHEMA,
@@ -55,6 +56,11 @@ __all__ = [
     "Violation",
     "SummaryRecord",
     "StallStatistics",
+    "MirrorRecord",
+    "MirrorDifference",
+    "MirrorTimes",
+    "MemoryShown",
+    "LabMirror",
     "GuestState",
     "QmpEvent",
     "Reconciled",

@@ -12,14 +12,14 @@ from typing import Any, BinaryIO
 import msgspec
 
 from ..errors import InputError, RecordingError
-from . import measured, records
+from . import measured, mirrored, records
 from .records import SCHEMA, Header, Record
 
 __all__ = ["Recording", "is_recording"]
 
 _TYPES: dict[str, type[Record]] = {
     str(cls.__struct_config__.tag): cls
-    for module in (records, measured)
+    for module in (records, measured, mirrored)
     for cls in vars(module).values()
     if isinstance(cls, type) and issubclass(cls, Record) and cls is not Record
 }

@@ -2,34 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
+import lzma
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from types import ModuleType
-from typing import cast
 
 import pytest
 
 from qmp_memlistener.errors import InputError, MissingPrerequisite
 from qmp_memlistener.guests.linux import LinuxImage
+from tools.kernel_modules import Modules, in_order
+from tools.releases import Broken
 
 SCRIPT = Path(__file__).resolve().parents[2] / "vm-images" / "linux" / "build.py"
-
-
-@pytest.fixture(scope="module")
-def script() -> ModuleType:
-    """build.py as a module."""
-    spec = importlib.util.spec_from_file_location("linux_build", SCRIPT)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["linux_build"] = module
-    spec.loader.exec_module(module)
-    return module
 
 
 def described(home: Path, **changes: object) -> None:
@@ -90,7 +77,7 @@ def test_no_image(cache: Path) -> None:
 def test_a_description_that_is_none(cache: Path, text: str) -> None:
     described(cache / "6.1")
     (cache / "6.1" / "linux.json").write_text(text)
-    with pytest.raises(InputError, match="does not describe a Linux guest"):
+    with pytest.raises(InputError, match="does not describe the Linux guest"):
         LinuxImage.find()
 
 
@@ -114,52 +101,29 @@ def test_usage() -> None:
     assert "unknown kernel 2.4, known: 6.1, 6.12" in done.stderr
 
 
-def test_a_module_comes_after_what_it_needs(script: ModuleType) -> None:
-    order = cast("Callable[[Iterable[str], Mapping[str, bytes]], list[str]]", script.in_order)
+def test_a_module_comes_after_what_it_needs() -> None:
     code = {
         "virtio_net": b"\0license=GPL\0depends=net_failover,virtio-ring\0name=virtio_net\0",
         "net_failover": b"\0depends=failover\0",
         "failover": b"\0depends=\0",
         "virtio_ring": b"\0depends=\0",
     }
-    assert order(["virtio_ring", "virtio_net"], code) == [
+    assert in_order(["virtio_ring", "virtio_net"], code) == [
         "virtio_ring",
         "failover",
         "net_failover",
         "virtio_net",
     ]
-    with pytest.raises(script.Broken, match="does not tell"):
-        order(["x"], {"x": b""})
+    with pytest.raises(Broken, match="does not tell"):
+        in_order(["x"], {"x": b""})
 
 
-def test_cpio_is_what_the_kernel_reads(script: ModuleType) -> None:
-    entry = script.Entry
-    archive = cast(
-        "bytes",
-        script.cpio(
-            [
-                entry("bin", 0o40755),
-                entry("dev/console", 0o20600, device=(5, 1)),
-                entry("a", 0o100644, b"hello"),
-            ]
-        ),
-    )
-    found = []
-    at = 0
-    while True:
-        assert archive[at : at + 6] == b"070701"
-        fields = [int(archive[at + 6 + 8 * i : at + 14 + 8 * i], 16) for i in range(13)]
-        mode, size, device, length = fields[1], fields[6], (fields[9], fields[10]), fields[11]
-        name = archive[at + 110 : at + 110 + length]
-        assert name.endswith(b"\0")
-        data_at = (at + 110 + length + 3) & ~3
-        found.append((name[:-1], mode, device, archive[data_at : data_at + size]))
-        at = (data_at + size + 3) & ~3
-        if name == b"TRAILER!!!\0":
-            break
-    assert at == len(archive)
-    assert found[:-1] == [
-        (b"bin", 0o40755, (0, 0), b""),
-        (b"dev/console", 0o20600, (5, 1), b""),
-        (b"a", 0o100644, (0, 0), b"hello"),
-    ]
+def test_modules_have_the_kernels_names_and_are_unpacked(tmp_path: Path) -> None:
+    (tmp_path / "drivers").mkdir()
+    (tmp_path / "drivers" / "virtio-rng.ko.xz").write_bytes(lzma.compress(b"\0depends=\0"))
+    (tmp_path / "virtio.ko").write_bytes(b"plain")
+    modules = Modules(tmp_path)
+    assert (modules["virtio_rng"], modules["virtio"]) == (b"\0depends=\0", b"plain")
+    assert "virtio_mem" not in modules
+    with pytest.raises(Broken, match="no module virtio_mem"):
+        in_order(["virtio_mem"], modules)

@@ -1,0 +1,346 @@
+"""A mirror's backend on /dev/kvm: real slots of a lab VM that follow a guest's.
+
+    with Kvm() as kvm, KvmBackend(kvm) as backend:
+        async with attach(target) as agent, mirroring(agent, backend, Strategy.HOLE): ...
+
+`KvmBackend` has the methods of `updates.slot_backend.SlotBackend`.  How slots of a plan become
+slots of KVM is in `backend_slots`, what lies behind them in `backend_memory`, how they are looked
+at in `backend_probe`.  The guest's memory is not here: the lab has RAM blocks of its own.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from types import TracebackType
+from typing import Self, TypeVar
+
+import msgspec
+
+from ..errors import InputError, MissingPrerequisite, OperationFailed
+from ..memslots import Slot
+from ..memslots.intervals import Range, join, subtract
+from .backend_memory import Blocks
+from .backend_probe import GuestProbe, Verified, samples_of, verify_slots
+from .backend_slots import RealSlots
+from .capabilities import Cap
+from .device import Kvm
+from .machine import Machine
+from .programs import GAP, MAX_VCPUS
+from .x86 import GIB, MAX_GIB
+
+__all__ = ["KvmBackend", "LabFacts"]
+
+T = TypeVar("T")
+
+_ROOM = 16 << 20  # the private slot takes less, whatever its guest reaches
+_ALIGN = 2 << 20  # where it may lie
+_CHIPSET = (0xFE00_0000, 4 * GIB)  # devices and firmware, and pages that KVM has for itself
+_REACHES = (MAX_GIB, 256, 64, 16)  # GiB; not every CPU has all address bits
+_MANY_SLOTS = 509  # on a KVM that does not say how many
+_LARGE = 2 * GIB  # KVM makes or deletes such a slot in tens of ms
+_SAMPLES = 256
+
+
+class LabFacts(msgspec.Struct, frozen=True, kw_only=True):
+    """What a backend is made of, and what it did so far.
+
+    `vcpus` beat, `reach` is the first address that its guest does not get at, `[private_start,
+    private_end)` its own slot.  `slots` are KVM's, the private one left out.  `slot_ioctls` are
+    KVM_SET_USER_MEMORY_REGION calls for them, `mappings` changes of the host's mapping behind live
+    ones.  `placed` slots came by such a change alone, `grown` slots were deleted and added again,
+    larger, for one that did not fit; `moved`: the private slot had to give way.  `holds`: its vCPUs
+    were held so often, for `held_ns` in all and `longest_hold_ns` at most, kick and entry included.
+    """
+
+    vcpus: int
+    reach: int
+    private_start: int
+    private_end: int
+    slots: int
+    slot_ioctls: int
+    mappings: int
+    placed: int
+    grown: int
+    moved: int
+    holds: int
+    held_ns: int
+    longest_hold_ns: int
+
+
+class KvmBackend:
+    """Keeps slots in a VM on /dev/kvm.  Close it, or use it as a context manager.
+
+    `vcpus` of them run meanwhile, doing nothing but noticing how time goes by in memory of their
+    own: then a slot operation costs what it costs with running vCPUs, and each takes a host CPU.
+    Between `begin` and `end` they are held.  Methods are called in turn; those for large slots
+    return an awaitable, because KVM takes its time for them, and work in a thread.
+
+    What KVM refuses is raised as SlotRefused with KVM's errno, and names the slot.
+    """
+
+    def __init__(self, kvm: Kvm, *, vcpus: int = 0) -> None:
+        """Raises InputError, OperationFailed; MissingPrerequisite without KVM_CAP_SYNC_MMU."""
+        if not 0 <= vcpus <= MAX_VCPUS:
+            raise InputError(
+                f"the lab has room for 0 to {MAX_VCPUS} vCPUs, not {vcpus}",
+                remedy=f"use at most {MAX_VCPUS}",
+            )
+        if not kvm.capability(Cap.SYNC_MMU):
+            raise MissingPrerequisite(
+                "this kernel's KVM does not notice changes of host mappings (KVM_CAP_SYNC_MMU)",
+                remedy="use a host whose KVM has it: all of x86 do since Linux 2.6.28",
+            )
+        self._kvm = kvm
+        self._vcpus = vcpus
+        self._private_slot = (kvm.capability(Cap.NR_MEMSLOTS) or _MANY_SLOTS) - 1
+        self._lock = threading.Lock()
+        self._moved = 0
+        self._holds: list[int] = [0, 0, 0]  # how many, ns in all, the longest
+        self._machine, self._probe = self._build(())
+        self._slots = RealSlots(self._machine.vm, self._private_slot, self._standing)
+
+    # -- what a mirror calls -------------------------------------------------------------------
+
+    def add_slot(self, slot: Slot) -> Awaitable[None] | None:
+        """Raises SlotRefused; InputError for another address space than `memory`, and for a slot
+        of which nobody says what is behind it; OperationFailed when the host has no room."""
+        return self._operate(slot, lambda: self._add(slot))
+
+    def delete_slot(self, slot: Slot) -> Awaitable[None] | None:
+        """Raises SlotRefused."""
+        return self._operate(slot, lambda: self._slots.delete(slot))
+
+    def set_flags(self, slot: Slot) -> Awaitable[None] | None:
+        """Raises SlotRefused: KVM changes nothing but LOG_DIRTY_PAGES in a live slot."""
+        return self._operate(slot, lambda: self._slots.set_flags(slot))
+
+    def set_hole(self, slot: Slot, start: int, end: int) -> None:
+        """Nothing is mapped there any more; slot id and dirty bitmap stay.  Raises SlotRefused."""
+        with self._lock:
+            self._slots.set_hole(slot, start, end)
+
+    def clear_hole(self, slot: Slot, start: int, end: int) -> None:
+        """Raises SlotRefused."""
+        with self._lock:
+            self._slots.clear_hole(slot, start, end)
+
+    def begin(self) -> None:
+        """Hold the vCPUs.  Raises OperationFailed."""
+        if self._vcpus and not self._machine.held:
+            self._machine.hold()
+
+    def end(self) -> None:
+        """Let them go on."""
+        if self._vcpus and self._machine.held:
+            self._machine.release()
+            stall_ns = self._machine.stall_ns
+            count, total, longest = self._holds
+            self._holds = [count + 1, total + stall_ns, max(longest, stall_ns)]
+
+    def slots(self) -> tuple[Slot, ...]:
+        """What it holds, from its own knowledge; `verify` asks KVM and a guest."""
+        with self._lock:
+            return tuple(self._slots.table)
+
+    # -- looking at it -------------------------------------------------------------------------
+
+    @property
+    def memory(self) -> Blocks:
+        """The lab's own memory of each RAM block."""
+        return self._slots.ground.blocks
+
+    def kvm_slots(self) -> list[Slot]:
+        """The slots as KVM has them: one for each slot held, or for several that share it."""
+        with self._lock:
+            return self._slots.real()
+
+    def read(self, gpa: int) -> bytes | None:
+        """The word of 8 bytes that a guest of this VM reads at `gpa`; None: no memory there.
+
+        Raises InputError for an address out of reach or not a multiple of 8, OperationFailed.
+        """
+        with self._lock:
+            return self._probe.read(gpa)
+
+    def write(self, gpa: int, word: bytes) -> bool:
+        """A guest's store of 8 bytes: False when it reaches no memory that can be written.
+
+        Raises as `read`.
+        """
+        with self._lock:
+            return self._probe.write(gpa, word)
+
+    def dirty_pages(self) -> frozenset[int]:
+        """gpas of pages written through logged slots, not told before: KVM's own dirty logs.
+
+        Slots that a strategy deletes lose theirs.  Pages in holes are left out; what was dirty when
+        a hole opened is told when it closes.  On hardware KVM a guest's first read of a page may
+        make it dirty, too.  Raises SlotRefused.
+        """
+        with self._lock:
+            return self._slots.dirty_pages()
+
+    def verify(self, most: int = _SAMPLES) -> Verified:
+        """Have KVM and a guest confirm what `slots` says, at up to `most` pages.
+
+        A guest reads at both ends and in the middle of what each slot shows, and beside it where no
+        memory should be; KVM is asked which slots it has dirty logs of.  The lab's memory of these
+        pages is written to.  Takes some 0.1 ms a page.  Raises OperationFailed.
+        """
+        with self._lock:
+            slots, probe = self._slots, self._probe
+            samples = samples_of(slots.table, _private(self._machine), most)
+            try:
+                misread = tuple(verify_slots(slots.table, slots.ground.blocks, probe, samples))
+            except OSError as exc:
+                raise OperationFailed(f"the lab cannot look at its slots: {exc.strerror}") from exc
+            unreached = sum(gpa >= probe.reach for gpa in samples)
+            return Verified(len(samples) - unreached, unreached, misread, tuple(slots.wrong_logs()))
+
+    def facts(self) -> LabFacts:
+        """What it is made of and what it did so far."""
+        with self._lock:
+            start, end = _private(self._machine)
+            counts = self._slots.ground.counts
+            return LabFacts(
+                vcpus=self._vcpus,
+                reach=self._probe.reach,
+                private_start=start,
+                private_end=end,
+                slots=len(self._slots.spans()),
+                slot_ioctls=counts.ioctls,
+                mappings=counts.mappings,
+                placed=counts.placed,
+                grown=counts.grown,
+                moved=self._moved,
+                holds=self._holds[0],
+                held_ns=self._holds[1],
+                longest_hold_ns=self._holds[2],
+            )
+
+    def beats(self) -> list[int]:
+        """How often each running vCPU has gone round so far."""
+        return self._machine.beats()[: self._vcpus]
+
+    # -- inside --------------------------------------------------------------------------------
+
+    def _operate(self, slot: Slot, call: Callable[[], None]) -> Awaitable[None] | None:
+        def locked() -> None:
+            with self._lock:
+                call()
+
+        if slot.size >= _LARGE:
+            return asyncio.to_thread(locked)
+        locked()
+        return None
+
+    def _add(self, slot: Slot) -> None:
+        start, end = _private(self._machine)
+        if slot.as_id == 0 and slot.gpa < end and start < slot.end:
+            self._move_out_of(slot)
+        self._slots.add(slot)
+
+    def _move_out_of(self, slot: Slot) -> None:
+        """Another VM, with its private slot elsewhere and the same slots otherwise.
+
+        A slot of a VM whose vCPUs have their code and page tables in it cannot be moved.
+        """
+        held = self._machine.held
+        with self._standing():
+            machine, probe = self._build((*self._slots.spans(), (slot.gpa, slot.end)))
+            try:
+                self._slots.move_to(machine.vm)
+            except BaseException:
+                machine.close()
+                raise
+            self._machine.close()
+            self._machine, self._probe = machine, probe
+            self._moved += 1
+        if held and self._vcpus:
+            self.begin()
+
+    @contextmanager
+    def _standing(self) -> Iterator[None]:
+        """No vCPU runs in the block; they go on after it when they did before."""
+        if self._machine.held:
+            yield
+            return
+        self.begin()
+        try:
+            yield
+        finally:
+            self.end()
+
+    def _build(self, taken: Sequence[Range]) -> tuple[Machine, GuestProbe]:
+        """A machine whose private slot is in nobody's way, and whose guests run there."""
+        why: OperationFailed | None = None
+        for gibibytes in _REACHES:
+            private_gpa = _place(gibibytes, taken)
+            if private_gpa is None:
+                continue
+            try:
+                return self._try(private_gpa, gibibytes)
+            except OperationFailed as exc:
+                why = exc
+        raise why or OperationFailed(
+            f"there is no room for the lab's own slot below {MAX_GIB} GiB",
+            remedy="mirror a guest that leaves 16 MiB of addresses free",
+        )
+
+    def _try(self, private_gpa: int, gibibytes: int) -> tuple[Machine, GuestProbe]:
+        machine = Machine(
+            self._kvm,
+            vcpus=max(self._vcpus, 1),
+            private_slot=self._private_slot,
+            private_gpa=private_gpa,
+            reach=(gibibytes - 1) * GIB,
+        )
+        try:
+            probe = GuestProbe(machine, gibibytes * GIB)
+            code = machine.private.code_gpa
+            at = code - private_gpa
+            if probe.read(code) != bytes(machine.private.memory.bytes[at : at + 8]):
+                raise OperationFailed(f"the lab's guest does not see its own slot at {code:#x}")
+            machine.load(lambda i: (machine.entry(GAP), machine.private.cr3, machine.registers(i)))
+            if self._vcpus:
+                machine.release()
+        except BaseException:
+            machine.close()
+            raise
+        return machine, probe
+
+    # -- the end -------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """End VM and threads, give memory back; waits for an operation that is under way."""
+        with self._lock:
+            self._machine.close()
+            self._slots.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def _private(machine: Machine) -> Range:
+    return machine.private.gpa, machine.private.gpa + machine.private.size
+
+
+def _place(gibibytes: int, taken: Sequence[Range]) -> int | None:
+    """The highest free place for the private slot, a GiB below what its guest reaches."""
+    used = join(sorted((*taken, _CHIPSET, (0, _ROOM))))
+    for start, end in reversed(subtract([(0, (gibibytes - 1) * GIB)], used)):
+        place = (end - _ROOM) // _ALIGN * _ALIGN
+        if place >= start:
+            return place
+    return None

@@ -1,0 +1,289 @@
+"""The real slots of a mirror on the lab: which slot of KVM shows which slots of the plans.
+
+`RealSlots` keeps them in one VM.  A slot that shares no address with another is a slot of KVM's
+own, with its flags.  One that lies in another's hole (ROM in front of RAM) shares a real slot with
+it, an arena (see `arenas`).  Since nobody knows beforehand what a running guest will map, arenas
+are made, and made larger, as slots come.  vCPUs and the private slot are the business of `backend`.
+"""
+
+from __future__ import annotations
+
+import errno
+from bisect import bisect_left, bisect_right, insort
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+
+from msgspec.structs import replace
+
+from ..errors import InputError, OperationFailed
+from ..memslots import LOG_DIRTY_PAGES, READONLY, Slot, SlotTable
+from .arenas import Arena, Piece, piece_of
+from .backend_real import Ground, RealSlot, refused
+from .host_memory import PAGE
+from .vm import LabVm, SlotRefused
+
+__all__ = ["RealSlots"]
+
+_MEMORY = 0  # the address space that a mirror follows
+
+
+class RealSlots:
+    """Slots of `vm` that show the slots of plans; their ids stay below `last_id`.
+
+    `standing` makes a block in which no vCPU runs.  `table` is what is held, also after a call that
+    raised: what KVM refused is not in it, what went on the way is not either.
+    """
+
+    def __init__(
+        self, vm: LabVm, last_id: int, standing: Callable[[], AbstractContextManager[None]]
+    ) -> None:
+        self.table = SlotTable()
+        self.ground = Ground(vm)
+        self._last_id = last_id
+        self._standing = standing
+        self._reals: list[RealSlot] = []  # by gpa
+        self._numbers: set[int] = set()
+
+    # -- one operation of a plan each ----------------------------------------------------------
+
+    def add(self, slot: Slot) -> None:
+        """Raises SlotRefused, with KVM's errno; InputError for what no mirror has; and
+        OperationFailed when the host has no room."""
+        if slot.as_id != _MEMORY or slot.offset is None:
+            raise InputError(
+                f"the lab does not show {slot}: "
+                + ("nothing says what is behind it" if slot.as_id == _MEMORY else "it is SMRAM"),
+                remedy="mirror the address space `memory`, from plans made of maps",
+            )
+        if self.table.get(slot.as_id, slot.slot) is not None:
+            raise refused("add", slot, errno.EINVAL)
+        if slot.size <= 0 or (slot.gpa | slot.size) % PAGE or self._clashes(slot):
+            self._let_kvm_refuse(slot)
+        touched = self._overlapping(slot.gpa, slot.end)
+        if not touched:
+            self._make(slot)
+        elif len(touched) == 1 and touched[0].fits(slot):
+            self._place(touched[0], slot)
+        else:
+            self._grow(touched, slot)
+        self.table.add(slot)
+
+    def delete(self, slot: Slot) -> None:
+        """Raises SlotRefused."""
+        held = self._held(slot, "delete")
+        real = self._at(held.gpa)
+        alone = len(real.members) == 1
+        if alone:
+            real.delete(slot)
+            self._leave(real)
+        else:
+            for start, end in held.mapped:
+                real.show(Piece(start, end), held)
+            del real.members[held.slot]
+        self.table.remove(held.as_id, held.slot)
+        self.ground.blocks.let_go((held.block, held.owner), self.table)
+        if not alone:
+            real.set_log(held)
+
+    def set_flags(self, slot: Slot) -> None:
+        """Raises SlotRefused: EINVAL when anything but LOG_DIRTY_PAGES would change."""
+        held = self._held(slot, "change")
+        real = self._at(held.gpa)
+        new = replace(held, flags=slot.flags)
+        if held.size == real.arena.size and len(real.members) == 1:
+            real.set(slot.flags, "change", new)
+        elif (held.flags ^ slot.flags) & ~LOG_DIRTY_PAGES:
+            raise refused("change", slot, errno.EINVAL)
+        else:
+            real.members[held.slot] = new
+            try:
+                real.set_log(new)
+            except SlotRefused:
+                real.members[held.slot] = held
+                raise
+        self._replace(real, new)
+
+    def set_hole(self, slot: Slot, start: int, end: int) -> None:
+        """Raises SlotRefused: EINVAL when not all of it is reached through the slot."""
+        what = f"make a hole at {start:#x}+{end - start:#x} in"
+        held = self._held(slot, what)
+        if start >= end or not any(low <= start and end <= high for low, high in held.mapped):
+            raise refused(what, slot, errno.EINVAL)
+        real = self._at(held.gpa)
+        real.show(Piece(start, end), held)
+        self._replace(real, held.with_hole(start, end))
+
+    def clear_hole(self, slot: Slot, start: int, end: int) -> None:
+        """Raises SlotRefused: EINVAL when not all of it is a hole, EEXIST when a slot is there."""
+        what = f"close the hole at {start:#x}+{end - start:#x} in"
+        held = self._held(slot, what)
+        if start >= end or not any(low <= start and end <= high for low, high in held.holes):
+            raise refused(what, slot, errno.EINVAL)
+        if self.table.overlapping(_MEMORY, start, end):
+            raise refused(what, slot, errno.EEXIST)
+        real = self._at(held.gpa)
+        real.show(piece_of(held, (start, end)), held)
+        self._replace(real, held.without_hole(start, end))
+
+    # -- as a whole ----------------------------------------------------------------------------
+
+    def real(self) -> list[Slot]:
+        """The slots as KVM has them, by address."""
+        return [Slot(_MEMORY, r.number, r.gpa, r.arena.size, r.flags) for r in self._reals]
+
+    def spans(self) -> list[tuple[int, int]]:
+        """The addresses of KVM's slots, ascending."""
+        return [(r.gpa, r.end) for r in self._reals]
+
+    def move_to(self, vm: LabVm) -> None:
+        """Make the same slots in another VM; the dirty bits come along.
+
+        Raises SlotRefused; then the old VM is the one that counts.
+        """
+        for real in self._reals:
+            real.make_in(vm)
+        for real in self._reals:
+            if real.logged:
+                real.carry()
+        self.ground.vm = vm
+
+    def dirty_pages(self) -> frozenset[int]:
+        """gpas of pages written through logged slots, not told before.  Raises SlotRefused."""
+        logged = (real for real in self._reals if real.logged)
+        return frozenset(page for real in logged for page in real.take_dirty())
+
+    def wrong_logs(self) -> Iterator[str]:
+        """Where KVM has a dirty log and should have none, or the other way round, in words.
+
+        Logs are fetched by that, and their bits kept.  Raises SlotRefused.
+        """
+        for real in self._reals:
+            try:
+                real.carry()
+                logged = True
+            except SlotRefused as exc:
+                if exc.errno != errno.ENOENT:
+                    raise
+                logged = False
+            if logged != real.logged:
+                has = "has a dirty log" if logged else "has no dirty log"
+                yield f"KVM's slot {real.number} at {real.gpa:#x}+{real.arena.size:#x} {has}"
+
+    def close(self) -> None:
+        """Give host mappings and memory back; the VM must be gone."""
+        for real in self._reals:
+            real.close()
+        self._reals.clear()
+        self._numbers.clear()
+        self.table = SlotTable()
+        self.ground.blocks.close()
+
+    # -- how a slot comes ----------------------------------------------------------------------
+
+    def _make(self, slot: Slot) -> None:
+        arena = Arena(_MEMORY, slot.gpa, slot.size, bool(slot.flags & READONLY))
+        real = RealSlot(self.ground, arena, [slot], self._free_number(slot.slot), slot)
+        try:
+            real.set(slot.flags, "add", slot)
+        except BaseException:
+            real.close()
+            raise
+        self._enter(real)
+
+    def _place(self, real: RealSlot, slot: Slot) -> None:
+        """Into an arena that holds it."""
+        done: list[Piece] = []
+        try:
+            for r in slot.mapped:
+                piece = piece_of(slot, r)
+                real.show(piece, slot)
+                done.append(piece)
+            real.members[slot.slot] = slot
+            real.set_log(slot)
+        except OperationFailed:
+            real.members.pop(slot.slot, None)
+            for piece in done:
+                real.show(Piece(piece.start, piece.end), slot)
+            raise
+        self.ground.counts.placed += 1
+
+    def _grow(self, touched: list[RealSlot], slot: Slot) -> None:
+        """One arena in place of those, with room for `slot`; vCPUs stand meanwhile."""
+        members = [s for real in touched for s in real.members.values()]
+        start = min(slot.gpa, touched[0].gpa)
+        end = max(slot.end, touched[-1].end)
+        readonly = all(s.flags & READONLY for s in (*members, slot))
+        arena = Arena(_MEMORY, start, end - start, readonly)
+        number = max(touched, key=lambda real: real.arena.size).number
+        new = RealSlot(self.ground, arena, (*members, slot), number, slot)
+        try:
+            with self._standing():
+                for old in touched:
+                    if old.logged:
+                        old.carry()
+                        new.inherit(old)
+                    old.delete(slot)
+                    self._leave(old)
+                    for s in old.members.values():
+                        self.table.remove(s.as_id, s.slot)
+                new.set(new.wanted_flags, "grow an arena for", slot)
+        except BaseException:
+            new.close()
+            raise
+        self._enter(new)
+        for s in members:
+            self.table.add(s)
+        self.ground.counts.grown += 1
+
+    def _let_kvm_refuse(self, slot: Slot) -> None:
+        """KVM's own answer to a slot that cannot be."""
+        number = self._free_number(slot.slot)
+        result = self.ground.vm.region(number, slot.gpa, max(slot.size, 0), PAGE, slot.flags)
+        assert result < 0, "KVM takes neither slots that overlap nor parts of pages"
+        raise refused("add", slot, -result)
+
+    def _enter(self, real: RealSlot) -> None:
+        insort(self._reals, real, key=_gpa)
+        self._numbers.add(real.number)
+
+    def _leave(self, real: RealSlot) -> None:
+        self._reals.remove(real)
+        self._numbers.discard(real.number)
+
+    # -- finding -------------------------------------------------------------------------------
+
+    def _overlapping(self, start: int, end: int) -> list[RealSlot]:
+        first = bisect_right(self._reals, start, key=_gpa) - 1
+        if first < 0 or self._reals[first].end <= start:
+            first += 1
+        return self._reals[first : bisect_left(self._reals, end, key=_gpa)]
+
+    def _at(self, gpa: int) -> RealSlot:
+        return self._reals[bisect_right(self._reals, gpa, key=_gpa) - 1]
+
+    def _clashes(self, slot: Slot) -> bool:
+        return any(self.table.overlapping(_MEMORY, *r) for r in slot.mapped)
+
+    def _free_number(self, wanted: int) -> int:
+        """The id of the plan where it is free, so that KVM's slots have the ids of QEMU's."""
+        if wanted not in self._numbers and 0 <= wanted < self._last_id:
+            return wanted
+        number = self._last_id - 1
+        while number in self._numbers:
+            number -= 1
+        return number
+
+    def _held(self, slot: Slot, verb: str) -> Slot:
+        held = self.table.get(slot.as_id, slot.slot)
+        if held is None or (held.gpa, held.size) != (slot.gpa, slot.size):
+            raise refused(verb, slot, errno.EINVAL)
+        return held
+
+    def _replace(self, real: RealSlot, new: Slot) -> None:
+        self.table.remove(new.as_id, new.slot)
+        self.table.add(new)
+        real.members[new.slot] = new
+
+
+def _gpa(real: RealSlot) -> int:
+    return real.gpa

@@ -1,0 +1,213 @@
+"""What became of a mirror beside a watch: its record, and the same in words.
+
+Nothing is printed here, and text that a guest chose is passed on as it is: who prints makes it
+harmless.
+"""
+
+from __future__ import annotations
+
+import textwrap
+import time
+from collections.abc import Iterator
+
+from ..kvmlab.backend import LabFacts
+from ..kvmlab.backend_memory import Behind
+from ..kvmlab.backend_probe import WORD, Verified
+from ..recording import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
+from ..updates.mirror_report import MirrorReport, Shown, Times
+from .stalls import count_text, duration_text
+
+__all__ = ["lab_mirror", "mirror_lines", "mirror_record"]
+
+_SHOWN = 8  # of differences, and of notes
+
+
+# -- the record --------------------------------------------------------------------------------
+
+
+def mirror_record(report: MirrorReport, backend: str, lab: LabMirror | None = None) -> MirrorRecord:
+    """The record of a mirror that has ended."""
+    return MirrorRecord(
+        t_ns=time.monotonic_ns(),
+        backend=backend,
+        strategy=str(report.strategy),
+        in_step=report.in_step,
+        why_not=report.why_not,
+        compared=report.checks > 0,
+        differences=[
+            MirrorDifference(d.start, d.end, _shown(d.wanted), _shown(d.found))
+            for d in report.differences
+        ],
+        transitions=report.transitions,
+        operations=report.operations,
+        slots_added=report.slots_added,
+        slots_deleted=report.slots_deleted,
+        flags_changed=report.flags_changed,
+        holes_marked=report.holes_marked,
+        holes_unmarked=report.holes_unmarked,
+        slots_touched=report.slots_touched,
+        exposed=report.exposed,
+        bitmaps_dropped=report.bitmaps_dropped,
+        updates=_times(report.updates),
+        pauses=_times(report.pauses),
+        already_paused=report.already_paused,
+        unpaused=report.unpaused,
+        lag=_times(report.lag),
+        rebuilt=report.rebuilt,
+        dropped=report.dropped,
+        checks=report.checks,
+        notes=list(report.notes),
+        lab=lab,
+    )
+
+
+def lab_mirror(facts: LabFacts, verified: Verified) -> LabMirror:
+    """The part of the record that only a mirror on /dev/kvm has."""
+    return LabMirror(
+        vcpus=facts.vcpus,
+        slots=facts.slots,
+        slot_ioctls=facts.slot_ioctls,
+        mappings=facts.mappings,
+        placed=facts.placed,
+        grown=facts.grown,
+        moved=facts.moved,
+        holds=MirrorTimes(facts.holds, facts.held_ns, facts.longest_hold_ns),
+        reads=verified.reads,
+        differences=[
+            MirrorDifference(
+                m.gpa,
+                m.gpa + WORD,
+                _behind(m.wanted),
+                MemoryShown(None, None, None, None)
+                if m.found is None and m.word is not None
+                else _behind(m.found),
+            )
+            for m in verified.misread
+        ],
+        wrong_logs=list(verified.wrong_logs),
+    )
+
+
+def _times(times: Times) -> MirrorTimes:
+    return MirrorTimes(times.count, times.total_ns, times.longest_ns)
+
+
+def _shown(shown: Shown | None) -> MemoryShown | None:
+    if shown is None:
+        return None
+    return MemoryShown(shown.block, shown.owner, shown.offset, shown.readonly)
+
+
+def _behind(behind: Behind | None) -> MemoryShown | None:
+    if behind is None:
+        return None
+    return MemoryShown(behind.block, behind.owner, behind.offset, None)
+
+
+# -- in words ----------------------------------------------------------------------------------
+
+
+def mirror_lines(m: MirrorRecord, *, width: int = 80) -> Iterator[str]:
+    """Lines without line ends, an empty one first; at most `width` long."""
+    where = "on /dev/kvm" if m.backend == "kvm" else "in memory"
+    yield ""
+    state = "in step" if m.in_step else "OUT OF STEP"
+    yield f"mirror {where}, strategy {m.strategy}: {state}"
+    for text in _texts(m):
+        yield from textwrap.wrap(text, width, initial_indent="  ", subsequent_indent="    ")
+
+
+def _texts(m: MirrorRecord) -> Iterator[str]:
+    if m.why_not is not None:
+        yield m.why_not
+    if not m.compared:
+        yield "not compared with the guest's map at the end"
+    elif not m.differences:
+        yield "compared with the guest's map at the end: no difference"
+    else:
+        yield f"{count_text(len(m.differences), 'difference')} from the guest's map at the end:"
+        yield from _differences(m.differences)
+    done = (
+        (m.slots_added, "slot added", "slots added"),
+        (m.slots_deleted, "deleted", "deleted"),
+        (m.flags_changed, "change of flags", "changes of flags"),
+        (m.holes_marked, "hole marked", "holes marked"),
+        (m.holes_unmarked, "unmarked", "unmarked"),
+    )
+    parts = ", ".join(count_text(count, *words) for count, *words in done if count)
+    yield (
+        f"{count_text(m.transitions, 'map')} told, {count_text(m.operations, 'operation')}"
+        + (f": {parts}" if parts else "")
+    )
+    yield from _durations(m)
+    if m.exposed:
+        yield f"{count_text(m.exposed, 'update')} with memory missing in between that stays"
+    if m.rebuilt:
+        yield f"emptied and filled anew {count_text(m.rebuilt, 'time')}"
+    if m.dropped:
+        yield f"{count_text(m.dropped, 'change')} dropped because it was too slow"
+    if m.unpaused:
+        yield f"{count_text(m.unpaused, 'update')} during which the guest ran, wholly or in part"
+    if m.already_paused:
+        yield f"{count_text(m.already_paused, 'update')} of a guest that stood still anyhow"
+    if m.lab is not None:
+        yield from _lab(m.lab)
+    for note in m.notes[-_SHOWN:]:
+        yield f"note: {note}"
+
+
+def _durations(m: MirrorRecord) -> Iterator[str]:
+    for times, words in (
+        (m.updates, "an update took"),
+        (m.lag, "behind the guest for"),
+        (m.pauses, "the guest was paused for"),
+    ):
+        if times.count:
+            yield f"{words} {_average(times)}"
+
+
+def _lab(lab: LabMirror) -> Iterator[str]:
+    text = (
+        f"lab: {count_text(lab.slots, 'slot')} of KVM's, "
+        f"{count_text(lab.slot_ioctls, 'slot ioctl')}, "
+        f"{count_text(lab.mappings, 'host mapping')} made"
+    )
+    for count, words in (
+        (lab.placed, "placed in another's hole"),
+        (lab.grown, "made anew, larger"),
+    ):
+        if count:
+            text += f"; {count_text(count, 'slot')} {words}"
+    yield text
+    if lab.moved:
+        yield f"lab: its own slot gave way {count_text(lab.moved, 'time')}"
+    if lab.vcpus:
+        held = f", held for {_average(lab.holds)}" if lab.holds.count else ""
+        yield f"lab: {count_text(lab.vcpus, 'vCPU')} running{held}"
+    read = f"lab: its guest read {count_text(lab.reads, 'word')}, "
+    if not lab.differences:
+        yield f"{read}each from where it should be" if lab.reads else "lab: its guest read nothing"
+    else:
+        yield f"{read}{len(lab.differences):,} not from where it should be:"
+        yield from _differences(lab.differences)
+    yield from (f"lab: {text}" for text in lab.wrong_logs)
+
+
+def _average(times: MirrorTimes) -> str:
+    mean = duration_text(times.total_ns // times.count)
+    return f"{mean} on average, {duration_text(times.longest_ns)} at most"
+
+
+def _differences(differences: list[MirrorDifference]) -> Iterator[str]:
+    for d in differences[:_SHOWN]:
+        found, wanted = _memory(d.found), _memory(d.wanted)
+        yield f"- {d.start:#x}-{d.end - 1:#x} has {found} instead of {wanted}"
+    if len(differences) > _SHOWN:
+        yield f"- and {len(differences) - _SHOWN:,} more"
+
+
+def _memory(shown: MemoryShown | None) -> str:
+    if shown is None:
+        return "no memory"
+    at = "unknown memory" if shown.offset is None else f"{shown.block} @{shown.offset:#x}"
+    return f"{at} (read-only)" if shown.readonly else at

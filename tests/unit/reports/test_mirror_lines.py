@@ -1,0 +1,233 @@
+"""What became of a mirror: its record, read back from a file, and the same in words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import msgspec
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmp_memlistener.kvmlab.backend import LabFacts
+from qmp_memlistener.kvmlab.backend_memory import Behind
+from qmp_memlistener.kvmlab.backend_probe import Misread, Verified
+from qmp_memlistener.recording import (
+    Header,
+    LabMirror,
+    MemoryShown,
+    MirrorDifference,
+    MirrorRecord,
+    Recording,
+    RecordingWriter,
+)
+from qmp_memlistener.reports.mirror import lab_mirror, mirror_lines, mirror_record
+from qmp_memlistener.updates.mirror_report import MapDifference, MirrorReport, Shown, Times
+from qmp_memlistener.updates.model import Strategy
+
+RAM = Shown("pc.ram", "/objects/pc.ram", 0xF0000, readonly=False)
+BIOS = Shown("pc.bios", None, 0x30000, readonly=True)
+REPORT = MirrorReport(
+    strategy=Strategy.HOLE,
+    in_step=True,
+    why_not=None,
+    transitions=21,
+    operations=44,
+    slots_added=14,
+    slots_deleted=10,
+    flags_changed=0,
+    holes_marked=10,
+    holes_unmarked=10,
+    slots_touched=40,
+    exposed=0,
+    bitmaps_dropped=0,
+    updates=Times(21, 42_000_000, 5_000_000),
+    pauses=Times(),
+    already_paused=0,
+    unpaused=0,
+    lag=Times(20, 60_000_000, 9_000_000),
+    rebuilt=0,
+    dropped=0,
+    checks=1,
+    differences=(),
+    notes=(),
+)
+FACTS = LabFacts(
+    vcpus=0,
+    reach=1 << 39,
+    private_start=1 << 38,
+    private_end=(1 << 38) + (3 << 20),
+    slots=2,
+    slot_ioctls=4,
+    mappings=46,
+    placed=12,
+    grown=1,
+    moved=0,
+    holds=0,
+    held_ns=0,
+    longest_hold_ns=0,
+)
+GOOD = Verified(21, 0, (), ())
+replaced = msgspec.structs.replace
+
+
+def words(record: MirrorRecord) -> str:
+    """All of it in one line."""
+    return " ".join(" ".join(mirror_lines(record)).split())
+
+
+def test_a_good_mirror_in_words() -> None:
+    record = mirror_record(REPORT, "kvm", lab_mirror(FACTS, GOOD))
+    assert record.faults == 0
+    assert list(mirror_lines(record)) == [
+        "",
+        "mirror on /dev/kvm, strategy hole: in step",
+        "  compared with the guest's map at the end: no difference",
+        "  21 maps told, 44 operations: 14 slots added, 10 deleted, 10 holes marked, 10",
+        "    unmarked",
+        "  an update took 2.00 ms on average, 5.00 ms at most",
+        "  behind the guest for 3.00 ms on average, 9.00 ms at most",
+        "  lab: 2 slots of KVM's, 4 slot ioctls, 46 host mappings made; 12 slots placed",
+        "    in another's hole; 1 slot made anew, larger",
+        "  lab: its guest read 21 words, each from where it should be",
+    ]
+
+
+def test_differences_and_trouble_are_said() -> None:
+    differences = (
+        MapDifference(0xF0000, 0x100000, RAM, BIOS),
+        MapDifference(1 << 32, (1 << 32) + 4096, None, Shown(None, None, None, readonly=False)),
+        MapDifference(0, 4096, RAM, None),
+    )
+    report = replaced(
+        REPORT,
+        in_step=False,
+        why_not="0xf0000-0xfffff has something else",
+        differences=differences,
+        exposed=3,
+        rebuilt=1,
+        dropped=2,
+        unpaused=4,
+        already_paused=5,
+        pauses=Times(2, 4_000_000, 3_000_000),
+        notes=("a note",),
+    )
+    record = mirror_record(report, "model")
+    assert record.faults == 3
+    assert record.lab is None
+    text = words(record)
+    for said in (
+        "mirror in memory, strategy hole: OUT OF STEP 0xf0000-0xfffff has something else",
+        "3 differences from the guest's map at the end:",
+        "- 0xf0000-0xfffff has pc.bios @0x30000 (read-only) instead of pc.ram @0xf0000",
+        "- 0x100000000-0x100000fff has unknown memory instead of no memory",
+        "- 0x0-0xfff has no memory instead of pc.ram @0xf0000",
+        "3 updates with memory missing in between that stays",
+        "emptied and filled anew 1 time",
+        "2 changes dropped because it was too slow",
+        "4 updates during which the guest ran, wholly or in part",
+        "5 updates of a guest that stood still anyhow",
+        "the guest was paused for 2.00 ms on average, 3.00 ms at most",
+        "note: a note",
+    ):
+        assert said in text
+    assert "lab" not in text
+
+
+def test_what_the_lab_found_is_said() -> None:
+    ram = Behind("pc.ram", None, 4096)
+    verified = Verified(
+        9,
+        1,
+        (
+            Misread(4096, ram, None, None),
+            Misread(8192, None, ram, b"12345678"),
+            Misread(12288, ram, None, b"12345678"),
+        ),
+        ("KVM's slot 0 at 0x0+0x1000 has no dirty log",),
+    )
+    facts = replaced(FACTS, vcpus=2, holds=4, held_ns=8_000_000, longest_hold_ns=3_000_000, moved=1)
+    record = mirror_record(REPORT, "kvm", lab_mirror(facts, verified))
+    assert record.faults == 4
+    assert record.lab is not None
+    assert record.lab.differences == [
+        MirrorDifference(4096, 4104, MemoryShown("pc.ram", None, 4096, None), None),
+        MirrorDifference(8192, 8200, None, MemoryShown("pc.ram", None, 4096, None)),
+        MirrorDifference(
+            12288,
+            12296,
+            MemoryShown("pc.ram", None, 4096, None),
+            MemoryShown(None, None, None, None),
+        ),
+    ]
+    text = words(record)
+    for said in (
+        "lab: its own slot gave way 1 time",
+        "lab: 2 vCPUs running, held for 2.00 ms on average, 3.00 ms at most",
+        "lab: its guest read 9 words, 3 not from where it should be:",
+        "- 0x1000-0x1007 has no memory instead of pc.ram @0x1000",
+        "- 0x2000-0x2007 has pc.ram @0x1000 instead of no memory",
+        "- 0x3000-0x3007 has unknown memory instead of pc.ram @0x1000",
+        "lab: KVM's slot 0 at 0x0+0x1000 has no dirty log",
+    ):
+        assert said in text
+
+
+def test_many_differences_are_told_in_part() -> None:
+    many = tuple(MapDifference(n << 16, (n << 16) + 4096, RAM, None) for n in range(30))
+    text = words(mirror_record(replaced(REPORT, differences=many), "model"))
+    assert text.count(" instead of ") == 8
+    assert "- and 22 more" in text
+
+
+def test_a_mirror_that_was_not_compared() -> None:
+    record = mirror_record(replaced(REPORT, checks=0), "model")
+    assert not record.compared
+    assert "not compared with the guest's map at the end" in words(record)
+
+
+@given(
+    st.integers(48, 120),
+    st.text(st.characters(codec="utf-8"), min_size=1, max_size=300),
+    st.integers(0, 1 << 62),
+)
+def test_no_line_is_wider_than_it_may_be(width: int, text: str, number: int) -> None:
+    """Whatever a guest calls its memory."""
+    shown = Shown(text, text, number, readonly=True)
+    report = replaced(
+        REPORT,
+        why_not=text,
+        operations=number,
+        updates=Times(1, number, number),
+        differences=(MapDifference(0, number + 1, shown, None),),
+        notes=(text,),
+    )
+    lab = lab_mirror(replaced(FACTS, vcpus=1, slot_ioctls=number), GOOD)
+    assert max(
+        len(line) for line in mirror_lines(mirror_record(report, "kvm", lab), width=width)
+    ) <= (width)
+
+
+@pytest.mark.parametrize("lab", [None, lab_mirror(FACTS, GOOD)])
+def test_the_record_is_read_back(tmp_path: Path, lab: LabMirror | None) -> None:
+    header = Header(
+        tool_version="0",
+        monotonic_ns=1,
+        realtime_ns=2,
+        host_kernel="6",
+        target="x",
+        qemu_version=None,
+        machine=None,
+        accel=None,
+        guest_name=None,
+        pid=None,
+        source="x",
+    )
+    report = replaced(REPORT, differences=(MapDifference(0, 4096, RAM, BIOS),))
+    record = mirror_record(report, "kvm" if lab else "model", lab)
+    path = str(tmp_path / "r.jsonl")
+    with RecordingWriter(path, header) as writer:
+        writer.write(record)
+    read = Recording(path)
+    assert list(read) == [record]
+    assert read.skipped == 0
