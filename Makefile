@@ -24,6 +24,7 @@ lint: setup
 	@.venv/bin/ruff check .
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
+	@.venv/bin/mypy vm-images/svm
 
 bench: setup
 	@$(PY) tools/bench/run.py

@@ -17,7 +17,15 @@ from qmp_memlistener.memslots import (
     differences,
     fold,
 )
-from qmp_memlistener.memslots.intervals import complement, cut, cutting, intersect, join, put, subtract
+from qmp_memlistener.memslots.intervals import (
+    complement,
+    cut,
+    cutting,
+    intersect,
+    join,
+    put,
+    subtract,
+)
 
 
 def test_lookups() -> None:
@@ -213,6 +221,7 @@ def test_intervals_are_sets_of_points(a: set[int], b: set[int], start: int, size
     assert subtract(_ranges(a), _ranges(b)) == _ranges(a - b)
     end = start + size
     span = set(range(start, end))
+    assert intersect(_ranges(a), start, end) == _ranges(a & span)
     assert complement(start, end, _ranges(a)) == _ranges(span - a)
     grown, shrunk = _ranges(a), _ranges(a)
     put(grown, start, end)
