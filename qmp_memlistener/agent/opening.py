@@ -94,6 +94,7 @@ class Opening:
         self._upkeep = upkeep
         self._remarks: list[str] = []
         self._measuring: Measuring | None = None
+        self._source: Source | None = None
 
     async def run(self) -> Attached:
         """Raises as entering the block of `attach` does."""
@@ -114,6 +115,7 @@ class Opening:
             session,
             partial(_make_tracker, facts, rules, traced=session is not None),
         )
+        self._source = source
         header = header_of(
             str(self._options.target),
             facts,
@@ -230,8 +232,13 @@ class Opening:
         self._upkeep.give_up(error)
 
     async def _end_tasks(self) -> None:
-        """Stop the tasks and publish what they had in hand."""
+        """Take in what has happened until now, stop the tasks, publish what they had in hand."""
+        source = self._source
+        if source is not None:
+            await source.finish()
         await self._upkeep.end()
+        if source is not None and source.tracker is not None:
+            source.tracker.flush()  # of what no snapshot will tell more
         self._outlet.publish()
 
     # -- stalls ------------------------------------------------------------------------------

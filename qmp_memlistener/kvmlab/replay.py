@@ -281,7 +281,12 @@ def _memory(stack: ExitStack, source: ReplayInput) -> dict[BlockName, HostMemory
         size = -(-block.size // PAGE) * PAGE
         return stack.enter_context(HostMemory(size, "replay"))
 
-    return {(block.name, block.owner): made(block) for block in source.blocks}
+    # of operations that KVM refused nothing tells what they were to map: it does not matter
+    unknown = stack.enter_context(HostMemory(PAGE, "replay"))
+    return {
+        (None, None): unknown,
+        **{(block.name, block.owner): made(block) for block in source.blocks},
+    }
 
 
 def _first(source: ReplayInput, most: int) -> ReplayInput:

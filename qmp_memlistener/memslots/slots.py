@@ -161,7 +161,8 @@ class _Space:
         new = _Space()
         new.by_id = self.by_id.copy()
         new.pieces = self.pieces.copy()
-        new.free = self.free.copy()
+        # without what is in use again and what is in it twice: a table may be copied for ever
+        new.free = sorted({i for i in self.free if i not in self.by_id})
         new.top = self.top
         return new
 

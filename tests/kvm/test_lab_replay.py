@@ -97,3 +97,18 @@ def test_what_kvm_answers_otherwise_is_counted(kvm: Kvm, tmp_path: Path) -> None
     report = run_replay(str(path), ReplayOptions(strategies=("naive",)))
     naive = report.results[1]
     assert sum(t.return_mismatches for t in naive.transitions) >= 1
+
+
+def test_operations_that_were_refused_are_refused_again(kvm: Kvm, tmp_path: Path) -> None:
+    """Also when their host address tells of no memory that anything else has."""
+    del kvm
+    path = tmp_path / "refused.log"
+    line = "kvm_set_user_memory AddrSpace#0 Slot#{} flags=0x0 gpa={} size={} ua={} ret={}\n"
+    path.write_text(
+        line.format(0, "0x0", "0x100000", "0x7f0000000000", 0)
+        + line.format(1, "0x80000", "0x100000", "0x7e0000000000", -17)
+        + line.format(1, "0x200000", "0x100000", "0x7f0000200000", 0)
+    )
+    report = run_replay(str(path), ReplayOptions(strategies=("naive", "pause", "hole")))
+    for r in report.results:
+        assert sum(t.return_mismatches for t in r.transitions) == 0, r.name

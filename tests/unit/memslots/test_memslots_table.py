@@ -231,3 +231,12 @@ def test_intervals_are_sets_of_points(a: set[int], b: set[int], start: int, size
     in_a, in_b = cutting(_ranges(a), _ranges(b))
     assert in_a == {i for i, r in enumerate(_ranges(a)) if set(range(*r)) & b}
     assert in_b == {i for i, r in enumerate(_ranges(b)) if set(range(*r)) & a}
+
+
+def test_copies_that_change_for_ever_do_not_grow() -> None:
+    table = SlotTable([Slot(0, i, i << 12, 4096) for i in range(4)])
+    for _ in range(1000):
+        table = table.copy()
+        slot = table.remove(0, 1)
+        table.add(slot)
+    assert len(table.copy()._spaces[0].free) <= 4
