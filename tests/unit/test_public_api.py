@@ -54,6 +54,12 @@ def test_the_pure_packages_are(package: str) -> None:
     assert loaded_by(f"import qmp_memlistener.{package}", IMPURE) == set()
 
 
+def test_races_need_msgspec_alone() -> None:
+    """They run in guests where nothing else is installed."""
+    names = ("qemu", "qemu.qmp", "rich", "rich_click", "click", "elftools")
+    assert loaded_by("import qmp_memlistener.kvmlab.__main__", names) == set()
+
+
 def test_the_library_never_loads_the_command_line() -> None:
     names = ("rich", "rich_click", "click", "qmp_memlistener.cli", "qmp_memlistener.reports")
     assert loaded_by("from qmp_memlistener import Agent, attach, MemoryListener", names) == set()
