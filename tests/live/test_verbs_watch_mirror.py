@@ -293,7 +293,7 @@ async def test_ctrl_c_in_the_middle_of_changes(build: QemuBuild, strategy: str) 
             toggling = asyncio.create_task(vm.toggle(30_000, period_ms=5))
             await watch.until("#20 ")
             watch.process.send_signal(signal.SIGINT)
-            ran = await watch.end(20)
+            ran = await watch.end(40)
             toggling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await toggling
@@ -317,7 +317,7 @@ async def test_a_second_ctrl_c_does_without_the_comparison(build: QemuBuild) -> 
         watch.process.send_signal(signal.SIGINT)
         await watch.until("#40 ")  # it goes on for the comparison
         watch.process.send_signal(signal.SIGINT)
-        ran = await watch.end(20)
+        ran = await watch.end(40)
         toggling.cancel()
         with contextlib.suppress(asyncio.CancelledError):
             await toggling
@@ -380,7 +380,7 @@ async def test_a_reader_that_has_gone(build: QemuBuild) -> None:
             os.close(theirs)
             with os.fdopen(ours, "rb") as reader:
                 await asyncio.to_thread(read_until, reader, b"in step from now on")
-            end = asyncio.create_task(watch.end(20))
+            end = asyncio.create_task(watch.end(40))
             while not end.done():
                 await vm.toggle(2)
             ran = await end
