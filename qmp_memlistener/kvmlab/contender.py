@@ -21,7 +21,7 @@ from .host_memory import PAGE, HostMemory
 from .machine import Machine
 from .measuring import Update, measure
 from .programs import DATA, GAP, SIZE, WRITER, GuestKind, code
-from .strategies import HoleKind, LabStrategy
+from .strategies import LabStrategy
 
 __all__ = ["Contender"]
 
@@ -66,7 +66,7 @@ class Contender:
                 private_gpa=ground.private_gpa,
                 reach=ground.private_gpa,
                 rings=rings,
-                vm_type=1 if strategy.hole is HoleKind.ATTRIBUTES else 0,
+                vm_type=strategy.vm_type,
             )
             self._closers.append(self.machine.close)
             self.machine.touched = touch_hole

@@ -8,7 +8,6 @@ and no slot operation is made.  Slot operations remain for arenas that come and 
 from __future__ import annotations
 
 import errno
-import os
 import time
 from collections.abc import Callable, Sequence
 
@@ -16,7 +15,7 @@ from ..errors import OperationFailed
 from ..memslots import LOG_DIRTY_PAGES, READONLY, Op, Plan, Slot, SlotTable
 from ..memslots.intervals import Range, cut, intersect, put, subtract
 from ..memslots.slots import AS_SHIFT
-from . import abi, system
+from . import system
 from .arenas import Arena, Piece, Step, shown, slots_by_arena, steps_of
 from .execution import Backing, Carried, FetchedLog, Log, ring_log
 from .host_memory import Reservation
@@ -147,7 +146,6 @@ class _Mapped:
         self._arena = arena
         self._index = index
         self._userfault = userfault
-        self._memfd = -1
         self._room = Reservation(arena.size)
         self._placed: list[Piece] = []
         self._watched: list[Range] = []  # by userfaultfd
@@ -184,14 +182,7 @@ class _Mapped:
     def _set(self, flags: int) -> None:
         a = self._arena
         number = a.as_id << AS_SHIFT | self._index
-        if self._kind is HoleKind.ATTRIBUTES:
-            if self._memfd < 0:
-                self._memfd = self._vm.guest_memfd(a.size)
-            self._vm.region2(
-                number, a.gpa, a.size, self._room.hva, flags | abi.MEM_GUEST_MEMFD, self._memfd, 0
-            )
-        else:
-            self._vm.set_region(number, a.gpa, a.size, self._room.hva, flags)
+        self._vm.set_region(number, a.gpa, a.size, self._room.hva, flags)
         self.slot = Slot(a.as_id, self._index, a.gpa, a.size, flags)
 
     # -- what is mapped --------------------------------------------------------------------------
@@ -243,7 +234,8 @@ class _Mapped:
         at, size = self._at(piece)
         memory = self._backing[piece.block]
         self._room.place(at, size, memory, piece.offset, self._protection(piece))
-        if self._kind is HoleKind.ATTRIBUTES and self.slot is not None:
+        if self._kind is HoleKind.ATTRIBUTES:
+            # attributes are the VM's: an earlier slot here may have left a hole
             self._vm.set_private(piece.start, size, False)
         self._forget(piece)
         self._placed.append(piece)
@@ -277,6 +269,3 @@ class _Mapped:
 
     def close(self) -> None:
         self._room.close()
-        if self._memfd >= 0:
-            os.close(self._memfd)
-            self._memfd = -1

@@ -30,7 +30,7 @@ from .programs import DATA, Private
 from .race import host_facts
 from .replay_input import HostBlock, ReplayInput, ReplayTransition, read_replay
 from .replay_plans import Planned, addresses, chunk_of, free_place, plans_for, without
-from .strategies import LabStrategy, select, why_not
+from .strategies import HoleKind, LabStrategy, select, why_not
 from .x86 import GIB, MAX_GIB
 
 __all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay_document", "run_replay"]
@@ -111,6 +111,8 @@ def run_replay(
                 first, plans = plans_for(strategy, source)
                 tables = [first, *(p.plan.after for p in plans)]
                 reason = why_not(strategy, kvm, slots=max(map(len, tables)) + 2)
+            if reason is None and strategy.hole is HoleKind.ATTRIBUTES and _spaces(source) > 1:
+                reason = "a protected VM has one address space, slots here are in more"
             if reason is not None:
                 skipped[strategy.name] = reason
                 continue
@@ -141,6 +143,11 @@ def run_replay(
         )
 
 
+def _spaces(source: ReplayInput) -> int:
+    """Address spaces up to the last that has slots."""
+    return 1 + max((op.as_id for t in source.transitions for op in t.ops), default=0)
+
+
 class _Player:
     """A machine that goes through the transitions under one strategy."""
 
@@ -169,7 +176,12 @@ class _Player:
         top = max((e for e in _ends(source) if e <= reach), default=place)
         self._vcpus = vcpus
         self._machine = Machine(
-            kvm, vcpus=vcpus, private_slot=most - 1, private_gpa=place, reach=min(top, reach - GIB)
+            kvm,
+            vcpus=vcpus,
+            private_slot=most - 1,
+            private_gpa=place,
+            reach=min(top, reach - GIB),
+            vm_type=strategy.vm_type,
         )
         self._reach = self._machine.reach
         self._executor: Executor | None = None

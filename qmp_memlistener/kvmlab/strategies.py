@@ -23,7 +23,7 @@ __all__ = ["CONTROL", "STRATEGIES", "HoleKind", "LabStrategy", "select", "why_no
 
 CONTROL = "control"
 _MANY_SLOTS = 32_764
-_SW_PROTECTED = 1 << 1  # KVM_X86_SW_PROTECTED_VM in the bits of KVM_CAP_VM_TYPES
+KVM_X86_SW_PROTECTED_VM = 1  # a type of VM, and the number of its bit in KVM_CAP_VM_TYPES
 
 
 class HoleKind(StrEnum):
@@ -58,6 +58,11 @@ class LabStrategy:
     def idle(self) -> bool:
         """It changes nothing: the control."""
         return self.name == CONTROL
+
+    @property
+    def vm_type(self) -> int:
+        """What KVM_CREATE_VM is to make: attributes are for protected VMs."""
+        return KVM_X86_SW_PROTECTED_VM if self.hole is HoleKind.ATTRIBUTES else 0
 
 
 _DATA_HOLE = (
@@ -158,10 +163,11 @@ STRATEGIES: tuple[LabStrategy, ...] = (
     LabStrategy(
         "hole-attributes",
         PlanStrategy.HOLE,
-        "pages of a guest_memfd slot turned private: an access is KVM_EXIT_MEMORY_FAULT with its "
-        "address, the nearest thing in a kernel to the proposed hole",
+        "pages turned private in a slot that has no private memory: an access is "
+        "KVM_EXIT_MEMORY_FAULT with its page, but neither direction nor data; the nearest thing in "
+        "a kernel to the proposed hole. (A slot with guest_memfd would show that instead.)",
         hole=HoleKind.ATTRIBUTES,
-        needs=(Cap.USER_MEMORY2, Cap.GUEST_MEMFD, Cap.MEMORY_ATTRIBUTES, Cap.VM_TYPES),
+        needs=(Cap.MEMORY_ATTRIBUTES, Cap.VM_TYPES),
     ),
     LabStrategy(
         "hole-flag",
@@ -218,7 +224,7 @@ def why_not(strategy: LabStrategy, kvm: Kvm, *, slots: int = 1) -> str | None:
         value = kvm.capability(cap)
         if not value:
             return f"this kernel's KVM has no KVM_CAP_{cap.name}"
-        if cap is Cap.VM_TYPES and not value & _SW_PROTECTED:
+        if cap is Cap.VM_TYPES and not value >> KVM_X86_SW_PROTECTED_VM & 1:
             return "this kernel makes no protected VMs in software (KVM_X86_SW_PROTECTED_VM)"
     if strategy.hole is HoleKind.USERFAULT:
         return userfault.why_not()
