@@ -33,4 +33,6 @@ def command() -> None:
     """Run strategies for real, on a small VM of our own on /dev/kvm.
 
     No QEMU takes part and no guest of yours is touched. Exit code 4: KVM cannot be used here.
+
+    Example: qmp-memlistener lab race --strategy naive,pause,hole
     """

@@ -14,8 +14,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 import msgspec
 
@@ -26,6 +25,7 @@ from .backend_memory import Blocks
 from .backend_probe import GuestProbe, Verified, samples_of, verify_slots
 from .backend_slots import RealSlots
 from .capabilities import Cap
+from .closing import Closing
 from .device import Kvm
 from .machine import Machine
 from .programs import GAP, MAX_VCPUS
@@ -70,7 +70,7 @@ class LabFacts(msgspec.Struct, frozen=True, kw_only=True):
     longest_hold_ns: int
 
 
-class KvmBackend:
+class KvmBackend(Closing):
     """Keeps slots in a VM on /dev/kvm.  Close it, or use it as a context manager.
 
     `vcpus` of them run meanwhile, doing nothing but noticing how time goes by in memory of their
@@ -319,17 +319,6 @@ class KvmBackend:
         with self._lock:
             self._machine.close()
             self._slots.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _private(machine: Machine) -> Range:

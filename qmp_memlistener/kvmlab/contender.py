@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
 
 import msgspec
 
@@ -13,6 +11,7 @@ from ..memslots import Plan, Rules, SlotTable, follow_blocks, plan
 from ..topology import FlatView
 from .arenas import arenas_of
 from .capabilities import Cap
+from .closing import Closing
 from .device import Kvm
 from .execution import Backing, Carried, Executor, Log, SlotExecutor, nothing, refused
 from .field import RAM, Field
@@ -29,7 +28,7 @@ _ALIASES = 2  # GiB of pages of 2 MiB: more than a TLB holds
 _FILLER = 1 << 15  # ids of further slots count down from here, so that plans do not meet them
 
 
-class Contender:
+class Contender(Closing):
     """A machine under one strategy.  Its vCPUs stand between updates."""
 
     def __init__(
@@ -260,14 +259,3 @@ class Contender:
     def close(self) -> None:
         while self._closers:
             self._closers.pop()()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

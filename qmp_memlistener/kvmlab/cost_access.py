@@ -9,12 +9,11 @@ from __future__ import annotations
 
 import random
 import time
-from types import TracebackType
-from typing import Self
 
 from ..errors import InputError, OperationFailed
 from . import programs
 from .capabilities import Cap
+from .closing import Closing
 from .device import Kvm
 from .host_memory import PAGE, HostMemory
 from .machine import Machine
@@ -31,7 +30,7 @@ _LOOK_S = 200e-6
 _DEADLINE_S = 60.0
 
 
-class AccessVm:
+class AccessVm(Closing):
     """`slots` in all, one vCPU, which stands except in `access_ns`.
 
     Close it, or use it as a context manager.
@@ -101,17 +100,6 @@ class AccessVm:
         self.machine.close()
         while self._memory:
             self._memory.pop().close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     def _host_memory(self, pages: int) -> int:
         memory = HostMemory(pages * PAGE, "cost")

@@ -16,12 +16,11 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
-from types import TracebackType
-from typing import Self
 
 from ..errors import InputError, OperationFailed
 from . import abi, programs, system
 from .capabilities import Cap
+from .closing import Closing
 from .cpus import Cpus
 from .device import Kvm
 from .host_memory import PAGE, HostMemory
@@ -122,7 +121,7 @@ class Layout:
         return OTHERS_GPA + i * OTHERS_PITCH
 
 
-class CostVm:
+class CostVm(Closing):
     """The VM; its vCPUs stand except in `cycles`.  Close it, or use it as a context manager."""
 
     def __init__(self, kvm: Kvm, shape: Shape) -> None:
@@ -180,17 +179,6 @@ class CostVm:
         self.machine.close()
         while self._memory:
             self._memory.pop().close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
     @contextmanager
     def _running(self) -> Iterator[None]:

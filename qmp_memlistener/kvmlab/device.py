@@ -6,12 +6,11 @@ import ctypes
 import errno
 import os
 import platform
-from types import TracebackType
-from typing import Self
 
 from ..errors import MissingPrerequisite
 from . import abi
 from .capabilities import CAPABILITIES, Cap, Capability
+from .closing import Closing
 from .system import ioctl
 
 __all__ = ["DEVICE", "Kvm", "flavour"]
@@ -21,7 +20,7 @@ _MACHINES = ("x86_64", "amd64")
 _FLAVOURS = {"kvm_intel": "vmx", "kvm_amd": "svm", "kvm_pvm": "software"}
 
 
-class Kvm:
+class Kvm(Closing):
     """An open /dev/kvm.  Close it, or use it as a context manager."""
 
     def __init__(self, path: str = DEVICE) -> None:
@@ -69,17 +68,6 @@ class Kvm:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def flavour() -> str:

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import ctypes
 import os
-from types import TracebackType
-from typing import Self
 
 from ..errors import OperationFailed
 from . import system
+from .closing import Closing
 
 __all__ = ["PAGE", "HostMemory", "Reservation"]
 
@@ -57,7 +56,7 @@ class Reservation:
             system.munmap(self.hva, self.size)
 
 
-class HostMemory:
+class HostMemory(Closing):
     """`size` bytes of shared memory, in whole pages; pages come when they are touched."""
 
     def __init__(self, size: int, name: str = "lab") -> None:
@@ -98,17 +97,6 @@ class HostMemory:
         if self.fd >= 0:
             os.close(self.fd)
             self.fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 def _no_memory(size: int, exc: OSError) -> OperationFailed:

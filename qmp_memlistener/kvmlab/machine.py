@@ -8,11 +8,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Sequence
-from types import TracebackType
-from typing import Self
 
 from ..errors import MissingPrerequisite, OperationFailed
 from .capabilities import Cap
+from .closing import Closing
 from .device import Kvm
 from .dirty_ring import DirtyRings, ring_capability
 from .programs import GAP, Private
@@ -29,7 +28,7 @@ Program = Callable[[int], tuple[int, int, dict[str, int]]]
 """For a vCPU's index: where its code lies (gpa), where its page tables lie, its registers."""
 
 
-class Machine:
+class Machine(Closing):
     """A VM with `vcpus` vCPUs that stand still until `release`.
 
     `private_slot` and `private_gpa` must be free in whatever the machine is to show.  Close it, or
@@ -271,14 +270,3 @@ class Machine:
         """End threads and VM; may be called at any time."""
         while self._closers:
             self._closers.pop()()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()

@@ -10,8 +10,6 @@ import random
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import replace
-from types import TracebackType
-from typing import Self
 
 import msgspec
 
@@ -19,6 +17,7 @@ from ..errors import InputError
 from ..memslots import SlotTable
 from .arenas import arenas_of
 from .capabilities import Cap
+from .closing import Closing
 from .cpus import Cpus
 from .device import Kvm
 from .execution import Backing, BlockName, Carried, Executor, SlotExecutor, nothing, refused
@@ -29,11 +28,21 @@ from .measuring import Totals, Update, measure
 from .programs import DATA, Private
 from .race import host_facts
 from .replay_input import HostBlock, ReplayInput, ReplayTransition, read_replay
-from .replay_plans import Planned, addresses, chunk_of, free_place, plans_for, without
+from .replay_plans import (
+    Planned,
+    addresses,
+    chunk_of,
+    free_place,
+    plans_for,
+    slots_for,
+    without,
+)
 from .strategies import HoleKind, LabStrategy, select, why_not
 from .x86 import GIB, MAX_GIB
 
 __all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay_document", "run_replay"]
+
+_OWN_SLOTS = 2  # the private one, and one for a moment more
 
 
 class ReplayOptions(msgspec.Struct, frozen=True, kw_only=True):
@@ -106,11 +115,9 @@ def run_replay(
         players: list[_Player] = []
         cpus = Cpus.for_vcpus(options.vcpus)
         for strategy in chosen:
-            reason = why_not(strategy, kvm)
+            reason = why_not(strategy, kvm, slots=slots_for(strategy, source) + _OWN_SLOTS)
             if reason is None:
                 first, plans = plans_for(strategy, source)
-                tables = [first, *(p.plan.after for p in plans)]
-                reason = why_not(strategy, kvm, slots=max(map(len, tables)) + 2)
             if reason is None and strategy.hole is HoleKind.ATTRIBUTES and _spaces(source) > 1:
                 reason = "a protected VM has one address space, slots here are in more"
             if reason is not None:
@@ -148,7 +155,7 @@ def _spaces(source: ReplayInput) -> int:
     return 1 + max((op.as_id for t in source.transitions for op in t.ops), default=0)
 
 
-class _Player:
+class _Player(Closing):
     """A machine that goes through the transitions under one strategy."""
 
     def __init__(
@@ -249,17 +256,6 @@ class _Player:
         if self._executor is not None:
             self._executor.close()
         self._machine.close()
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class _Chunks(dict[BlockName, HostMemory]):

@@ -35,7 +35,7 @@ from ..topology import FlatRange, FlatView
 from .replay_input import ReplayInput, ReplayTransition
 from .strategies import LabStrategy
 
-__all__ = ["Planned", "addresses", "free_place", "plans_for", "without"]
+__all__ = ["Planned", "addresses", "free_place", "plans_for", "slots_for", "without"]
 
 _WORDS = 48
 _FENCE = {
@@ -66,6 +66,14 @@ def plans_for(strategy: LabStrategy, source: ReplayInput) -> tuple[SlotTable, li
     if strategy.hole is not None or strategy.chunk is not None:
         return _own(strategy, source)
     return source.initial, [_recorded(strategy, t, source.rules) for t in source.transitions]
+
+
+def slots_for(strategy: LabStrategy, source: ReplayInput) -> int:
+    """How many slots it has at most, without planning: splitting RAM can take millions."""
+    tables = [source.initial, *(t.after for t in source.transitions)]
+    if strategy.chunk is None:
+        return max(map(len, tables))
+    return max(sum(s.size // strategy.chunk + 2 for s in table) for table in tables)
 
 
 def _recorded(strategy: LabStrategy, t: ReplayTransition, rules: Rules) -> Planned:

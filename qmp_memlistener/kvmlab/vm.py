@@ -7,12 +7,11 @@ import errno
 import fcntl
 import os
 import struct
-from types import TracebackType
-from typing import Self
 
 from ..errors import OperationFailed
 from . import abi, system, x86
 from .capabilities import Cap
+from .closing import Closing
 from .device import Kvm
 
 __all__ = ["LabVm", "SlotRefused", "Vcpu"]
@@ -21,20 +20,25 @@ __all__ = ["LabVm", "SlotRefused", "Vcpu"]
 _REGION = struct.Struct("=IIQQQ")  # abi.MemoryRegion
 
 
+_REMEDIES = {
+    errno.EINVAL: "no such id, an unaligned range, a change that no live slot allows, or flags "
+    "that this KVM does not know",
+    errno.EEXIST: "another slot lies there",
+    errno.ENOENT: "there is no such slot, or it is not logged",
+    errno.ENOSPC: "use fewer slots",
+    errno.ENOMEM: "use less RAM or fewer slots, or free memory on the host",
+}
+
+
 class SlotRefused(OperationFailed):
     """KVM refused a slot operation; `errno` says why."""
 
     def __init__(self, what: str, number: int) -> None:
-        remedy = None
-        if number in (errno.ENOSPC, errno.EINVAL):
-            remedy = "EINVAL: no such id, an unaligned range, or flags this KVM does not know"
-        if number == errno.ENOMEM:
-            remedy = "use less RAM or fewer slots, or free memory on the host"
-        super().__init__(f"KVM refused {what}: {os.strerror(number)}", remedy=remedy)
+        super().__init__(f"KVM refused {what}: {os.strerror(number)}", remedy=_REMEDIES.get(number))
         self.errno = number
 
 
-class LabVm:
+class LabVm(Closing):
     """A VM on /dev/kvm without devices or interrupts.
 
     KVM does not tell which slots it has: whoever sets them keeps a table.  Raises OperationFailed
@@ -84,20 +88,18 @@ class LabVm:
             raise SlotRefused(f"{verb} slot {slot} at {gpa:#x}+{size:#x}", -result)
 
     def region2(
-        self, slot: int, gpa: int, size: int, hva: int, flags: int, memfd: int, memfd_offset: int
+        self, slot: int, gpa: int, size: int, hva: int, flags: int, memfd: int = 0, offset: int = 0
     ) -> None:
-        """KVM_SET_USER_MEMORY_REGION2, with a guest_memfd.  Raises SlotRefused."""
-        region = abi.MemoryRegion2(slot, flags, gpa, size, hva, memfd_offset, memfd)
+        """KVM_SET_USER_MEMORY_REGION2 (api.rst 4.140), with a guest_memfd when `flags` say so.
+
+        Raises SlotRefused.
+        """
+        region = abi.MemoryRegion2(slot, flags, gpa, size, hva, offset, memfd)
         try:
             self.ioctl(abi.SET_USER_MEMORY_REGION2, region)
         except OSError as exc:
-            raise SlotRefused(
-                f"to set slot {slot} at {gpa:#x}+{size:#x} with guest_memfd", exc.errno or 0
-            ) from exc
-
-    def guest_memfd(self, size: int) -> int:
-        """A new guest_memfd (api.rst 4.142).  Raises OSError."""
-        return self.ioctl(abi.CREATE_GUEST_MEMFD, abi.CreateGuestMemfd(size))
+            number = exc.errno or errno.EIO
+            raise SlotRefused(f"to set slot {slot} at {gpa:#x}+{size:#x}", number) from exc
 
     def set_private(self, gpa: int, size: int, private: bool) -> None:
         """Make pages private or shared, KVM_SET_MEMORY_ATTRIBUTES.  Raises OSError."""
@@ -141,17 +143,6 @@ class LabVm:
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        value: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self.close()
 
 
 class Vcpu:

@@ -112,3 +112,20 @@ def test_operations_that_were_refused_are_refused_again(kvm: Kvm, tmp_path: Path
     report = run_replay(str(path), ReplayOptions(strategies=("naive", "pause", "hole")))
     for r in report.results:
         assert sum(t.return_mismatches for t in r.transitions) == 0, r.name
+
+
+def test_ram_that_would_take_too_many_slots_is_not_split(kvm: Kvm, tmp_path: Path) -> None:
+    """512 MiB in slots of 4 KiB: said before anything is planned, and the others run."""
+    del kvm
+    path = tmp_path / "large.log"
+    line = "kvm_set_user_memory AddrSpace#0 Slot#0 flags=0x0 gpa={} size={} ua={} ret=0\n"
+    path.write_text(
+        line.format("0x0", "0x20000000", "0x7f0000000000")
+        + line.format("0x0", "0x0", "0x7f0000000000")
+        + line.format("0x0", "0x10000000", "0x7f0000000000")
+    )
+    report = run_replay(str(path), ReplayOptions(strategies=("presplit-4k", "hole")))
+    _, split, hole = report.results
+    assert "slots" in str(split.skipped)
+    assert hole.skipped is None
+    assert hole.transitions

@@ -11,11 +11,18 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener import __version__
+from qmp_memlistener.cli.lab import VERBS as LAB_VERBS
 from qmp_memlistener.cli.main import VERBS
 from tests.unit.cli.cli_support import RamMap, process, run, sample_outputs, tree
 
 RAM_64M = 64 << 20
 ESCAPE = "\x1b"
+
+# every command line that does something, with its module
+LEAVES: dict[tuple[str, ...], str] = {
+    (verb,): module for verb, module in VERBS.items() if verb != "lab"
+}
+LEAVES |= {("lab", verb): module for verb, module in LAB_VERBS.items()}
 
 
 @pytest.fixture
@@ -58,28 +65,35 @@ def test_the_overview_names_every_verb_and_exit_code(
     assert "4 a needed privilege" in words
 
 
-@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
 def test_every_verb_explains_itself_with_an_example(
-    capsys: pytest.CaptureFixture[str], verb: str
+    capsys: pytest.CaptureFixture[str], words: tuple[str, ...]
 ) -> None:
-    done = run(capsys, verb, "--help")
+    done = run(capsys, *words, "--help")
     assert (done.code, done.err) == (0, "")
-    words = plain(done.out)
-    assert f"Example: qmp-memlistener {verb}" in words
-    assert "--json" in words
+    shown = plain(done.out)
+    assert f"Example: qmp-memlistener {' '.join(words)}" in shown
+    assert "--json" in shown
 
 
-@pytest.mark.parametrize("verb", VERBS)
-def test_the_example_is_a_command_line_that_is_understood(verb: str) -> None:
+@pytest.mark.parametrize("words", LEAVES, ids=" ".join)
+def test_the_example_is_a_command_line_that_is_understood(words: tuple[str, ...]) -> None:
     """Its options are parsed; nothing is carried out."""
-    command = import_module(f"qmp_memlistener.cli.{VERBS[verb]}").command
+    command = import_module(f"qmp_memlistener.cli.{LEAVES[words]}").command
     (example,) = [
         line.strip() for line in command.help.splitlines() if line.strip().startswith("Example: ")
     ]
-    words = example.removeprefix("Example: ").split()
-    assert words[:2] == ["qmp-memlistener", verb]
-    context = command.make_context(verb, words[2:])
+    given = example.removeprefix("Example: ").split()
+    assert given[: 1 + len(words)] == ["qmp-memlistener", *words]
+    context = command.make_context(words[-1], given[1 + len(words) :])
     assert context.args == []
+
+
+def test_the_lab_names_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
+    done = run(capsys, "lab", "--help")
+    assert (done.code, done.err) == (0, "")
+    for verb in LAB_VERBS:
+        assert f" {verb} " in plain(done.out)
 
 
 def test_no_verb_shows_the_overview(capsys: pytest.CaptureFixture[str]) -> None:
