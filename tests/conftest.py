@@ -7,6 +7,9 @@ from collections import Counter
 import pytest
 from hypothesis import HealthCheck, settings
 
+# what the tiers share asserts too, and whichever of them is first imports it
+pytest.register_assert_rewrite("tests.support")
+
 TIERS = ("unit", "conformance", "kvm", "live", "fuzz")
 
 # the machines are slow and noisy: a deadline for one example would test them, not us

@@ -256,6 +256,7 @@ def _checks() -> list[Check]:
                 "install the Debian package qemu-system-x86",
             )
         )
+    checks += _lab()
     assembler = shutil.which("as") is not None
     checks.append(
         Check(
@@ -265,4 +266,24 @@ def _checks() -> list[Check]:
             None if assembler else "install the Debian package binutils",
         )
     )
+    return checks
+
+
+def _lab() -> list[Check]:
+    """Whether the lab can run, and each strategy that some kernel has and this one has not."""
+    from ..errors import MissingPrerequisite
+    from ..kvmlab import STRATEGIES, Kvm, why_not
+
+    try:
+        with Kvm() as kvm:
+            lacking = {s.name: why_not(s, kvm) for s in STRATEGIES if s.only_model is None}
+    except MissingPrerequisite as exc:
+        return [Check("lab", False, exc.message, exc.remedy)]
+    usable = sum(why is None for why in lacking.values())
+    checks = [Check(f"lab ({usable} strategies on /dev/kvm)", True, None, None)]
+    checks += [
+        Check(f"lab strategy {name}", False, why, "use a kernel that has it, or the others")
+        for name, why in lacking.items()
+        if why is not None
+    ]
     return checks

@@ -12,9 +12,18 @@ from typing import TypeVar
 
 import rich_click as click
 
-from .common import Interrupted
+from ..errors import MemListenerError
+from .common import Interrupted, print_error
 
-__all__ = ["device_option", "ending_cleanly", "progress_bar", "size", "sizes", "strategies_option"]
+__all__ = [
+    "device_option",
+    "ending_cleanly",
+    "exit_code",
+    "progress_bar",
+    "size",
+    "sizes",
+    "strategies_option",
+]
 
 F = TypeVar("F", bound=Callable[..., object])
 _UNITS = {"": 0, "K": 10, "M": 20, "G": 30, "T": 40}
@@ -53,6 +62,14 @@ def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str,
     if not all(names):
         raise click.BadParameter(f"{value!r} is no list such as naive,pause,hole")
     return names
+
+
+def exit_code(problem: MemListenerError | None) -> int:
+    """That of a problem, which is printed; 0 when there is none."""
+    if problem is None:
+        return 0
+    print_error(problem)
+    return problem.exit_code
 
 
 @contextmanager

@@ -5,7 +5,14 @@ from __future__ import annotations
 import rich_click as click
 
 from .common import json_option, print_json
-from .lab_options import device_option, ending_cleanly, progress_bar, size, strategies_option
+from .lab_options import (
+    device_option,
+    ending_cleanly,
+    exit_code,
+    progress_bar,
+    size,
+    strategies_option,
+)
 
 GUESTS = ("data", "writer", "code", "pagetable", "gap")
 
@@ -49,16 +56,16 @@ def command(
     seed: int,
     device: str,
     as_json: bool,
-) -> None:
+) -> int:
     """Punch and fill a hole many times under each strategy, in turn, while vCPUs run.
 
     Strategies take turns in random order, with a control that changes nothing; what cannot run
-    here is listed with the reason.
+    here is listed with the reason. Exit code 4: none of those that were asked for can.
 
     Example: qmp-memlistener lab race --strategy naive,pause,hole --guest code
     """
     from ..kvmlab.programs import GuestKind
-    from ..kvmlab.race import RaceOptions, race_document, run_race
+    from ..kvmlab.race import RaceOptions, none_ran, race_document, run_race
 
     options = RaceOptions(
         strategies=strategies,
@@ -79,8 +86,9 @@ def command(
         report = run_race(options, device=device, progress=progress)
     if as_json:
         print_json(race_document(report))
-        return
-    from ..reports.lab import race_lines
+    else:
+        from ..reports.lab import race_lines
 
-    for line in race_lines(report):
-        click.echo(line)
+        for line in race_lines(report):
+            click.echo(line)
+    return exit_code(none_ran((r.name, r.skipped) for r in report.results))

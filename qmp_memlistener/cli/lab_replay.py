@@ -5,7 +5,7 @@ from __future__ import annotations
 import rich_click as click
 
 from .common import json_option, print_json, printable
-from .lab_options import device_option, ending_cleanly, progress_bar, strategies_option
+from .lab_options import device_option, ending_cleanly, exit_code, progress_bar, strategies_option
 
 
 @click.command("replay")
@@ -33,10 +33,11 @@ def command(
     without time stamps. Strategies that are about QEMU's operations repeat those that were
     recorded, and what KVM answers is compared; the others make their own for the same change.
 
-    Exit code 1: KVM answered otherwise than recorded.
+    Exit code 1: KVM answered otherwise than recorded. 4: none of the strategies can run here.
 
     Example: qmp-memlistener lab replay boot.jsonl --strategy naive,inhibit,hole
     """
+    from ..kvmlab.race import none_ran
     from ..kvmlab.replay import ReplayOptions, replay_document, run_replay
 
     options = ReplayOptions(strategies=strategies, vcpus=vcpus, most=first, seed=seed)
@@ -49,4 +50,6 @@ def command(
 
         for line in replay_lines(report):
             click.echo(printable(line))
-    return int(any(t.return_mismatches for r in report.results for t in r.transitions))
+    if any(t.return_mismatches for r in report.results for t in r.transitions):
+        return 1
+    return exit_code(none_ran((r.name, r.skipped) for r in report.results))

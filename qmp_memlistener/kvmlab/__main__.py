@@ -14,7 +14,7 @@ import msgspec
 
 from ..errors import MemListenerError
 from .programs import GuestKind
-from .race import RaceOptions, race_document, run_race
+from .race import RaceOptions, none_ran, race_document, run_race
 
 __all__ = ["main"]
 
@@ -53,12 +53,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             )
         )
     except MemListenerError as exc:
-        sys.stderr.write(f"error: {exc.message}\n")
-        if exc.remedy:
-            sys.stderr.write(f"remedy: {exc.remedy}\n")
-        return exc.exit_code
+        return _tell(exc)
     sys.stdout.write(msgspec.json.encode(race_document(report)).decode() + "\n")
-    return 0
+    problem = none_ran((r.name, r.skipped) for r in report.results)
+    return 0 if problem is None else _tell(problem)
+
+
+def _tell(error: MemListenerError) -> int:
+    """Print it; its exit code."""
+    sys.stderr.write(f"error: {error.message}\n")
+    if error.remedy:
+        sys.stderr.write(f"remedy: {error.remedy}\n")
+    return error.exit_code
 
 
 if __name__ == "__main__":

@@ -9,12 +9,12 @@ from __future__ import annotations
 import os
 import platform
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
 
 import msgspec
 
-from ..errors import InputError
+from ..errors import InputError, MissingPrerequisite
 from ..memslots import Rules, plan
 from .bitmaps import keeps_bitmap
 from .contender import Contender
@@ -24,9 +24,17 @@ from .field import Field
 from .host_memory import PAGE
 from .measuring import Totals
 from .programs import MAX_VCPUS, GuestKind
-from .strategies import LabStrategy, select, why_not
+from .strategies import CONTROL, LabStrategy, select, why_not
 
-__all__ = ["RaceOptions", "RaceReport", "StrategyResult", "host_facts", "race_document", "run_race"]
+__all__ = [
+    "RaceOptions",
+    "RaceReport",
+    "StrategyResult",
+    "host_facts",
+    "none_ran",
+    "race_document",
+    "run_race",
+]
 
 _OWN_SLOTS = 4  # the private one, and what a hole takes beside the RAM it is in
 
@@ -159,6 +167,18 @@ def run_race(
         )
         low, high = ground.lost
         return RaceReport(host_facts(kvm, cpus), options, results, high - low - options.hole_size)
+
+
+def none_ran(results: Iterable[tuple[str, str | None]]) -> MissingPrerequisite | None:
+    """The error when, the control apart, all of them were skipped: `results` are names and why."""
+    asked = [(name, why) for name, why in results if name != CONTROL]
+    if any(why is None for _, why in asked):
+        return None
+    reasons = "; ".join(f"{name}: {why}" for name, why in asked)
+    return MissingPrerequisite(
+        f"none of the strategies that were asked for can run here: {reasons}",
+        remedy="`lab strategies` lists those that can",
+    )
 
 
 def slots_of(strategy: LabStrategy, ground: Field) -> int:

@@ -174,11 +174,36 @@ def test_out_of_slots(kvm: Kvm) -> None:
     """More slots than a VM may have: those strategies are skipped, and none runs."""
     del kvm
     ran = run("race", "--slots", "40000", "--strategy", "naive", "--json")
-    assert ran.code == 0
+    ran.check_error(4, "it takes 400", "slots", "remedy:")
     (document,) = ran.documents
     strategies = document["strategies"]
     assert isinstance(strategies, list)
     assert all("slots" in s["skipped"] for s in strategies)
+
+
+@pytest.mark.kvm
+def test_what_no_kernel_has(kvm: Kvm) -> None:
+    """It alone was asked for: its plan is told all the same, but nothing ran."""
+    del kvm
+    ran = run("race", "--strategy", "hole-flag", "--updates", "2", "--json")
+    ran.check_error(4, "none of the strategies", "hole-flag: no kernel has it", "remedy:")
+    (document,) = ran.documents
+    strategies = document["strategies"]
+    assert isinstance(strategies, list)
+    assert strategies[1]["model"]["operations"] == 1
+
+
+@pytest.mark.kvm
+def test_doctor_says_whether_the_lab_runs(kvm: Kvm) -> None:
+    del kvm
+    ran = asyncio.run(run_verb("doctor", "--json", seconds=60.0))
+    (document,) = ran.documents
+    checks = document["checks"]
+    assert isinstance(checks, list)
+    found = {check["name"]: check for check in checks if check["name"].startswith("lab")}
+    assert [check["usable"] for name, check in found.items() if name.startswith("lab (")] == [True]
+    for name, check in found.items():
+        assert check["usable"] or check["reason"], name
 
 
 @pytest.mark.kvm

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-pytest.register_assert_rewrite("tests.support")
-
-from tests.support.live import Seen  # noqa: E402 - its assertions must be rewritten first
+from tests.support.live import Seen
 
 
 @pytest.fixture
