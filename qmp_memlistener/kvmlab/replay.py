@@ -7,14 +7,13 @@ memory is the same, since only one of them runs at a time.
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
 
 import msgspec
 
 from ..errors import InputError
-from ..memslots import SlotTable
 from .arenas import arenas_of
 from .capabilities import Cap
 from .closing import Closing
@@ -42,6 +41,7 @@ from .x86 import GIB, MAX_GIB
 
 __all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay_document", "run_replay"]
 
+_MOST_SPLIT = 8192
 _OWN_SLOTS = 2  # the private one, and one for a moment more
 
 
@@ -115,18 +115,22 @@ def run_replay(
         players: list[_Player] = []
         cpus = Cpus.for_vcpus(options.vcpus)
         for strategy in chosen:
-            reason = why_not(strategy, kvm, slots=slots_for(strategy, source) + _OWN_SLOTS)
-            if reason is None:
-                first, plans = plans_for(strategy, source)
+            slots = slots_for(strategy, source) + _OWN_SLOTS
+            reason = why_not(strategy, kvm, slots=slots)
+            if reason is None and strategy.chunk is not None and slots > _MOST_SPLIT:
+                reason = (
+                    f"it takes {slots} slots: to change them at every transition takes too long "
+                    f"from {_MOST_SPLIT} on"
+                )
             if reason is None and strategy.hole is HoleKind.ATTRIBUTES and _spaces(source) > 1:
                 reason = "a protected VM has one address space, slots here are in more"
             if reason is not None:
                 skipped[strategy.name] = reason
                 continue
             with cpus.on(cpus.vcpus):  # where the threads of the vCPUs stay
-                player = _Player(kvm, strategy, source, plans, memory, options.vcpus)
+                player = _Player(kvm, strategy, source, memory, options.vcpus)
             players.append(stack.enter_context(player))
-            player.begin(first)
+            player.begin()
         stack.enter_context(cpus.on(cpus.own))
         total = len(source.transitions)
         for i in range(total):
@@ -163,14 +167,12 @@ class _Player(Closing):
         kvm: Kvm,
         strategy: LabStrategy,
         source: ReplayInput,
-        plans: list[Planned],
         memory: Backing,
         vcpus: int,
     ) -> None:
         self.strategy = strategy
         self.transitions: list[ReplayedTransition] = []
         self._source = source
-        self._plans = plans
         self._memory = memory
         most = kvm.capability(Cap.NR_MEMSLOTS) or 1 << 15
         reach = MAX_GIB * GIB
@@ -192,10 +194,12 @@ class _Player(Closing):
         )
         self._reach = self._machine.reach
         self._executor: Executor | None = None
+        self._plans: Iterator[Planned] = iter(())
 
-    def begin(self, table: SlotTable) -> None:
+    def begin(self) -> None:
         """Make the slots that are there before the first transition, and start the guest."""
         machine, strategy = self._machine, self.strategy
+        table, tables, self._plans = plans_for(strategy, self._source)
         if strategy.hole is None:
             self._executor = SlotExecutor(
                 machine,
@@ -203,7 +207,6 @@ class _Player(Closing):
                 sync=strategy.sync,
             )
         else:
-            tables = [table, *(p.plan.after for p in self._plans)]
             self._executor = HoleExecutor(machine, self._memory, strategy.hole, arenas_of(tables))
         self._executor.install(table)
         entry, private = machine.entry(DATA), machine.private
@@ -212,7 +215,7 @@ class _Player(Closing):
 
     def play(self, index: int) -> None:
         """One transition, vCPUs running on what stays.  Raises OperationFailed."""
-        machine, planned = self._machine, self._plans[index]
+        machine, planned = self._machine, next(self._plans)
         transition = self._source.transitions[index]
         machine.set_tables([self._addresses(transition, i) for i in range(self._vcpus)])
         machine.release()

@@ -6,7 +6,7 @@ their own from the slots before and after.  Also where the guest may work meanwh
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -58,14 +58,28 @@ class Planned:
     expected: tuple[int, ...] | None = None
 
 
-def plans_for(strategy: LabStrategy, source: ReplayInput) -> tuple[SlotTable, list[Planned]]:
-    """The slots to start from, and the plan for each transition of `without(source)`.
+def plans_for(
+    strategy: LabStrategy, source: ReplayInput
+) -> tuple[SlotTable, Iterable[SlotTable], Iterator[Planned]]:
+    """The slots to start from, all tables where they must be known, and the plans in turn.
 
-    Raises OperationFailed when the strategy cannot follow.
+    One plan for each transition of `without(source)`; tables only for a strategy with holes.
+    The iterator raises OperationFailed when the strategy cannot follow.
     """
-    if strategy.hole is not None or strategy.chunk is not None:
-        return _own(strategy, source)
-    return source.initial, [_recorded(strategy, t, source.rules) for t in source.transitions]
+    if strategy.hole is not None:
+        rules = Rules(strategy.order, source.rules.page_size)
+        views = [t.view_before for t in source.transitions]
+        views += [t.view_after for t in source.transitions[-1:]]
+        first = follow_blocks(source.initial, views, rules, None)
+        plans = list(_own(strategy, source, first))
+        return first, [first, *(p.plan.after for p in plans)], iter(plans)
+    if strategy.chunk is not None:
+        rules = Rules(strategy.order, source.rules.page_size)
+        view = source.transitions[0].view_before if source.transitions else {}
+        first = slot_table(_views(view, strategy.chunk), rules)
+        return first, (), _own(strategy, source, first)
+    recorded = (_recorded(strategy, t, source.rules) for t in source.transitions)
+    return source.initial, (), recorded
 
 
 def slots_for(strategy: LabStrategy, source: ReplayInput) -> int:
@@ -111,15 +125,9 @@ def _overlaps(ops: Iterable[Op]) -> bool:
     )
 
 
-def _own(strategy: LabStrategy, source: ReplayInput) -> tuple[SlotTable, list[Planned]]:
+def _own(strategy: LabStrategy, source: ReplayInput, first: SlotTable) -> Iterator[Planned]:
     rules = Rules(strategy.order, source.rules.page_size)
-    views = [_views(t.view_before, strategy.chunk) for t in source.transitions]
-    views += [_views(t.view_after, strategy.chunk) for t in source.transitions[-1:]]
-    if strategy.chunk is not None:
-        first = slot_table(views[0], rules) if views else source.initial
-    else:
-        first = follow_blocks(source.initial, views, rules, None)
-    table, out = first, []
+    table = first
     for t in source.transitions:
         done = plan(
             _views(t.view_before, strategy.chunk),
@@ -134,9 +142,8 @@ def _own(strategy: LabStrategy, source: ReplayInput) -> tuple[SlotTable, list[Pl
             raise OperationFailed(
                 f"{strategy.name} does not go on from the slots that transition {t.seq} left"
             )
-        out.append(Planned(done))
         table = done.after
-    return first, out
+        yield Planned(done)
 
 
 def _views(views: dict[int, FlatView], chunk: int | None) -> dict[int, FlatView]:
@@ -170,6 +177,11 @@ def without(source: ReplayInput, most_spaces: int) -> tuple[ReplayInput, list[st
 
     Address spaces beyond the first `most_spaces`; guest_memfd behind slots.
     """
+    ops = [op for t in source.transitions for op in t.ops]
+    if not any(op.as_id >= most_spaces or op.flags & GUEST_MEMFD for op in ops) and not any(
+        s.as_id >= most_spaces or s.flags & GUEST_MEMFD for s in source.initial
+    ):
+        return source, []
     left_out = 0
     memfd = False
     transitions = []
