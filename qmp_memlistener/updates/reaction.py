@@ -28,6 +28,7 @@ finding a device and its driver."""
 FIRST_SIGN_S = 3.0
 """Linux reacts to ACPI and PCIe hotplug within 0.1 s, a busy one within a second or two."""
 _POLL_S = 0.05
+_DRIVER_S = 2.0  # how long a driver is waited for after the last sign of the guest
 _ASK_DEADLINE = 5.0
 
 
@@ -208,10 +209,12 @@ class Reaction:
         """Until nothing has come for `QUIET_S`; looks after the driver meanwhile."""
         while self._left(end):
             last = self._marks.last_sign or self._marks.accepted or self._marks.begun
-            quiet = QUIET_S - (time.monotonic_ns() - last) / 1e9
+            bound = self._marks.bound is not None or not await self._look_for_driver()
+            bound = bound or self._marks.bound is not None
+            # a guest that is busy takes its time between the last BAR and the driver
+            quiet = (QUIET_S if bound else _DRIVER_S) - (time.monotonic_ns() - last) / 1e9
             if quiet <= 0:
                 return
-            bound = self._marks.bound is not None or not await self._look_for_driver()
             nap = quiet if bound else min(quiet, _POLL_S)
             await self._until(min(end, time.monotonic() + nap))
 
