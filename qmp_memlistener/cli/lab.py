@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-
 import rich_click as click
+
+from .verbs import VerbGroup
 
 __all__ = ["command"]
 
@@ -16,16 +16,8 @@ VERBS = {
 }
 
 
-class _Verbs(click.RichGroup):
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's interface
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in VERBS:
-            return None
-        command = import_module(f".{VERBS[cmd_name]}", __package__).command
-        assert isinstance(command, click.Command)
-        return command
+class _Verbs(VerbGroup):
+    verbs = VERBS
 
 
 @click.group("lab", cls=_Verbs)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import io
 import os
 import sys
-from importlib import import_module
 
 import rich_click as click
 
 from .. import __version__
 from ..errors import MemListenerError, OperationFailed
 from .common import Interrupted, print_error
+from .verbs import VerbGroup
 
 __all__ = ["cli", "run"]
 
@@ -33,18 +33,8 @@ VERBS = {
 }
 
 
-class _Verbs(click.RichGroup):
-    """Imports a verb's module when the verb is asked for."""
-
-    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's interface
-        return list(VERBS)
-
-    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
-        if cmd_name not in VERBS:
-            return None
-        command = import_module(f".{VERBS[cmd_name]}", __package__).command
-        assert isinstance(command, click.Command)
-        return command
+class _Verbs(VerbGroup):
+    verbs = VERBS
 
 
 @click.group(

@@ -21,6 +21,7 @@ __all__ = [
     "UFFDIO_CONTINUE",
     "UFFDIO_REGISTER",
     "UFFDIO_UNREGISTER",
+    "UFFDIO_WAKE",
     "Userfault",
     "why_not",
 ]
@@ -58,6 +59,7 @@ def _number(direction: int, number: int, struct_type: type[ctypes.Structure]) ->
 UFFDIO_API = _number(3, 0x3F, _Api)
 UFFDIO_REGISTER = _number(3, 0x00, _Register)
 UFFDIO_UNREGISTER = _number(2, 0x01, _Range)
+UFFDIO_WAKE = _number(2, 0x02, _Range)
 UFFDIO_CONTINUE = _number(3, 0x07, _Continue)
 
 
@@ -86,12 +88,18 @@ class Userfault:
 
     def fill(self, address: int, size: int) -> None:
         """Put the pages back and wake whoever waits."""
+        whole = True
         try:
             system.ioctl(self.fd, UFFDIO_CONTINUE, _Continue(_Range(address, size)))
         except OSError as exc:
-            if exc.errno != errno.EEXIST:
+            # a page is mapped already, the first or one behind it (or its table just goes): the
+            # pages that were not reached are mapped when they are used
+            if exc.errno not in (errno.EEXIST, errno.EAGAIN):
                 raise
+            whole = False
         system.ioctl(self.fd, UFFDIO_UNREGISTER, _Range(address, size))
+        if not whole:
+            system.ioctl(self.fd, UFFDIO_WAKE, _Range(address, size))
 
     def addresses(self) -> list[int]:
         """Host addresses at which somebody waits, or waited, not told before."""

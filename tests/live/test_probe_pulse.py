@@ -166,12 +166,12 @@ class WriteClock:
         self._points: list[tuple[int, int, int]] = []
 
     async def measure(self) -> None:
-        """A point, as good as the machine gives one."""
-        async with asyncio.timeout(20):
-            while True:
-                clock = await calibrated(self._vm)
-                if clock.error_ns < 100_000:
-                    break
+        """A point, as good as the machine gives one: a busy one needs many tries, or has none."""
+        deadline = time.monotonic() + 10
+        clock = await calibrated(self._vm)
+        while clock.error_ns >= 100_000 and time.monotonic() < deadline:
+            clock = min(clock, await calibrated(self._vm), key=lambda c: c.error_ns)
+        assert clock.error_ns < 1_000_000  # of the 8 ms between two writes
         self._points.append((clock.tsc, clock.monotonic_ns, clock.error_ns))
 
     @property
