@@ -16,7 +16,7 @@ from ..errors import MemListenerError
 
 if TYPE_CHECKING:
     from ..agent import Agent
-    from ..kvmlab.backend import KvmBackend
+    from ..kvmlab import KvmBackend
     from ..recording import MirrorRecord, Note
     from ..updates.mirror import Mirror
     from ..updates.slot_backend import SlotBackend
@@ -202,7 +202,7 @@ def opened_mirror(options: MirrorOptions) -> Iterator[WatchedMirror]:
         if options.backend == "model":
             yield WatchedMirror(options, ModelBackend(), None)
             return
-        from ..kvmlab.backend import KvmBackend
+        from ..kvmlab import KvmBackend
         from ..kvmlab.device import Kvm
 
         kvm = stack.enter_context(Kvm())

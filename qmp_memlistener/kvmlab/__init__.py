@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .backend import KvmBackend
     from .capabilities import Cap, Capability
     from .device import Kvm
     from .machine import Machine
@@ -30,6 +31,7 @@ __all__ = [
     "ReplayReport",
     "replay_document",
     "read_replay",
+    "KvmBackend",
     "STRATEGIES",
     "LabStrategy",
     "select",
@@ -48,6 +50,7 @@ _HOME = {
     "Capability": "capabilities",
     "GuestKind": "programs",
     "Kvm": "device",
+    "KvmBackend": "backend",
     "LabStrategy": "strategies",
     "LabVm": "vm",
     "Machine": "machine",

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from ..kvmlab.measuring import Totals
 from ..kvmlab.race import RaceReport, StrategyResult
 from ..kvmlab.replay import ReplayReport
-from .lab_cost import CostTable
+from .tables import Table
 from .terminal import size_text
 
 __all__ = ["race_lines", "replay_lines", "strategy_lines"]
@@ -61,7 +61,7 @@ def _met(ran: Sequence[StrategyResult], *, logged: bool, touched: bool) -> Itera
         f"{'; pages it wrote, and of them those that no log told of' if logged else ''}; slot ids "
         "and dirty bitmaps of RAM that stays"
     )
-    yield from CostTable(title, tuple(columns), tuple(rows)).lines()
+    yield from Table(title, tuple(columns), tuple(rows)).lines()
 
 
 def _times(found: Sequence[tuple[str, Totals]]) -> Iterator[str]:
@@ -72,7 +72,7 @@ def _times(found: Sequence[tuple[str, Totals]]) -> Iterator[str]:
         numbers += (t.update.p50_ns, t.ioctl.p50_ns, t.missing.p50_ns, t.vcpu_stall.p50_ns)
         rows.append((name, *map(_us, numbers)))
     columns = ("strategy", "gap p50", "p90", "p99", "max", "update", "calls", "missing", "stall")
-    yield from CostTable(
+    yield from Table(
         "us: the guest's longest gap in an update; then medians of the update, its system calls, "
         "how long RAM was missing at most, how long vCPUs were kept out",
         columns,
@@ -123,7 +123,7 @@ def replay_lines(report: ReplayReport) -> Iterator[str]:
                 f"{t.internal_errors + t.shutdowns:,}",
             )
         )
-    yield from CostTable(
+    yield from Table(
         "hit: transitions in which the guest met RAM that should have been there; operations, and "
         "those that KVM answered otherwise than recorded; spurious exits, deaths of the guest",
         ("strategy", "hit", "of", "operations", "differ", "spurious", "died"),

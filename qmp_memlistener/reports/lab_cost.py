@@ -8,15 +8,15 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
 
 from ..distribution import Distribution
 from ..kvmlab.cost import Costs
 from ..kvmlab.cost_vm import Op
 from ..kvmlab.lookup import Kind, LookupComparison, LookupCost, Structure, UpdateCost
+from .tables import Table
 from .terminal import size_text
 
-__all__ = ["CostTable", "cost_lines", "cost_tables", "lookup_lines", "lookup_tables"]
+__all__ = ["cost_lines", "cost_tables", "lookup_lines", "lookup_tables"]
 
 _OPS = {
     Op.ADD: "add",
@@ -46,29 +46,6 @@ _LAYOUTS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class CostTable:
-    """A title, the names of columns, and rows of as many cells; the first `words` of each are
-    words or labels, the others numbers."""
-
-    title: str
-    columns: tuple[str, ...]
-    rows: tuple[tuple[str, ...], ...]
-    words: int = 1
-
-    def lines(self) -> Iterator[str]:
-        """The title, an empty line, and columns under their names."""
-        yield from textwrap.wrap(self.title, 80, break_on_hyphens=False)
-        yield ""
-        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
-        for row in (self.columns, *self.rows):
-            cells = [
-                cell.ljust(width) if i < self.words else cell.rjust(width)
-                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-            ]
-            yield "  ".join(cells).rstrip()
-
-
 def cost_lines(found: Costs) -> Iterator[str]:
     """The tables of `cost_tables`, one below the other."""
     return _joined(cost_tables(found))
@@ -82,7 +59,7 @@ def lookup_lines(found: LookupComparison) -> Iterator[str]:
         yield from textwrap.wrap(f"not timed: {found.not_timed}", 80)
 
 
-def cost_tables(found: Costs) -> tuple[CostTable, ...]:
+def cost_tables(found: Costs) -> tuple[Table, ...]:
     """Operations by shape, p50 and p90 in us; then what a guest's reads cost by number of slots."""
     tables = []
     if found.shapes:
@@ -90,7 +67,7 @@ def cost_tables(found: Costs) -> tuple[CostTable, ...]:
         apart = "" if found.cpus_apart else ", the CPU shared with vCPUs"
         for name, attribute in (("median", "p50_ns"), ("90th percentile", "p90_ns")):
             tables.append(
-                CostTable(
+                Table(
                     f"slot operations, us: {name} of {cycles:,} each ({found.kvm} KVM{apart}); "
                     "vCPUs is how many run; punch and fill are mprotect of the slot's first page",
                     ("slot", "slots", "vCPUs", *_OPS.values()),
@@ -108,7 +85,7 @@ def cost_tables(found: Costs) -> tuple[CostTable, ...]:
     if found.accesses:
         pages = found.accesses[0].pages
         tables.append(
-            CostTable(
+            Table(
                 f"a guest's read of one of {pages:,} pages that it reads in random order, us: "
                 "medians of passes; all pages in one slot, or in as many as there are",
                 ("slots", "in one", "in many", "so many", "ratio"),
@@ -127,11 +104,11 @@ def cost_tables(found: Costs) -> tuple[CostTable, ...]:
     return tuple(tables)
 
 
-def lookup_tables(found: LookupComparison) -> tuple[CostTable, ...]:
+def lookup_tables(found: LookupComparison) -> tuple[Table, ...]:
     """Look-ups by kind and number of slots, then updates."""
     costs = {(c.kind, c.slots, c.structure): c for c in found.lookups}
     wanted = dict.fromkeys((c.kind, c.slots) for c in found.lookups)
-    lookups = CostTable(
+    lookups = Table(
         "looking up a page's slot: comparisons, mean / most, and ns (median of blocks); cached is "
         "16 pages of a slot in a row, through the slot found last; host's is by host address",
         ("page", "slots", *(cell for s in _STRUCTURES.values() for cell in (s, "ns"))),
@@ -146,7 +123,7 @@ def lookup_tables(found: LookupComparison) -> tuple[CostTable, ...]:
     )
     work = {(u.op, u.slots, u.layout): u for u in found.updates}
     changes = dict.fromkeys((u.op, u.slots) for u in found.updates)
-    updates = CostTable(
+    updates = Table(
         "changing a slot: bytes that the arrays of Linux 5.7 and 5.14 copy and shift, comparisons "
         "and rotations in all trees of 5.17, and ns (median)",
         ("update", "slots", *(cell for layout in _LAYOUTS.values() for cell in (layout, "ns"))),
@@ -189,7 +166,7 @@ def _us(ns: int) -> str:
     return f"{ns / 1000:.1f}" if ns < 100_000 else f"{ns / 1000:,.0f}"
 
 
-def _joined(tables: Iterable[CostTable]) -> Iterator[str]:
+def _joined(tables: Iterable[Table]) -> Iterator[str]:
     for i, table in enumerate(tables):
         if i:
             yield ""

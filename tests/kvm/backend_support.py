@@ -9,8 +9,7 @@ from collections.abc import Callable
 import pytest
 from msgspec.structs import replace
 
-from qmp_memlistener.kvmlab import SlotRefused
-from qmp_memlistener.kvmlab.backend import KvmBackend
+from qmp_memlistener.kvmlab import KvmBackend, SlotRefused
 from qmp_memlistener.memslots import LOG_DIRTY_PAGES, READONLY, Slot
 
 __all__ = [
