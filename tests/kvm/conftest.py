@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from qmp_memlistener.errors import MissingPrerequisite
-from qmp_memlistener.kvmlab import Kvm
+from qmp_memlistener.kvmlab import Kvm, KvmBackend
 
 
 @pytest.fixture
@@ -33,3 +33,17 @@ def nothing_is_left() -> Iterator[None]:
     gc.collect()
     assert threading.active_count() == threads, "a thread is left behind"
     assert len(os.listdir("/proc/self/fd")) <= fds, "a file descriptor is left behind"
+
+
+@pytest.fixture
+def lab(kvm: Kvm) -> Iterator[KvmBackend]:
+    """A mirror's backend without running vCPUs."""
+    with KvmBackend(kvm) as backend:
+        yield backend
+
+
+@pytest.fixture
+def running(kvm: Kvm) -> Iterator[KvmBackend]:
+    """A mirror's backend with two vCPUs that beat."""
+    with KvmBackend(kvm, vcpus=2) as backend:
+        yield backend

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import errno
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
 from msgspec.structs import replace
@@ -28,20 +28,6 @@ from tests.kvm.backend_support import (
 from tests.unit.memslots.memslots_model import PAGE
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture
-def lab(kvm: Kvm) -> Iterator[KvmBackend]:
-    """A backend without running vCPUs."""
-    with KvmBackend(kvm) as backend:
-        yield backend
-
-
-@pytest.fixture
-def running(kvm: Kvm) -> Iterator[KvmBackend]:
-    """One with two vCPUs that beat."""
-    with KvmBackend(kvm, vcpus=2) as backend:
-        yield backend
 
 
 def refused(call: Callable[[], object]) -> int | None:

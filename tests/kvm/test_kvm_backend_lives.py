@@ -12,7 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from qmp_memlistener.errors import OperationFailed
-from qmp_memlistener.kvmlab import Kvm, LabVm
+from qmp_memlistener.kvmlab import LabVm
 from qmp_memlistener.kvmlab.backend import KvmBackend
 from qmp_memlistener.topology import FlatView
 from qmp_memlistener.updates.mirror import Mirror
@@ -29,20 +29,6 @@ slow = settings(
     max_examples=25,
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
-
-
-@pytest.fixture
-def lab(kvm: Kvm) -> Iterator[KvmBackend]:
-    """A backend without running vCPUs."""
-    with KvmBackend(kvm) as backend:
-        yield backend
-
-
-@pytest.fixture
-def running(kvm: Kvm) -> Iterator[KvmBackend]:
-    """One with two vCPUs that beat."""
-    with KvmBackend(kvm, vcpus=2) as backend:
-        yield backend
 
 
 def content(lab: KvmBackend) -> dict[int, Content]:

@@ -6,7 +6,7 @@ import asyncio
 import os
 import re
 import threading
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable
 from pathlib import Path
 
 import pytest
@@ -31,20 +31,6 @@ from tests.kvm.backend_support import (
 from tests.unit.memslots.memslots_model import PAGE
 
 pytestmark = pytest.mark.kvm
-
-
-@pytest.fixture
-def lab(kvm: Kvm) -> Iterator[KvmBackend]:
-    """A backend without running vCPUs."""
-    with KvmBackend(kvm) as backend:
-        yield backend
-
-
-@pytest.fixture
-def running(kvm: Kvm) -> Iterator[KvmBackend]:
-    """One with two vCPUs that beat."""
-    with KvmBackend(kvm, vcpus=2) as backend:
-        yield backend
 
 
 # -- large guests ----------------------------------------------------------------------------------
@@ -266,7 +252,7 @@ def test_the_example_of_the_page_compiles_and_imports() -> None:
     page = Path(__file__).parents[2] / "docs" / "mirror.md"
     section = page.read_text().split("## On the lab", 1)[1].split("\n## ", 1)[0]
     code = re.findall(r"(?:^    .*\n|^\n)+", section, re.MULTILINE)
-    (example,) = [block for block in code if "import KvmBackend" in block]
+    (example,) = [block for block in code if "KvmBackend" in block]
     names: dict[str, object] = {}
     exec(compile("\n".join(line[4:] for line in example.splitlines()), str(page), "exec"), names)
     assert callable(names["watch_both"])
