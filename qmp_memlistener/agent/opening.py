@@ -109,13 +109,14 @@ class Opening:
         stack.callback(self._outlet.records.close)
         stack.callback(self._finish_measuring)
         session, untraced = await self._start_tracing(monitors)
-        stack.push_async_callback(self._end_tasks)
         source = await self._start_source(
             monitors.observer,
             session,
             partial(_make_tracker, facts, rules, traced=session is not None),
         )
         self._source = source
+        # before the log is closed: what is in it and not read yet is reported too
+        stack.push_async_callback(self._end_tasks)
         header = header_of(
             str(self._options.target),
             facts,
@@ -234,10 +235,10 @@ class Opening:
     async def _end_tasks(self) -> None:
         """Take in what has happened until now, stop the tasks, publish what they had in hand."""
         source = self._source
-        if source is not None:
-            await source.finish()
+        assert source is not None, "there are tasks"
+        await source.finish()
         await self._upkeep.end()
-        if source is not None and source.tracker is not None:
+        if source.tracker is not None:
             source.tracker.flush()  # of what no snapshot will tell more
         self._outlet.publish()
 
