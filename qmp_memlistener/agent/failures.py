@@ -35,7 +35,8 @@ _KEPT = 64  # transitions
 _ASK_S = 2.0
 _SETTLE_S = 5.0
 _STDERR_BYTES = 64 << 10
-_AGAIN_NS = 2_000_000_000  # a reset so soon after another is the firmware's doing
+# a reset so soon after another is the firmware's doing, on a slow host too
+_AGAIN_NS = 10_000_000_000
 
 _GPA = re.compile(r"\s*gpa: (0x[0-9a-f]+|0)\s*")
 

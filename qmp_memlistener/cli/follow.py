@@ -157,6 +157,7 @@ class _Printer:
         self.stop = asyncio.Event()
         self.reader_gone = False
         self.began = False
+        self.give_up: Callable[[], object] | None = None  # while nobody waits for `stop` yet
         self._count = count
         self._last: int | None = None
         self._limits = limits
@@ -198,6 +199,8 @@ class _Printer:
         except BrokenPipeError:
             self.reader_gone = True
             self.stop.set()
+            if self.give_up is not None:
+                self.give_up()
 
     def _lines(self, record: Record) -> Iterator[str]:
         if isinstance(record, MirrorRecord):
@@ -232,14 +235,16 @@ async def follow(
     if options.for_ns == 0:
         raise InputError("--for needs a time longer than 0", remedy="such as --for 30s")
     printer = _Printer(options.count, limits, as_json=as_json, quiet=quiet)
+    task = asyncio.current_task()
+    assert task is not None, "a coroutine runs in a task"
+    printer.give_up = task.cancel
     try:
         with ExitStack() as stack:
             beside = stack.enter_context(opened_mirror(mirror)) if mirror is not None else None
             await _follow(target, options, printer, limits, record, beside)
     except asyncio.CancelledError:
-        # a signal while probes were started: the user has seen enough
-        task = asyncio.current_task()
-        if not printer.began or task is None:
+        # a signal while probes were started, or nobody reads: the user has seen enough
+        if not printer.began:
             raise
         task.uncancel()
     if printer.reader_gone:
@@ -270,6 +275,7 @@ async def _follow(
         guarded=mirror is not None and mirror.options.pauses,
         on_record=printer.take,
     ) as agent:
+        printer.give_up = None
         loop = asyncio.get_running_loop()
 
         def stop() -> None:

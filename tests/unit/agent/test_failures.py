@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-import pytest
+import asyncio
+from types import SimpleNamespace
+from typing import cast
 
+import pytest
+from msgspec.structs import replace
+
+from qmp_memlistener.agent.failures import FailureWatch
 from qmp_memlistener.agent.postmortem import (
     MapChange,
     Stopped,
@@ -13,7 +19,10 @@ from qmp_memlistener.agent.postmortem import (
     parse_dumps,
     parse_registers,
 )
-from qmp_memlistener.recording import GuestFailure, SlotOp
+from qmp_memlistener.monitor import Monitor, QmpEvent
+from qmp_memlistener.recording import GuestFailure, Record, SlotOp
+from qmp_memlistener.topology import MemoryMap
+from tests.support.records import transition
 
 LONG = """\
 RAX=00001c22fab53127 RBX=00001c22fab4ce6f RCX=00001c22fab53127 RDX=00001c2200000000
@@ -240,3 +249,33 @@ def test_most_resets_are_no_failure() -> None:
     assert reset_after([toggle(1, 101)]) is None
     assert reset_after([toggle(1, 4)], kept_out=True) is None
     assert reset_after([toggle(1, 4, seen=False)]) is None
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("apart_s", "told"), [(0.2, 1), (5.0, 1), (11.0, 2)])
+async def test_a_reset_soon_after_another_is_the_firmwares(apart_s: float, told: int) -> None:
+    """A SeaBIOS that ran before opens PAM and resets again; on a slow host that takes time."""
+    found: list[Record] = []
+    watch = FailureWatch(
+        cast("Monitor", SimpleNamespace(version=SimpleNamespace(release=(7, 2)))),
+        found.extend,
+        settle=lambda: asyncio.sleep(0),
+        view=lambda: cast(
+            "MemoryMap", SimpleNamespace(view=SimpleNamespace(lookup=lambda _: None))
+        ),
+        machine="pc-i440fx-7.2",
+        pid=None,
+    )
+    try:
+        for i in range(2):
+            at = DIED + int(i * apart_s * 1e9)
+            change = toggle(i + 1, 0.4)
+            watch.record(transition(i + 1, at - 400_000))
+            for each in change.ops:
+                watch.record(replace(each, transition=i + 1))
+            watch.event(QmpEvent("RESET", {"reason": "guest-reset", "guest": True}, at, None))
+            for _ in range(10):
+                await asyncio.sleep(0)
+    finally:
+        await watch.close()
+    assert [type(r) for r in found] == [GuestFailure] * told
