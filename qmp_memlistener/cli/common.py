@@ -107,8 +107,13 @@ def read_text(path: str) -> str:
         raise InputError(f"{path} is not text", remedy="give the text QEMU printed") from None
 
 
-def run_async(main: Coroutine[object, object, T]) -> T:
-    """Run to the end; SIGINT and SIGTERM cancel `main`, which cleans up, and raise Interrupted."""
+def run_async(
+    main: Coroutine[object, object, T], *, signalled: Callable[[], bool] = lambda: False
+) -> T:
+    """Run to the end; SIGINT and SIGTERM cancel `main`, which cleans up, and raise Interrupted.
+
+    Unless `signalled`, which is asked first, says that it has seen to it.
+    """
 
     import asyncio
     import signal
@@ -120,6 +125,8 @@ def run_async(main: Coroutine[object, object, T]) -> T:
 
         def stop() -> None:
             nonlocal hit
+            if signalled():
+                return
             hit = True
             task.cancel()
 

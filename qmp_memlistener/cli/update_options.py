@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import duration, print_json, printable, run_async, terminal_shape
+from .common import Interrupted, duration, print_json, printable, run_async, terminal_shape
 from .follow import probe_names
 
 if TYPE_CHECKING:
     from ..agent import Agent
     from ..updates.model import Intent, Outcome, Plug
     from ..updates.operation import UpdateOptions
+    from ..updates.reaction import Waiting
 
 __all__ = [
     "Attaching",
@@ -27,6 +29,8 @@ __all__ = [
     "strategy_option",
     "update_options",
 ]
+
+_PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,8 +194,17 @@ def run_update(
     *,
     as_json: bool,
 ) -> int:
-    """Carry it out, print what came of it, and return the exit code."""
-    outcome = run_async(_update(attaching, intend, strategy, options))
+    """Carry it out, print what came of it, and return the exit code.
+
+    A signal while the guest is waited for ends that, and raises Interrupted after the outcome.
+    """
+    from ..updates.reaction import Waiting
+
+    waiting = Waiting()
+    outcome = run_async(
+        _update(attaching, intend, strategy, replace(options, waiting=waiting), waiting),
+        signalled=waiting.end,
+    )
     if as_json:
         print_json(outcome)
     else:
@@ -200,6 +213,8 @@ def run_update(
         width, _ = terminal_shape()
         for line in outcome_lines(outcome, what, width=width):
             click.echo(printable(line))
+    if waiting.enough.is_set():
+        raise Interrupted
     return 0 if outcome.outcome == "done" else 1
 
 
@@ -208,8 +223,20 @@ async def _update(
     intend: Callable[[Agent], Awaitable[Intent]],
     strategy: str,
     options: UpdateOptions,
+    waiting: Waiting,
 ) -> Outcome:
     from ..updates.model import Strategy
 
     async with attaching.attached(guarded=strategy == Strategy.PAUSE) as agent:
-        return await agent.update(await intend(agent), Strategy(strategy), options)
+        told = asyncio.create_task(_tell(waiting))
+        try:
+            return await agent.update(await intend(agent), Strategy(strategy), options)
+        finally:
+            told.cancel()
+
+
+async def _tell(waiting: Waiting) -> None:
+    """Who waits for long wants to know what for."""
+    await waiting.begun.wait()
+    await asyncio.sleep(_PATIENCE_S)
+    click.echo("waiting for the guest to do its part; Ctrl-C ends that", err=True)

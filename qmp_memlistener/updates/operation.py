@@ -48,7 +48,7 @@ from .pausing import run_paused
 from .phases import Marks, phases_of
 from .plans import plan_update
 from .ram_blocks import count_blocks, memory_backends, wait_freed
-from .reaction import Reaction, Verdict
+from .reaction import Reaction, Verdict, Waiting
 from .steps import Awaited, Step, UpdatePlan
 from .through_guest import ThroughGuest
 from .typing import add, type_arguments
@@ -68,7 +68,8 @@ class UpdateOptions:
     The guard resumes the guest after `max_pause_s`.  The guest has `wait_s` for its part.
     `through_guest` (an experiment) pauses it again at each transition of its own making.
     `pipelined=False` sends stop, update and cont one after the other, to compare.
-    `guard_monitor` names a monitor for the guard; otherwise a free one is found.
+    `guard_monitor` names a monitor for the guard; otherwise a free one is found.  `waiting` tells
+    when the guest is waited for, and can end that.
     """
 
     max_pause_s: float = 2.0
@@ -76,6 +77,7 @@ class UpdateOptions:
     through_guest: bool = False
     pipelined: bool = True
     guard_monitor: str | None = None
+    waiting: Waiting | None = None
 
 
 class Host(Protocol):
@@ -212,7 +214,7 @@ class _Operation:
         try:
             _, running = await read_status(self._host.monitor)
             if running:
-                return await reaction.wait(self._options.wait_s)
+                return await reaction.wait(self._options.wait_s, self._options.waiting)
         except CommandFailed as exc:
             why = f"it was changed, but what the guest does about it is not known: {exc.message}"
             return Verdict(False, reason=why, remedy=exc.remedy)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import CommandFailed
 from ..monitor import Monitor, QmpEvent
@@ -20,7 +20,7 @@ from .guest_view import read_virtio_mem
 from .phases import Marks
 from .steps import Awaited, UpdatePlan
 
-__all__ = ["Reaction", "Verdict"]
+__all__ = ["Reaction", "Verdict", "Waiting"]
 
 QUIET_S = 0.3
 """So long nothing may happen until a guest counts as done; Linux pauses for some 100 ms between
@@ -43,6 +43,21 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
+class Waiting:
+    """Tells that the guest is waited for, and ends that early."""
+
+    def __init__(self) -> None:
+        self.begun = asyncio.Event()
+        self.enough = asyncio.Event()
+
+    def end(self) -> bool:
+        """Wait no longer; False when nothing was waited for, or was ended so before."""
+        if not self.begun.is_set() or self.enough.is_set():
+            return False
+        self.enough.set()
+        return True
+
+
 class Reaction:
     """Collects signs from the moment it is made.  `event` and `record` are callbacks."""
 
@@ -51,6 +66,7 @@ class Reaction:
         self._marks = marks
         self._monitor = monitor
         self._news = asyncio.Event()
+        self._enough = asyncio.Event()
         self._gone: set[str] = set()
         self._backends_gone: list[str] = []
         self._refusal: str | None = None
@@ -119,12 +135,15 @@ class Reaction:
 
     # -- waiting -----------------------------------------------------------------------------
 
-    async def wait(self, wait_s: float) -> Verdict:
-        """Until the guest has done its part, refused, or `wait_s` seconds are over.
+    async def wait(self, wait_s: float, waiting: Waiting | None = None) -> Verdict:
+        """Until the guest has done its part, refused, `wait_s` seconds are over, or `waiting` ends.
 
         Raises TargetError.
         """
         end = time.monotonic() + wait_s
+        if waiting is not None:
+            self._enough = waiting.enough
+            waiting.begun.set()
         match self._plan.awaited:
             case Awaited.GONE:
                 verdict = await self._wait_gone(end)
@@ -134,6 +153,9 @@ class Reaction:
                 verdict = await self._wait_reaction(end)
         if not verdict.refused:
             await self._wait_quiet(max(end, time.monotonic() + QUIET_S))
+        if self._enough.is_set():
+            note = "interrupted: the guest was not waited for any longer"
+            return replace(verdict, notes=(*verdict.notes, note))
         return verdict
 
     async def _wait_gone(self, end: float) -> Verdict:
@@ -199,7 +221,8 @@ class Reaction:
         while self._marks.first_sign is None and self._left(first):
             await self._until(first)
         if self._marks.first_sign is None:
-            return Verdict(True, notes=("the guest has not reacted: it may have no driver",))
+            why = "" if self._enough.is_set() else ": it may have no driver"
+            return Verdict(True, notes=(f"the guest has not reacted{why}",))
         await self._wait_quiet(end)
         if self._refusal is not None:
             return Verdict(False, True, self._refusal, "see the guest's log")
@@ -242,15 +265,16 @@ class Reaction:
     async def _until(self, end: float) -> None:
         """Until something comes, or `end`."""
         self._news.clear()
+        events = [asyncio.ensure_future(e.wait()) for e in (self._news, self._enough)]
         try:
-            async with asyncio.timeout(max(0.0, end - time.monotonic())):
-                await self._news.wait()
-        except TimeoutError:
-            pass
+            left = max(0.0, end - time.monotonic())
+            await asyncio.wait(events, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for event in events:
+                event.cancel()
 
-    @staticmethod
-    def _left(end: float) -> bool:
-        return time.monotonic() < end
+    def _left(self, end: float) -> bool:
+        return time.monotonic() < end and not self._enough.is_set()
 
 
 def _is(cause: Cause, kind: str) -> bool:

@@ -61,6 +61,19 @@ class Verb:
     def __init__(self, process: asyncio.subprocess.Process) -> None:
         self.process = process
         self._lines: list[str] = []
+        self._errors: list[str] = []
+
+    async def told(self, text: str, seconds: float = 30.0) -> None:
+        """Until a line of stderr holds `text`."""
+        assert self.process.stderr is not None
+        async with asyncio.timeout(seconds):
+            while True:
+                line = (await self.process.stderr.readline()).decode()
+                if not line:
+                    raise AssertionError(f"the verb ended after {self._errors!r}")
+                self._errors.append(line)
+                if text in line:
+                    return
 
     async def line(self, seconds: float = 10.0) -> str:
         """The next line of stdout."""
@@ -87,7 +100,7 @@ class Verb:
         took = time.monotonic() - start
         assert self.process.returncode is not None
         text = "".join(self._lines) + (out or b"").decode()
-        return Ran(self.process.returncode, text, err.decode(), took)
+        return Ran(self.process.returncode, text, "".join(self._errors) + err.decode(), took)
 
     async def signalled(self, number: int) -> Ran:
         """Send a signal, then wait for the end.
