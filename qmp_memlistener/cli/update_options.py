@@ -239,4 +239,5 @@ async def _tell(waiting: Waiting) -> None:
     """Who waits for long wants to know what for."""
     await waiting.begun.wait()
     await asyncio.sleep(_PATIENCE_S)
-    click.echo("waiting for the guest to do its part; Ctrl-C ends that", err=True)
+    if waiting.begun.is_set():
+        click.echo("waiting for the guest to do its part; Ctrl-C ends that", err=True)

@@ -44,14 +44,14 @@ class Verdict:
 
 
 class Waiting:
-    """Tells that the guest is waited for, and ends that early."""
+    """Tells while the guest is waited for (`begun`), and ends that early (`enough`)."""
 
     def __init__(self) -> None:
         self.begun = asyncio.Event()
         self.enough = asyncio.Event()
 
     def end(self) -> bool:
-        """Wait no longer; False when nothing was waited for, or was ended so before."""
+        """Wait no longer; False when nothing is waited for, or was ended so before."""
         if not self.begun.is_set() or self.enough.is_set():
             return False
         self.enough.set()
@@ -140,10 +140,16 @@ class Reaction:
 
         Raises TargetError.
         """
-        end = time.monotonic() + wait_s
-        if waiting is not None:
-            self._enough = waiting.enough
-            waiting.begun.set()
+        if waiting is None:
+            return await self._wait(time.monotonic() + wait_s)
+        self._enough = waiting.enough
+        waiting.begun.set()
+        try:
+            return await self._wait(time.monotonic() + wait_s)
+        finally:
+            waiting.begun.clear()
+
+    async def _wait(self, end: float) -> Verdict:
         match self._plan.awaited:
             case Awaited.GONE:
                 verdict = await self._wait_gone(end)
