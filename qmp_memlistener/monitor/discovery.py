@@ -15,17 +15,17 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TypedDict
 
+from ..host.processes import (
+    Process,
+    path_seen_by,
+    process_ids,
+    socket_inodes,
+)
 from .cmdline import (
     CommandLine,
     MonitorMode,
     MonitorSpec,
     parse_command_line,
-)
-from .procfs import (
-    Process,
-    path_seen_by,
-    process_ids,
-    socket_inodes,
 )
 from .sockets import MonitorState, listener_state, unix_path_of_inode
 from .targets import SocketTarget, TcpTarget, UnixTarget

@@ -46,9 +46,9 @@ from datetime import UTC, datetime
 from typing import TypedDict
 
 from ..errors import GuestFrozen, MissingPrerequisite
+from ..host.processes import Process
 from . import freeze_files as files
 from .discovery import Guest
-from .procfs import Process
 from .targets import PidTarget, Target, UnixTarget
 
 __all__ = [

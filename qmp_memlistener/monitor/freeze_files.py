@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 
 import msgspec
 
-from .procfs import Process
+from ..host.processes import Process
 
 __all__ = ["SHM", "Content", "Found", "Place", "claim", "confirm", "find", "places"]
 

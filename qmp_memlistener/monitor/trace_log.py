@@ -22,8 +22,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..host.processes import FileDescriptor, Process, path_seen_by, process_ids
 from .cmdline import CommandLine, parse_command_line
-from .procfs import FileDescriptor, Process, path_seen_by, process_ids
 from .trace_errors import TraceReason, TraceUnavailable
 
 __all__ = [

@@ -29,8 +29,8 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from ..errors import DeadlineExceeded, MissingPrerequisite
+from ..host.processes import Process, boot_id
 from .private_dir import HeldFile, private_directory, shm_directory, try_lock
-from .procfs import Process, boot_id
 from .trace_errors import TraceReason, TraceUnavailable
 
 __all__ = ["Lease", "LogChange", "Note", "Place", "sweep"]

@@ -14,10 +14,10 @@ from dataclasses import dataclass
 import msgspec
 
 from ..errors import CommandFailed
+from ..host.processes import Process
 from .connection import Command, Monitor
 from .discovery import Guest
 from .hmp import hmp
-from .procfs import Process
 from .trace_errors import TraceReason, TraceUnavailable
 from .trace_lines import new_marker
 from .trace_log import (

@@ -16,9 +16,9 @@ from dataclasses import dataclass
 import msgspec
 
 from ..errors import MissingPrerequisite
+from ..host.processes import Process, boot_id
 from ..monitor import Monitor, hmp
 from ..monitor.private_dir import HeldFile, private_directory
-from ..monitor.procfs import Process, boot_id
 
 __all__ = ["LeftoverNote", "WHAT", "find", "note", "restore", "stale"]
 

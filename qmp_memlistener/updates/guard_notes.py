@@ -21,9 +21,9 @@ from dataclasses import dataclass
 import msgspec
 
 from ..errors import MissingPrerequisite
+from ..host.processes import Process, boot_id
 from ..monitor.freeze import FreezeKey
 from ..monitor.private_dir import private_directory
-from ..monitor.procfs import Process, boot_id
 
 __all__ = ["GuardNote", "NoteForm", "all_notes", "new_note", "take_notes"]
 

@@ -12,9 +12,9 @@ import pytest
 
 from qmp_memlistener.errors import OperationFailed, TargetUnreachable
 from qmp_memlistener.guests import GuestSpec, QemuBuild, launch
+from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor import Monitor, UnixTarget, find_guest
 from qmp_memlistener.monitor.freeze import process_key
-from qmp_memlistener.monitor.procfs import Process
 from qmp_memlistener.updates.guard import ResumeGuard, Settled
 from qmp_memlistener.updates.guard_notes import take_notes
 from qmp_memlistener.updates.model import UpdateRefused

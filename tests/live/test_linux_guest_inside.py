@@ -17,7 +17,7 @@ import pytest
 from qmp_memlistener.errors import DeadlineExceeded, OperationFailed, TargetLost
 from qmp_memlistener.guests import Pulse, QemuBuild
 from qmp_memlistener.guests.linux import LinuxGuest, LinuxImage, LinuxSpec, boot_linux
-from qmp_memlistener.monitor.procfs import Process
+from qmp_memlistener.host.processes import Process
 from qmp_memlistener.probes.pulse_ram import open_pulse
 from tests.support.linux import booted_linux, image
 from tests.support.live import QEMUS, builds

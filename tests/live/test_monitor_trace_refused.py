@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
+from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor import (
     Monitor,
     TraceReason,
@@ -20,7 +21,6 @@ from qmp_memlistener.monitor import (
     trace_control,
     trace_setup,
 )
-from qmp_memlistener.monitor.procfs import Process
 from qmp_memlistener.monitor.trace_notes import Place
 from tests.support.bare_qemu import NEW_MOUNTS, can_unshare, running
 from tests.support.leftovers import left_behind

@@ -14,9 +14,9 @@ from typing import Self
 
 import pytest
 
+from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor import freeze_files
 from qmp_memlistener.monitor.freeze import FreezeKey, process_key
-from qmp_memlistener.monitor.procfs import Process
 
 __all__ = ["STRANGER", "Holding", "frozen_files", "key_of", "needs_root", "place", "standing_in"]
 
@@ -29,7 +29,7 @@ _HOLD = """
 import asyncio, os, sys
 from qmp_memlistener.errors import MemListenerError
 from qmp_memlistener.monitor import freeze, freeze_files
-from qmp_memlistener.monitor.procfs import Process
+from qmp_memlistener.host.processes import Process
 
 shm, pid, uid, umask = sys.argv[1], *map(int, sys.argv[2:5])
 freeze_files.SHM = shm

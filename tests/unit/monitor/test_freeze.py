@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import GuestFrozen, MissingPrerequisite
+from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor import freeze, freeze_files
 from qmp_memlistener.monitor.cmdline import parse_command_line
 from qmp_memlistener.monitor.discovery import Guest
@@ -25,7 +26,6 @@ from qmp_memlistener.monitor.freeze import (
     frozen_by,
     hold_freeze,
 )
-from qmp_memlistener.monitor.procfs import Process
 from qmp_memlistener.monitor.targets import PidTarget, parse_target
 from tests.unit.monitor.freeze_support import (
     Holding,

@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qmp_memlistener.host.processes import Process, socket_inodes
 from qmp_memlistener.monitor import MonitorState, TcpTarget, UnixTarget
-from qmp_memlistener.monitor.procfs import Process, socket_inodes
 from qmp_memlistener.monitor.sockets import ListenerState, listener_state, unix_path_of_inode
 
 

@@ -13,8 +13,8 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import DeadlineExceeded
+from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor import TraceReason, TraceUnavailable, private_dir
-from qmp_memlistener.monitor.procfs import Process
 from qmp_memlistener.monitor.trace_notes import LogChange, Place, sweep
 
 
@@ -97,7 +97,7 @@ AGENT = """
 import os, sys
 from qmp_memlistener.monitor import private_dir
 from qmp_memlistener.monitor import trace_notes as notes
-from qmp_memlistener.monitor.procfs import Process
+from qmp_memlistener.host.processes import Process
 private_dir.SHM = sys.argv[1]
 lease = notes.Place(Process.read(int(sys.argv[2]))).claim(["x"], 0)
 print("claimed", flush=True)

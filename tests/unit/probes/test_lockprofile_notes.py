@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
+from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor import private_dir
-from qmp_memlistener.monitor.procfs import Process
 from qmp_memlistener.probes.leftover_notes import LeftoverNote, find, note, stale
 
 WHAT = "sync-profile"

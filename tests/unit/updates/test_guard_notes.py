@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from qmp_memlistener.errors import MissingPrerequisite
+from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor.freeze import FreezeKey, process_key
-from qmp_memlistener.monitor.procfs import Process
 from qmp_memlistener.updates import guard_notes
 from qmp_memlistener.updates.guard_notes import all_notes, new_note, take_notes
 
