@@ -5,7 +5,7 @@ to one synchronous callback (the stock client keeps every event of its life in m
 commands can leave in one write, and the end of the session is announced at once.  Policy
 (deadlines, errors, locking) is `connection`'s job.
 
-Overrides the documented hooks `_cb_outbound` and `_cb_inbound`, and `_event_dispatch`,
+Overrides the documented hooks `_cb_outbound` and `_cb_inbound`, and `_do_recv`, `_event_dispatch`,
 `_set_state`, `_pending`, `_writer` of qemu.qmp 0.0.6 (qmp/protocol.py, qmp/qmp_client.py).
 """
 
@@ -19,13 +19,19 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from qemu.qmp import Message, QMPClient, Runstate
+from qemu.qmp.error import ProtocolError
 from qemu.qmp.qmp_client import BadReplyError
 
-__all__ = ["READ_LIMIT", "RawReply", "TimedClient"]
+__all__ = ["EVENT_LIMIT", "READ_LIMIT", "VALUES_LIMIT", "RawReply", "TimedClient"]
 
 # `info mtree` of 100,000 regions is about 10 MB of text; a peer that never ends a line must not
 # take all memory.
 READ_LIMIT = 32 * 1024 * 1024
+# Text costs about its own size, values do not: an empty list is 3 bytes here and 56 in memory.  The
+# characters of such a text count as well, 300,000 of them.
+VALUES_LIMIT = 2_000_000
+# QEMU's own events have some hundred bytes.
+EVENT_LIMIT = 1024 * 1024
 
 
 class _Demote(logging.Filter):
@@ -53,11 +59,13 @@ class RawReply:
 class TimedClient(QMPClient):
     """A QMP client for one connection.
 
-    `on_event(message, t_ns)` and `on_end()` are called from the event loop and must not raise.
+    `on_event(message, t_ns, size)` and `on_end()` are called from the event loop and must not
+    raise; `size` is that of the message in bytes.  A message of more than READ_LIMIT bytes or
+    VALUES_LIMIT values, or an event of more than EVENT_LIMIT bytes, ends the session.
     """
 
     def __init__(
-        self, on_event: Callable[[Message, int], None], on_end: Callable[[], None]
+        self, on_event: Callable[[Message, int, int], None], on_end: Callable[[], None]
     ) -> None:
         super().__init__(readbuflen=READ_LIMIT)
         self.logger = _LOGGER
@@ -66,6 +74,7 @@ class TimedClient(QMPClient):
         self._sent_ns: dict[object, int] = {}
         self._received_ns: dict[object, int] = {}
         self._inbound_ns = 0
+        self._inbound_size = 0
 
     async def open(self, sock: socket.socket) -> None:
         """Start a session on a connected socket.  Raises ConnectError, EOFError, OSError."""
@@ -129,6 +138,14 @@ class TimedClient(QMPClient):
     def _cb_outbound(self, msg: Message) -> Message:
         return msg
 
+    async def _do_recv(self) -> Message:
+        line = await self._readline()
+        self._inbound_size = len(line)
+        values = line.count(b",") + line.count(b"[") + line.count(b"{")
+        if values > VALUES_LIMIT:
+            raise ProtocolError(f"a message of about {values} values")
+        return Message(line, eager=True)
+
     def _cb_inbound(self, msg: Message) -> Message:
         self._inbound_ns = time.monotonic_ns()
         exec_id = msg.get("id")
@@ -137,7 +154,9 @@ class TimedClient(QMPClient):
         return msg
 
     async def _event_dispatch(self, msg: Message) -> None:
-        self._on_event(msg, self._inbound_ns)
+        if self._inbound_size > EVENT_LIMIT:
+            raise ProtocolError(f"an event of {self._inbound_size} bytes")
+        self._on_event(msg, self._inbound_ns, self._inbound_size)
 
     def _set_state(self, state: Runstate) -> None:
         before = self.runstate

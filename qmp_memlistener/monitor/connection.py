@@ -296,12 +296,12 @@ class Monitor:
             return self.lost.result()
         return TargetLost(f"the connection to {self.target} is closed")
 
-    def _on_event(self, message: Message, t_ns: int) -> None:
+    def _on_event(self, message: Message, t_ns: int, size: int) -> None:
         event = decode_event(message, t_ns)
         for callback in tuple(self._callbacks):
             callback(event)
         for stream in self._streams:
-            stream.push(event)
+            stream.push(event, size)
 
     async def _reap(self, client: TimedClient) -> None:
         """The only place that calls disconnect(): qemu.qmp does not bear two at a time."""

@@ -10,7 +10,9 @@ from typing import Self
 
 from ..errors import TargetError
 
-__all__ = ["EventStream", "QmpEvent", "decode_event"]
+__all__ = ["QUEUE_BYTES", "EventStream", "QmpEvent", "decode_event"]
+
+QUEUE_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,26 +50,31 @@ def decode_event(message: Mapping[str, object], t_ns: int) -> QmpEvent:
 class EventStream:
     """Events in order, as an async iterator.
 
-    Holds at most `limit` events that nobody has read; then the oldest go, counted in `dropped`.
+    Holds at most `limit` events that nobody has read, and at most QUEUE_BYTES of them as QEMU wrote
+    them; then the oldest go, counted in `dropped`.
     The iteration stops when the stream is closed, and raises the monitor's TargetError, after
     the last event, when the peer ended the session.  One reader at a time.
     """
 
     def __init__(self, limit: int, forget: Callable[[EventStream], None]) -> None:
         self.dropped = 0
-        self._queue: deque[QmpEvent] = deque()
+        self._queue: deque[tuple[QmpEvent, int]] = deque()
+        self._bytes = 0
         self._limit = limit
         self._forget = forget
         self._wake = asyncio.Event()
         self._error: TargetError | None = None
         self._closed = False
 
-    def push(self, event: QmpEvent) -> None:
-        """Add an event; the monitor's side."""
-        if len(self._queue) >= self._limit:
-            self._queue.popleft()
+    def push(self, event: QmpEvent, size: int) -> None:
+        """Add an event, `size` bytes in QMP; the monitor's side."""
+        self._queue.append((event, size))
+        self._bytes += size
+        while len(self._queue) > self._limit or (
+            self._bytes > QUEUE_BYTES and len(self._queue) > 1
+        ):
+            self._take()
             self.dropped += 1
-        self._queue.append(event)
         self._wake.set()
 
     def fail(self, error: TargetError) -> None:
@@ -98,10 +105,15 @@ class EventStream:
     async def __anext__(self) -> QmpEvent:
         while True:
             if self._queue:
-                return self._queue.popleft()
+                return self._take()
             if self._closed:
                 raise StopAsyncIteration
             if self._error is not None:
                 raise self._error
             self._wake.clear()
             await self._wake.wait()
+
+    def _take(self) -> QmpEvent:
+        event, size = self._queue.popleft()
+        self._bytes -= size
+        return event

@@ -18,7 +18,7 @@ __all__ = ["RecordingWriter"]
 
 
 class RecordingWriter:
-    """Append records to a new file; a context manager.
+    """Append records to a new file, which only its owner may read; a context manager.
 
     Raises InputError when the file exists or its directory does not, MissingPrerequisite when it
     may not be written, OperationFailed when the disk is full.
@@ -29,7 +29,7 @@ class RecordingWriter:
         self.count = 0
         self._encode = msgspec.json.Encoder().encode
         try:
-            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o644)
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         except FileExistsError:
             raise InputError(
                 f"{path} exists already", remedy="name a new file: a recording is never overwritten"
