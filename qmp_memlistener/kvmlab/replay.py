@@ -9,7 +9,6 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import replace
 
 import msgspec
 
@@ -101,11 +100,9 @@ def run_replay(
     OperationFailed when a vCPU does not go on or memory is short.  Nothing is left behind.
     """
     chosen = select(options.strategies)
-    source = read_replay(path, page_size=PAGE)
-    if options.most is not None:
-        if options.most < 1:
-            raise InputError(f"{options.most} transitions", remedy="use 1 or more")
-        source = _first(source, options.most)
+    if options.most is not None and options.most < 1:
+        raise InputError(f"{options.most} transitions", remedy="use 1 or more")
+    source = read_replay(path, page_size=PAGE, most=options.most)
     order = random.Random(options.seed)
     with ExitStack() as stack:
         kvm = stack.enter_context(Kvm(device) if device else Kvm())
@@ -298,10 +295,6 @@ def _memory(stack: ExitStack, source: ReplayInput) -> dict[BlockName, HostMemory
         (None, None): unknown,
         **{(block.name, block.owner): made(block) for block in source.blocks},
     }
-
-
-def _first(source: ReplayInput, most: int) -> ReplayInput:
-    return replace(source, transitions=source.transitions[:most])
 
 
 def replay_document(report: ReplayReport) -> dict[str, object]:

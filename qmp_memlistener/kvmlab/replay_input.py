@@ -8,7 +8,7 @@ operations did, `replay_guesses` what nothing tells, `replay_blocks` what is beh
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import InputError, RecordingError
@@ -31,9 +31,12 @@ from .recorded_ops import Backing, Recorded
 from .recorded_records import read_recording
 from .replay_blocks import HostBlock, back
 from .replay_guesses import complete
-from .replay_history import Done, History, Life, fold_history
+from .replay_history import Commit, Done, History, Life, fold_history
 
-__all__ = ["HostBlock", "ReplayInput", "ReplayTransition", "read_replay"]
+__all__ = ["MOST_ENTRIES", "HostBlock", "ReplayInput", "ReplayTransition", "read_replay"]
+
+MOST_ENTRIES = 8_000_000
+"""Slots of all transitions together."""
 
 _NAMES = {as_id: name for name, as_id in ADDRESS_SPACES.items()}
 
@@ -117,14 +120,15 @@ class ReplayInput:
     notes: tuple[str, ...]
 
 
-def read_replay(path: str, *, page_size: int = 4096) -> ReplayInput:
+def read_replay(path: str, *, page_size: int = 4096, most: int | None = None) -> ReplayInput:
     """Read a recording of ours, or a log of QEMU 7.2 to 11.1 with `kvm_set_user_memory` lines.
 
-    `page_size` is that of the host that the guest ran on.  Slot tables are copied for each
-    transition: O(transitions x slots) in time and memory.
+    `page_size` is that of the host that the guest ran on.  Only the first `most` transitions are
+    returned.  Each has the slots before and after it: all together at most MOST_ENTRIES of them,
+    some 100 bytes each.
 
-    Raises InputError when the file cannot be read or has no slot operation, RecordingError when it
-    is a damaged recording.
+    Raises InputError when the file cannot be read, has no slot operation or too many slots in too
+    many transitions, RecordingError when it is a damaged recording.
     """
     rules = Rules(page_size=page_size)
     recorded = read_recording(path, rules) if is_recording(path) else read_log(path)
@@ -144,19 +148,26 @@ def read_replay(path: str, *, page_size: int = 4096) -> ReplayInput:
         replace(rules, order=history.order),
         blocks,
         initial,
-        _transitions(history, behind, initial, recorded.kind),
+        _transitions(history.commits[:most], behind, initial, recorded.kind),
         recorded.remarks.texts(),
     )
 
 
 def _transitions(
-    history: History, behind: Mapping[Life, Backing], initial: SlotTable, kind: str
+    commits: Iterable[Commit], behind: Mapping[Life, Backing], initial: SlotTable, kind: str
 ) -> tuple[ReplayTransition, ...]:
     out: list[ReplayTransition] = []
-    before, live = initial, {(s.as_id, s.slot): s for s in initial}
-    for number, commit in enumerate(history.commits, 1):
-        slots = [_carry_out(done, live, behind) for done in commit.done]
-        after = SlotTable(live.values())  # made anew: a copy keeps every id that was ever free
+    before = initial
+    entries = 0
+    for number, commit in enumerate(commits, 1):
+        after = before.copy()
+        slots = [_carry_out(done, after, behind) for done in commit.done]
+        entries += len(after)
+        if entries > MOST_ENTRIES:
+            raise InputError(
+                f"{number} transitions of up to {len(after)} slots are more than a replay can hold",
+                remedy=f"replay fewer of them, with --first {number - 1}",
+            )
         out.append(
             ReplayTransition(
                 (commit.seq or 0) if kind == "recording" else number,
@@ -176,18 +187,17 @@ def _transitions(
     return tuple(out)
 
 
-def _carry_out(
-    done: Done, live: dict[tuple[int, int], Slot], behind: Mapping[Life, Backing]
-) -> Slot:
-    """Change `live` as the operation did; the slot it is about."""
+def _carry_out(done: Done, table: SlotTable, behind: Mapping[Life, Backing]) -> Slot:
+    """Change `table` as the operation did; the slot it is about."""
     slot = _slot(done.life, behind, done.flags)
-    which = (slot.as_id, slot.slot)
+    old = table.get(slot.as_id, slot.slot)
     if done.kind is OpKind.DELETE:
-        slot = live.get(which, slot)
+        slot = old or slot
     if done.ret == 0:
-        live.pop(which, None)
+        if old is not None:
+            table.remove(old.as_id, old.slot)
         if done.kind is not OpKind.DELETE:
-            live[which] = slot
+            table.add(slot)
     return slot
 
 

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping
-from heapq import heappop, heappush
+from heapq import heappop, heappush, heapreplace
+from itertools import pairwise
 
 import msgspec
 
@@ -154,27 +155,40 @@ class _Space:
     def __init__(self) -> None:
         self.by_id: dict[int, Slot] = {}
         self.pieces: list[_Piece] = []  # what is mapped, ascending, disjoint
-        self.free: list[int] = []  # heap of ids below `top`; may hold ids used since
+        # heap of runs of ids below `top`, first and last; may hold ids used since
+        self.free: list[tuple[int, int]] = []
         self.top = 0  # every id from here on is free
 
     def copy(self) -> _Space:
         new = _Space()
         new.by_id = self.by_id.copy()
         new.pieces = self.pieces.copy()
-        # without what is in use again and what is in it twice: a table may be copied for ever
-        new.free = sorted({i for i in self.free if i not in self.by_id})
+        new.free = self.free.copy()
         new.top = self.top
+        if len(new.free) > 2 * len(new.by_id) + 16:
+            new.free = new.gaps()  # a table may be copied for ever
         return new
 
+    def gaps(self) -> list[tuple[int, int]]:
+        """The free ids below `top` as runs, ascending, which is a heap too."""
+        used = [-1, *sorted(self.by_id), self.top]
+        return [(a + 1, b - 1) for a, b in pairwise(used) if b - a > 1]
+
     def use(self, slot_id: int) -> None:
-        for unused in range(self.top, slot_id):
-            heappush(self.free, unused)
+        if slot_id > self.top:
+            heappush(self.free, (self.top, slot_id - 1))
         self.top = max(self.top, slot_id + 1)
 
     def lowest_free(self) -> int:
-        while self.free and self.free[0] in self.by_id:
-            heappop(self.free)
-        return self.free[0] if self.free else self.top
+        while self.free:
+            first, last = self.free[0]
+            if first not in self.by_id:
+                return first
+            if first == last:
+                heappop(self.free)
+            else:
+                heapreplace(self.free, (first + 1, last))
+        return self.top
 
 
 class SlotTable:
@@ -265,7 +279,7 @@ class SlotTable:
             raise InputError(f"address space {as_id} has no slot {slot_id}")
         for start, end in slot.mapped:
             del space.pieces[bisect_left(space.pieces, (start, end, slot_id))]
-        heappush(space.free, slot_id)
+        heappush(space.free, (slot_id, slot_id))
         return slot
 
     def get(self, as_id: int, slot_id: int) -> Slot | None:

@@ -1,13 +1,14 @@
 """Reads recordings: finished ones, growing ones, and those of older schema versions.
 
 Record types and keys that this version does not know are skipped; a last line that is cut off is
-not an error (the writer may be in the middle of it, or was killed there).
+not an error (the writer may be in the middle of it, or was killed there).  A line is at most
+LINE_LIMIT bytes long: the map of 100,000 ranges takes some 15 MB.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 import msgspec
 
@@ -15,7 +16,9 @@ from ..errors import InputError, RecordingError
 from . import measured, mirrored, records
 from .records import SCHEMA, Header, Record
 
-__all__ = ["Recording", "is_recording"]
+__all__ = ["LINE_LIMIT", "Recording", "is_recording"]
+
+LINE_LIMIT = 32 << 20
 
 _TYPES: dict[str, type[Record]] = {
     str(cls.__struct_config__.tag): cls
@@ -23,6 +26,12 @@ _TYPES: dict[str, type[Record]] = {
     for cls in vars(module).values()
     if isinstance(cls, type) and issubclass(cls, Record) and cls is not Record
 }
+
+
+class _Tag(msgspec.Struct):
+    """All that is read of a line before its type is known."""
+
+    type: str | None = None
 
 
 class Recording:
@@ -42,7 +51,7 @@ class Recording:
         self._line_no = 0
         self._position = 0
         self._decoders = {t: msgspec.json.Decoder(cls) for t, cls in _TYPES.items()}
-        self._peek = msgspec.json.Decoder(dict[str, Any])
+        self._peek = msgspec.json.Decoder(_Tag)
         first = next(iter(self), None)
         if not isinstance(first, Header):
             raise RecordingError(
@@ -69,7 +78,10 @@ class Recording:
     def _read(self, file: BinaryIO) -> Iterator[Record]:
         file.seek(self._position)
         self.truncated = False
-        for line in file:
+        while line := file.readline(LINE_LIMIT + 1):
+            if len(line) > LINE_LIMIT:
+                self._line_no += 1
+                raise self._bad(f"longer than {LINE_LIMIT >> 20} MiB")
             if not line.endswith(b"\n"):
                 self.truncated = True
                 return
@@ -81,10 +93,10 @@ class Recording:
 
     def _decode(self, line: bytes) -> Record | None:
         try:
-            tag = self._peek.decode(line).get("type")
+            tag = self._peek.decode(line).type
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise self._bad(f"not JSON ({exc})") from None
-        decoder = self._decoders.get(tag) if isinstance(tag, str) else None
+        decoder = self._decoders.get(tag) if tag is not None else None
         if decoder is None:
             if self._line_no == 1:
                 raise self._bad("no record of a known type")

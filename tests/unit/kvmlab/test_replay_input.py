@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import InputError
+from qmp_memlistener.kvmlab import replay_input
 from qmp_memlistener.kvmlab.replay_input import HostBlock, read_replay
 from qmp_memlistener.memslots import (
     GUEST_MEMFD,
@@ -286,3 +287,18 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         with pytest.raises(InputError, match="cannot be read") as caught:
             read_replay(str(path))
         assert caught.value.exit_code == 2
+
+
+def test_slots_without_end_are_refused_before_memory_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(replay_input, "MOST_ENTRIES", 80_000)
+    lines = (
+        f"flatview_new {0x7F00_0000 + i:#x} (root 0x1)\n{add(i, i << 21, 0x1000, RAM + (i << 21))}"
+        for i in range(1000)
+    )
+    (tmp_path / "log").write_text("\n".join(lines) + "\n")
+    with pytest.raises(InputError, match="400 transitions of up to 400 slots") as caught:
+        read_replay(str(tmp_path / "log"))
+    assert "--first 399" in (caught.value.remedy or "")
+    assert len(read_replay(str(tmp_path / "log"), most=399).transitions) == 399

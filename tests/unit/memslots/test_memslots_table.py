@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -240,3 +242,14 @@ def test_copies_that_change_for_ever_do_not_grow() -> None:
         slot = table.remove(0, 1)
         table.add(slot)
     assert len(table.copy()._spaces[0].free) <= 4
+
+
+def test_ids_that_were_never_used_take_no_room() -> None:
+    table = SlotTable([Slot(0, 32763, 0, 0x1000)])
+    tracemalloc.start()
+    try:
+        copies = [table.copy() for _ in range(100)]
+        assert tracemalloc.get_traced_memory()[0] < 1 << 20
+    finally:
+        tracemalloc.stop()
+    assert {c.lowest_free(0) for c in copies} == {0}

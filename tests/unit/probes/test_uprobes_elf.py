@@ -55,7 +55,7 @@ def refused(path: str) -> str:
     return error.value.message
 
 
-def test_the_library_itself_is_read(tmp_path: Path) -> None:
+def test_the_library_itself_is_read() -> None:
     assert NAME in read_elf(str(LIBRARY), [NAME, "no_such_function"]).offsets
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import stat
+import tracemalloc
 from pathlib import Path
 
 import pytest
@@ -138,3 +141,40 @@ def test_a_recording_is_never_overwritten(tmp_path: Path) -> None:
         RecordingWriter(str(path), HEADER)
     with pytest.raises(InputError, match="cannot be created"):
         RecordingWriter(str(tmp_path / "no" / "r.jsonl"), HEADER)
+
+
+def test_a_line_without_end_is_refused_without_holding_it(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path)
+    os.truncate(path, 1 << 30)
+    tracemalloc.start()
+    try:
+        with pytest.raises(RecordingError, match="line 5: longer than 32 MiB"):
+            list(Recording(str(path)))
+        assert tracemalloc.get_traced_memory()[1] < 128 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_values_that_nobody_wants_are_not_made(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path)
+    with path.open("ab") as file:
+        file.write(b'{"type":"future","x":[' + b"[]," * 2_000_000 + b"0]}\n")
+    tracemalloc.start()
+    try:
+        recording = Recording(str(path))
+        assert len(list(recording)) == len(RECORDS)
+        assert recording.skipped == 1
+        assert tracemalloc.get_traced_memory()[1] < 32 << 20
+    finally:
+        tracemalloc.stop()
+
+
+def test_a_recording_is_its_owners_alone(tmp_path: Path) -> None:
+    before = os.umask(0)
+    try:
+        write(tmp_path / "r.jsonl")
+    finally:
+        os.umask(before)
+    assert stat.S_IMODE((tmp_path / "r.jsonl").stat().st_mode) == 0o600
