@@ -13,6 +13,7 @@ from ..errors import CommandFailed
 from ..monitor import Monitor, hmp
 from .guest_view import ask
 from .model import Addition, Intent, Plug, Role
+from .pci_buses import read_buses
 from .steps import Facts
 
 __all__ = ["backends_of", "read_devices", "read_facts"]
@@ -27,6 +28,7 @@ class _Child(msgspec.Struct):
 
 class _Property(msgspec.Struct):
     name: str
+    type: str
 
 
 class _Node(msgspec.Struct):
@@ -43,13 +45,6 @@ async def read_facts(monitor: Monitor, intent: Intent) -> Facts:
     devices = await read_devices(monitor)
     objects = await _children(monitor, "/objects")
     memdevs = await ask(monitor, "query-memdev", list[_Memdev], [])
-    pci = False
-    if isinstance(intent, Plug):
-        # every PCI device has it (hw/pci/pci.c); qom-list-types would load all of QEMU's modules
-        known = await ask(
-            monitor, "device-list-properties", list[_Property], [], typename=intent.device.type
-        )
-        pci = "multifunction" in {p.name for p in known}
     used = {Role.DEVICE: devices, Role.OBJECT: objects}
     if isinstance(intent, Plug):
         roles = {b.role for b in intent.backends}
@@ -57,7 +52,25 @@ async def read_facts(monitor: Monitor, intent: Intent) -> Facts:
             used[Role.NETDEV] = await _netdevs(monitor)
         if Role.BLOCKDEV in roles:
             used[Role.BLOCKDEV] = await _nodes(monitor)
-    return Facts({m.id: m.size for m in memdevs if m.id}, pci, used)
+    backends = {m.id: m.size for m in memdevs if m.id}
+    if not isinstance(intent, Plug):
+        return Facts(backends, used=used)
+    # qom-list-types would know, and load all of QEMU's modules
+    known = await ask(
+        monitor, "device-list-properties", list[_Property], typename=intent.device.type
+    )
+    types = {p.name: p.type for p in known}
+    pci = "multifunction" in types  # every PCI device has it (hw/pci/pci.c)
+    # of a PCI device `addr` is its place on the bus
+    dimm = not pci and "memdev" in types and types.get("addr") == "uint64"
+    return Facts(
+        backends,
+        pci,
+        used,
+        memory=dimm or "memaddr" in types,
+        slot=dimm and "slot" in types,
+        buses=await read_buses(monitor) if pci else (),
+    )
 
 
 async def read_devices(monitor: Monitor) -> frozenset[str]:

@@ -1,4 +1,4 @@
-"""What an update must know of a guest before it touches anything: state, memory, PCI bridges.
+"""What an update must know of a guest before it touches anything: its state and its memory.
 
 Reads only, with commands that cost QEMU well under a millisecond each.  What follows from it is
 the business of `plans`.
@@ -6,7 +6,6 @@ the business of `plans`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -16,12 +15,10 @@ from ..errors import CommandFailed, ProtocolViolation
 from ..monitor import Monitor
 
 __all__ = [
-    "Bridge",
     "Dimm",
     "GuestView",
     "VirtioMem",
     "ask",
-    "read_bridges",
     "read_guest",
     "read_status",
     "read_virtio_mem",
@@ -53,27 +50,15 @@ class VirtioMem:
 
 
 @dataclass(frozen=True, slots=True)
-class Bridge:
-    """A PCI-to-PCI bridge with an id, which is the name of the bus behind it.
-
-    `driver` is its QOM type.  The windows are half-open ranges, empty when closed.  `occupied`
-    says that something sits behind it.
-    """
-
-    id: str
-    driver: str
-    memory: tuple[int, int]
-    prefetchable: tuple[int, int]
-    occupied: bool
-
-
-@dataclass(frozen=True, slots=True)
 class GuestView:
     """A guest as it is before an update; sizes are bytes.
 
-    `machine` is QEMU's name of it, alias resolved.  `dimm_slots` and `max_memory` are what
-    `-m slots=,maxmem=` gave, `base_memory` what the guest booted with.  `jobs` are block jobs that
-    copy (types).  `migration` is the status of a migration under way, else None.
+    `machine` is QEMU's name of it, alias resolved.  `dimm_slots` is what `-m slots=` gave,
+    `max_memory` what `maxmem=` gave, None when that is not known: QEMU tells it only if there are
+    slots (machine_get_mem of hw/core/machine.c).  `device_memory` is the range that the machine
+    keeps for memory devices, None when it has none; `base_memory` what the guest booted with.
+    `jobs` are block jobs that copy (types).  `migration` is the status of a migration under way,
+    else None.
     """
 
     status: str
@@ -83,11 +68,13 @@ class GuestView:
     machine: str
     nvdimm: bool
     base_memory: int
-    max_memory: int
+    max_memory: int | None
     dimm_slots: int
     dimms: tuple[Dimm, ...]
     virtio_mems: tuple[VirtioMem, ...]
-    bridges: tuple[Bridge, ...]
+    device_memory: tuple[int, int] | None
+    other_memory: int = 0
+    """What memory devices of other kinds take of `device_memory`."""
 
     @property
     def memory(self) -> int:
@@ -100,10 +87,19 @@ class GuestView:
         return self.dimm_slots - len(self.dimms)
 
     @property
-    def free_device_memory(self) -> int:
-        """Room between `-m size` and `maxmem`; a virtio-mem device takes all that it may become."""
+    def free_device_memory(self) -> int | None:
+        """Room between `-m size` and `maxmem`; a virtio-mem device takes all that it may become.
+
+        Without slots the range for memory devices is as large as that; with slots some machines
+        make it larger, to align DIMMs (pc_memory_init of hw/i386/pc.c).  None when the machine has
+        no such range.
+        """
+        if self.device_memory is None:
+            return None
+        start, end = self.device_memory
+        room = end - start if self.max_memory is None else self.max_memory - self.base_memory
         taken = sum(d.size for d in self.dimms) + sum(v.max_size for v in self.virtio_mems)
-        return max(0, self.max_memory - self.base_memory - taken)
+        return max(0, room - taken - self.other_memory)
 
 
 class _Status(msgspec.Struct):
@@ -121,8 +117,10 @@ class _Job(msgspec.Struct):
 
 
 class _Sizes(msgspec.Struct, rename="kebab"):
+    """MemorySizeConfiguration of qapi/machine.json: without slots there is no `slots`."""
+
     size: int
-    max_size: int = 0
+    max_size: int | None = None
     slots: int = 0
 
 
@@ -143,36 +141,8 @@ class _MemoryDevice(msgspec.Struct):
     data: _Device
 
 
-class _Range(msgspec.Struct):
-    base: int
-    limit: int
-
-    @property
-    def half_open(self) -> tuple[int, int]:
-        return (self.base, self.limit + 1) if self.base <= self.limit else (0, 0)
-
-
-class _Bus(msgspec.Struct):
-    memory_range: _Range
-    prefetchable_range: _Range
-
-
-class _BridgeInfo(msgspec.Struct):
-    bus: _Bus
-    devices: list[_Function] = []
-
-
-class _Function(msgspec.Struct):
-    qdev_id: str = ""
-    pci_bridge: _BridgeInfo | None = None
-
-
 class _Child(msgspec.Struct):
     name: str
-
-
-class _PciBus(msgspec.Struct):
-    devices: list[_Function] = []
 
 
 # MigrationStatus (qapi/migration.json) of a migration that is not over
@@ -193,6 +163,10 @@ _MIGRATING = frozenset(
     }
 )
 _MEMORY_TYPES = {"dimm": "pc-dimm", "nvdimm": "nvdimm"}
+_OTHERS = frozenset({"virtio-pmem", "hv-balloon"})
+_DEVICE_MEMORY = "device-memory[0]"
+"""The region that every machine makes which has one (machine_memory_devices_init of
+hw/core/machine.c and its forerunners in 7.2)."""
 
 
 async def read_guest(monitor: Monitor) -> GuestView:
@@ -218,7 +192,8 @@ async def read_guest(monitor: Monitor) -> GuestView:
             if d.type in _MEMORY_TYPES
         ),
         virtio_mems=_virtio_mems(devices),
-        bridges=await read_bridges(monitor),
+        device_memory=await _device_memory(monitor),
+        other_memory=sum(d.data.size for d in devices if d.type in _OTHERS),
     )
 
 
@@ -228,33 +203,14 @@ async def read_status(monitor: Monitor) -> tuple[str, bool]:
     return found.status, found.running
 
 
-async def read_bridges(monitor: Monitor) -> tuple[Bridge, ...]:
-    """All bridges that have an id, in the order of query-pci; none on a machine without PCI."""
-    buses = await ask(monitor, "query-pci", list[_PciBus], [])
-    found = []
-    for function in _functions([f for bus in buses for f in bus.devices]):
-        bridge = function.pci_bridge
-        if bridge is None or not function.qdev_id:
-            continue
-        path = f"/machine/peripheral/{function.qdev_id}"
-        driver = await ask(monitor, "qom-get", str, "", path=path, property="type")
-        found.append(
-            Bridge(
-                function.qdev_id,
-                driver,
-                bridge.bus.memory_range.half_open,
-                bridge.bus.prefetchable_range.half_open,
-                bool(bridge.devices) or await _has_children(monitor, f"{path}/{function.qdev_id}"),
-            )
-        )
-    return tuple(found)
-
-
-async def _has_children(monitor: Monitor, bus: str) -> bool:
-    """query-pci does not tell what is behind a bridge without bus numbers, which a guest gives it
-    (hw/pci/pci-qmp-cmds.c); the bus has a link to each of its devices (hw/core/qdev.c)."""
-    found = await ask(monitor, "qom-list", list[_Child], [], path=bus)
-    return any(child.name.startswith("child[") for child in found)
+async def _device_memory(monitor: Monitor) -> tuple[int, int] | None:
+    there = await ask(monitor, "qom-list", list[_Child], path="/machine")
+    if _DEVICE_MEMORY not in {child.name for child in there}:
+        return None
+    path = f"/machine/{_DEVICE_MEMORY}"
+    start = await ask(monitor, "qom-get", int, path=path, property="addr")
+    size = await ask(monitor, "qom-get", int, path=path, property="size")
+    return (start, start + size)
 
 
 async def read_virtio_mem(monitor: Monitor) -> tuple[VirtioMem, ...]:
@@ -272,13 +228,6 @@ def _virtio_mems(devices: list[_MemoryDevice]) -> tuple[VirtioMem, ...]:
 
 async def _memory_devices(monitor: Monitor) -> list[_MemoryDevice]:
     return await ask(monitor, "query-memory-devices", list[_MemoryDevice], [])
-
-
-def _functions(functions: list[_Function]) -> Iterator[_Function]:
-    for function in functions:
-        yield function
-        if function.pci_bridge is not None:
-            yield from _functions(function.pci_bridge.devices)
 
 
 async def ask(

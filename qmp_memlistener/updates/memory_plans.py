@@ -10,7 +10,7 @@ from .guest_view import Dimm, GuestView, VirtioMem
 from .model import Addition, Resize, Role, Strategy, UpdateRefused
 from .steps import Awaited, Facts, Step, UpdatePlan, adding, mib
 
-__all__ = ["VIRTIO_MEM_REMEDY", "check_room", "plan_resize"]
+__all__ = ["VIRTIO_MEM_REMEDY", "check_requested", "check_room", "plan_resize"]
 
 _DIMM_ALIGN = 128 << 20
 """Linux on x86 adds memory in blocks of 128 MiB at least (memory_block_size_bytes)."""
@@ -20,20 +20,60 @@ VIRTIO_MEM_REMEDY = (
 )
 
 
-def check_room(view: GuestView, slots: int, size: int) -> None:
-    """As pc-dimm and memory-device check it (hw/mem/memory-device.c), but beforehand."""
+def check_room(view: GuestView, slots: int, size: int | None) -> None:
+    """As pc-dimm and memory-device check it (hw/mem/memory-device.c), but beforehand.
+
+    `size` is None where it is not known; QEMU judges then.
+    """
     if view.free_dimm_slots < slots:
         have = f"all {view.dimm_slots} memory slots are taken" if view.dimm_slots else "no slots"
         raise UpdateRefused(
             f"the guest has no free slot for memory ({have}); nothing was touched",
             remedy="start the guest with -m size,slots=N,maxmem=SIZE, or unplug a DIMM",
         )
-    if size > view.free_device_memory:
+    room = view.free_device_memory
+    if room is None and view.max_memory is not None and view.max_memory > view.base_memory:
         raise UpdateRefused(
-            f"the guest has room for {mib(view.free_device_memory)} of more memory, not for "
-            f"{mib(size)}; nothing was touched",
-            remedy=f"start the guest with a larger maxmem than {mib(view.max_memory)}",
+            f"the machine {view.machine} has no device memory, whatever maxmem= is: it takes "
+            "neither DIMMs nor virtio-mem; nothing was touched",
+            remedy="use a machine that has it, such as q35, pc or virt",
         )
+    if room is None:
+        raise UpdateRefused(
+            "the guest has no device memory, so it takes neither DIMMs nor virtio-mem; nothing "
+            "was touched",
+            remedy="start it with -m size,slots=N,maxmem=SIZE on a machine that has device memory, "
+            "such as q35, pc or virt",
+        )
+    if size is not None and size > room:
+        most = "" if view.max_memory is None else f" than {mib(view.max_memory)}"
+        raise UpdateRefused(
+            f"the guest has room for {mib(room)} of more memory, not for {mib(size)}; nothing was "
+            "touched",
+            remedy=f"start the guest with a larger maxmem{most}",
+        )
+
+
+def check_requested(device: Addition, size: int | None) -> int | None:
+    """The size that a new virtio-mem device shall have at once, None when it is no such device or
+    shall have nothing.  Raises UpdateRefused for what it never can have."""
+    wanted = device.arguments.get("requested-size")
+    if not isinstance(wanted, int) or not wanted:
+        return None
+    if size is not None and wanted > size:
+        raise UpdateRefused(
+            f"requested-size is {mib(wanted)}, and the memory behind {device.id} has {mib(size)}; "
+            "nothing was touched",
+            remedy=f"request {mib(size)} at most, or give it a larger backend",
+        )
+    block = device.arguments.get("block-size")
+    if isinstance(block, int) and block and wanted % block:
+        raise UpdateRefused(
+            f"requested-size is {mib(wanted)}, no multiple of the block size, {mib(block)}; "
+            "nothing was touched",
+            remedy=f"request a multiple of {mib(block)}",
+        )
+    return wanted
 
 
 def plan_resize(intent: Resize, strategy: Strategy, view: GuestView, facts: Facts) -> UpdatePlan:

@@ -34,7 +34,7 @@ from ..recording import Header, Record, SlotOp, StallRecord, TransitionRecord
 from .guard import ResumeGuard
 from .guard_targets import guard_targets
 from .guest_facts import read_devices, read_facts
-from .guest_view import Bridge, read_bridges, read_guest, read_status
+from .guest_view import read_guest, read_status
 from .model import (
     GuestStates,
     Intent,
@@ -45,6 +45,7 @@ from .model import (
     UpdateRefused,
 )
 from .pausing import run_paused
+from .pci_buses import Window, read_windows
 from .phases import Marks, phases_of
 from .plans import plan_update
 from .ram_blocks import count_blocks, memory_backends, wait_freed
@@ -120,7 +121,7 @@ class _Operation:
         self._unsure: tuple[Step, ...] = ()
         """Sent, and not answered."""
         self._stands = False
-        self._bridges: tuple[Bridge, ...] = ()
+        self._windows: dict[str, tuple[Window, Window]] = {}
 
     async def run(self, intent: Intent) -> Outcome:
         async with AsyncExitStack() as stack:
@@ -144,11 +145,12 @@ class _Operation:
         """Ask the guest what there is, find out types, make the plan."""
         monitor = self._host.monitor
         view = await read_guest(monitor)
-        self._bridges = view.bridges
         if isinstance(intent, Plug):
             backends = [await type_arguments(monitor, b) for b in intent.backends]
             device = await type_arguments(monitor, intent.device)
             intent = replace(intent, backends=tuple(backends), device=device)
+        if self._strategy is Strategy.HOLE:
+            self._windows = await read_windows(monitor)
         facts = await read_facts(monitor, intent)
         return plan_update(intent, self._strategy, view, facts)
 
@@ -201,12 +203,8 @@ class _Operation:
 
     async def _moved_windows(self) -> str:
         """Whether the guest moved a bridge window, which takes away what is behind it meanwhile."""
-        before = {b.id: (b.memory, b.prefetchable) for b in self._bridges}
-        moved = [
-            b.id
-            for b in await read_bridges(self._host.monitor)
-            if before.get(b.id) != (b.memory, b.prefetchable)
-        ]
+        now = await read_windows(self._host.monitor)
+        moved = [name for name, windows in now.items() if self._windows.get(name) != windows]
         return f"bridge windows moved: {', '.join(moved)}" if moved else "no bridge window moved"
 
     async def _wait(self, reaction: Reaction) -> Verdict:

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.updates.guest_view import Bridge, Dimm, GuestView, VirtioMem
+from qmp_memlistener.updates.guest_view import Dimm, GuestView, VirtioMem
 from qmp_memlistener.updates.model import (
     Addition,
     Plug,
@@ -36,12 +36,10 @@ PC = GuestView(
     dimm_slots=4,
     dimms=(),
     virtio_mems=(),
-    bridges=(),
+    device_memory=(4 * GIB, 12 * GIB),
 )
-PORT = Bridge("rp0", "pcie-root-port", (0xFE000000, 0xFE200000), (0xF0000000, 0xF2000000), False)
-Q35 = replace(PC, machine="pc-q35-10.0-machine", bridges=(PORT,))
 NONE = Facts({})
-PCI = Facts({}, pci=True)
+DIMM = Facts({}, memory=True, slot=True)
 D0 = {Role.DEVICE: frozenset({"d0"})}
 
 
@@ -115,9 +113,52 @@ def test_block_jobs_forbid_only_a_pause() -> None:
 def test_no_room_for_a_dimm(view: GuestView, size: int, words: str) -> None:
     for intent in (dimm_of(size), Resize("+", size)):
         with pytest.raises(UpdateRefused, match=words) as caught:
-            plan_update(intent, Strategy.PAUSE, view, NONE)
+            plan_update(intent, Strategy.PAUSE, view, DIMM)
         assert caught.value.remedy is not None
         assert "maxmem" in caught.value.remedy
+
+
+@pytest.mark.parametrize(
+    ("view", "words"),
+    [
+        (replace(PC, device_memory=None, machine="microvm-machine"), "microvm-machine has no"),
+        (replace(PC, device_memory=None, max_memory=None), "the guest has no device memory"),
+    ],
+)
+def test_a_machine_without_device_memory(view: GuestView, words: str) -> None:
+    plug = Plug(device("virtio-mem-pci", memdev="m0"), (memory("m0", MIB),))
+    for intent, facts in ((plug, replace(DIMM, slot=False, pci=True)), (dimm_of(MIB), DIMM)):
+        with pytest.raises(UpdateRefused, match=words) as caught:
+            plan_update(intent, Strategy.DIRECT, view, facts)
+        assert "q35" in str(caught.value.remedy)
+
+
+def test_room_without_slots_is_what_the_machine_keeps_for_it() -> None:
+    """QEMU does not tell maxmem then."""
+    view = replace(PC, max_memory=None, dimm_slots=0, device_memory=(4 * GIB, 5 * GIB))
+    facts = Facts({}, memory=True, pci=True)
+    for size, room in ((GIB, True), (2 * GIB, False)):
+        plug = Plug(device("virtio-mem-pci", memdev="m0"), (memory("m0", size),))
+        if room:
+            assert plan_update(plug, Strategy.DIRECT, view, facts).update
+            continue
+        with pytest.raises(UpdateRefused, match="room for 1024 MiB of more memory, not for 2048"):
+            plan_update(plug, Strategy.DIRECT, view, facts)
+
+
+@pytest.mark.parametrize(
+    ("properties", "words"),
+    [
+        ({"requested-size": 2 * GIB}, "requested-size is 2048 MiB, and the memory behind d0 has"),
+        ({"requested-size": 3 * MIB, "block-size": 2 * MIB}, "no multiple of the block size"),
+    ],
+)
+def test_a_size_that_virtio_mem_never_can_have(properties: dict[str, Value], words: str) -> None:
+    asked = {"driver": "virtio-mem-pci", "id": "d0", "memdev": "m0", **properties}
+    plug = Plug(Addition(Role.DEVICE, "d0", asked, typed=True), (memory("m0", GIB),))
+    with pytest.raises(UpdateRefused, match=words) as caught:
+        plan_update(plug, Strategy.DIRECT, PC, Facts({}, memory=True, pci=True))
+    assert caught.value.remedy
 
 
 def test_an_nvdimm_needs_a_machine_that_takes_it() -> None:
@@ -130,7 +171,7 @@ def test_an_nvdimm_needs_a_machine_that_takes_it() -> None:
 
 def test_a_dimm_fills_no_hole() -> None:
     with pytest.raises(UpdateRefused, match="memslot of its own") as caught:
-        plan_update(dimm_of(MIB), Strategy.HOLE, PC, NONE)
+        plan_update(dimm_of(MIB), Strategy.HOLE, PC, DIMM)
     assert "virtio-mem" in str(caught.value.remedy)
 
 
@@ -138,56 +179,6 @@ def test_an_id_in_use() -> None:
     taken = {Role.OBJECT: frozenset({"m0"}), Role.NETDEV: frozenset({"d0"})}
     with pytest.raises(UpdateRefused, match="an object called m0 already"):
         plan_update(dimm_of(MIB), Strategy.DIRECT, PC, Facts({}, used=taken))
-
-
-def test_q35_gets_a_free_root_port() -> None:
-    plan = plan_update(Plug(device("virtio-net-pci")), Strategy.DIRECT, Q35, PCI)
-    (step,) = plan.update
-    assert (step.command.arguments or {})["bus"] == "rp0"
-
-
-def test_q35_without_a_free_root_port() -> None:
-    for bridges in ((), (replace(PORT, occupied=True),)):
-        view = replace(Q35, bridges=bridges)
-        with pytest.raises(UpdateRefused, match="no free PCIe root port") as caught:
-            plan_update(Plug(device("virtio-net-pci")), Strategy.DIRECT, view, PCI)
-        assert "pcie-root-port" in str(caught.value.remedy)
-
-
-def test_the_root_bus_of_pcie_takes_no_device() -> None:
-    for machine in ("pc-q35-7.2-machine", "virt-10.0-machine"):
-        view = replace(Q35, machine=machine)
-        with pytest.raises(UpdateRefused, match=r"root bus pcie\.0"):
-            plan_update(Plug(device("virtio-net-pci", bus="pcie.0")), Strategy.DIRECT, view, PCI)
-
-
-def test_a_root_port_takes_one_device() -> None:
-    view = replace(Q35, bridges=(replace(PORT, occupied=True),))
-    with pytest.raises(UpdateRefused, match="rp0 has a device already"):
-        plan_update(Plug(device("virtio-net-pci", bus="rp0")), Strategy.DIRECT, view, PCI)
-
-
-def test_the_port_with_room_is_taken() -> None:
-    small = replace(PORT, id="small", prefetchable=(0xF0000000, 0xF0100000))
-    view = replace(Q35, bridges=(small, PORT))
-    plug = Plug(device("ivshmem-plain", memdev="m0"), (memory("m0", 16 * MIB),))
-    for strategy in (Strategy.DIRECT, Strategy.HOLE):
-        (step,) = plan_update(plug, strategy, view, PCI).update
-        assert (step.command.arguments or {})["bus"] == "rp0"
-
-
-def test_hole_wants_a_window_that_is_large_enough() -> None:
-    plug = Plug(device("ivshmem-plain", memdev="m0"), (memory("m0", 64 * MIB),))
-    with pytest.raises(UpdateRefused, match="bridge windows would have to move") as caught:
-        plan_update(plug, Strategy.HOLE, Q35, PCI)
-    assert "pref64-reserve=64M" in str(caught.value.remedy)
-    assert plan_update(plug, Strategy.DIRECT, Q35, PCI).update
-
-
-def test_pc_has_no_window_to_move() -> None:
-    plug = Plug(device("ivshmem-plain", memdev="m0"), (memory("m0", 64 * MIB),))
-    plan = plan_update(plug, Strategy.HOLE, PC, PCI)
-    assert "bus" not in (plan.update[0].command.arguments or {})
 
 
 def test_unplug_waits_for_the_device_and_then_removes_what_it_stood_on() -> None:
