@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import rich_click as click
 
 from .common import json_option, print_json, print_table, printable
+
+if TYPE_CHECKING:
+    from ..monitor.discovery import MonitorDocument
 
 
 @click.command("list")
@@ -33,11 +38,21 @@ def command(as_json: bool) -> None:
     rows = []
     for g in guests:
         monitors = g["monitors"]
-        first = [str(g["pid"]), *(g[k] or "?" for k in ("name", "version", "machine", "accel"))]
+        hidden = not g["visible"]
+        facts = (g["version"], g["machine"], g["accel"])
+        first = [str(g["pid"]), g["name"] or "-", *(fact or "not known" for fact in facts)]
+        none = "not known: no permission" if hidden else "no QMP monitor"
         for i, m in enumerate(monitors or [None]):
             lead = first if i == 0 else [""] * len(first)
-            rows.append([*lead, *((m["target"], m["state"]) if m else ("no QMP monitor", ""))])
+            rows.append([*lead, *((m["target"], _state(m)) if m else (none, ""))])
+    for g in guests:
+        for note in g["notes"]:
+            click.echo(printable(f"{g['pid']}: {note}"))
     for pid, holder in holders.items():
         if holder is not None:
             click.echo(printable(f"{pid} is frozen for real-time work by {holder}"))
     print_table(("pid", "name", "version", "machine", "accel", "monitor", "state"), rows)
+
+
+def _state(monitor: MonitorDocument) -> str:
+    return f"{monitor['state']}: {monitor['why']}" if monitor["why"] else monitor["state"]

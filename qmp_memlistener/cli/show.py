@@ -103,7 +103,9 @@ class _Live:
         cost = f", the map cost its BQL at most {self.bql_cost_ns / 1e6:.1f} ms" if (
             self.bql_cost_ns is not None
         ) else ""  # fmt: skip
-        return f"QEMU {f.version}, machine {f.machine}, accelerator {f.accel}, {f.status}{cost}\n"
+        machine, accel = f.machine or "not known", f.accel or "not known"
+        status = f.status or "status not known"
+        return f"QEMU {f.version}, machine {machine}, accelerator {accel}, {status}{cost}\n"
 
     def document(self) -> dict[str, object]:
         f = self.facts

@@ -18,6 +18,7 @@ __all__ = [
     "Process",
     "boot_id",
     "path_seen_by",
+    "paths_seen_by",
     "process_ids",
     "socket_inodes",
 ]
@@ -58,6 +59,7 @@ class Process:
     start_ticks: int
     argv: tuple[str, ...]
     exe: str | None
+    parent: int
     uid: int
     gid: int
     groups: frozenset[int]
@@ -86,6 +88,7 @@ class Process:
             start_ticks=int(fields[19]),
             argv=tuple(os.fsdecode(a) for a in argv),
             exe=exe,
+            parent=int(fields[1]),
             # The fourth number is the file-system id: the one that opens files.
             uid=int(status[b"Uid"].split()[3]),
             gid=int(status[b"Gid"].split()[3]),
@@ -96,6 +99,20 @@ class Process:
         """The same process still runs."""
         now = Process.read(self.pid)
         return now is not None and now.start_ticks == self.start_ticks
+
+    def started_at(self) -> float:
+        """When it began, in seconds since the epoch, to about a second."""
+        with open("/proc/stat") as f:
+            boot = next((line.split()[1] for line in f if line.startswith("btime ")), "0")
+        return int(boot) + self.start_ticks / os.sysconf("SC_CLK_TCK")
+
+    def is_stopped(self) -> bool:
+        """A signal (SIGSTOP) or a debugger keeps it from running now."""
+        try:
+            with open(f"/proc/{self.pid}/stat", "rb") as f:
+                return f.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+        except (OSError, IndexError):
+            return False
 
     def cwd(self) -> str | None:
         try:
@@ -179,6 +196,22 @@ def path_seen_by(process: Process, path: str) -> str | None:
             return None
         path = os.path.join(cwd, path)
     return path if process.shares_root() else f"/proc/{process.pid}/root{path}"
+
+
+def paths_seen_by(process: Process, path: str) -> list[str]:
+    """All names under which we may reach what `process` once called `path`, likeliest first.
+
+    It may have left its root or its directory since (-chroot, -daemonize): its parent's and ours
+    are tried as well.  Whether one of them leads to the same file is for the caller to check.
+    """
+    now = path_seen_by(process, path)
+    found = [] if now is None else [now]
+    parent = Process.read(process.parent)
+    if parent is not None and (again := path_seen_by(parent, path)) is not None:
+        found.append(again)
+    if os.path.isabs(path):
+        found.append(path)
+    return list(dict.fromkeys(found))
 
 
 def socket_inodes(process: Process) -> dict[int, int] | None:

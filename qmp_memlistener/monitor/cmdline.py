@@ -1,8 +1,8 @@
 """PURE: what a QEMU's command line says about its monitors, accelerator, machine, name and log.
 
-Only the options this project needs are understood.  Everything here is text in, values out;
-reading /proc is `discovery`'s job.  Option syntax after util/qemu-option.c (`,,` is a literal
-comma, a bare word is the implied first key or a flag) and softmmu/vl.c, system/vl.c.
+Only the options this project needs are understood.  Everything here is text in, values out:
+reading /proc, and the files that -readconfig names, is `discovery`'s job; option and chardev
+syntax is that of `chardevs`.  Options after softmmu/vl.c, system/vl.c and qemu-options.hx.
 """
 
 from __future__ import annotations
@@ -10,15 +10,34 @@ from __future__ import annotations
 import json
 import os.path
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from .targets import SocketTarget, TcpTarget, UnixTarget
+from .chardevs import (
+    Chardev,
+    chardev_of_options,
+    chardev_of_text,
+    config_groups,
+    is_on,
+    options_text,
+    parse_options,
+)
+from .targets import SocketTarget
 
-__all__ = ["CommandLine", "MonitorMode", "MonitorSpec", "parse_command_line", "parse_options"]
+__all__ = [
+    "CommandLine",
+    "MonitorMode",
+    "MonitorSpec",
+    "has_qemu_options",
+    "is_qemu_name",
+    "parse_arguments",
+    "parse_command_line",
+    "program_index",
+]
 
-_QEMU_BINARY = re.compile(r"qemu-system-[\w.+-]+|qemu-kvm[\w.+-]*|kvm")
+# qemu-system-x86_64, qemu-acme-system-x86_64, .qemu-system-x86_64-wrapped, qemu-kvm, kvm
+_QEMU_BINARY = re.compile(r"\.?(qemu-([\w.+-]+-)?system-[\w.+-]+|qemu-kvm[\w.+-]*|kvm)")
 _LOADER = re.compile(r"ld-linux[\w.-]*|ld64?\.so[\w.-]*|ld-musl[\w.-]*|ld-\d[\w.]*\.so")
 
 
@@ -45,7 +64,12 @@ class MonitorSpec:
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """What was understood.  `accels` in order of preference, empty when not given."""
+    """What was understood.  `accels` in order of preference, empty when not given.
+
+    `guest_files` are paths that character devices write to, `guest_on_stdout` says that one writes
+    to standard output: what comes out of them is the guest's choice.  `unread` are files for
+    -readconfig whose content is not known here.
+    """
 
     binary: str
     name: str | None
@@ -57,7 +81,18 @@ class CommandLine:
     traces: bool
     timestamps: bool
     daemonize: bool
-    notes: tuple[str, ...]
+    guest_files: tuple[str, ...] = ()
+    guest_on_stdout: bool = False
+    unread: tuple[str, ...] = ()
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For people: what may be missing here."""
+        return tuple(
+            f"monitors, machine and accelerator may be in {f}, which cannot be read or has changed "
+            "since QEMU read it"
+            for f in self.unread
+        )
 
     @property
     def uses_log(self) -> bool:
@@ -71,76 +106,78 @@ class CommandLine:
 
     @property
     def accel(self) -> str | None:
-        """The accelerator, when the command line leaves no choice."""
-        if len(self.accels) == 1:
-            return self.accels[0]
-        if not self.accels:
-            return None if _runs_kvm_by_name(self.binary) else "tcg"
-        return None
+        """The accelerator, when it was given and leaves no choice.
+
+        None says that nothing is known: without one QEMU prefers tcg or kvm by the name of its
+        binary and by what was built in (configure_accelerators, system/vl.c).
+        """
+        return self.accels[0] if len(self.accels) == 1 else None
 
 
-def parse_command_line(argv: Sequence[str]) -> CommandLine | None:
-    """The QEMU command line in `argv`, or None when this is not a QEMU system emulator.
+ReadConfig = Callable[[str], str | None]
+"""The text of a file for -readconfig, None when what QEMU read is not known."""
+
+
+def parse_command_line(
+    argv: Sequence[str], read_config: ReadConfig = lambda _: None
+) -> CommandLine | None:
+    """The QEMU command line in `argv`, or None when the name is not that of a system emulator.
 
     Understands a binary that was started through a dynamic loader, as side-by-side
     installations do (`ld-linux.so --library-path DIR QEMU ...`).
     """
-    at = _binary_index(argv)
-    if at is None:
+    at = program_index(argv)
+    if at is None or not is_qemu_name(argv[at]):
         return None
-    values = _collect(argv[at + 1 :])
-    chardevs = _chardevs(values.get("chardev", ()))
+    return parse_arguments(argv[at], argv[at + 1 :], read_config)
+
+
+def parse_arguments(
+    binary: str, args: Sequence[str], read_config: ReadConfig = lambda _: None
+) -> CommandLine:
+    """What QEMU makes of its arguments, whatever it is called."""
+    values = _collect(args)
+    unread = _add_configs(values, read_config)
+    chardevs = dict(
+        found for found in map(chardev_of_options, values.get("chardev", ())) if found is not None
+    )
     name = _last(values, "name")
     machine, accels = _machine(values)
-    log_items = _last(values, "d")
-    notes = tuple(f"-readconfig {f} is not read" for f in values.get("readconfig", ()))
+    outputs = [*chardevs.values(), *_legacy_outputs(values)]
     message = parse_options(_last(values, "msg") or "", "timestamp")
     return CommandLine(
-        binary=argv[at],
+        binary=binary,
         name=parse_options(name, "guest").get("guest") if name is not None else None,
         machine=machine,
         accels=accels,
         monitors=tuple(_monitors(values, chardevs)),
         log_file=_last(values, "D"),
-        log_items=log_items,
+        log_items=_last(values, "d"),
         traces="trace" in values,
-        timestamps=message.get("timestamp", "off") in ("on", "yes", "true", "y"),
+        timestamps=is_on(message, "timestamp"),
         daemonize="daemonize" in values,
-        notes=notes,
+        guest_files=tuple(dict.fromkeys(f for c in outputs for f in c.files)),
+        guest_on_stdout="nographic" in values or any(c.writes_stdout for c in outputs),
+        unread=unread,
     )
 
 
-def parse_options(text: str, implied: str | None = None) -> dict[str, str]:
-    """`a,b=c,,d` as {implied: "a", "b": "c,d"}.  A later bare word is a flag: "on", or "off" when
-    it begins with `no`, as QEMU reads `server` and `nowait`.  The last value of a key wins."""
-    out: dict[str, str] = {}
-    for index, part in enumerate(_protect(text).split(",")):
-        part = part.replace("\0", ",")
-        key, equals, value = part.partition("=")
-        if equals:
-            out[key] = value
-        elif index == 0 and implied is not None and part:
-            out[implied] = part
-        elif part.startswith("no") and len(part) > 2:
-            out[part[2:]] = "off"
-        elif part:
-            out[part] = "on"
-    return out
+def is_qemu_name(path: str) -> bool:
+    """A name that QEMU system emulators have."""
+    return _QEMU_BINARY.fullmatch(os.path.basename(path)) is not None
 
 
-def _protect(text: str) -> str:
-    """`,,` as a NUL, which no argument of a process can contain."""
-    return text.replace(",,", "\0")
+def has_qemu_options(args: Sequence[str]) -> bool:
+    """There is an option that hardly any other program has."""
+    return any(a[:2] != "--" and a[:1] == "-" and a[1:] in _TELLING for a in args)
 
 
-def _binary_index(argv: Sequence[str]) -> int | None:
+def program_index(argv: Sequence[str]) -> int | None:
+    """Where in `argv` the program is: behind a dynamic loader and its options, else the first."""
     if not argv:
         return None
-    first = os.path.basename(argv[0])
-    if _QEMU_BINARY.fullmatch(first):
+    if not _LOADER.fullmatch(os.path.basename(argv[0])):
         return 0
-    if not _LOADER.fullmatch(first):
-        return None
     index = 1
     while index < len(argv):
         argument = argv[index]
@@ -149,15 +186,21 @@ def _binary_index(argv: Sequence[str]) -> int | None:
         elif argument.startswith("--"):
             index += 1
         else:
-            return index if _QEMU_BINARY.fullmatch(os.path.basename(argument)) else None
+            return index
     return None
 
 
-_FLAGS = frozenset(("enable-kvm", "daemonize"))
+_FLAGS = frozenset(("enable-kvm", "daemonize", "nographic"))
 _WITH_VALUE = frozenset(
     {"qmp", "qmp-pretty", "monitor", "mon", "chardev", "accel", "machine", "M"}
-    | {"name", "D", "d", "trace", "msg", "readconfig"}
+    | {"serial", "parallel", "debugcon", "name", "D", "d", "trace", "msg", "readconfig"}
+    # not wanted, but what follows them is no option whatever it looks like
+    | {"append", "kernel", "initrd", "dtb", "device", "drive", "object", "m", "cpu", "smp"}
 )
+_TELLING = frozenset(
+    {"qmp", "qmp-pretty", "chardev", "accel", "enable-kvm", "nodefaults", "readconfig"}
+)
+_OF_CONFIG = ("chardev", "mon", "machine", "accel", "name", "msg", "trace")
 
 
 def _collect(args: Sequence[str]) -> dict[str, list[str]]:
@@ -176,6 +219,20 @@ def _collect(args: Sequence[str]) -> dict[str, list[str]]:
             values.setdefault(option, []).append(args[index])
             index += 1
     return values
+
+
+def _add_configs(values: dict[str, list[str]], read_config: ReadConfig) -> tuple[str, ...]:
+    """Add what the files for -readconfig say, as if it were options; returns those not read."""
+    unread = []
+    for path in values.get("readconfig", ()):
+        text = read_config(path)
+        if text is None:
+            unread.append(path)
+            continue
+        for group, options in config_groups(text):
+            if group in _OF_CONFIG:
+                values.setdefault(group, []).append(options_text(options))
+    return tuple(unread)
 
 
 def _last(values: Mapping[str, list[str]], option: str) -> str | None:
@@ -199,108 +256,65 @@ def _machine(values: Mapping[str, list[str]]) -> tuple[str | None, tuple[str, ..
     return machine, tuple(accels)
 
 
-def _runs_kvm_by_name(binary: str) -> bool:
-    # system/vl.c configure_accelerators(): a binary called *kvm prefers kvm, then tcg.
-    return os.path.basename(binary).endswith("kvm")
+def _legacy_outputs(values: Mapping[str, list[str]]) -> list[Chardev]:
+    return [
+        chardev_of_text(text)
+        for option in ("serial", "parallel", "debugcon", "monitor")
+        for text in values.get(option, ())
+    ]
 
 
-def _chardevs(texts: Sequence[str]) -> dict[str, str]:
-    found = {}
-    for text in texts:
-        if text.startswith("{"):
-            key = _json_chardev(text)
-            if key is not None:
-                found[key[0]] = key[1]
-            continue
-        options = parse_options(text, "backend")
-        if "id" in options:
-            found[options["id"]] = text
-    return found
-
-
-def _json_chardev(text: str) -> tuple[str, str] | None:
-    """`-chardev {"id":…,"backend":{"type":"socket","data":{"addr":{…}}}}` in the classic form."""
-    try:
-        document = json.loads(text)
-        backend = document["backend"]
-        address = backend["data"]["addr"]
-        data = address["data"]
-        server = "on" if backend["data"].get("server", True) else "off"
-        where = {
-            "unix": lambda: f"path={data['path']}",
-            "inet": lambda: f"host={data['host']},port={data['port']}",
-            "fd": lambda: f"fd={data['str']}",
-        }[address["type"]]()
-        return str(document["id"]), f"{backend['type']},{where},server={server}"
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return None
-
-
-def _monitors(values: Mapping[str, list[str]], chardevs: Mapping[str, str]) -> list[MonitorSpec]:
+def _monitors(
+    values: Mapping[str, list[str]], chardevs: Mapping[str, Chardev]
+) -> list[MonitorSpec]:
     found = []
     for option, mode in (
         ("qmp", MonitorMode.CONTROL),
         ("qmp-pretty", MonitorMode.CONTROL),
         ("monitor", MonitorMode.READLINE),
     ):
-        found += [_legacy(text, mode, chardevs) for text in values.get(option, ())]
+        found += [_spec(mode, chardev_of_text(t), chardevs) for t in values.get(option, ())]
+    # `mon:` puts a human monitor on the same socket as the guest's port
+    found += [
+        _spec(MonitorMode.READLINE, chardev_of_text(text), chardevs)
+        for option in ("serial", "parallel", "debugcon")
+        for text in values.get(option, ())
+        if text.startswith("mon:")
+    ]
     for text in values.get("mon", ()):
-        options = parse_options(text, "chardev")
+        options = _mon_options(text)
         mode = MonitorMode.CONTROL if options.get("mode") == "control" else MonitorMode.READLINE
-        found.append(_of_chardev(options.get("chardev", ""), mode, chardevs))
+        label = options.get("chardev", "")
+        found.append(_spec(mode, Chardev("", label, refers_to=label), chardevs))
     return found
 
 
-def _of_chardev(label: str, mode: MonitorMode, chardevs: Mapping[str, str]) -> MonitorSpec:
-    text = chardevs.get(label)
-    if text is None:
-        return MonitorSpec(mode, f"chardev:{label}")
-    options = parse_options(text, "backend")
-    if options.get("backend") != "socket":
-        return MonitorSpec(mode, options.get("backend", label))
-    if options.get("server", "off") == "off":
-        return MonitorSpec(mode, f"chardev:{label} (QEMU is the client)")
-    if options.get("fd", "").isdigit():
-        return MonitorSpec(mode, f"fd:{options['fd']}", fd=int(options["fd"]))
-    return _spec(mode, _socket_address(options), f"chardev:{label}")
+def _mon_options(text: str) -> Mapping[str, str]:
+    if not text.startswith("{"):
+        return parse_options(text, "chardev")
+    try:
+        document = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    if not isinstance(document, dict):
+        return {}
+    return {str(key): value for key, value in document.items() if isinstance(value, str)}
 
 
-def _legacy(text: str, mode: MonitorMode, chardevs: Mapping[str, str]) -> MonitorSpec:
-    """`-qmp DEV` and `-monitor DEV` (qemu_chr_parse_compat, chardev/char.c)."""
-    kind, colon, rest = text.partition(":")
-    if kind == "mon" and colon:
-        return _legacy(rest, mode, chardevs)
-    if kind == "chardev" and colon:
-        return _of_chardev(rest, mode, chardevs)
-    if kind not in ("unix", "tcp", "telnet", "websocket") or not colon:
-        return MonitorSpec(mode, text)
-    address, _, tail = _protect(rest).partition(",")
-    options = parse_options(tail.replace("\0", ",,"))
-    address = address.replace("\0", ",")
-    if options.get("server", "off") == "off":
-        return MonitorSpec(mode, f"{text} (QEMU is the client)")
-    if kind == "unix":
-        options["path"] = address
-    elif kind == "tcp":
-        host, _, port = address.rpartition(":")
-        options |= {"host": host.strip("[]"), "port": port}
-    else:
-        return MonitorSpec(mode, text)
-    return _spec(mode, _socket_address(options), text)
-
-
-def _socket_address(options: Mapping[str, str]) -> SocketTarget | None:
-    if options.get("path"):
-        prefix = "@" if options.get("abstract") == "on" else ""
-        return UnixTarget(prefix + options["path"])
-    port = options.get("port", "")
-    if port.isascii() and port.isdigit() and 0 < int(port) < 65536:
-        host = options.get("host", "")
-        # A wildcard listener is reached through the loopback address.
-        wildcard = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1", "*": "127.0.0.1"}
-        return TcpTarget(wildcard.get(host, host), int(port))
-    return None
-
-
-def _spec(mode: MonitorMode, address: SocketTarget | None, text: str) -> MonitorSpec:
-    return MonitorSpec(mode, text if address is None else str(address), address)
+def _spec(mode: MonitorMode, chardev: Chardev, chardevs: Mapping[str, Chardev]) -> MonitorSpec:
+    if not chardev.backend:
+        label = chardev.refers_to
+        found = chardevs.get(label)
+        if found is None:
+            return MonitorSpec(mode, f"chardev:{label}")
+        if found.backend != "socket":
+            return MonitorSpec(mode, found.backend)
+        chardev = found
+    if chardev.backend != "socket":
+        return MonitorSpec(mode, chardev.text)
+    if not chardev.listens:
+        return MonitorSpec(mode, f"{chardev.text} (QEMU is the client)")
+    if chardev.fd is not None:
+        return MonitorSpec(mode, f"fd:{chardev.fd}", fd=chardev.fd)
+    address = chardev.address
+    return MonitorSpec(mode, chardev.text if address is None else str(address), address)

@@ -229,7 +229,7 @@ class Monitor:
                 sock = await dial(self.target)
                 self.peer_pid = peer_pid(sock)
                 try:
-                    async with explain_silence(self.target, deadline):
+                    async with explain_silence(self.target, sock, deadline):
                         await client.open(sock)
                 except BaseException:
                     sock.close()

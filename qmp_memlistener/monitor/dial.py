@@ -10,12 +10,13 @@ import errno
 import os
 import socket
 import struct
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from ..errors import DeadlineExceeded, MonitorBusy, TargetError, TargetUnreachable
+from ..host.processes import Process
 from .discovery import find_guest
-from .sockets import MonitorState, listener_state
+from .sockets import MonitorState, listener_state, listening_pids
 from .targets import (
     PidTarget,
     SocketTarget,
@@ -23,11 +24,14 @@ from .targets import (
     TcpTarget,
     UnixTarget,
 )
+from .unix_diag import unix_sockets
 
 __all__ = ["dial", "explain_silence", "no_answer", "peer_pid", "resolve"]
 
 # How long a monitor may take to greet before the kernel is asked whether it serves another.
 _PATIENCE = 0.4
+_LAST_LOOK = 0.9
+"""At this part of the deadline what is not decided yet is decided."""
 
 
 async def resolve(target: Target) -> SocketTarget:
@@ -45,12 +49,20 @@ async def resolve(target: Target) -> SocketTarget:
     free = guest.free_targets()
     if free:
         return free[0]
-    states = {m.state for m in guest.qmp_monitors}
-    if MonitorState.BUSY in states:
-        raise _busy(target)
-    why = "no QMP monitor" if not states else "no QMP monitor that can be reached"
+    if any(m.state is MonitorState.BUSY for m in guest.qmp_monitors):
+        raise await asyncio.to_thread(_stopped, target, [guest.pid]) or _busy(target)
+    reasons = [f"{m.label}: {m.why}" for m in guest.qmp_monitors if m.why]
+    if not guest.visible:
+        raise TargetUnreachable(
+            f"{target} belongs to user id {guest.process.uid}, and "
+            + ("; ".join(reasons) or "we have no permission to see its monitors"),
+            remedy="use the user that runs QEMU, or root; or name the monitor's socket",
+        )
+    why = "no QMP monitor" if not guest.qmp_monitors else "no QMP monitor that can be reached"
+    hints = "; ".join([*reasons, *guest.notes])
     raise TargetUnreachable(
-        f"{target} has {why}", remedy="start QEMU with -qmp unix:PATH,server=on,wait=off"
+        f"{target} has {why}" + (f" ({hints})" if hints else ""),
+        remedy="start QEMU with -qmp unix:PATH,server=on,wait=off",
     )
 
 
@@ -68,7 +80,7 @@ async def dial(target: SocketTarget) -> socket.socket:
     except BlockingIOError:
         # unix(7): a full backlog.  Waiting for writability, as asyncio would, reports success.
         sock.close()
-        raise _busy(target) from None
+        raise await asyncio.to_thread(_why_backlog, target) from None
     except OSError as error:
         sock.close()
         raise _unreachable(target, error) from error
@@ -126,58 +138,113 @@ def peer_pid(sock: socket.socket) -> int | None:
 
 
 @asynccontextmanager
-async def explain_silence(target: SocketTarget, deadline: float) -> AsyncIterator[None]:
-    """Turn "no greeting yet" into MonitorBusy as soon as the kernel shows the reason.
+async def explain_silence(
+    target: SocketTarget, sock: socket.socket, deadline: float
+) -> AsyncIterator[None]:
+    """Turn "no greeting yet" into an error with the reason, as soon as the kernel shows it.
 
-    Our own connection waits in the backlog while QEMU serves another client.
+    Raises MonitorBusy when another client is served, our connection waiting behind it, and
+    DeadlineExceeded when QEMU is stopped or, shortly before the deadline, when it hangs.
     """
     task = asyncio.current_task()
     assert task is not None
-    busy = False
+    reason: TargetError | None = None
 
-    def look() -> None:
-        nonlocal busy
-        state = listener_state(target)
-        if state is not None and state.listening and state.accepted and state.waiting:
-            busy = True
-            task.cancel()
+    def look(*, last: bool) -> None:
+        nonlocal reason
+        if reason is None:
+            reason = _reason(target, sock, deadline, last=last)
+            if reason is not None:
+                task.cancel()
 
-    timer = asyncio.get_running_loop().call_later(min(_PATIENCE, deadline / 2), look)
+    loop = asyncio.get_running_loop()
+    first = loop.call_later(min(_PATIENCE, deadline / 2), lambda: look(last=False))
+    last = loop.call_later(deadline * _LAST_LOOK, lambda: look(last=True))
     try:
         yield
     except asyncio.CancelledError:
-        if busy and not task.uncancel():
-            raise _busy(target) from None
+        if reason is not None and not task.uncancel():
+            raise reason from None
         raise
     finally:
-        timer.cancel()
+        first.cancel()
+        last.cancel()
 
 
 def no_answer(target: SocketTarget, deadline: float, *, connected: bool) -> TargetError:
-    """What to say when the deadline passed before the peer greeted.
-
-    The kernel shows whether another client is served; for a peer on another host it does not,
-    and being busy is by far the likeliest reason.
+    """What to say when the deadline passed and the kernel shows no reason: of a peer on another
+    host it knows nothing, and being busy is by far the likeliest reason there.
     """
     if not connected:
         return TargetUnreachable(
             f"{target} did not accept a connection within {deadline:g} s",
             remedy="is the host up, and does a firewall let you through?",
         )
-    state = listener_state(target)
-    if state is not None and state.listening and not state.accepted:
-        return DeadlineExceeded(
-            f"{target} listens but did not greet within {deadline:g} s",
-            remedy="QEMU hangs or is stopped; look at the process",
-        )
-    if state is not None and state.listening and not state.waiting:
-        return DeadlineExceeded(
-            f"{target} accepted the connection but did not greet within {deadline:g} s",
-            remedy="QEMU hangs, or this is no QMP monitor",
-        )
     return MonitorBusy(
         f"{target} did not greet within {deadline:g} s: it serves another client, or hangs",
         remedy="disconnect the other client, or give QEMU another -qmp monitor and name that",
+    )
+
+
+def _reason(
+    target: SocketTarget, sock: socket.socket, deadline: float, *, last: bool
+) -> TargetError | None:
+    """Why nobody greets, as far as the kernel shows it; before the `last` look a QEMU that is slow
+    may still answer."""
+    pid = peer_pid(sock)
+    stopped = _stopped(target, _pids(target, pid))
+    if stopped is not None:
+        return stopped
+    state = listener_state(target, pid=pid)
+    if state is None or not state.listening:
+        return None
+    if _is_accepted(sock) or not state.waiting:
+        slow = DeadlineExceeded(
+            f"{target} accepted the connection but did not greet within {deadline:g} s",
+            remedy="QEMU hangs, or this is no QMP monitor",
+        )
+        return slow if last else None
+    if state.accepted:
+        return _busy(target)
+    return _hangs(target) if last else None
+
+
+def _why_backlog(target: UnixTarget) -> TargetError:
+    """Why no more connections fit: another client is served, or nobody is any more."""
+    stopped = _stopped(target, _pids(target, None))
+    if stopped is not None:
+        return stopped
+    state = listener_state(target)
+    return _hangs(target) if state is not None and not state.accepted else _busy(target)
+
+
+def _pids(target: SocketTarget, peer: int | None) -> list[int]:
+    """Processes that may serve `target`: who listens at the other end, and who has the socket."""
+    return [*([] if peer is None else [peer]), *listening_pids(target)]
+
+
+def _stopped(target: Target, pids: Sequence[int]) -> DeadlineExceeded | None:
+    for pid in pids:
+        process = Process.read(pid)
+        if process is not None and process.is_stopped():
+            return DeadlineExceeded(
+                f"QEMU behind {target} (pid {pid}) hangs: the process is stopped, by a signal or a "
+                "debugger, and nobody is served",
+                remedy=f"let it go on: kill -CONT {pid}",
+            )
+    return None
+
+
+def _is_accepted(sock: socket.socket) -> bool:
+    """Our connection has left the backlog; False as well when the kernel does not tell."""
+    known = (unix_sockets() or {}).get(os.fstat(sock.fileno()).st_ino)
+    return known is not None and bool(known.peer)
+
+
+def _hangs(target: Target) -> DeadlineExceeded:
+    return DeadlineExceeded(
+        f"QEMU behind {target} hangs: it serves nobody, and does not accept a connection",
+        remedy="its main loop is blocked, or the process is stopped; look at the process",
     )
 
 

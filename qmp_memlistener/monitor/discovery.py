@@ -1,34 +1,33 @@
 """Running QEMUs on this host, their monitors, and which of these are free.
 
-Everything comes from /proc and from the binary's own text: no monitor is connected to, no
-guest's binary is executed, nothing is disturbed.  A QEMU that runs as another user is seen by
-its command line; what only its owner or root may read is then None.
+Everything comes from /proc, from the binary's own text and from the files that -readconfig names:
+no monitor is connected to, no guest's binary is executed, nothing is disturbed.  A QEMU that runs
+as another user is seen by its command line; what only its owner or root may read is then None.
+
+Where a monitor's socket is for *us* is found by the socket, not by its name: the name was bound in
+a directory, a root (-chroot) and a mount namespace that QEMU may have left since, and another
+process may have bound it again.  A path counts when it leads to the inode that QEMU listens on.
 """
 
 from __future__ import annotations
 
-import mmap
 import os
-import re
+import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import TypedDict
 
 from ..host.processes import (
     Process,
-    path_seen_by,
+    paths_seen_by,
     process_ids,
     socket_inodes,
 )
-from .cmdline import (
-    CommandLine,
-    MonitorMode,
-    MonitorSpec,
-    parse_command_line,
-)
-from .sockets import MonitorState, listener_state, unix_path_of_inode
+from .cmdline import CommandLine, MonitorMode, MonitorSpec, parse_arguments
+from .qemu_binary import emulator_of
+from .sockets import MonitorState, address_of_inode, listener_state, listening_at
 from .targets import SocketTarget, TcpTarget, UnixTarget
+from .unix_diag import UnixSocket, unix_sockets
 
 __all__ = [
     "Guest",
@@ -41,17 +40,17 @@ __all__ = [
     "list_document",
 ]
 
-# version() in softmmu/vl.c and system/vl.c prints this, joined by the compiler into one literal.
-_VERSION_TEXT = b"QEMU emulator version "
-_VERSION = re.compile(rb"QEMU emulator version (\d+\.\d+\.\d+)")
-_LOADER_OR_QEMU = re.compile(r"qemu.*|kvm|ld[-.\w]*")
+_CONFIG_LONGEST = 1 << 20
+_CLOCK_SLACK_S = 2.0
+_NO_PERMISSION = "no permission"
 
 
 class MonitorDocument(TypedDict):
-    """One monitor in `list --json`."""
+    """One monitor in `list --json`; `why` it is unreachable, where that is known."""
 
     target: str
     state: str
+    why: str | None
 
 
 class GuestDocument(TypedDict):
@@ -63,6 +62,8 @@ class GuestDocument(TypedDict):
     machine: str | None
     accel: str | None
     monitors: list[MonitorDocument]
+    visible: bool
+    notes: list[str]
 
 
 class ListDocument(TypedDict):
@@ -77,13 +78,14 @@ class GuestMonitor:
     """One monitor of a guest.
 
     `target` is how *we* reach it; None when nobody can connect.  `text` is QEMU's own name for
-    it, for people.
+    it, for people; `why` says what keeps us from it, "" when that is its nature or nothing does.
     """
 
     mode: MonitorMode
     text: str
     target: SocketTarget | None
     state: MonitorState
+    why: str = ""
 
     @property
     def label(self) -> str:
@@ -92,7 +94,11 @@ class GuestMonitor:
 
 @dataclass(frozen=True, slots=True)
 class Guest:
-    """A running QEMU system emulator."""
+    """A running QEMU system emulator.
+
+    `accel` None: not known.  `visible`: we may look into the process, so that what is not found
+    there is not there.
+    """
 
     process: Process
     command_line: CommandLine
@@ -101,7 +107,13 @@ class Guest:
     machine: str | None
     accel: str | None
     monitors: tuple[GuestMonitor, ...]
-    notes: tuple[str, ...]
+    visible: bool = True
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """For people: what may be missing here, and why."""
+        hidden = "no permission to look into the process: monitors may be missing here"
+        return (*self.command_line.notes, *(() if self.visible else (hidden,)))
 
     @property
     def pid(self) -> int:
@@ -123,28 +135,37 @@ class Guest:
 
 def find_guests() -> list[Guest]:
     """Every QEMU system emulator that runs on this host, by pid."""
-    return [g for g in (find_guest(pid) for pid in process_ids()) if g is not None]
+    diag = unix_sockets()
+    found = (_find(pid, diag, asked_for=False) for pid in process_ids())
+    return [g for g in found if g is not None]
 
 
 def find_guest(pid: int) -> Guest | None:
     """The QEMU with this process id; None when there is no such process or it is no QEMU."""
+    return _find(pid, unix_sockets(), asked_for=True)
+
+
+def _find(pid: int, diag: dict[int, UnixSocket] | None, *, asked_for: bool) -> Guest | None:
     process = Process.read(pid)
-    if process is None:
+    found = emulator_of(process, asked_for=asked_for) if process is not None else None
+    if process is None or found is None:
         return None
-    command_line = _qemu_command_line(process)
-    if command_line is None:
-        return None
+    at, version = found
+    argv = process.argv
+    command_line = parse_arguments(
+        argv[at], argv[at + 1 :], lambda path: _config_text(process, path)
+    )
     inodes = socket_inodes(process)
-    monitors = tuple(_monitor(spec, process, inodes) for spec in command_line.monitors)
+    sockets = _Sockets(process, inodes, diag or {})
     return Guest(
         process=process,
         command_line=command_line,
         name=command_line.name,
-        version=_version(process, command_line),
+        version=version,
         machine=command_line.machine,
         accel=_accel(process, command_line),
-        monitors=monitors,
-        notes=command_line.notes,
+        monitors=tuple(_monitor(spec, sockets) for spec in command_line.monitors),
+        visible=inodes is not None,
     )
 
 
@@ -160,103 +181,128 @@ def list_document(guests: Sequence[Guest]) -> ListDocument:
                 "machine": guest.machine,
                 "accel": guest.accel,
                 "monitors": [
-                    {"target": m.label, "state": str(m.state)} for m in guest.qmp_monitors
+                    {"target": m.label, "state": str(m.state), "why": m.why or None}
+                    for m in guest.qmp_monitors
                 ],
+                "visible": guest.visible,
+                "notes": list(guest.notes),
             }
             for guest in guests
         ],
     }
 
 
-def _qemu_command_line(process: Process) -> CommandLine | None:
-    """The parsed command line, when this process really is a QEMU.
+@dataclass(frozen=True, slots=True)
+class _Sockets:
+    """The sockets of one process: by descriptor (None when we may not look), and what the kernel
+    tells of each inode."""
 
-    A process may call itself what it likes in argv[0], and a QEMU may be called otherwise there
-    (`exec -a`): when the executable can be read it decides, or its name stands in.
-    """
-    argv = process.argv
-    command_line = parse_command_line(argv)
-    if process.exe is None:
-        return command_line
-    exe = os.path.basename(process.exe)
-    if command_line is not None:
-        return command_line if _LOADER_OR_QEMU.fullmatch(exe) else None
-    return parse_command_line((process.exe, *argv[1:]))
+    process: Process
+    by_fd: dict[int, int] | None
+    diag: dict[int, UnixSocket]
+
+    @property
+    def owned(self) -> frozenset[int] | None:
+        return None if self.by_fd is None else frozenset(self.by_fd.values())
 
 
-def _monitor(spec: MonitorSpec, process: Process, inodes: dict[int, int] | None) -> GuestMonitor:
+def _monitor(spec: MonitorSpec, sockets: _Sockets) -> GuestMonitor:
+    process = sockets.process
     bound = spec.address
-    if spec.fd is not None and inodes is not None and spec.fd in inodes:
-        path = unix_path_of_inode(inodes[spec.fd], process.pid)
-        bound = UnixTarget(path) if path is not None else None
+    if spec.fd is not None:
+        if sockets.by_fd is None:
+            return _unreachable(spec, _NO_PERMISSION)
+        inode = sockets.by_fd.get(spec.fd)
+        bound = address_of_inode(inode, process.pid) if inode is not None else None
     if bound is None:
-        return GuestMonitor(spec.mode, spec.text, None, MonitorState.UNREACHABLE)
-    target = _reachable(bound, process)
-    owned = None if inodes is None else frozenset(inodes.values())
-    state = listener_state(bound, pid=process.pid, inodes=owned)
-    if target is None:
-        return GuestMonitor(spec.mode, spec.text, None, MonitorState.UNREACHABLE)
-    if isinstance(target, UnixTarget) and not _may_connect(target):
-        return GuestMonitor(spec.mode, spec.text, target, MonitorState.UNREACHABLE)
+        return _unreachable(spec, "")
+    if isinstance(bound, TcpTarget) or bound.is_abstract:
+        if not process.shares_network():
+            return _unreachable(spec, "it listens in another network namespace")
+        target: SocketTarget = bound
+    else:
+        path, why = _socket_path(bound, sockets)
+        if path is None:
+            return _unreachable(spec, why)
+        target = UnixTarget(path)
+        # connect(2) on a path needs write permission on the socket file (unix(7)).
+        if not os.access(path, os.W_OK):
+            return GuestMonitor(
+                spec.mode, spec.text, target, MonitorState.UNREACHABLE, _why_not(path)
+            )
+    state = listener_state(bound, pid=process.pid, inodes=sockets.owned)
     # Without the kernel's table a socket that is there counts as free: connecting to find out
     # would take its place.
     known = MonitorState.FREE if state is None else state.monitor_state
-    return GuestMonitor(spec.mode, spec.text, target, known)
+    why = "nobody listens there" if known is MonitorState.UNREACHABLE else ""
+    return GuestMonitor(spec.mode, spec.text, target, known, why)
 
 
-def _reachable(bound: SocketTarget, process: Process) -> SocketTarget | None:
-    if isinstance(bound, TcpTarget) or bound.is_abstract:
-        return bound if process.shares_network() else None
-    path = path_seen_by(process, bound.path)
-    return UnixTarget(path) if path is not None else None
+def _unreachable(spec: MonitorSpec, why: str) -> GuestMonitor:
+    return GuestMonitor(spec.mode, spec.text, None, MonitorState.UNREACHABLE, why)
 
 
-def _may_connect(target: UnixTarget) -> bool:
-    # connect(2) on a path needs write permission on the socket file (unix(7)).
-    return target.is_abstract or os.access(target.path, os.W_OK)
+def _socket_path(bound: UnixTarget, sockets: _Sockets) -> tuple[str | None, str]:
+    """How we reach what the process bound, and why we do not."""
+    process = sockets.process
+    paths = paths_seen_by(process, bound.path)
+    listeners = listening_at(bound, process.pid, sockets.owned) if sockets.owned else []
+    known = [sockets.diag[inode] for inode in listeners if inode in sockets.diag]
+    for listener in known:
+        path = listener.choose(paths)
+        if path is not None:
+            return path, ""
+    if any(not os.path.exists(p) and _why_not(p) == _NO_PERMISSION for p in paths):
+        return None, _NO_PERMISSION
+    if known:
+        return None, "the path leads to another socket now, or to none"
+    # The kernel does not tell (another network namespace): the name has to do.
+    there = [p for p in paths if os.path.exists(p)]
+    return ((there or paths)[0], "") if paths else (None, _NO_PERMISSION)
+
+
+def _why_not(path: str) -> str:
+    try:
+        os.stat(path)
+    except PermissionError:
+        return _NO_PERMISSION
+    except (OSError, ValueError):
+        return "no such socket"
+    return _NO_PERMISSION
 
 
 def _accel(process: Process, command_line: CommandLine) -> str | None:
     """The accelerator in use: an open KVM VM file descriptor proves it, else the command line."""
-    descriptors = process.file_descriptors() if command_line.accel is None else None
-    if descriptors is not None:
-        if any(f.link == "anon_inode:kvm-vm" for f in descriptors):
-            return "kvm"
-        # Preference lists such as kvm:tcg: the first did not come up.
-        others = [a for a in command_line.accels if a != "kvm"]
-        return others[0] if others else "tcg"
-    return command_line.accel
-
-
-def _version(process: Process, command_line: CommandLine) -> str | None:
-    """Version of the binary, read from its text (running it would be running a stranger's file)."""
-    exe = f"/proc/{process.pid}/exe"
-    through_loader = process.exe is not None and os.path.basename(process.exe).startswith("ld")
-    paths = [] if through_loader else [exe]
-    binary = path_seen_by(process, command_line.binary) if "/" in command_line.binary else None
-    if binary is not None:
-        paths.append(binary)
-    elif "/" not in command_line.binary:
-        paths += [f"{d}/{command_line.binary}" for d in ("/usr/bin", "/usr/local/bin")]
-    for path in paths:
-        try:
-            status = os.stat(path)
-        except OSError:
-            continue
-        version = _version_of_file(path, status.st_dev, status.st_ino, status.st_mtime_ns)
-        if version is not None:
-            return version
-    return None
-
-
-@lru_cache(maxsize=64)
-def _version_of_file(path: str, device: int, inode: int, mtime_ns: int) -> str | None:
-    """Cached by identity of the file: `device`, `inode` and `mtime_ns` are only keys."""
-    del device, inode, mtime_ns
-    try:
-        with open(path, "rb") as f, mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ) as text:
-            at = text.find(_VERSION_TEXT)
-            match = _VERSION.match(text, at) if at >= 0 else None
-            return match[1].decode() if match is not None else None
-    except (OSError, ValueError):
+    if command_line.accel is not None:
+        return command_line.accel
+    descriptors = process.file_descriptors()
+    if descriptors is None:
         return None
+    if any(f.link == "anon_inode:kvm-vm" for f in descriptors):
+        return "kvm"
+    if command_line.unread:
+        return None
+    # Preference lists such as kvm:tcg: the first did not come up.  Without one, and without KVM,
+    # it is tcg on Linux (configure_accelerators).
+    others = [a for a in command_line.accels if a != "kvm"] or ["tcg"]
+    return others[0] if len(others) == 1 else None
+
+
+def _config_text(process: Process, path: str) -> str | None:
+    """A file for -readconfig, found as the process found it; None when it cannot be read or was
+    changed after the process began."""
+    for seen in paths_seen_by(process, path):
+        try:
+            handle = os.open(seen, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        except (OSError, ValueError):
+            continue
+        try:
+            status = os.fstat(handle)
+            small = stat.S_ISREG(status.st_mode) and status.st_size <= _CONFIG_LONGEST
+            if small and status.st_mtime <= process.started_at() + _CLOCK_SLACK_S:
+                return os.pread(handle, _CONFIG_LONGEST, 0).decode(errors="surrogateescape")
+        except OSError:
+            pass
+        finally:
+            os.close(handle)
+    return None

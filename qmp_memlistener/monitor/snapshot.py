@@ -14,8 +14,8 @@ from dataclasses import dataclass
 
 from ..errors import CommandFailed
 from .connection import Monitor
-from .discovery import find_guest
 from .hmp import Flag, hmp_timed
+from .siblings import find_owner
 
 __all__ = [
     "GuestFacts",
@@ -148,16 +148,17 @@ def _machine(value: object) -> str | None:
 
 
 async def _accel(monitor: Monitor, kvm: bool) -> str | None:
-    """query-kvm knows one accelerator, query-accelerators (where it exists) all; else the
-    command line of the process at the other end tells."""
+    """query-kvm knows one accelerator, query-accelerators (where it exists) all; else the process
+    tells, where it is visible."""
     if kvm:
         return "kvm"
     accelerators = await _object(monitor, "query-accelerators")
     enabled = _text(accelerators.get("enabled"))
-    if enabled is not None or monitor.peer_pid is None:
+    if enabled is not None:
         return enabled
-    guest = await asyncio.to_thread(find_guest, monitor.peer_pid)
-    return guest.accel if guest is not None else None
+    guest = await asyncio.to_thread(find_owner, monitor.target, monitor.peer_pid)
+    # an answer of QEMU's is worth more than a guess: it said that it is not KVM
+    return guest.accel if guest is not None and guest.accel != "kvm" else None
 
 
 async def _memory_devices(monitor: Monitor) -> list[MemoryDevice]:

@@ -7,6 +7,8 @@ by everybody) list the listening socket and every connection that QEMU accepted 
 - an accepted UNIX socket carries the address of its listener (`unix_stream_connect`,
   net/unix/af_unix.c) and an inode number; one that still waits in the backlog
   has no socket yet, and so inode 0;
+- whether the client of an accepted one is still there is `unix_diag`'s to say: a QEMU that hangs
+  does not close the connection of one that has gone;
 - TCP connections are established entries with the listener's local port.
 """
 
@@ -15,13 +17,22 @@ from __future__ import annotations
 import re
 import socket
 import struct
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ..host.processes import Process, process_ids, socket_inodes
 from .targets import SocketTarget, TcpTarget, UnixTarget
+from .unix_diag import unix_sockets
 
-__all__ = ["ListenerState", "MonitorState", "listener_state", "unix_path_of_inode"]
+__all__ = [
+    "ListenerState",
+    "MonitorState",
+    "address_of_inode",
+    "listener_state",
+    "listening_at",
+    "listening_pids",
+]
 
 _UNIX_LINE = re.compile(
     r"[0-9a-f]+: [0-9A-F]{8} [0-9A-F]{8} ([0-9A-F]{8}) ([0-9A-F]{4}) ([0-9A-F]{2})"
@@ -43,7 +54,8 @@ class MonitorState(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class ListenerState:
-    """How many clients QEMU accepted (`accepted`) and how many wait in the backlog."""
+    """How many clients QEMU accepted that are still there (`accepted`), and how many wait in the
+    backlog."""
 
     listening: bool
     accepted: int
@@ -88,7 +100,8 @@ def _unix_rows(base: str) -> list[tuple[int, int, int, str]]:
 
 def _unix_state(target: UnixTarget, base: str, inodes: Collection[int] | None) -> ListenerState:
     listening = False
-    accepted = waiting = 0
+    waiting = 0
+    accepted = []
     for flags, state, inode, path in _unix_rows(base):
         if path != target.path:
             continue
@@ -97,28 +110,96 @@ def _unix_state(target: UnixTarget, base: str, inodes: Collection[int] | None) -
         if flags & _ACCEPTS_CONNECTIONS:
             listening = True
         elif state == _UNIX_CONNECTED and inode:
-            accepted += 1
+            accepted.append(inode)
         elif not inode:
             waiting += 1
-    return ListenerState(listening, accepted, waiting)
+    known = (unix_sockets() or {}) if accepted else {}
+    served = [i for i in accepted if i not in known or known[i].peer != 0]
+    return ListenerState(listening, len(served), waiting)
 
 
-def unix_path_of_inode(inode: int, pid: int) -> str | None:
-    """The address a listening UNIX socket is bound to."""
+def address_of_inode(inode: int, pid: int) -> SocketTarget | None:
+    """The address that a listening socket of this process is bound to."""
+    base = f"/proc/{pid}/net"
+    try:
+        for flags, _, number, path in _unix_rows(base):
+            if number == inode and flags & _ACCEPTS_CONNECTIONS:
+                return UnixTarget(path)
+        for host, port, state, number in _tcp_rows(base):
+            if number == inode and state == _TCP_LISTEN:
+                wildcard = {"0.0.0.0": "127.0.0.1", "::": "::1"}
+                return TcpTarget(wildcard.get(host, host), port)
+    except OSError:
+        pass
+    return None
+
+
+def listening_at(target: UnixTarget, pid: int, inodes: Collection[int] | None) -> list[int]:
+    """The inodes of the sockets that listen at this address as the process bound it; only those
+    among `inodes` where these are given."""
     try:
         rows = _unix_rows(f"/proc/{pid}/net")
     except OSError:
-        return None
-    for flags, _, number, path in rows:
-        if number == inode and flags & _ACCEPTS_CONNECTIONS:
-            return path
-    return None
+        return []
+    return [
+        inode
+        for flags, _, inode, path in rows
+        if flags & _ACCEPTS_CONNECTIONS
+        and path == target.path
+        and (inodes is None or inode in inodes)
+    ]
+
+
+def listening_pids(target: SocketTarget) -> list[int]:
+    """Processes that hold the listening socket `target` open, as far as we may look: of all
+    processes, so only for explaining what went wrong."""
+    try:
+        if isinstance(target, UnixTarget):
+            inodes = _listeners_of(target)
+        else:
+            rows = _tcp_rows("/proc/self/net")
+            inodes = {
+                i for _, port, state, i in rows if (port, state) == (target.port, _TCP_LISTEN)
+            }
+    except OSError:
+        return []
+    if not inodes:
+        return []
+    found = []
+    for pid in process_ids():
+        process = Process.read(pid)
+        owned = socket_inodes(process) if process is not None else None
+        if owned is not None and not inodes.isdisjoint(owned.values()):
+            found.append(pid)
+    return found
+
+
+def _listeners_of(target: UnixTarget) -> set[int]:
+    """By the path, or, when it is called otherwise there, by the file that it leads to."""
+    rows = [r for r in _unix_rows("/proc/self/net") if r[0] & _ACCEPTS_CONNECTIONS]
+    known = unix_sockets() or {}
+    if target.is_abstract or not known:
+        return {inode for _, _, inode, path in rows if path == target.path}
+    return {i for _, _, i, _ in rows if i in known and known[i].choose([target.path]) is not None}
 
 
 def _tcp_state(target: TcpTarget, base: str, inodes: Collection[int] | None) -> ListenerState:
     wanted = _addresses(target)
     listening = False
     accepted = waiting = 0
+    for host, port, state, inode in _tcp_rows(base):
+        if port != target.port or (inode and inodes is not None and inode not in inodes):
+            continue
+        if state == _TCP_LISTEN and (host in wanted or host in ("0.0.0.0", "::")):
+            listening = True
+        elif state == _TCP_ESTABLISHED and host in wanted:
+            accepted += bool(inode)
+            waiting += not inode
+    return ListenerState(listening, accepted, waiting)
+
+
+def _tcp_rows(base: str) -> Iterator[tuple[str, int, int, int]]:
+    """(local address, local port, state, inode) of each TCP socket."""
     for table in ("tcp", "tcp6"):
         try:
             with open(f"{base}/{table}") as f:
@@ -128,18 +209,7 @@ def _tcp_state(target: TcpTarget, base: str, inodes: Collection[int] | None) -> 
         for line in lines:
             fields = line.split()
             address, port = fields[1].split(":")
-            if int(port, 16) != target.port:
-                continue
-            state, inode = int(fields[3], 16), int(fields[9])
-            host = _kernel_address(address)
-            if inode and inodes is not None and inode not in inodes:
-                continue
-            if state == _TCP_LISTEN and (host in wanted or host in ("0.0.0.0", "::")):
-                listening = True
-            elif state == _TCP_ESTABLISHED and host in wanted:
-                accepted += bool(inode)
-                waiting += not inode
-    return ListenerState(listening, accepted, waiting)
+            yield _kernel_address(address), int(port, 16), int(fields[3], 16), int(fields[9])
 
 
 def _addresses(target: TcpTarget) -> set[str]:

@@ -18,7 +18,7 @@ from pathlib import Path
 from ..errors import InputError
 from ..guests import PulseMemory, layout
 from ..host.processes import Process, path_seen_by
-from ..monitor.cmdline import parse_options
+from ..monitor.chardevs import parse_options
 from .model import ProbeUnavailable
 
 __all__ = ["SharedMapping", "named_file", "open_pulse", "parse_maps"]

@@ -165,8 +165,8 @@ def _time_of(record: Record) -> int:
 def _header(h: Header) -> Iterator[str]:
     name = f" {h.guest_name!r}" if h.guest_name else ""
     yield (
-        f"QEMU {h.qemu_version or '(unknown version)'}{name}, machine {h.machine or '?'}, "
-        f"accelerator {h.accel or '?'}, pid {h.pid if h.pid is not None else '?'}"
+        f"QEMU {h.qemu_version or '(unknown version)'}{name}, machine {h.machine or 'not known'}, "
+        f"accelerator {h.accel or 'not known'}, pid {h.pid if h.pid is not None else 'not known'}"
     )
     yield f"source: {h.source}"
 

@@ -346,7 +346,7 @@ async def _greeted(target: SocketTarget, deadline: float) -> socket.socket:
     try:
         async with asyncio.timeout(deadline):
             sock = await dial(target)
-            async with explain_silence(target, deadline):
+            async with explain_silence(target, sock, deadline):
                 while b"\n" not in greeting and len(greeting) < 1 << 16:
                     data = await loop.sock_recv(sock, 4096)
                     if not data:

@@ -9,7 +9,6 @@ import shutil
 import signal
 import socket
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -40,7 +39,7 @@ from qmp_memlistener.monitor import (
     read_facts,
     take_snapshot,
 )
-from tests.support.bare_qemu import NEW_MOUNTS, can_unshare, running
+from tests.support.bare_qemu import NEW_MOUNTS, can_unshare, moved, running
 from tests.support.live import NO_QEMU, QEMUS, best_accel, builds
 
 LOADER = "/lib64/ld-linux-x86-64.so.2"
@@ -49,16 +48,6 @@ pytestmark = [
     pytest.mark.qemu,
     pytest.mark.skipif(not QEMUS, reason=NO_QEMU),
 ]
-
-
-def moved(build: QemuBuild, binary: str) -> QemuBuild:
-    """The same QEMU under another name: it then no longer finds its modules and firmware."""
-    prefix = Path(build.binary).resolve().parent.parent
-    modules = next((p.parent for p in prefix.glob("lib/*/qemu/accel-*.so")), prefix)
-    data = [str(prefix / "share" / d) for d in ("qemu", "seabios")]
-    args = (*build.args, *(word for d in data for word in ("-L", d)))
-    env = {"QEMU_MODULE_DIR": str(modules), **build.env}
-    return replace(build, binary=binary, args=args, env=env)
 
 
 @pytest.mark.asyncio
@@ -93,12 +82,14 @@ async def test_discovery_reads_everything_and_disturbs_nothing(
                     "machine": "q35",
                     "accel": accel,
                     "monitors": [
-                        {"target": str(qemu.a), "state": "free"},
-                        {"target": str(qemu.b), "state": "free"},
-                        {"target": f"unix:{tmp_path}/relative", "state": "free"},
-                        {"target": f"127.0.0.1:{port}", "state": "free"},
-                        {"target": f"unix:{tmp_path}/c", "state": "busy"},
+                        {"target": str(qemu.a), "state": "free", "why": None},
+                        {"target": str(qemu.b), "state": "free", "why": None},
+                        {"target": f"unix:{tmp_path}/relative", "state": "free", "why": None},
+                        {"target": f"127.0.0.1:{port}", "state": "free", "why": None},
+                        {"target": f"unix:{tmp_path}/c", "state": "busy", "why": None},
                     ],
+                    "visible": True,
+                    "notes": [],
                 }
             ],
         }

@@ -12,14 +12,14 @@ import signal
 import subprocess
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.monitor import Guest, UnixTarget, find_guest
 from qmp_memlistener.monitor.sockets import listener_state
 
-__all__ = ["NEW_MOUNTS", "Running", "can_unshare", "running"]
+__all__ = ["NEW_MOUNTS", "Running", "can_unshare", "moved", "running"]
 
 
 NEW_MOUNTS = ("unshare", "--mount", "--propagation", "private", "--")
@@ -106,3 +106,13 @@ async def is_up(path: Path) -> bool:
     """The socket listens, which QEMU creates last."""
     state = listener_state(UnixTarget(str(path)))
     return state is not None and state.listening
+
+
+def moved(build: QemuBuild, binary: str) -> QemuBuild:
+    """The same QEMU under another name: it then no longer finds its modules and firmware."""
+    prefix = Path(build.binary).resolve().parent.parent
+    modules = next((p.parent for p in prefix.glob("lib/*/qemu/accel-*.so")), prefix)
+    data = [str(prefix / "share" / d) for d in ("qemu", "seabios")]
+    args = (*build.args, *(word for d in data for word in ("-L", d)))
+    env = {"QEMU_MODULE_DIR": str(modules), **build.env}
+    return replace(build, binary=binary, args=args, env=env)

@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmp_memlistener.monitor import MonitorMode, TcpTarget, UnixTarget
-from qmp_memlistener.monitor.cmdline import CommandLine, parse_command_line, parse_options
+from qmp_memlistener.monitor.chardevs import parse_options
+from qmp_memlistener.monitor.cmdline import CommandLine, parse_command_line
 
 QEMU = "/usr/bin/qemu-system-x86_64"
 JSON_CHARDEV = (
@@ -87,14 +88,14 @@ def test_chardev_monitors_and_their_modes() -> None:
 @pytest.mark.parametrize(
     ("args", "machine", "accels", "accel"),
     [
-        ((), None, (), "tcg"),
-        (("-M", "q35"), "q35", (), "tcg"),
+        ((), None, (), None),
+        (("-M", "q35"), "q35", (), None),
         (("-machine", "type=pc,accel=kvm:tcg,usb=off"), "pc", ("kvm", "tcg"), None),
         (("-M", "pc,accel=kvm"), "pc", ("kvm",), "kvm"),
         (("-machine", "q35", "-accel", "tcg,thread=single"), "q35", ("tcg",), "tcg"),
         (("-accel", "kvm", "-accel", "tcg"), None, ("kvm", "tcg"), None),
         (("-enable-kvm",), None, ("kvm",), "kvm"),
-        (("-M", "pc", "-M", "dump-guest-core=off"), "pc", (), "tcg"),
+        (("-M", "pc", "-M", "dump-guest-core=off"), "pc", (), None),
     ],
 )
 def test_machine_and_accelerator(
@@ -145,6 +146,8 @@ def test_readconfig_is_noted() -> None:
         ("qemu-kvm", "-name", "vm"),
         ("kvm", "-name", "vm"),
         ("/x/qemu-system-x86_64-10.0", "-name", "vm"),
+        ("/usr/bin/qemu-acme-system-x86_64", "-name", "vm"),
+        ("/nix/store/x/.qemu-system-x86_64-wrapped", "-name", "vm"),
     ],
 )
 def test_started_otherwise(argv: tuple[str, ...]) -> None:

@@ -332,7 +332,7 @@ def test_a_process_that_is_gone_is_a_key_of_its_own() -> None:
 def guest(process: Process) -> Guest:
     line = parse_command_line(("qemu-system-x86_64",))
     assert line is not None
-    return Guest(process, line, None, None, None, None, (), ())
+    return Guest(process, line, None, None, None, None, ())
 
 
 def test_all_monitors_of_a_guest_have_one_key(qemu: subprocess.Popen[bytes]) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from qmp_memlistener.host.processes import Process, socket_inodes
 from qmp_memlistener.monitor import MonitorState, TcpTarget, UnixTarget
-from qmp_memlistener.monitor.sockets import ListenerState, listener_state, unix_path_of_inode
+from qmp_memlistener.monitor.sockets import ListenerState, address_of_inode, listener_state
 
 
 @pytest.fixture
@@ -79,8 +79,8 @@ def test_path_of_an_inherited_listener(tmp_path: Path, stack: ExitStack) -> None
     assert me is not None
     inodes = socket_inodes(me)
     assert inodes is not None
-    assert unix_path_of_inode(inodes[server.fileno()], os.getpid()) == path
-    assert unix_path_of_inode(1, os.getpid()) is None
+    assert address_of_inode(inodes[server.fileno()], os.getpid()) == UnixTarget(path)
+    assert address_of_inode(1, os.getpid()) is None
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "localhost"])
