@@ -26,7 +26,7 @@ from ..memslots import Rules, SlotTable
 from ..monitor import CONNECT_DEADLINE, Companions, GuestFacts, Monitor, Target
 from ..probes import Kind
 from ..probes.registry import known_names
-from ..recording import Header, Record
+from ..recording import Header, ProbeState, Record
 from ..topology import MemoryMap
 from ..updates.guest_facts import backends_of
 from ..updates.model import Addition, Intent, Outcome, Plug, Role, Strategy, Unplug, Value
@@ -176,6 +176,18 @@ class Agent:
     def snapshots(self) -> tuple[int, int]:
         """How many snapshots were taken, and the sum of their round trips in ns."""
         return self._attached.source.snapshots, self._attached.source.snapshot_ns
+
+    def probes(self) -> list[ProbeState]:
+        """Which probes are at work, and why others are not."""
+        return self.measuring.state().probes
+
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+        """The kinds of stall of which everything in `[start_ns, end_ns)` was seen."""
+        return self.measuring.measured(start_ns, end_ns)
+
+    async def probes_ready(self, timeout_s: float) -> tuple[str, ...]:
+        """Wait until all probes measure that can; returns those that do not yet."""
+        return await self.measuring.wait_ready(timeout_s)
 
     # -- listening -------------------------------------------------------------------------
 

@@ -10,7 +10,7 @@ from contextlib import AsyncExitStack
 
 from ..errors import MemListenerError
 from ..memslots import SlotTable
-from ..probes import CommandSpan, Measurement, Observation, Probe
+from ..probes import CommandSpan, Kind, Measurement, Observation, Probe
 from ..probes.registry import Choice
 from ..recording import (
     CommandRecord,
@@ -25,6 +25,7 @@ from ..recording import (
     TransitionRecord,
 )
 from ..timeline import Timeline
+from ..timeline.coverage import Coverage
 from ..timeline.summary import Statistics
 from .source import Source
 
@@ -39,6 +40,7 @@ RELEASE_S, IDLE_S = 0.05, 0.25
 LATE_NS = 50_000_000
 """QEMU may be interrupted for so long between an ioctl and the line that tells of it."""
 _STOP_DEADLINE = 5.0
+_STARTING = "start "
 _MEASURED = (StallRecord, CommandRecord, MeasurementRecord, ProbesRecord, SummaryRecord)
 
 
@@ -65,6 +67,10 @@ class Measuring:
         self._timeline = Timeline(stamp_bound_ns=stamp_bound_ns)
         self._active: list[Probe] = []
         self._why_not: dict[str, tuple[str | None, str | None]] = {}
+        self._coverage = Coverage()
+        self._changed = asyncio.Event()  # which probes are at work, or what they measure
+        self._bursts = 0
+        self._told_bursts: dict[str, int] = {}
         self._statistics = Statistics()
         self._start_ns = time.monotonic_ns()
         self._transitions = 0
@@ -76,7 +82,12 @@ class Measuring:
     @property
     def names(self) -> tuple[str, ...]:
         """The probes that are at work."""
-        return tuple(probe.info.name for probe in self._active)
+        names = (probe.info.name for probe in self._active)
+        return tuple(name for name in names if name not in self._why_not)
+
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+        """The kinds of stall of which everything in `[start_ns, end_ns)` was seen."""
+        return self._coverage.measured(start_ns, end_ns)
 
     async def start(self, stack: AsyncExitStack, slots: SlotTable) -> None:
         """Start the usable probes; `stack` stops them.  One that fails is reported as such.
@@ -87,7 +98,7 @@ class Measuring:
             self._timeline.know_slot(slot.as_id, slot.gpa, slot.size)
         stack.push_async_callback(self.stop)
         self._starting = {
-            asyncio.create_task(self._start(choice), name=f"start {choice.info.name}")
+            asyncio.create_task(self._start(choice), name=f"{_STARTING}{choice.info.name}")
             for choice in self._choices
         }
         _, late = await asyncio.wait(self._starting, timeout=START_S)
@@ -99,6 +110,7 @@ class Measuring:
     def _started(self, task: asyncio.Task[None]) -> None:
         """One that took long is ready: say so."""
         self._starting.discard(task)
+        self._changed.set()
         if not task.cancelled():
             self._publish([self.state()])
 
@@ -106,6 +118,32 @@ class Measuring:
         """Return when every probe is at work or has said why not; some may take seconds."""
         while self._starting:
             await asyncio.wait(self._starting)
+
+    async def wait_ready(self, timeout_s: float) -> tuple[str, ...]:
+        """Wait until every probe that can work measures something; returns those that do not yet.
+
+        One that measures during operations only is ready within a burst.
+        """
+        until = time.monotonic() + timeout_s
+        while (late := self._not_ready()) and (left := until - time.monotonic()) > 0:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+        return late
+
+    def _not_ready(self) -> tuple[str, ...]:
+        starting = (task.get_name().removeprefix(_STARTING) for task in self._starting)
+        silent = (
+            probe.info.name
+            for probe in self._active
+            if probe.info.measures
+            and probe.info.name not in self._why_not
+            and not self._coverage.measures_now(probe.info.name)
+        )
+        return (*starting, *silent)
 
     async def _start(self, choice: Choice) -> None:
         name, verdict = choice.info.name, choice.verdict
@@ -123,7 +161,10 @@ class Measuring:
             self._why_not[name] = (repr(exc), "please report it with what the log says")
             self._timeline.forget(name)
         else:
+            if not self._coverage.knows(name):
+                self.measures(name, choice.info.measures)
             self._active.append(choice.probe)
+            await self._keep_up(choice.probe)
 
     def state(self) -> ProbesRecord:
         """Which probes are at work, and why the others are not."""
@@ -156,6 +197,7 @@ class Measuring:
             self._transitions += 1
         if isinstance(record, Lost) and not self._telling:
             self._timeline.lost("trace")
+            self._coverage.lost("trace", time.monotonic_ns())
         self._timeline.record(record)
 
     def own_command(self, name: str, start_ns: int, end_ns: int) -> None:
@@ -172,12 +214,21 @@ class Measuring:
         """Publish what is decided by now."""
         reached = self._source.reported_to()
         if reached is not None:
-            self._timeline.advance("trace", reached - LATE_NS)
+            self.advance("trace", reached - LATE_NS)
         self._hand_out(self._timeline.release(time.monotonic_ns()))
 
     async def burst(self, on: bool) -> None:
         """An operation begins or is over."""
-        for probe in self._active:
+        self._bursts += 1 if on else -1
+        for probe in tuple(self._active):
+            await self._keep_up(probe)
+
+    async def _keep_up(self, probe: Probe) -> None:
+        """Tell a probe of the bursts that it was not told of: it may have started within one."""
+        name = probe.info.name
+        while self._bursts != (told := self._told_bursts.get(name, 0)):
+            on = told < self._bursts
+            self._told_bursts[name] = told + (1 if on else -1)
             await probe.burst(on)
 
     async def settle(self, reached_ns: int) -> None:
@@ -190,7 +241,7 @@ class Measuring:
                 await probe.flush()
             except MemListenerError as exc:
                 self.note(f"{probe.info.name}: {exc.message}")
-        self._timeline.advance("trace", reached_ns)
+        self.advance("trace", reached_ns)
         self._hand_out(self._timeline.release(time.monotonic_ns()))
 
     async def stop(self) -> None:
@@ -263,6 +314,12 @@ class Measuring:
     def advance(self, probe: str, t_ns: int) -> None:
         """How far a probe is."""
         self._timeline.advance(probe, t_ns)
+        self._coverage.advance(probe, t_ns)
+
+    def measures(self, probe: str, kinds: Iterable[Kind]) -> None:
+        """What a probe measures from now on."""
+        self._coverage.measures(probe, kinds, time.monotonic_ns())
+        self._changed.set()
 
     def note(self, text: str) -> None:
         """A remark of a probe."""
@@ -271,13 +328,18 @@ class Measuring:
     def lost(self, probe: str, what: str, count: int | None = None) -> None:
         """A probe missed something."""
         self._timeline.lost(probe)
+        self._coverage.lost(probe, time.monotonic_ns())
         self._tell_loss(f"{probe}: {what}", count)
 
     def failed(self, probe: str, error: Exception) -> None:
         """A probe ended early; the rest goes on."""
         self._timeline.forget(probe)
+        self._coverage.lost(probe, time.monotonic_ns())
+        self.measures(probe, ())
         message = getattr(error, "message", None) or repr(error)
+        self._why_not[probe] = (f"it cannot go on: {message}", getattr(error, "remedy", None))
         self._tell_loss(f"{probe} cannot go on: {message}", None)
+        self._publish([self.state()])
 
     def _tell_loss(self, what: str, count: int | None) -> None:
         self._telling = True  # it comes back through `take`, and is none of the trace

@@ -104,6 +104,7 @@ class LockProfileProbe:
     async def start(self, sink: Sink) -> None:
         """Put back what a dead process of ours left; switch on if it is to be on all the time."""
         self._sink = sink
+        sink.measures(self.info.name, ())
         try:
             async with self._lock:
                 await self._restore_stale(sink)
@@ -197,9 +198,13 @@ class LockProfileProbe:
             self._on_ns = time.monotonic_ns()
             await self._say("sync-profile on")
         self._last = await self._snapshot()
+        if self._sink is not None:
+            self._sink.measures(self.info.name, self.info.measures)
 
     async def _switch_off(self) -> None:
         self._last = None
+        if self._sink is not None:
+            self._sink.measures(self.info.name, ())
         self._on_ns = 0
         if self._undo:
             await self._say("sync-profile off")

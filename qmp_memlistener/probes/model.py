@@ -8,7 +8,7 @@ they deliver.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
@@ -193,6 +193,10 @@ class Sink(Protocol):
 
     def advance(self, probe: str, t_ns: int) -> None:
         """Every window of `probe` that ended before `t_ns` has been delivered."""
+
+    def measures(self, probe: str, kinds: Iterable[Kind]) -> None:
+        """From now on `probe` measures these kinds and no others; without a word of this it
+        measures all that it declares from the end of `start` on."""
 
     def note(self, text: str) -> None:
         """Something the user should know."""

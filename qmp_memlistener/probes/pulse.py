@@ -89,6 +89,7 @@ class PulseProbe:
         self._sink = sink
         self._loop = asyncio.get_running_loop()
         self._complete_ns = time.monotonic_ns()
+        sink.measures(_NAME, ())
         self._thread = threading.Thread(target=self._run, name="pulse probe", daemon=True)
         self._thread.start()
 
@@ -196,6 +197,8 @@ class PulseProbe:
             sink.lost(_NAME, f"gaps of CPU {cpu} that were overwritten before we read them", count)
         if news.gaps:
             sink.observe(news.gaps)
+        # without a clock for the guest's beats no gap has a time yet
+        sink.measures(_NAME, self.info.measures if news.tells else ())
         sink.advance(_NAME, complete_ns)
         for flush in flushed:
             if not flush.done.done():

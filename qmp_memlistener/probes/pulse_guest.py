@@ -36,7 +36,8 @@ class News:
     """What a poll found.
 
     `complete_ns`: every gap that ended before has been told.  `fresh` is how many new gaps the
-    fullest ring held, `lost` how many by CPU were overwritten or have no time.
+    fullest ring held, `lost` how many by CPU were overwritten or have no time.  `tells`: the times
+    of gaps can be told.
     """
 
     gaps: list[Observation] = field(default_factory=list)
@@ -44,6 +45,7 @@ class News:
     lost: dict[int, int] = field(default_factory=dict)
     fresh: int = 0
     complete_ns: int = 0
+    tells: bool = False
 
     def lose(self, cpu: int, count: int) -> None:
         if count:
@@ -173,6 +175,7 @@ class GuestFollower:
             self._map(cpu, final, news)
         news.complete_ns = self._complete(start, last)
         self._tell_steps(start, final, news)
+        news.tells = there and bool(self._cpus) and self._clock.ready
         if self._clock.ready:
             self._tell_thresholds(news)
         return news

@@ -15,7 +15,7 @@ import msgspec
 from ..distribution import percentile
 from ..updates.compare import CONTROL, Comparison, Round
 from ..updates.compare_stats import Difference, Summary
-from .stalls import count_text, duration_text, kind_text
+from .stalls import count_text, duration_text, kind_text, probes_lines, span_text
 
 __all__ = ["comparison_lines"]
 
@@ -41,6 +41,7 @@ def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
     for r in found.rounds:
         if r.outcome != "done":
             yield from _folded(f"round {r.order} ({r.strategy}) left out: {r.outcome}: {r.reason}")
+    yield from probes_lines(found.probes)
     yield from _outlasted(found)
     if found.ended_early is not None:
         yield from _folded(f"ended early: {found.ended_early}")
@@ -57,7 +58,7 @@ def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
     kinds = {s.kind for s in found.summary}
     yield from _measured(found, "time that a round lost to stalls of a kind, all together", kinds)
     # one stall a round is all of it
-    many = {s.kind for s in found.summary if s.stalls and s.longest_ns < s.max_ns}
+    many = {s.kind for s in found.summary if s.stalls and (s.longest_ns or 0) < (s.max_ns or 0)}
     single = msgspec.structs.replace(
         found,
         summary=[_of_longest(s) for s in found.summary],
@@ -73,13 +74,18 @@ def _of_longest(s: Summary) -> Summary:
         p90_ns=s.longest_p90_ns,
         p99_ns=s.longest_p99_ns,
         max_ns=s.longest_ns,
+        p50_min_ns=s.longest_p50_min_ns,
+        p90_min_ns=s.longest_p90_min_ns,
+        p99_min_ns=s.longest_p99_min_ns,
+        max_min_ns=s.longest_min_ns,
     )
 
 
 def _of_longest_difference(d: Difference) -> Difference:
     return msgspec.structs.replace(
-        d, median_diff_ns=d.longest_diff_ns, ci95_ns=d.longest_ci95_ns, seen=d.longest_seen
-    )
+        d, median_diff_ns=d.longest_diff_ns, ci95_ns=d.longest_ci95_ns, seen=d.longest_seen,
+        diff_bounds_ns=d.longest_diff_bounds_ns,
+    )  # fmt: skip
 
 
 def _measured(found: Comparison, title: str, kinds: AbstractSet[str]) -> Iterator[str]:
@@ -92,12 +98,13 @@ def _measured(found: Comparison, title: str, kinds: AbstractSet[str]) -> Iterato
     yield ""
     yield title
     yield ""
-    columns = "".join(f"{name:>9}" for name in ("p50", "p90", "p99", "max"))
+    columns = "".join(f"{name:>12}" for name in ("p50", "p90", "p99", "max"))
     yield f"{'kind':<13}{'strategy':<9}{columns}{'stalls':>9}"
     last = None
     for row in rows:
         yield _row(row, show_kind=row.kind != last)
         last = row.kind
+    yield from _missing(rows)
     nothing = {(s.strategy, s.kind) for s in rows if s.max_ns == 0}
     told = [
         d
@@ -155,30 +162,57 @@ def _operations(rounds: Sequence[Round]) -> Iterator[str]:
         yield f"{name:<10}{len(own):>7}{ops:>17}{slots:>7}{changes:>13}"
 
 
+def _missing(rows: Sequence[Summary]) -> Iterator[str]:
+    """Rounds that say nothing of a kind, because nobody measured it."""
+    for kind in dict.fromkeys(row.kind for row in rows):
+        each = [
+            f"{row.strategy} {row.missing} of {row.n + row.missing}"
+            for row in rows
+            if row.kind == kind and row.missing
+        ]
+        if each:
+            yield from _folded(
+                f"{kind_text(kind)} was not measured throughout, and is missing: "
+                f"{', '.join(each)} rounds"
+            )
+
+
 def _row(s: Summary, *, show_kind: bool) -> str:
-    p90 = duration_text(s.p90_ns) if s.n >= ENOUGH_FOR_P90 else "-"
-    p99 = duration_text(s.p99_ns) if s.n >= ENOUGH_FOR_P99 else "-"
     kind = kind_text(s.kind) if show_kind else ""
-    return (
-        f"{kind:<13}{s.strategy:<9}{duration_text(s.p50_ns):>9}{p90:>9}{p99:>9}"
-        f"{duration_text(s.max_ns):>9}{s.stalls:>9,}"
-    )
+    if not s.n:
+        return f"{kind:<13}{s.strategy:<9}{'not measured':>12}"
+    cells = [
+        span_text(s.p50_min_ns, s.p50_ns),
+        span_text(s.p90_min_ns, s.p90_ns) if s.n >= ENOUGH_FOR_P90 else "-",
+        span_text(s.p99_min_ns, s.p99_ns) if s.n >= ENOUGH_FOR_P99 else "-",
+        span_text(s.max_min_ns, s.max_ns),
+    ]
+    columns = "".join(f"{cell:>12}" for cell in cells)
+    return f"{kind:<13}{s.strategy:<9}{columns}{s.stalls:>9,}"
 
 
 def _differences(found: Sequence[Difference]) -> Iterator[str]:
     for d in sorted(found, key=lambda d: (d.kind, _rank(d.a), _rank(d.b))):
         pair = f"{kind_text(d.kind):<13}{d.a} - {d.b}"
-        if not d.enough:
+        if d.ci95_ns is None:
+            yield f"{pair:<32}not measured"
+        elif not d.enough:
             yield f"{pair:<32}too few rounds to tell"
         elif not d.seen:
-            yield f"{pair:<32}no difference seen ({_interval(d)})"
+            yield f"{pair:<32}no difference seen ({_interval(d.ci95_ns)})"
         else:
-            yield f"{pair:<32}{_signed(d.median_diff_ns):>10}  ({_interval(d)})"
+            yield f"{pair:<32}{_estimate(d):>10}  ({_interval(d.ci95_ns)})"
 
 
-def _interval(d: Difference) -> str:
-    low, high = d.ci95_ns
-    return f"{_signed(low)} to {_signed(high)}"
+def _estimate(d: Difference) -> str:
+    """The difference itself where the bounds of what was measured leave one."""
+    diff, (low, high) = d.median_diff_ns or 0, d.diff_bounds_ns or (0, 0)
+    return _signed(diff) if (high - low) * 10 <= abs(diff) else ""
+
+
+def _interval(bounds: tuple[int, int]) -> str:
+    low, high = bounds
+    return _signed(low) if low == high else f"{_signed(low)} to {_signed(high)}"
 
 
 def _signed(ns: int) -> str:

@@ -16,6 +16,7 @@ from ..recording import (
     GuestFailure,
     MeasurementRecord,
     ProbesRecord,
+    ProbeState,
     Record,
     StallCause,
     StallRecord,
@@ -32,6 +33,8 @@ __all__ = [
     "histogram_lines",
     "kind_text",
     "measured_lines",
+    "probes_lines",
+    "span_text",
     "stall_cause_text",
     "summary_lines",
 ]
@@ -86,6 +89,23 @@ def bracket_text(at_least_ns: int, at_most_ns: int) -> str:
         lower, lower_name = _unit(at_least_ns)
         return f"{_number(at_least_ns, lower, 2, up=False)} {lower_name} to {high}"
     return f"{_number(at_least_ns, unit, 2, up=False)} to {high}"
+
+
+def span_text(at_least_ns: int | None, at_most_ns: int | None) -> str:
+    """As `bracket_text`, for a column: `4.2-5.1 ms`; `-` for what was not measured.
+
+    Without a lower bound, as in recordings of former versions, it is `<5.1 ms`.
+    """
+    if at_most_ns is None:
+        return "-"
+    low = at_least_ns or 0
+    if at_least_ns is not None and (at_most_ns - low) * 10 <= at_most_ns:
+        return duration_text(at_most_ns)
+    unit, name = _unit(at_most_ns)
+    high = f"{_number(at_most_ns, unit, 2, up=True)} {name}"
+    if low * 100 < unit:
+        return f"<{high}"
+    return f"{_number(low, unit, 2, up=False)}-{high}"
 
 
 def count_text(count: int, one: str, many: str | None = None) -> str:
@@ -160,6 +180,18 @@ def measured_lines(
         case SummaryRecord():
             yield ""
             yield from summary_lines(record, width=width, unicode=unicode)
+
+
+def probes_lines(probes: Sequence[ProbeState]) -> Iterator[str]:
+    """What measured, in a line; why the others did not, in short, in another."""
+    active = ", ".join(p.name for p in probes if p.active)
+    yield f"measured by: {active or 'nobody'}"
+    without = [f"{p.name} ({p.reason or 'not asked for'})" for p in probes if not p.active]
+    if without:
+        yield from textwrap.wrap(
+            f"without {', '.join(without)}", 80, initial_indent="  ", subsequent_indent="    ",
+            break_long_words=False, break_on_hyphens=False,
+        )  # fmt: skip
 
 
 def summary_lines(

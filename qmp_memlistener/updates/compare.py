@@ -2,8 +2,9 @@
 
 Each round carries the intent out under one strategy and looks at the guest for a fixed time, then
 the guest is put back (`compare_guest`); rounds of the `control` only look.  What was seen within
-that time counts, whatever made it: what a guest stalls anyway shows in the control.  Statistics
-are in `compare_stats`.
+that time counts, whatever made it: what a guest stalls anyway shows in the control.  A kind of
+stall that was not measured all that time has no value in that round.  Statistics are in
+`compare_stats`.
 """
 
 from __future__ import annotations
@@ -17,9 +18,9 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..errors import InputError, MemListenerError, OperationFailed
-from ..recording import Record, SlotOp, StallRecord, TransitionRecord
+from ..recording import ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .compare_guest import ComparedGuest, HostGuest, NotPutBack
-from .compare_stats import Difference, Summary, differences, summaries
+from .compare_stats import Difference, Measured, Summary, differences, summaries
 from .model import Intent, Outcome, Strategy, UpdateRefused
 from .operation import Host, UpdateOptions
 
@@ -37,13 +38,17 @@ __all__ = [
 CONTROL = "control"
 INTERRUPTED = "interrupted"
 """Why a comparison ended early that was cancelled; the guest was put back."""
+PROBES_S = 30.0
+"""How long probes may take to be at work; what only those measure that do not is missing."""
 
 
 class Round(msgspec.Struct, frozen=True):
     """One round; `order` counts from 0 over all rounds that count.
 
     `[start_ns, start_ns + window_ns)` was looked at; `stalls` are those that touch it.  `outcome`
-    is that of the intent (`done` for the control), which took `took_ns`.  `slot_ops` were made and
+    is that of the intent (`done` for the control), which took `took_ns`.  `measured`: the kinds of
+    stall of which everything in that time was seen; of others `stalls` has what was, and they have
+    no value in this round.  `slot_ops` were made and
     `transitions` seen from `start_ns` to the end of the window or of the update, whichever came
     last, on so many different `slots`.  A round that is not `done` is no part of the statistics.
     """
@@ -58,6 +63,7 @@ class Round(msgspec.Struct, frozen=True):
     slots: int
     transitions: int
     took_ns: int = 0
+    measured: list[str] = []
 
 
 class Skipped(msgspec.Struct, frozen=True):
@@ -84,6 +90,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     ended_early: str | None
     remedy: str | None
     exit_code: int = 0
+    probes: list[ProbeState] = []
 
 
 @dataclass(frozen=True, slots=True)
@@ -138,12 +145,14 @@ class _Comparing:
         self._rounds: list[Round] = []
         self._skipped: list[Skipped] = []
         self._seen: list[Record] = []
+        self._probes: list[ProbeState] = []
 
     async def run(self, strategies: Sequence[Strategy]) -> Comparison:
         await self._guest.begin()
         stop = self._guest.subscribe(self._take)
         ended: MemListenerError | None = None
         try:
+            await self._probes_ready()
             await self._carry_out(await self._warm_up(strategies))
         except asyncio.CancelledError:
             if not self._rounds:
@@ -158,12 +167,26 @@ class _Comparing:
                 raise
             ended = exc
         finally:
+            self._probes = self._guest.probes()
             stop()
         task = asyncio.current_task()
         while ended is not None and task is not None and task.cancelling():
             task.uncancel()
         # a second or two for many rounds, in which the agent has better things to do
         return await asyncio.to_thread(self._result, ended)
+
+    async def _probes_ready(self) -> None:
+        """Rounds begin when all that can be measured is."""
+        async with self._guest.burst():
+            late = await self._guest.probes_ready(0)
+            if late:
+                self._progress(f"waiting for {', '.join(late)} to be at work")
+                late = await self._guest.probes_ready(PROBES_S)
+        if late:
+            self._progress(
+                f"{', '.join(late)} not at work after {PROBES_S:g} s: what nothing else measures "
+                "is missing"
+            )
 
     async def _carry_out(self, possible: Sequence[Strategy]) -> None:
         chance = random.Random(self._options.seed)
@@ -194,21 +217,22 @@ class _Comparing:
     async def _round(self, strategy: Strategy | None, *, counts: bool = True) -> Outcome | None:
         """One round, of the control when `strategy` is None, and what the intent came to.  The
         guest is put back whatever happens."""
+        self._late_stalls()
         self._seen.clear()
         found: Outcome | None = None
         try:
-            if strategy is None:
-                start = time.monotonic_ns()
-                async with self._guest.burst():
+            # one burst from before its beginning to its end: some probes measure in bursts only
+            async with self._guest.burst():
+                if strategy is None:
+                    start = time.monotonic_ns()
                     await self._guest.look()
                     await self._until(start + self._window_ns)
-            else:
-                found = await self._guest.change(strategy)
-                start = found.phases[0].start_ns if found.phases else time.monotonic_ns()
-                if found.outcome in ("done", "partial"):
-                    async with self._guest.burst():
+                else:
+                    found = await self._guest.change(strategy)
+                    start = found.phases[0].start_ns if found.phases else time.monotonic_ns()
+                    if found.outcome in ("done", "partial"):
                         await self._until(start + self._window_ns)
-            made = self._made(strategy, start, found)
+                made = self._made(strategy, start, found)
             if counts:
                 self._rounds.append(made)
         finally:
@@ -233,12 +257,7 @@ class _Comparing:
         seen = self._seen
         ops = [r for r in seen if isinstance(r, SlotOp) and start <= r.t_ns < end]
         changes = [r for r in seen if isinstance(r, TransitionRecord) and start <= r.t_ns < end]
-        # brackets of pings begin before what they bracket
-        stalls = [
-            r
-            for r in seen
-            if isinstance(r, StallRecord) and r.start_ns < window and r.end_ns > start
-        ]
+        stalls = _within(seen, start, window)
         return Round(
             CONTROL if strategy is None else str(strategy),
             len(self._rounds),
@@ -250,13 +269,27 @@ class _Comparing:
             len({(op.as_id, op.slot) for op in ops}),
             sum(t.merged for t in changes),
             took,
+            sorted(map(str, self._guest.measured(start, window))),
         )
 
+    def _late_stalls(self) -> None:
+        """A stall is told when it is over: the last round may have ended in it."""
+        if self._rounds:
+            last = self._rounds[-1]
+            window = last.start_ns + self._window_ns
+            known = set(map(id, last.stalls))
+            seen = _within(self._seen, last.start_ns, window)
+            late = [s for s in seen if id(s) not in known]
+            if late:
+                self._rounds[-1] = msgspec.structs.replace(last, stalls=[*last.stalls, *late])
+
     def _result(self, ended: MemListenerError | None) -> Comparison:
-        counted: dict[str, list[list[StallRecord]]] = {}
+        self._late_stalls()
+        counted: dict[str, list[Measured]] = {}
         for each in self._rounds:
             if each.outcome == "done":
-                counted.setdefault(each.strategy, []).append(each.stalls)
+                found = Measured(each.stalls, frozenset(each.measured))
+                counted.setdefault(each.strategy, []).append(found)
         order = {name: i for i, name in enumerate((*Strategy, CONTROL))}
         ordered = dict(sorted(counted.items(), key=lambda item: order[item[0]]))
         return Comparison(
@@ -269,7 +302,13 @@ class _Comparing:
             ended_early=ended.message if ended is not None else None,
             remedy=ended.remedy if ended is not None else None,
             exit_code=ended.exit_code if ended is not None else 0,
+            probes=self._probes,
         )
+
+
+def _within(seen: Sequence[Record], start: int, end: int) -> list[StallRecord]:
+    """Stalls that touch it; brackets of pings begin before what they bracket."""
+    return [r for r in seen if isinstance(r, StallRecord) and r.start_ns < end and r.end_ns > start]
 
 
 async def _to_the_end(work: Coroutine[None, None, None]) -> None:

@@ -15,7 +15,8 @@ from typing import Protocol
 
 from ..errors import CommandFailed, OperationFailed
 from ..monitor import Monitor
-from ..recording import Record
+from ..probes import Kind
+from ..recording import ProbeState, Record
 from .guest_facts import backends_of, read_facts
 from .guest_view import read_guest, read_status
 from .model import Intent, Outcome, Plug, Resize, Role, Strategy, Unplug, UpdateRefused
@@ -57,6 +58,13 @@ class ComparedGuest(Protocol):
     def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]: ...
     def burst(self) -> AbstractAsyncContextManager[None]: ...
     async def settle(self) -> None: ...
+    def probes(self) -> list[ProbeState]: ...
+
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+        """The kinds of stall of which everything in `[start_ns, end_ns)` was seen."""
+
+    async def probes_ready(self, timeout_s: float) -> tuple[str, ...]:
+        """Wait until all probes measure that can; returns those that do not yet."""
 
     async def begin(self) -> None:
         """Remember how the guest is.  Raises UpdateRefused for a change with no way back."""
@@ -121,6 +129,15 @@ class HostGuest:
 
     async def settle(self) -> None:
         await self._host.settle()
+
+    def probes(self) -> list[ProbeState]:
+        return self._host.probes()
+
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+        return self._host.measured(start_ns, end_ns)
+
+    async def probes_ready(self, timeout_s: float) -> tuple[str, ...]:
+        return await self._host.probes_ready(timeout_s)
 
     async def begin(self) -> None:
         match self._intent:

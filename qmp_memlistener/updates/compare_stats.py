@@ -1,16 +1,21 @@
 """Statistics of a comparison: percentiles over rounds, and intervals for differences.  Pure.
 
 A round has two values of a kind of stall: how long the guest stood still in that way in all, and
-the longest time at once; both are 0 when it did not.  Where small stalls are many, as vCPU gaps
-under TCG, only the second tells what an update did.  The interval of a difference of medians is a
-percentile bootstrap (Efron and Tibshirani, An Introduction to the Bootstrap, 13.3): rounds are
-drawn again, with replacement, for each side.
+the longest time at once; both are 0 when it did not, and there is none when that kind was not
+measured.  Where small stalls are many, as vCPU gaps under TCG, only the second tells what an update
+did.  A value is known by two bounds, and so is whatever is computed from values: a percentile lies
+between those of the lower and of the upper bounds.
+
+The interval of a difference of medians is a percentile bootstrap (Efron and Tibshirani, An
+Introduction to the Bootstrap, 13.3): rounds are drawn again, with replacement, for each side; its
+ends are those of what each draw allows.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import combinations
 from math import ceil
 from statistics import median
@@ -23,6 +28,7 @@ from ..recording import StallRecord
 __all__ = [
     "ENOUGH_ROUNDS",
     "Difference",
+    "Measured",
     "Summary",
     "differences",
     "interval",
@@ -38,135 +44,204 @@ ENOUGH_ROUNDS = 5
 of 3, of 3 in 9 of 10; from 4 on as often as it says."""
 
 
-class Summary(msgspec.Struct, frozen=True):
-    """Stalls of one kind under one strategy, over `n` rounds: the time a round lost to them in all.
+Bounds = tuple[int, int]
+"""At least, at most."""
 
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """The stalls of one round, and the kinds of which all were seen."""
+
+    stalls: Sequence[StallRecord]
+    kinds: frozenset[str]
+
+
+class Summary(msgspec.Struct, frozen=True, kw_only=True):
+    """Stalls of one kind under one strategy: the time a round lost to them in all.
+
+    `n` rounds measured it, `missing` did not and are left out; without any, all times are None.
     p50 is the median.  The others are nearest-rank, values that were seen: of few rounds p99 (fewer
     than 100) and p90 (fewer than 10) are the longest one.  `stalls` is how many there were in all
     rounds together, `longest_ns` the longest of them; `longest_p50_ns` to `longest_p99_ns` are of
-    the longest one of each round.
+    the longest one of each round.  All these are upper bounds; the lower ones are in `…_min_ns`.
     """
 
     strategy: str
     kind: str
     n: int
-    p50_ns: int
-    p90_ns: int
-    p99_ns: int
-    max_ns: int
+    missing: int = 0
+    p50_ns: int | None = None
+    p90_ns: int | None = None
+    p99_ns: int | None = None
+    max_ns: int | None = None
     stalls: int
-    longest_ns: int
-    longest_p50_ns: int = 0
-    longest_p90_ns: int = 0
-    longest_p99_ns: int = 0
+    longest_ns: int | None = None
+    longest_p50_ns: int | None = None
+    longest_p90_ns: int | None = None
+    longest_p99_ns: int | None = None
+    p50_min_ns: int | None = None
+    p90_min_ns: int | None = None
+    p99_min_ns: int | None = None
+    max_min_ns: int | None = None
+    longest_min_ns: int | None = None
+    longest_p50_min_ns: int | None = None
+    longest_p90_min_ns: int | None = None
+    longest_p99_min_ns: int | None = None
 
 
-class Difference(msgspec.Struct, frozen=True):
+class Difference(msgspec.Struct, frozen=True, kw_only=True):
     """The median of `a` less that of `b`, with the interval that holds it with 95 % confidence.
 
-    `seen` is False when the interval holds 0: no difference was seen.  It is False as well when
-    there are not `enough` rounds to tell; the interval is too narrow then.  `longest_…` are the
-    same of the longest stall of each round.
+    `median_diff_ns` is of the upper bounds; with both it lies in `diff_bounds_ns`, which the
+    interval takes in.  `seen` is False when the interval holds 0: no difference was seen.  It is
+    False as well when there are not `enough` rounds to tell; the interval is too narrow then.
+    Where one of the two has no round that measured this kind, there is no difference: None.
+    `longest_…` are the same of the longest stall of each round.
     """
 
     a: str
     b: str
     kind: str
-    median_diff_ns: int
-    ci95_ns: tuple[int, int]
-    seen: bool
+    median_diff_ns: int | None = None
+    ci95_ns: Bounds | None = None
+    seen: bool = False
     enough: bool = True
-    longest_diff_ns: int = 0
-    longest_ci95_ns: tuple[int, int] = (0, 0)
+    longest_diff_ns: int | None = None
+    longest_ci95_ns: Bounds | None = None
     longest_seen: bool = False
+    diff_bounds_ns: Bounds | None = None
+    longest_diff_bounds_ns: Bounds | None = None
 
 
-def totals(stalls: Sequence[StallRecord]) -> dict[str, int]:
-    """By kind: how long these stalls were together, by their upper bounds."""
-    found: dict[str, int] = {}
+def totals(stalls: Sequence[StallRecord]) -> dict[str, Bounds]:
+    """By kind: how long these stalls were together."""
+    found: dict[str, Bounds] = {}
     for stall in stalls:
-        found[stall.kind] = found.get(stall.kind, 0) + stall.at_most_ns
+        low, high = found.get(stall.kind, (0, 0))
+        found[stall.kind] = (low + stall.at_least_ns, high + stall.at_most_ns)
     return found
 
 
-def longest(stalls: Sequence[StallRecord]) -> dict[str, int]:
-    """By kind: how long the longest of these stalls was, by its upper bound."""
-    found: dict[str, int] = {}
+def longest(stalls: Sequence[StallRecord]) -> dict[str, Bounds]:
+    """By kind: how long the longest of these stalls was."""
+    found: dict[str, Bounds] = {}
     for stall in stalls:
-        found[stall.kind] = max(found.get(stall.kind, 0), stall.at_most_ns)
+        low, high = found.get(stall.kind, (0, 0))
+        found[stall.kind] = (max(low, stall.at_least_ns), max(high, stall.at_most_ns))
     return found
 
 
-def summaries(rounds: Mapping[str, Sequence[Sequence[StallRecord]]]) -> list[Summary]:
-    """Of the stalls of each round by strategy; every kind that was seen anywhere, for each."""
+Values = Mapping[str, Sequence[Bounds]]
+"""By strategy: what each round that measured it lost."""
+
+
+def summaries(rounds: Mapping[str, Sequence[Measured]]) -> list[Summary]:
+    """Of each strategy that has rounds, every kind that was seen anywhere."""
     found = []
     for kind in _kinds(rounds):
+        total, single = _values(rounds, kind, totals), _values(rounds, kind, longest)
         for strategy, each in rounds.items():
             if not each:
                 continue
-            total = [totals(stalls).get(kind, 0) for stalls in each]
-            single = [longest(stalls).get(kind, 0) for stalls in each]
+            n = len(total[strategy])
+            stalls = sum(s.kind == kind for r in each if kind in r.kinds for s in r.stalls)
+            summary = Summary(
+                strategy=strategy, kind=kind, n=n, missing=len(each) - n, stalls=stalls
+            )
+            if n:
+                (low, high), (one_low, one_high) = (
+                    (_quantiles([b[0] for b in v]), _quantiles([b[1] for b in v]))
+                    for v in (total[strategy], single[strategy])
+                )
+                summary = msgspec.structs.replace(
+                    summary,
+                    p50_ns=high[0], p90_ns=high[1], p99_ns=high[2], max_ns=high[3],
+                    p50_min_ns=low[0], p90_min_ns=low[1], p99_min_ns=low[2], max_min_ns=low[3],
+                    longest_p50_ns=one_high[0], longest_p90_ns=one_high[1],
+                    longest_p99_ns=one_high[2], longest_ns=one_high[3],
+                    longest_p50_min_ns=one_low[0], longest_p90_min_ns=one_low[1],
+                    longest_p99_min_ns=one_low[2], longest_min_ns=one_low[3],
+                )  # fmt: skip
+            found.append(summary)
+    return found
+
+
+def differences(rounds: Mapping[str, Sequence[Measured]], seed: int = 0) -> list[Difference]:
+    """For each kind and each two strategies that have rounds."""
+    found = []
+    for kind in _kinds(rounds):
+        total, single = _values(rounds, kind, totals), _values(rounds, kind, longest)
+        for a, b in combinations([name for name, each in rounds.items() if each], 2):
+            enough = min(len(total[a]), len(total[b])) >= ENOUGH_ROUNDS
+            if not total[a] or not total[b]:
+                found.append(Difference(a=a, b=b, kind=kind, enough=False))
+                continue
+            of_uppers, bounds, ci = _difference(total[a], total[b], seed)
+            of_longest, one_bounds, one_ci = _difference(single[a], single[b], seed)
             found.append(
-                Summary(
-                    strategy,
-                    kind,
-                    len(each),
-                    round(median(total)),
-                    percentile(total, 90),
-                    percentile(total, 99),
-                    max(total),
-                    sum(s.kind == kind for stalls in each for s in stalls),
-                    max(single),
-                    round(median(single)),
-                    percentile(single, 90),
-                    percentile(single, 99),
+                Difference(
+                    a=a,
+                    b=b,
+                    kind=kind,
+                    median_diff_ns=of_uppers,
+                    diff_bounds_ns=bounds,
+                    ci95_ns=ci,
+                    seen=enough and not ci[0] <= 0 <= ci[1],
+                    enough=enough,
+                    longest_diff_ns=of_longest,
+                    longest_diff_bounds_ns=one_bounds,
+                    longest_ci95_ns=one_ci,
+                    longest_seen=enough and not one_ci[0] <= 0 <= one_ci[1],
                 )
             )
     return found
 
 
-def differences(
-    rounds: Mapping[str, Sequence[Sequence[StallRecord]]], seed: int = 0
-) -> list[Difference]:
-    """For each kind and each two strategies that have rounds."""
-    total = {name: [totals(r) for r in each] for name, each in rounds.items() if each}
-    single = {name: [longest(r) for r in each] for name, each in rounds.items() if each}
-    found = []
-    for kind in _kinds(rounds):
-        for a, b in combinations(total, 2):
-            enough = min(len(total[a]), len(total[b])) >= ENOUGH_ROUNDS
-            diff, bounds, seen = _difference(kind, total[a], total[b], seed)
-            one, one_bounds, one_seen = _difference(kind, single[a], single[b], seed)
-            seen, one_seen = enough and seen, enough and one_seen
-            found.append(
-                Difference(a, b, kind, diff, bounds, seen, enough, one, one_bounds, one_seen)
-            )
-    return found
+def _values(
+    rounds: Mapping[str, Sequence[Measured]],
+    kind: str,
+    value: Callable[[Sequence[StallRecord]], dict[str, Bounds]],
+) -> Values:
+    return {
+        name: [value(r.stalls).get(kind, (0, 0)) for r in each if kind in r.kinds]
+        for name, each in rounds.items()
+    }
+
+
+def _quantiles(values: Sequence[int]) -> tuple[int, int, int, int]:
+    """p50, p90, p99 and the largest."""
+    p90, p99 = percentile(values, 90), percentile(values, 99)
+    return round(median(values)), p90, p99, max(values)
 
 
 def _difference(
-    kind: str, a: Sequence[Mapping[str, int]], b: Sequence[Mapping[str, int]], seed: int
-) -> tuple[int, tuple[int, int], bool]:
-    """Of the medians, its interval, and whether 0 is outside."""
-    left, right = [r.get(kind, 0) for r in a], [r.get(kind, 0) for r in b]
-    low, high = interval(left, right, seed)
-    return round(median(left) - median(right)), (low, high), not low <= 0 <= high
+    a: Sequence[Bounds], b: Sequence[Bounds], seed: int
+) -> tuple[int, Bounds, tuple[int, int]]:
+    """Of the medians of the upper bounds; what both bounds allow; the interval."""
+    (a_low, a_high), (b_low, b_high) = _medians(a), _medians(b)
+    bounds = round(a_low - b_high), round(a_high - b_low)
+    return round(a_high - b_high), bounds, interval(a, b, seed)
 
 
-def interval(a: Sequence[int], b: Sequence[int], seed: int = 0) -> tuple[int, int]:
+def _medians(values: Sequence[Bounds]) -> tuple[float, float]:
+    return median(low for low, _ in values), median(high for _, high in values)
+
+
+def interval(a: Sequence[Bounds], b: Sequence[Bounds], seed: int = 0) -> tuple[int, int]:
     """Where the difference of the medians lies; the same for the same values and seed."""
-    if min(a) == max(a) and min(b) == max(b):
-        return a[0] - b[0], a[0] - b[0]
+    if len(set(a)) == len(set(b)) == 1:
+        return a[0][0] - b[0][1], a[0][1] - b[0][0]
     chance = random.Random(seed)
-    drawn = sorted(
-        median(chance.choices(a, k=len(a))) - median(chance.choices(b, k=len(b)))
-        for _ in range(RESAMPLES)
-    )
+    lows, highs = [], []
+    for _ in range(RESAMPLES):
+        left, right = _medians(chance.choices(a, k=len(a))), _medians(chance.choices(b, k=len(b)))
+        lows.append(left[0] - right[1])
+        highs.append(left[1] - right[0])
     tail = (1 - CONFIDENCE) / 2
-    low = drawn[int(RESAMPLES * tail)]
-    high = drawn[min(RESAMPLES - 1, ceil(RESAMPLES * (1 - tail)) - 1)]
+    low = sorted(lows)[int(RESAMPLES * tail)]
+    high = sorted(highs)[min(RESAMPLES - 1, ceil(RESAMPLES * (1 - tail)) - 1)]
     return round(low), round(high)
 
 
-def _kinds(rounds: Mapping[str, Sequence[Sequence[StallRecord]]]) -> list[str]:
-    return sorted({s.kind for each in rounds.values() for stalls in each for s in stalls})
+def _kinds(rounds: Mapping[str, Sequence[Measured]]) -> list[str]:
+    return sorted({s.kind for each in rounds.values() for r in each for s in r.stalls})

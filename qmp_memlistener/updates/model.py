@@ -13,7 +13,7 @@ from enum import StrEnum
 import msgspec
 
 from ..errors import OperationFailed
-from ..recording import SlotOp, StallRecord
+from ..recording import ProbeState, SlotOp, StallRecord
 
 __all__ = [
     "Addition",
@@ -173,7 +173,7 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
 
     `outcome`: `done`; `partial` (some of it holds, such as a part of the memory, or the guest has
     not answered yet); `refused` (nothing was touched, or the guest refused); `failed` (undone).
-    `reason` says why it is not `done`.  `pause_ns` is how long the guest was paused by us.
+    `reason` says why it is not `done`.  `probes`: which of them measured, and why others did not.
     """
 
     schema: int = 1
@@ -187,3 +187,4 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     guest_state: GuestStates
     transitions: int = 0
     notes: list[str] = []
+    probes: list[ProbeState] = []

@@ -30,7 +30,8 @@ from ..errors import (
     TargetUnreachable,
 )
 from ..monitor import Companions, Monitor, Reply
-from ..recording import Header, Record, SlotOp, StallRecord, TransitionRecord
+from ..probes import Kind
+from ..recording import Header, ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .guard import ResumeGuard
 from .guard_targets import guard_targets
 from .guest_facts import read_devices, read_facts
@@ -94,6 +95,9 @@ class Host(Protocol):
     def operating(self) -> AbstractAsyncContextManager[Monitor]: ...
     def burst(self) -> AbstractAsyncContextManager[None]: ...
     async def settle(self) -> None: ...
+    def probes(self) -> list[ProbeState]: ...
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]: ...
+    async def probes_ready(self, timeout_s: float) -> tuple[str, ...]: ...
 
 
 async def perform(
@@ -375,6 +379,7 @@ class _Operation:
             guest_state=GuestStates(self._before, after),
             transitions=sum(t.merged for t in changes),
             notes=self._notes,
+            probes=self._host.probes(),
         )
 
     async def _settle(self) -> None:

@@ -11,7 +11,7 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -62,6 +62,7 @@ class Told:
         self.lost_gaps = 0
         self.failures: list[Exception] = []
         self.complete_ns = 0
+        self.kinds = frozenset[Kind]()
         self.late: list[Observation] = []
         self._news = asyncio.Event()
 
@@ -80,6 +81,10 @@ class Told:
         assert probe == "pulse"
         assert t_ns >= self.complete_ns
         self.complete_ns = t_ns
+
+    def measures(self, probe: str, kinds: Iterable[Kind]) -> None:
+        assert probe == "pulse"
+        self.kinds = frozenset(kinds)
 
     def note(self, text: str) -> None:
         self.notes.append(text)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from qmp_memlistener.monitor import (
     find_guest,
     read_facts,
 )
-from qmp_memlistener.probes import CommandSpan, Context, Measurement, Observation, Probe
+from qmp_memlistener.probes import CommandSpan, Context, Kind, Measurement, Observation, Probe
 
 __all__ = ["NO_FACTS", "Recorder", "at_work", "context_of", "guest_context"]
 
@@ -35,6 +35,7 @@ class Recorder:
         self.losses: list[str] = []
         self.failures: list[Exception] = []
         self.reached: dict[str, int] = {}
+        self.measured: dict[str, frozenset[Kind]] = {}
         self._news = asyncio.Event()
 
     def observe(self, observations: list[Observation]) -> None:
@@ -51,6 +52,10 @@ class Recorder:
     def advance(self, probe: str, t_ns: int) -> None:
         assert t_ns <= time.monotonic_ns()
         self.reached[probe] = max(self.reached.get(probe, 0), t_ns)
+        self._news.set()
+
+    def measures(self, probe: str, kinds: Iterable[Kind]) -> None:
+        self.measured[probe] = frozenset(kinds)
         self._news.set()
 
     def note(self, text: str) -> None:

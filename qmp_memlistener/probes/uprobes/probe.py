@@ -52,6 +52,7 @@ class UprobesProbe:
             Kind.VCPU_PAUSE,
             Kind.BQL_WAIT,
             Kind.BQL_HOLD,
+            Kind.MISSING,
         ),
         needs="root, or CAP_PERFMON as QEMU's user; Linux 4.17 or later on x86-64",
         resolution_ns=5_000,
@@ -113,6 +114,7 @@ class UprobesProbe:
             self._reader = reader
             self._prepare(reader)
             await self._get_to_know(reader)
+            self._say_measured(looking=False)
             if self._always:
                 await self._look(True)
         except BaseException:
@@ -197,12 +199,24 @@ class UprobesProbe:
         self._looking = on
         self._looked |= on
         try:
+            if not on:
+                self._say_measured(looking=False)
             await _within(self._reader.set_bql(on))
+            self._say_measured(looking=on)
         except DeadlineExceeded:
             self._sink.note("uprobes look at the BQL late: the kernel is busy with other probes")
         except OSError as error:
             self._may_look = self._looking = False
             self._sink.note(f"uprobes do not look at the BQL: {error.strerror}")
+
+    def _say_measured(self, *, looking: bool) -> None:
+        """Kinds whose functions this QEMU has; those of the BQL only while it is looked at."""
+        missing = set(self._reader.missing) if self._reader is not None else set()
+        if missing & {Kind.COMMIT, Kind.SLOT_UPDATE}:
+            missing.add(Kind.MISSING)  # which follows from both
+        if not looking:
+            missing.update(_BQL_KINDS)
+        self._sink.measures(_NAME, [k for k in self.info.measures if k not in missing])
 
     # -- in the event loop ---------------------------------------------------------------------
 
@@ -249,6 +263,7 @@ class UprobesProbe:
         if self._looking:
             self._looking = self._may_look = False
             reader.set_bql(False)
+            self._say_measured(looking=False)
             self._sink.note(f"{taken}: no more looking at the BQL")
         elif self._context.max_share is not None and not self._ended:
             self._ended = True

@@ -2,17 +2,50 @@
 
 from __future__ import annotations
 
+import re
+
 import msgspec
 
+from qmp_memlistener.recording import ProbeState
 from qmp_memlistener.reports.compare import comparison_lines
 from qmp_memlistener.updates.compare import Comparison, Round, Skipped
 from qmp_memlistener.updates.compare_stats import Difference, Summary
 
+RANGE = (1_000_000, 1_500_000)
+
 
 def summary(strategy: str, n: int, kind: str = "vcpu_pause") -> Summary:
     if kind == "missing":
-        return Summary(strategy, kind, n, 0, 0, 0, 0, 0, 0)
-    return Summary(strategy, kind, n, 1_370_000, 2_000_000, 2_100_000, 2_200_000, n, 2_200_000)
+        return exact(strategy, kind, n, [0] * 4, 0, [0] * 4)
+    times = [1_370_000, 2_000_000, 2_100_000, 2_200_000]
+    return exact(strategy, kind, n, times, n, times)
+
+
+def exact(
+    strategy: str, kind: str, n: int, times: list[int], stalls: int, longest: list[int]
+) -> Summary:
+    """Bounds that are equal."""
+    names = [f"{name}{bound}_ns" for name in ("p50", "p90", "p99", "max") for bound in ("", "_min")]
+    single = [f"longest{name}" for name in ("_p50", "_p90", "_p99", "")]
+    names += [f"{name}{bound}_ns" for name in single for bound in ("", "_min")]
+    values = [t for t in (*times, *longest) for _ in range(2)]
+    given = dict(zip(names, values, strict=True))
+    return Summary(strategy=strategy, kind=kind, n=n, stalls=stalls, **given)
+
+
+def difference(
+    a: str, b: str, kind: str, diff: int, ci: tuple[int, int], *, seen: bool, enough: bool = True
+) -> Difference:
+    return Difference(
+        a=a,
+        b=b,
+        kind=kind,
+        median_diff_ns=diff,
+        diff_bounds_ns=(diff, diff),
+        ci95_ns=ci,
+        seen=seen,
+        enough=enough,
+    )
 
 
 def comparison(n: int, *, ended: str | None = None, took_ns: int = 0) -> Comparison:
@@ -30,10 +63,10 @@ def comparison(n: int, *, ended: str | None = None, took_ns: int = 0) -> Compari
             for name in ("pause", "control")
         ],
         differences=[
-            Difference("pause", "control", "vcpu_pause", 1_300_000, (1_000_000, 1_500_000), True),
-            Difference("pause", "control", "commit", 5, (-10_000, 20_000), False),
-            Difference("pause", "control", "missing", 0, (0, 0), False),
-            Difference("direct", "pause", "commit", 90, (80, 95), False, enough=False),
+            difference("pause", "control", "vcpu_pause", 1_300_000, RANGE, seen=True),
+            difference("pause", "control", "commit", 5, (-10_000, 20_000), seen=False),
+            difference("pause", "control", "missing", 0, (0, 0), seen=False),
+            difference("direct", "pause", "commit", 90, (80, 95), seen=False, enough=False),
         ],
         skipped=[
             Skipped("hole", "the guest has no virtio-mem device, nothing " * 3, "start it with one")
@@ -94,7 +127,8 @@ def test_rounds_without_any_stall_are_rounds() -> None:
 def test_the_longest_is_told_where_a_round_had_several() -> None:
     found = comparison(5)
     assert "the longest stall of a round" not in "\n".join(comparison_lines(found, "it"))
-    several = Summary("pause", "bql_hold", 5, 10, 10, 10, 9000, 50, 4000, 3000, 3500, 4000)
+    single = [3000, 3500, 4000, 4000]
+    several = exact("pause", "bql_hold", 5, [10, 10, 10, 9000], 50, single)
     more = msgspec.structs.replace(found, summary=[*found.summary, several])
     lines = list(comparison_lines(more, "it"))
     assert max(map(len, lines)) <= 80
@@ -102,3 +136,30 @@ def test_the_longest_is_told_where_a_round_had_several() -> None:
     (row,) = [line for line in below if line.startswith("BQL hold")]
     assert row.split()[2:] == ["pause", "3.0", "us", "-", "-", "4.0", "us", "50"]
     assert not any(line.startswith("vCPU pause") for line in below)
+
+
+def test_both_bounds_and_what_was_not_measured_are_told() -> None:
+    found = comparison(12)
+    wide = Summary(
+        strategy="direct", kind="main_loop", n=10, missing=2, stalls=3, p50_ns=105_000_000,
+        p90_ns=105_000_000, p99_ns=105_000_000, max_ns=105_000_000,
+        longest_ns=105_000_000, p50_min_ns=2_100_000, p90_min_ns=2_100_000,
+        p99_min_ns=2_100_000, max_min_ns=4_000,
+    )  # fmt: skip
+    never = Summary(strategy="pause", kind="main_loop", n=0, missing=12, stalls=0)
+    probes = [
+        ProbeState("ping", ["main_loop"], True, None, None, 0, "-"),
+        ProbeState("uprobes", ["commit"], False, "not root", "be root", 0, "-"),
+    ]
+    both = Difference(a="direct", b="pause", kind="main_loop", enough=False)
+    found = msgspec.structs.replace(found, summary=[wide, never], differences=[both], probes=probes)
+    lines = list(comparison_lines(found, "it"))
+    assert max(map(len, lines)) <= 80
+    (row,) = [line for line in lines if line.startswith("main loop    direct  ")]
+    cells = ["main loop", "direct", "2.1-105 ms", "2.1-105 ms", "-", "<105 ms", "3"]
+    assert re.split(r"\s\s+", row) == cells
+    assert any(line.split() == ["pause", "not", "measured"] for line in lines)
+    text = " ".join(" ".join(lines).split())
+    assert "is missing: direct 2 of 12, pause 12 of 12 rounds" in text
+    assert "main loop direct - pause not measured" in text
+    assert "measured by: ping without uprobes (not root)" in text

@@ -7,7 +7,15 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from qmp_memlistener.recording import Cause, Record, SlotOp, StallRecord, TransitionRecord
+from qmp_memlistener.probes import Kind
+from qmp_memlistener.recording import (
+    Cause,
+    ProbeState,
+    Record,
+    SlotOp,
+    StallRecord,
+    TransitionRecord,
+)
 from qmp_memlistener.updates.compare_guest import NotPutBack
 from qmp_memlistener.updates.model import GuestStates, Outcome, Phase, Strategy
 
@@ -16,12 +24,12 @@ __all__ = ["FakeGuest", "outcome", "slot_op", "stall", "transition"]
 US = 1000
 
 
-def stall(kind: str, start: int, length: int) -> StallRecord:
+def stall(kind: str, start: int, length: int, at_least: int | None = None) -> StallRecord:
     return StallRecord(
         kind=kind,
         start_ns=start,
         end_ns=start + length,
-        at_least_ns=0,
+        at_least_ns=length if at_least is None else at_least,
         at_most_ns=length,
         probe="ping",
         witnesses=["ping"],
@@ -66,6 +74,8 @@ class FakeGuest:
 
     `costs` is the stall of a change by strategy.  `answers` are outcomes other than `done`, by
     strategy and number of the change.  `hangs_at` is the number of the change that never ends.
+    Nothing is measured in the rounds `unmeasured_at`, warm-ups included; `late` are the probes that
+    are not ready, each time somebody asks.
     """
 
     def __init__(self) -> None:
@@ -77,6 +87,10 @@ class FakeGuest:
         self.stuck_at: int | None = None
         self.slow_put_back = False
         self.reached = asyncio.Event()
+        self.late: list[tuple[str, ...]] = []
+        self.kinds = frozenset({Kind.COMMIT})
+        self.unmeasured_at: set[int] = set()
+        self.asked = 0
         self.changes = 0
         self._callbacks: list[Callable[[Record], None]] = []
 
@@ -98,6 +112,18 @@ class FakeGuest:
 
     async def settle(self) -> None:
         return None
+
+    def probes(self) -> list[ProbeState]:
+        return [ProbeState("uprobes", ["commit"], True, None, None, 0, "nothing")]
+
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+        assert start_ns < end_ns
+        number, self.asked = self.asked, self.asked + 1
+        return frozenset() if number in self.unmeasured_at else self.kinds
+
+    async def probes_ready(self, timeout_s: float) -> tuple[str, ...]:
+        self.log += [f"waited {timeout_s:g} s"] if timeout_s else []
+        return self.late.pop(0) if self.late else ()
 
     async def begin(self) -> None:
         self.log.append("begin")

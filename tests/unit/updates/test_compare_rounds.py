@@ -8,6 +8,7 @@ import msgspec
 import pytest
 
 from qmp_memlistener.errors import TargetLost
+from qmp_memlistener.recording import StallRecord
 from qmp_memlistener.updates.compare import (
     CONTROL,
     INTERRUPTED,
@@ -16,7 +17,7 @@ from qmp_memlistener.updates.compare import (
     compare_guest,
 )
 from qmp_memlistener.updates.model import Outcome, Strategy, UpdateRefused
-from tests.unit.updates.compare_fakes import FakeGuest
+from tests.unit.updates.compare_fakes import US, FakeGuest, stall
 
 D, P, H = Strategy.DIRECT, Strategy.PAUSE, Strategy.HOLE
 WINDOW_S = 0.002
@@ -193,3 +194,63 @@ async def test_interrupted_while_it_puts_back(times: int) -> None:
     else:
         assert "interrupted again" in found.ended_early
         assert guest.is_changed
+
+
+@pytest.mark.asyncio
+async def test_a_round_in_which_nobody_measured_is_missing_and_not_zero() -> None:
+    guest = FakeGuest()
+    guest.costs = {D: 50, P: 50}
+    guest.unmeasured_at = {2, 3, 4}  # the first round of each, after two warm-ups
+    found = await run(guest, D, P, repeat=6)
+    assert [r.measured for r in found.rounds[:4]] == [[], [], [], ["commit"]]
+    for summary in found.summary:
+        assert (summary.n, summary.missing) == (5, 1)
+        expected = 0 if summary.strategy == CONTROL else 51_000
+        assert (summary.p50_min_ns, summary.max_ns) == (expected, expected)
+    (both,) = [d for d in found.differences if (d.a, d.b) == (D, P)]
+    assert both.ci95_ns == (0, 0)
+
+
+@pytest.mark.asyncio
+async def test_what_was_never_measured_has_no_value() -> None:
+    guest = FakeGuest()
+    guest.kinds = frozenset()
+    found = await run(guest, D, repeat=5)
+    assert {(s.n, s.missing, s.p50_ns, s.max_ns) for s in found.summary} == {(0, 5, None, None)}
+    assert {(d.median_diff_ns, d.ci95_ns, d.seen, d.enough) for d in found.differences} == {
+        (None, None, False, False)
+    }
+    assert msgspec.json.decode(msgspec.json.encode(found))["summary"][0]["max_ns"] is None
+
+
+@pytest.mark.asyncio
+async def test_probes_that_take_long_are_waited_for_and_named() -> None:
+    guest = FakeGuest()
+    guest.late = [("uprobes", "pulse"), ("pulse",)]
+    said: list[str] = []
+    options = CompareOptions(1, WINDOW_S, 1)
+    found = await compare_guest(guest, (D,), options, said.append)
+    assert said[:2] == [
+        "waiting for uprobes, pulse to be at work",
+        "pulse not at work after 30 s: what nothing else measures is missing",
+    ]
+    assert [p.name for p in found.probes] == ["uprobes"]
+
+
+@pytest.mark.asyncio
+async def test_a_stall_that_is_told_late_counts_for_the_round_that_it_was_in() -> None:
+    class Late(FakeGuest):
+        held: StallRecord | None = None
+
+        async def put_back(self) -> None:
+            if self.held is not None:
+                self.emit(self.held)
+            await super().put_back()
+
+        async def change(self, strategy: Strategy) -> Outcome:
+            found = await super().change(strategy)
+            self.held = stall("commit", found.phases[0].start_ns + US, 70 * US)
+            return found
+
+    found = await run(Late(), D, repeat=3)
+    assert [len(r.stalls) for r in found.rounds if r.strategy == D] == [2, 2, 2]
