@@ -198,10 +198,18 @@ def _differences(found: Sequence[Difference]) -> Iterator[str]:
             yield f"{pair:<32}not measured"
         elif not d.enough:
             yield f"{pair:<32}too few rounds to tell"
+        elif not d.seen and _is_open(d):
+            yield f"{pair:<32}bounds leave it open ({_interval(d.ci95_ns)})"
         elif not d.seen:
             yield f"{pair:<32}no difference seen ({_interval(d.ci95_ns)})"
         else:
             yield f"{pair:<32}{_estimate(d):>10}  ({_interval(d.ci95_ns)})"
+
+
+def _is_open(d: Difference) -> bool:
+    """The lengths are not known well enough, however many rounds there are."""
+    low, high = d.diff_bounds_ns or (0, 0)
+    return low < 0 < high
 
 
 def _estimate(d: Difference) -> str:

@@ -189,7 +189,7 @@ def probes_lines(probes: Sequence[ProbeState]) -> Iterator[str]:
     without = [f"{p.name} ({p.reason or 'not asked for'})" for p in probes if not p.active]
     if without:
         yield from textwrap.wrap(
-            f"without {', '.join(without)}", 80, initial_indent="  ", subsequent_indent="    ",
+            f"without {', '.join(without)}", 78, initial_indent="  ", subsequent_indent="    ",
             break_long_words=False, break_on_hyphens=False,
         )  # fmt: skip
 

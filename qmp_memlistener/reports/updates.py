@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..recording import SummaryRecord
 from ..timeline.summary import Statistics
 from ..updates.model import Outcome, Phase
-from .stalls import count_text, duration_text, summary_lines
+from .stalls import count_text, duration_text, probes_lines, summary_lines
 
 __all__ = ["outcome_lines"]
 
@@ -49,6 +49,8 @@ def outcome_lines(outcome: Outcome, what: str, *, width: int = 80) -> Iterator[s
         f"{' (predicted)' if predicted else ''} on {count_text(len(slots), 'slot')}, "
         f"{count_text(outcome.transitions, 'transition')}"
     )
+    for line in probes_lines(outcome.probes) if outcome.probes else ():
+        yield f"  {line}"
     if outcome.stalls:
         yield ""
         yield from summary_lines(_summary(outcome), width=width, charts=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import msgspec
 import pytest
@@ -10,6 +11,8 @@ import pytest
 from qmp_memlistener import Strategy, attach
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.guests.linux import LinuxSpec
+from qmp_memlistener.probes import Kind, Sink
+from qmp_memlistener.probes.ping import PingProbe
 from qmp_memlistener.updates.compare import CONTROL, INTERRUPTED, CompareOptions, compare
 from qmp_memlistener.updates.compare_guest import read_state
 from qmp_memlistener.updates.guest_view import read_status
@@ -84,6 +87,44 @@ async def test_a_guest_that_keeps_the_device_ends_it(build: QemuBuild) -> None:
     assert "could not be put back" in found.ended_early
     assert found.remedy is not None
     assert "r0" in found.remedy
+
+
+@builds(of=QEMUS[:1])
+@pytest.mark.asyncio
+async def test_a_probe_that_begins_late_measures_from_then_on_and_takes_part_in_the_burst(
+    build: QemuBuild, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go = asyncio.Event()
+    bursts: list[bool] = []
+    start, burst = PingProbe.start, PingProbe.burst
+
+    async def late(self: PingProbe, sink: Sink) -> None:
+        await go.wait()
+        await start(self, sink)
+
+    async def noted(self: PingProbe, on: bool) -> None:
+        bursts.append(on)
+        await burst(self, on)
+
+    monkeypatch.setattr(PingProbe, "start", late)
+    monkeypatch.setattr(PingProbe, "burst", noted)
+    async with (
+        booted(build, "tcg") as vm,
+        attach(vm.target, probes=("runstate", "ping")) as agent,
+    ):
+        begun = time.monotonic_ns()
+        assert await agent.probes_ready(0) == ("ping",)
+        async with agent.burst():
+            go.set()
+            assert await agent.probes_ready(20) == ()
+            ready = time.monotonic_ns()
+            assert bursts == [True]
+            await agent.settle()
+        assert bursts == [True, False]
+        now = time.monotonic_ns()
+        assert agent.measured(begun, now) == {Kind.VCPU_PAUSE}
+        assert agent.measured(ready, now) == {Kind.VCPU_PAUSE, Kind.MAIN_LOOP}
+        assert {p.name for p in agent.probes() if p.active} == {"runstate", "ping"}
 
 
 @builds(of=QEMUS[:1])

@@ -98,6 +98,17 @@ def test_a_difference_is_only_claimed_where_one_was_seen() -> None:
     assert few.endswith("too few rounds to tell")
 
 
+def test_bounds_that_leave_the_sign_open_are_no_lack_of_rounds() -> None:
+    (seen, *_) = comparison(5).differences
+    wide = msgspec.structs.replace(
+        seen, seen=False, diff_bounds_ns=(-1_000_000, 9_000_000), ci95_ns=(-2_000_000, 9_900_000)
+    )
+    found = msgspec.structs.replace(comparison(5), differences=[wide])
+    (line,) = [x for x in comparison_lines(found, "it") if "pause - control" in x]
+    assert line.endswith("bounds leave it open (-2.00 ms to +9.90 ms)")
+    assert len(line) <= 80
+
+
 def test_percentiles_that_so_few_rounds_do_not_give_are_left_out() -> None:
     def row(n: int) -> list[str]:
         lines = comparison_lines(comparison(n), "it")
