@@ -102,21 +102,21 @@ async def launch(spec: GuestSpec, *, timeout: float = 30.0) -> AsyncIterator[Gue
     with (
         _directory() as directory,
         _ram_file(spec, directory) as ram,
-        _log_file(directory) as log,
     ):
         monitors = tuple(directory / f"qmp{i}" for i in range(spec.monitors))
         qtest = directory / "qtest" if spec.qtest else None
         argv = (binary, *_arguments(spec, monitors, qtest, ram))
         # A session of its own: Ctrl-C in our terminal is ours to handle, not QEMU's.
-        process = await asyncio.create_subprocess_exec(
-            *_bound_to_us(),
-            *argv,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=log,
-            stderr=log,
-            env={**os.environ, **spec.env},
-            start_new_session=True,
-        )
+        with _log_file(directory) as log:
+            process = await asyncio.create_subprocess_exec(
+                *_bound_to_us(),
+                *argv,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=log,
+                env={**os.environ, **spec.env},
+                start_new_session=True,
+            )
         guest = Guest(spec, process, directory, monitors, qtest, ram, argv)
         try:
             await _wait_up(guest, timeout)
@@ -198,7 +198,10 @@ def sized_file(where: Path, suffix: str, size: int) -> Iterator[Path]:
 
 @contextmanager
 def _log_file(directory: Path) -> Iterator[BinaryIO]:
-    """Where QEMU's messages go.  A pipe would freeze QEMU's main loop when nobody reads it."""
+    """Where QEMU's messages go: a pipe would freeze its main loop when nobody reads it.
+
+    Only QEMU keeps it open, and as its stderr alone: what it logs there is then nobody else's.
+    """
     with open(directory / _LOG, "wb") as log:
         yield log
 

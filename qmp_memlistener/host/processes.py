@@ -59,10 +59,10 @@ class Process:
     start_ticks: int
     argv: tuple[str, ...]
     exe: str | None
-    parent: int
     uid: int
     gid: int
     groups: frozenset[int]
+    parent: int = 0
 
     @classmethod
     def read(cls, pid: int) -> Process | None:
@@ -88,11 +88,11 @@ class Process:
             start_ticks=int(fields[19]),
             argv=tuple(os.fsdecode(a) for a in argv),
             exe=exe,
-            parent=int(fields[1]),
             # The fourth number is the file-system id: the one that opens files.
             uid=int(status[b"Uid"].split()[3]),
             gid=int(status[b"Gid"].split()[3]),
             groups=frozenset(int(g) for g in status.get(b"Groups", b"").split()),
+            parent=int(fields[1]),
         )
 
     def is_alive(self) -> bool:

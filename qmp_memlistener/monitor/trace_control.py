@@ -38,6 +38,7 @@ from .trace_setup import (
     arrange_log,
     event_states,
     is_logged,
+    refuse_other_writers,
     send_marker,
     set_events,
     undo,
@@ -104,6 +105,7 @@ class TraceSession:
         log = note.log
         if self.in_place:
             found.append(f"trace lines go to QEMU's own log and stay there: {note.in_place_name}")
+            found += [note.in_place_remark] if note.in_place_remark else []
         elif self._setting.guest.command_line.uses_log:
             found.append("QEMU's other log lines go to the trace log too until we leave")
         if log is not None and not log.kept:
@@ -255,6 +257,8 @@ async def _settle(
         note = place.new_note(before)
         place.write_note(note)
         return await arrange_log(monitor, guest, place, note)
+    if note.in_place is not None:
+        await refuse_other_writers(monitor, guest, note.in_place)
     # Beside another agent: what it noted is older, and so true; events new to it are added.
     note = msgspec.structs.replace(note, events=before | note.events)
     place.write_note(note)

@@ -19,6 +19,7 @@ class TraceReason(StrEnum):
     LOG_REFUSED = "log-refused"
     LOG_UNREADABLE = "log-unreadable"
     LOG_SHARED = "log-shared"
+    LOG_OF_GUEST = "log-of-guest"
     LOG_PER_THREAD = "log-per-thread"
     LOG_NOT_RESTORABLE = "log-not-restorable"
     NO_PLACE = "no-place"
@@ -34,7 +35,9 @@ _REMEDIES = {
     TraceReason.LOG_REFUSED: "run as the user that QEMU runs as; SELinux or AppArmor may forbid "
     "QEMU to write to /dev/shm",
     TraceReason.LOG_UNREADABLE: "run as root or as the user that may read QEMU's log",
-    TraceReason.LOG_SHARED: "give each QEMU a log of its own (-D FILE)",
+    TraceReason.LOG_SHARED: "give QEMU a log of its own (-D FILE) that nobody else writes to",
+    TraceReason.LOG_OF_GUEST: "give QEMU a log of its own (-D FILE), and keep its standard output "
+    "and the guest's consoles out of it",
     TraceReason.LOG_PER_THREAD: "start QEMU without -d tid",
     TraceReason.LOG_NOT_RESTORABLE: "start QEMU with -D FILE; that file is then read in place",
     TraceReason.NO_PLACE: "make /dev/shm or $XDG_RUNTIME_DIR writable for this user",

@@ -22,8 +22,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ..host.processes import FileDescriptor, Process, path_seen_by, process_ids
-from .cmdline import CommandLine, parse_command_line
+from ..host.processes import FileDescriptor, Process, path_seen_by
+from .cmdline import CommandLine
 from .trace_errors import TraceReason, TraceUnavailable
 
 __all__ = [
@@ -31,7 +31,6 @@ __all__ = [
     "RestoreTarget",
     "allow_user",
     "find_log_files",
-    "is_shared",
     "restore_target",
 ]
 
@@ -91,24 +90,6 @@ def find_log_files(process: Process, command_line: CommandLine) -> list[LogFile]
     if not stat.S_ISREG(status.st_mode):
         return []
     return [LogFile(path, command_line.log_file, status.st_dev, status.st_ino)]
-
-
-def is_shared(log: LogFile, process: Process) -> bool:
-    """Another QEMU has the same file as its output: its lines would be taken for this one's."""
-    for pid in process_ids():
-        if pid == process.pid:
-            continue
-        other = Process.read(pid)
-        if other is None or parse_command_line(other.argv) is None:
-            continue
-        for number in (1, 2):
-            try:
-                status = os.stat(f"/proc/{pid}/fd/{number}")
-            except OSError:
-                continue
-            if (status.st_dev, status.st_ino) == (log.device, log.inode):
-                return True
-    return False
 
 
 def restore_target(process: Process, command_line: CommandLine) -> RestoreTarget:

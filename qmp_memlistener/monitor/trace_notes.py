@@ -64,6 +64,7 @@ class Note(msgspec.Struct, frozen=True):
     log: LogChange | None = None
     in_place: str | None = None
     in_place_name: str = ""
+    in_place_remark: str = ""
 
     @property
     def path(self) -> str:

@@ -18,6 +18,7 @@ from ..host.processes import Process
 from .connection import Command, Monitor
 from .discovery import Guest
 from .hmp import hmp
+from .log_writers import check_writers
 from .trace_errors import TraceReason, TraceUnavailable
 from .trace_lines import new_marker
 from .trace_log import (
@@ -25,7 +26,6 @@ from .trace_log import (
     RestoreTarget,
     allow_user,
     find_log_files,
-    is_shared,
     restore_target,
 )
 from .trace_notes import LogChange, Note, Place
@@ -36,12 +36,16 @@ __all__ = [
     "arrange_log",
     "event_states",
     "is_logged",
+    "refuse_other_writers",
     "send_marker",
     "set_events",
     "undo",
 ]
 
 MARKER_EVENT = "handle_hmp_command"
+
+_SEARCHED = 16 * 1024 * 1024
+"""How much of a log is looked through for a marker."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +98,7 @@ def is_logged(path: str, start: int, number: int) -> bool:
     try:
         with open(path, "rb") as f:
             f.seek(start)
-            return wanted in f.read(16 * 1024 * 1024)
+            return wanted in f.read(_SEARCHED)
     except OSError:
         return False
 
@@ -111,14 +115,12 @@ async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) 
     candidates = await asyncio.to_thread(find_log_files, guest.process, guest.command_line)
     if candidates:
         await set_events(monitor, [MARKER_EVENT], True)
-        log = await _prove(monitor, candidates)
+        log = await _prove(monitor, guest, candidates)
         if log is not None:
-            if await asyncio.to_thread(is_shared, log, guest.process):
-                raise TraceUnavailable(
-                    TraceReason.LOG_SHARED,
-                    f"QEMU (pid {guest.pid}) shares its log file with another QEMU",
-                )
-            note = msgspec.structs.replace(note, in_place=log.path, in_place_name=log.name)
+            remark = await refuse_other_writers(monitor, guest, log.path)
+            note = msgspec.structs.replace(
+                note, in_place=log.path, in_place_name=log.name, in_place_remark=remark
+            )
             place.write_note(note)
             return note
         if not note.events[MARKER_EVENT]:
@@ -129,7 +131,30 @@ async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) 
     return await _redirect(monitor, guest, place, note, target)
 
 
-async def _prove(monitor: Monitor, candidates: Sequence[LogFile]) -> LogFile | None:
+async def refuse_other_writers(monitor: Monitor, guest: Guest, path: str) -> str:
+    """A remark for the user, or "".  Raises TraceUnavailable when not only QEMU itself writes to
+    its log at `path`."""
+    status = await asyncio.to_thread(os.stat, path)
+    return await asyncio.to_thread(
+        check_writers,
+        status.st_dev,
+        status.st_ino,
+        guest.process,
+        guest.command_line,
+        await _chardevs(monitor),
+    )
+
+
+async def _chardevs(monitor: Monitor) -> list[str]:
+    try:
+        found = await monitor.execute("query-chardev")
+    except CommandFailed:
+        return []
+    entries = found if isinstance(found, list) else []
+    return [str(e.get("filename")) for e in entries if isinstance(e, Mapping)]
+
+
+async def _prove(monitor: Monitor, guest: Guest, candidates: Sequence[LogFile]) -> LogFile | None:
     starts = []
     for log in candidates:
         with contextlib.suppress(OSError):
@@ -138,6 +163,15 @@ async def _prove(monitor: Monitor, candidates: Sequence[LogFile]) -> LogFile | N
     for log, start in starts:
         if await asyncio.to_thread(is_logged, log.path, start, number):
             return log
+    for log, start in starts:
+        before = max(0, start - _SEARCHED)
+        if await asyncio.to_thread(is_logged, log.path, before, number):
+            # somebody else made the file longer than QEMU knows: what QEMU logs lies within it
+            await refuse_other_writers(monitor, guest, log.path)
+            raise TraceUnavailable(
+                TraceReason.LOG_SHARED,
+                f"QEMU (pid {guest.pid}) does not write at the end of its log: others have",
+            )
     return None
 
 
