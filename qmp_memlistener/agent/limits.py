@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..probes import Kind
-from ..recording import Record, StallRecord, TransitionRecord, Violation
+from ..recording import PossibleViolation, Record, StallRecord, TransitionRecord, Violation
 
 __all__ = ["FREEZE_LIMIT_NS", "Limits"]
 
@@ -18,7 +18,8 @@ FREEZE_LIMIT_NS = 5_000_000
 class Limits:
     """`stalls` are limits by kind; `frozen`: no transition at all, `default_ns` for other kinds.
 
-    A stall violates a limit when it was certainly longer: its `at_least_ns` counts.
+    A stall violates a limit when it was certainly longer: its `at_least_ns` counts.  One that may
+    have been longer, by its `at_most_ns`, is told as possible.
     """
 
     stalls: Mapping[Kind, int] = field(default_factory=dict)
@@ -33,8 +34,8 @@ class Limits:
     def __bool__(self) -> bool:
         return bool(self.stalls) or self.frozen
 
-    def check(self, record: Record) -> Violation | None:
-        """The violation that this record is, if it is one."""
+    def check(self, record: Record) -> Violation | PossibleViolation | None:
+        """The violation that this record is, or may be."""
         match record:
             case TransitionRecord() if self.frozen:
                 return Violation(
@@ -47,15 +48,17 @@ class Limits:
                 )
             case StallRecord():
                 limit = self.stalls.get(Kind(record.kind), self.default_ns)
-                if limit is None or record.at_least_ns <= limit:
+                if limit is None or record.at_most_ns <= limit:
                     return None
                 who = f" of {record.thread}" if record.thread else ""
-                return Violation(
+                verdict = Violation if record.at_least_ns > limit else PossibleViolation
+                return verdict(
                     t_ns=record.start_ns,
                     kind=record.kind,
                     what=f"{record.kind}{who}",
                     ref=record.incident,
                     limit_ns=limit,
                     found_ns=record.at_least_ns,
+                    found_max_ns=record.at_most_ns,
                 )
         return None

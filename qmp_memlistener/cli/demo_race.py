@@ -32,7 +32,7 @@ class Race:
         self.version = version
         self.transitions = 0
         self.failure: GuestFailure | None = None
-        self.stalls: dict[str, list[int]] = defaultdict(list)
+        self.stalls: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self.failed = asyncio.Event()
 
     def take(self, record: Record) -> None:
@@ -46,21 +46,27 @@ class Race:
                 self.failure = self.failure or record
                 self.failed.set()
             case StallRecord(cause=cause) if cause is not None and cause.type == "transition":
-                self.stalls[record.kind].append(record.at_most_ns)
+                self.stalls[record.kind].append((record.at_least_ns, record.at_most_ns))
 
-    def median_ns(self, kind: str) -> int | None:
-        """The median length of a kind of stall that a transition made."""
+    def median_ns(self, kind: str) -> tuple[int, int] | None:
+        """The bounds of the median length of a kind of stall that a transition made."""
         lengths = self.stalls.get(kind)
-        return round(statistics.median(lengths)) if lengths else None
+        if not lengths:
+            return None
+        low, high = (round(statistics.median(bound)) for bound in zip(*lengths, strict=True))
+        return low, high
 
     def document(self) -> dict[str, object]:
         """For `--json`."""
+        found = {kind: self.median_ns(kind) for kind in sorted(self.stalls)}
+        medians = {kind: median for kind, median in found.items() if median is not None}
         return {
             "qemu": self.version,
             "transitions": self.transitions,
             "survived": self.failure is None,
             "failure": self.failure,
-            "median_ns": {kind: self.median_ns(kind) for kind in sorted(self.stalls)},
+            "median_ns": {kind: high for kind, (_, high) in medians.items()},
+            "median_min_ns": {kind: low for kind, (low, _) in medians.items()},
         }
 
 
@@ -69,7 +75,8 @@ async def race(build: QemuBuild, say: Callable[[str], None]) -> Race:
     from ..agent import attach
     from ..errors import DeadlineExceeded
     from ..guests import HOST_BRIDGE, I440FX, PAM_RAM, GuestSpec, High, Pulse, boot_args, launch
-    from ..reports.stalls import duration_text, kind_text, measured_lines
+    from ..reports.lengths import kind_text, span_text
+    from ..reports.stalls import measured_lines
 
     spec = GuestSpec(machine="pc", accel="kvm", memory=MEMORY, smp=2, args=boot_args())
     found = Race(build.version)
@@ -107,5 +114,5 @@ async def race(build: QemuBuild, say: Callable[[str], None]) -> Race:
         median = found.median_ns(kind)
         if median is not None:
             count = len(found.stalls[kind])
-            say(f"            {kind_text(kind):<14} median {duration_text(median)} ({count} seen)")
+            say(f"            {kind_text(kind):<14} median {span_text(*median)} ({count} seen)")
     return found

@@ -55,7 +55,7 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
 
     Example: qmp-memlistener doctor /run/vm.qmp
     """
-    from ..reports.stalls import duration_text
+    from ..reports.lengths import duration_text
     from ..updates.guard_notes import all_notes
 
     notes = all_notes()  # to examine a target takes those about it

@@ -17,6 +17,7 @@ from ..recording import (
     GuestFailure,
     Lost,
     MirrorRecord,
+    PossibleViolation,
     Reconciled,
     Record,
     SlotOp,
@@ -121,6 +122,7 @@ class Followed:
     slot_ops: int = 0
     stalls: int = 0
     violations: int = 0
+    possible_violations: int = 0
     failures: int = 0
     differences: int = 0
     lost: int = 0
@@ -137,6 +139,8 @@ class Followed:
                 self.stalls += 1
             case Violation():
                 self.violations += 1
+            case PossibleViolation():
+                self.possible_violations += 1
             case GuestFailure():
                 self.failures += 1
             case Reconciled(equal=False):

@@ -11,6 +11,7 @@ from ..errors import RecordingError
 from ..recording import (
     GuestFailure,
     Lost,
+    PossibleViolation,
     ProbesRecord,
     ProbeState,
     Record,
@@ -38,8 +39,8 @@ _END_OF_TIME_NS = 1 << 63
 def command(recording: str, histograms: bool, longest: int, as_json: bool) -> None:
     """Say what a RECORDING holds: the guest, losses, violations, and statistics of its stalls.
 
-    The recording may still be growing; what is in it so far is reported. Lengths of stalls are
-    upper bounds: none was longer than is stated.
+    The recording may still be growing; what is in it so far is reported. Where the bounds of a
+    length are more than 10 % apart both are told. The longest stalls are those that certainly were.
 
     Example: qmp-memlistener report boot.jsonl
     """
@@ -68,6 +69,7 @@ class _Contents:
         self._probes: dict[str, ProbeState] = {}
         self._failures: list[GuestFailure] = []
         self._violations: list[Violation] = []
+        self._possible: list[PossibleViolation] = []
         self._lost: list[Lost] = []
         self._longest: list[StallRecord] = []
         for record in recording:
@@ -89,13 +91,15 @@ class _Contents:
             "probes": list(self._probes.values()),
             "failures": self._failures,
             "violations": self._violations,
+            "possible_violations": self._possible,
             "summary": self._summary(),
         }
 
     def lines(self, *, histograms: bool) -> Iterator[str]:
         """The report for people."""
         from ..reports import Narrator
-        from ..reports.stalls import count_text, duration_text, histogram_lines, summary_lines
+        from ..reports.lengths import count_text, duration_text
+        from ..reports.summary import histogram_lines, summary_lines
 
         yield from Narrator().lines(self._recording.header)
         lasted = duration_text(self._end_ns - self._recording.header.monotonic_ns)
@@ -112,6 +116,7 @@ class _Contents:
         yield from self._probe_lines()
         yield from self._section("guest failures", self._failures)
         yield from self._section("violations", self._violations)
+        yield from self._section("possible violations", self._possible)
         yield from self._section("losses", self._lost)
         summary = self._summary()
         width, unicode = terminal_shape()
@@ -141,6 +146,8 @@ class _Contents:
                 self._failures.append(record)
             case Violation():
                 self._violations.append(record)
+            case PossibleViolation():
+                self._possible.append(record)
             case Lost():
                 self._lost.append(record)
 
@@ -156,7 +163,7 @@ class _Contents:
             )
 
     def _shorten(self, longest: int) -> None:
-        self._longest.sort(key=lambda s: s.at_most_ns, reverse=True)
+        self._longest.sort(key=lambda s: (s.at_least_ns, s.at_most_ns), reverse=True)
         del self._longest[longest:]
 
     def _summary(self) -> SummaryRecord:

@@ -38,7 +38,9 @@ def command(
 
     Ends with Ctrl-C, after --for or --count, or (exit code 3) when the guest is gone; then comes
     a summary of all stalls by kind and cause. The guest's trace events and log are put back as
-    they were. Exit code 1: a limit was exceeded, or a mirror was not in step at the end.
+    they were. Exit code 1: a limit was exceeded for certain, or a mirror was not in step at the
+    end. A stall that may have been longer than its limit, by the bounds within which it is known,
+    is told as a possible violation and does not count.
 
     With --mirror, slots of our own follow the guest's map meanwhile, and the report of that comes
     before the summary.
@@ -51,6 +53,13 @@ def command(
         raise click.UsageError("--strategy pause stops the guest: it does not go with --freeze")
     limits = _limits(max_stalls, freeze)
     seen = run_async(follow(target, options, as_json=as_json, limits=limits, mirror=mirror))
+    if seen.possible_violations:
+        possible = seen.possible_violations
+        click.echo(
+            f"{possible} possible violation{'s' if possible > 1 else ''}: how long those stalls "
+            "were is not known well enough to tell",
+            err=True,
+        )
     problems = []
     if seen.violations:
         problems.append(

@@ -13,6 +13,7 @@ __all__ = [
     "CommandRecord",
     "GuestFailure",
     "MeasurementRecord",
+    "PossibleViolation",
     "ProbeState",
     "ProbesRecord",
     "StallCause",
@@ -120,9 +121,10 @@ class GuestFailure(Record, frozen=True, kw_only=True, tag="guest_failure"):
 
 
 class Violation(Record, frozen=True, kw_only=True, tag="violation"):
-    """A limit was exceeded or a frozen guest's map changed; `what` in words.
+    """A limit was exceeded for certain or a frozen guest's map changed; `what` in words.
 
-    `kind` is the stall's kind or `transition`; `limit_ns` and `found_ns` are None for a transition.
+    `kind` is the stall's kind or `transition`; `limit_ns`, `found_ns` (at least) and `found_max_ns`
+    (at most) are None for a transition.
     """
 
     t_ns: int
@@ -131,14 +133,31 @@ class Violation(Record, frozen=True, kw_only=True, tag="violation"):
     ref: int | None
     limit_ns: int | None
     found_ns: int | None
+    found_max_ns: int | None = None
+
+
+class PossibleViolation(Record, frozen=True, kw_only=True, tag="possible_violation"):
+    """A stall that may have exceeded its limit: at least `found_ns` long, at most `found_max_ns`.
+
+    The other keys are as in `violation`.
+    """
+
+    t_ns: int
+    kind: str
+    what: str
+    ref: int | None
+    limit_ns: int
+    found_ns: int
+    found_max_ns: int
 
 
 class StallStatistics(msgspec.Struct, frozen=True):
     """Stalls of one kind and cause.
 
     `cause` is the cause's type (`unknown` when there is none).  Lengths are `at_most_ns`, so what
-    is stated was not longer.  `histogram` counts by length: entry i counts lengths in
-    `[bounds_ns[i], bounds_ns[i + 1])`, the last one all from `bounds_ns[-1]` on.
+    is stated was not longer; those with `min` in their names are `at_least_ns`, so it was not
+    shorter (None in recordings of former versions).  `histogram` counts by length: entry i counts
+    lengths in `[bounds_ns[i], bounds_ns[i + 1])`, the last one all from `bounds_ns[-1]` on.
     """
 
     kind: str
@@ -151,6 +170,13 @@ class StallStatistics(msgspec.Struct, frozen=True):
     max_ns: int
     bounds_ns: list[int]
     histogram: list[int]
+    total_min_ns: int | None = None
+    p50_min_ns: int | None = None
+    p90_min_ns: int | None = None
+    p99_min_ns: int | None = None
+    max_min_ns: int | None = None
+    bounds_min_ns: list[int] = []
+    histogram_min: list[int] = []
 
 
 class SummaryRecord(Record, frozen=True, kw_only=True, tag="summary"):

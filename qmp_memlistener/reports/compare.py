@@ -15,7 +15,8 @@ import msgspec
 from ..distribution import percentile
 from ..updates.compare import CONTROL, Comparison, Round
 from ..updates.compare_stats import Difference, Summary
-from .stalls import count_text, duration_text, kind_text, probes_lines, span_text
+from .lengths import count_text, duration_text, kind_text, span_text
+from .stalls import probes_lines
 
 __all__ = ["comparison_lines"]
 

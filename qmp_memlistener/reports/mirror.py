@@ -15,7 +15,7 @@ from ..kvmlab.backend_memory import Behind
 from ..kvmlab.backend_probe import WORD, Verified
 from ..recording import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
 from ..updates.mirror_report import MirrorReport, Shown, Times
-from .stalls import count_text, duration_text
+from .lengths import count_text, duration_text
 
 __all__ = ["lab_mirror", "mirror_lines", "mirror_record"]
 

@@ -10,7 +10,9 @@ from collections.abc import Iterator
 from ..recording import SummaryRecord
 from ..timeline.summary import Statistics
 from ..updates.model import Outcome, Phase
-from .stalls import count_text, duration_text, probes_lines, summary_lines
+from .lengths import count_text, duration_text
+from .stalls import probes_lines
+from .summary import summary_lines
 
 __all__ = ["outcome_lines"]
 

@@ -1,10 +1,12 @@
 """How many stalls of which length: counted one by one, in bounded memory.  Pure.
 
-For each kind and cause count, total and longest are exact, and so is the histogram.  Percentiles
-are nearest-rank: the shortest length that at least so many per cent of the stalls do not exceed.
-Up to `EXACT` stalls they are exact too; beyond that lengths are kept by bucket, `1 << _BITS` of
-equal width for each power of two (the layout of an HDR histogram), and a percentile is the upper
-end of its bucket: never below the exact one, and above it by less than `RELATIVE_ERROR` of it.
+A stall has two lengths, at least and at most; whatever is stated is stated of both.  For each kind
+and cause count, total and longest are exact, and so is the histogram.  Percentiles are
+nearest-rank: the shortest length that at least so many per cent of the stalls do not exceed.  Up
+to `EXACT` stalls they are exact too; beyond that lengths are kept by bucket, `1 << _BITS` of equal
+width for each power of two (the layout of an HDR histogram), and a percentile is an end of its
+bucket, the outer one: of upper bounds never below the exact one, of lower bounds never above, and
+off by less than `RELATIVE_ERROR` of it.
 
 What comes out depends on the lengths alone, neither on their order nor on how they were merged.
 Lengths are only counted here; what a stall is and what made it, `timeline` decides.
@@ -16,6 +18,7 @@ from bisect import bisect_right
 from collections import Counter
 from collections.abc import Iterable
 from operator import attrgetter
+from typing import NamedTuple
 
 from ..recording import StallRecord, StallStatistics, SummaryRecord
 
@@ -50,22 +53,24 @@ class Statistics:
     def __len__(self) -> int:
         return sum(s.count for s in self._series.values())
 
-    def add(self, kind: str, cause: str, length_ns: int) -> None:
-        """One stall; raises ValueError for a negative length."""
-        if length_ns < 0:
-            raise ValueError(f"a stall of {length_ns} ns")
+    def add(self, kind: str, cause: str, at_most_ns: int, at_least_ns: int | None = None) -> None:
+        """One stall, of exactly that length without a second one; ValueError when there is none."""
+        least = at_most_ns if at_least_ns is None else at_least_ns
+        if not 0 <= least <= at_most_ns:
+            raise ValueError(f"a stall of {least} to {at_most_ns} ns")
         series = self._series.get((kind, cause))
         if series is None:
             series = self._series[kind, cause] = _Series()
-        pending = series.pending
-        pending.append(length_ns)
-        if len(pending) > EXACT:
-            series.fold()
+        series.most.pending.append(at_most_ns)
+        series.least.pending.append(least)
+        if len(series.most.pending) > EXACT:
+            series.most.fold()
+            series.least.fold()
 
     def add_record(self, record: StallRecord) -> None:
-        """One stall as it was recorded, with its `at_most_ns` and the type of its cause."""
+        """One stall as it was recorded, with its bounds and the type of its cause."""
         cause = _UNKNOWN if record.cause is None else record.cause.type
-        self.add(record.kind, cause, record.at_most_ns)
+        self.add(record.kind, cause, record.at_most_ns, record.at_least_ns)
 
     def merge(self, other: Statistics) -> None:
         """Add all that `other` has, which stays as it is."""
@@ -73,10 +78,11 @@ class Statistics:
             self._series.setdefault(key, _Series()).merge(theirs)
 
     def statistics(self) -> list[StallStatistics]:
-        """By kind, and within a kind the largest total first; can be asked for at any time."""
+        """By kind, and within a kind the largest total that is certain first; can be asked for at
+        any time."""
         found = [series.statistics(*key) for key, series in self._series.items()]
         found.sort(key=attrgetter("cause"))
-        found.sort(key=attrgetter("total_ns"), reverse=True)
+        found.sort(key=attrgetter("total_min_ns", "total_ns"), reverse=True)
         found.sort(key=attrgetter("kind"))
         return found
 
@@ -91,15 +97,16 @@ class Statistics:
         )
 
 
-class _Series:
-    """Lengths of one kind and cause.
+class _Lengths:
+    """One of the two lengths of stalls of one kind and cause; `up`: the upper one.
 
     `pending` holds lengths that are in no bucket yet: all of them as long as nothing is `folded`.
     """
 
-    __slots__ = ("buckets", "folded", "histogram", "longest", "pending", "total")
+    __slots__ = ("buckets", "folded", "histogram", "longest", "pending", "total", "up")
 
-    def __init__(self) -> None:
+    def __init__(self, *, up: bool) -> None:
+        self.up = up
         self.pending: list[int] = []
         self.folded = 0
         self.total = 0
@@ -123,7 +130,7 @@ class _Series:
         _count(pending, self.histogram)
         pending.clear()
 
-    def merge(self, other: _Series) -> None:
+    def merge(self, other: _Lengths) -> None:
         self.folded += other.folded
         self.total += other.total
         self.longest = max(self.longest, other.longest)
@@ -133,12 +140,12 @@ class _Series:
         if self.folded or len(self.pending) > EXACT:
             self.fold()
 
-    def statistics(self, kind: str, cause: str) -> StallStatistics:
+    def told(self) -> _Told:
         if self.folded:
             self.fold()
             total, longest, histogram = self.total, self.longest, self.histogram
-            ends = sorted(self.buckets)
-            steps = [(_bucket_last(b), self.buckets[b]) for b in ends]
+            end = _bucket_last if self.up else _bucket_first
+            steps = [(end(b), self.buckets[b]) for b in sorted(self.buckets)]
         else:
             total, longest = sum(self.pending), max(self.pending)
             histogram = [0] * len(BOUNDS_NS)
@@ -147,17 +154,55 @@ class _Series:
         p50, p90, p99 = (min(p, longest) for p in _percentiles(steps, self.count, (50, 90, 99)))
         used = [i for i, n in enumerate(histogram) if n]
         span = slice(used[0], used[-1] + 1)
+        return _Told(total, p50, p90, p99, longest, list(BOUNDS_NS[span]), histogram[span])
+
+
+class _Told(NamedTuple):
+    total: int
+    p50: int
+    p90: int
+    p99: int
+    longest: int
+    bounds: list[int]
+    histogram: list[int]
+
+
+class _Series:
+    """Stalls of one kind and cause."""
+
+    __slots__ = ("least", "most")
+
+    def __init__(self) -> None:
+        self.least, self.most = _Lengths(up=False), _Lengths(up=True)
+
+    @property
+    def count(self) -> int:
+        return self.most.count
+
+    def merge(self, other: _Series) -> None:
+        self.least.merge(other.least)
+        self.most.merge(other.most)
+
+    def statistics(self, kind: str, cause: str) -> StallStatistics:
+        most, least = self.most.told(), self.least.told()
         return StallStatistics(
             kind=kind,
             cause=cause,
             count=self.count,
-            total_ns=total,
-            p50_ns=p50,
-            p90_ns=p90,
-            p99_ns=p99,
-            max_ns=longest,
-            bounds_ns=list(BOUNDS_NS[span]),
-            histogram=histogram[span],
+            total_ns=most.total,
+            p50_ns=most.p50,
+            p90_ns=most.p90,
+            p99_ns=most.p99,
+            max_ns=most.longest,
+            bounds_ns=most.bounds,
+            histogram=most.histogram,
+            total_min_ns=least.total,
+            p50_min_ns=least.p50,
+            p90_min_ns=least.p90,
+            p99_min_ns=least.p99,
+            max_min_ns=least.longest,
+            bounds_min_ns=least.bounds,
+            histogram_min=least.histogram,
         )
 
 
@@ -171,6 +216,12 @@ def _bucket_last(bucket: int) -> int:
     """The longest length in a bucket."""
     shift = max(0, (bucket >> _BITS) - 1)
     return (((bucket - (shift << _BITS)) + 1) << shift) - 1
+
+
+def _bucket_first(bucket: int) -> int:
+    """The shortest length in a bucket."""
+    shift = max(0, (bucket >> _BITS) - 1)
+    return (bucket - (shift << _BITS)) << shift
 
 
 def _count(lengths: Iterable[int], histogram: list[int]) -> None:

@@ -34,6 +34,7 @@ START = 7_000_000_000
 DOCUMENT = {
     "schema": int, "recording": str, "header": dict, "truncated": bool, "transitions": int,
     "slot_ops": int, "lost": int, "probes": list, "failures": list, "violations": list,
+    "possible_violations": list,
     "summary": dict,
 }  # fmt: skip
 SUMMARY = {
@@ -43,6 +44,8 @@ SUMMARY = {
 STATISTICS = {
     "kind": str, "cause": str, "count": int, "total_ns": int, "p50_ns": int, "p90_ns": int,
     "p99_ns": int, "max_ns": int, "bounds_ns": list, "histogram": list,
+    "total_min_ns": int, "p50_min_ns": int, "p90_min_ns": int, "p99_min_ns": int,
+    "max_min_ns": int, "bounds_min_ns": list, "histogram_min": list,
 }  # fmt: skip
 HEADER = msgspec.structs.replace(PLAIN_HEADER, monotonic_ns=START)
 

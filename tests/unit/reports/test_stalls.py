@@ -15,6 +15,7 @@ from qmp_memlistener.recording import (
     GuestFailure,
     MeasurementRecord,
     Note,
+    PossibleViolation,
     ProbesRecord,
     ProbeState,
     Record,
@@ -23,13 +24,8 @@ from qmp_memlistener.recording import (
     Violation,
 )
 from qmp_memlistener.reports import Narrator
-from qmp_memlistener.reports.stalls import (
-    bracket_text,
-    duration_text,
-    kind_text,
-    measured_lines,
-    stall_cause_text,
-)
+from qmp_memlistener.reports.lengths import bracket_text, duration_text, kind_text
+from qmp_memlistener.reports.stalls import measured_lines, stall_cause_text
 
 STAMP = "  0.033566"
 INDENT = " " * 12
@@ -328,6 +324,16 @@ def test_violations() -> None:
         found_ns=12_345_678,
     )  # fmt: skip
     assert line(over) == "VIOLATION: main loop stalled: 12.3 ms, allowed 5 ms"
+    both = Violation(
+        t_ns=1, kind="main_loop", what="main_loop", ref=1, limit_ns=5_000_000,
+        found_ns=12_345_678, found_max_ns=105_000_000,
+    )  # fmt: skip
+    assert line(both) == "VIOLATION: main_loop: 12 to 105 ms, allowed 5 ms"
+    maybe = PossibleViolation(
+        t_ns=1, kind="main_loop", what="main_loop", ref=1, limit_ns=5_000_000,
+        found_ns=2_000_000, found_max_ns=105_000_000,
+    )  # fmt: skip
+    assert line(maybe) == "possible violation: main_loop: 2.0 to 105 ms, allowed 5 ms"
     changed = Violation(
         t_ns=1, kind="transition", what="the map changed: #3", ref=3, limit_ns=None, found_ns=None
     )

@@ -10,12 +10,9 @@ import pytest
 
 from qmp_memlistener.probes import Kind
 from qmp_memlistener.recording import StallStatistics, SummaryRecord
-from qmp_memlistener.reports.stalls import (
-    histogram_lines,
-    kind_text,
-    measured_lines,
-    summary_lines,
-)
+from qmp_memlistener.reports.lengths import kind_text
+from qmp_memlistener.reports.stalls import measured_lines
+from qmp_memlistener.reports.summary import histogram_lines, summary_lines
 from qmp_memlistener.timeline.summary import BOUNDS_NS, Statistics
 
 CAUSES = ("transition", "command", "agent", "slot_op", "stop", "unknown")
@@ -151,3 +148,55 @@ def test_statistics_without_a_histogram_do_no_harm() -> None:
     record = SummaryRecord(start_ns=5, end_ns=0, transitions=1, stalls=1, statistics=[bare])
     assert next(summary_lines(record)) == "1 stall, 1 transition in -5 ns"
     list(histogram_lines(record))
+
+
+@pytest.fixture
+def idle() -> SummaryRecord:
+    """Pings at rest: brackets of 100 ms around stalls of a few."""
+    statistics = Statistics()
+    for n in range(400):
+        statistics.add("main_loop", "unknown", 100_000_000 + n * 10_000, 2_000_000 + n * 10_000)
+    statistics.add("commit", "transition", 210_000)
+    return summary(statistics)
+
+
+def test_wide_brackets_are_told_as_such(idle: SummaryRecord) -> None:
+    assert list(summary_lines(idle, unicode=False)) == [
+        "401 stalls, 200 transitions in 60.2 s",
+        "",
+        "kind       cause       count     total         p50         p99         max",
+        "main loop  unknown       400  1.5-41 s  3.9-102 ms  5.9-104 ms  5.9-104 ms",
+        "commit     transition      1   0.21 ms     0.21 ms     0.21 ms     0.21 ms",
+        "",
+        "at least                       1 ms        10 ms       100 ms",
+        "main loop  unknown                 99993333",
+        "             at most                                   9999",
+        "commit     transition  9999",
+    ]
+
+
+def test_one_stall_of_known_length_has_one_line(usual: SummaryRecord) -> None:
+    assert not any("at most" in line for line in summary_lines(usual))
+    assert not any("at least" in line for line in histogram_lines(usual))
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+def test_wide_brackets_fit(idle: SummaryRecord, width: int) -> None:
+    for lines in (summary_lines, histogram_lines):
+        assert max(map(len, lines(idle, width=width))) <= width
+    text = list(summary_lines(idle, width=80))
+    assert any(re.match(r"main loop  unknown .*1\.5-41 s", line) for line in text)
+
+
+def test_histograms_of_both_bounds_have_the_same_count(idle: SummaryRecord) -> None:
+    titles = [line for line in histogram_lines(idle) if "from this length" in line]
+    assert titles[:2] == [
+        "main loop at least, from this length on",
+        "main loop at most, from this length on",
+    ]
+
+
+def test_statistics_of_former_versions_have_upper_bounds_only() -> None:
+    old = StallStatistics("commit", "unknown", 1, 5000, 5000, 5000, 5000, 5000, [5000], [1])
+    record = SummaryRecord(start_ns=5, end_ns=9, transitions=1, stalls=1, statistics=[old])
+    assert any("<5.0 us" in line for line in summary_lines(record))

@@ -135,8 +135,9 @@ def test_memory_is_bounded() -> None:
     for length in many(1, 100_000):
         statistics.add("commit", "transition", length)
     (series,) = statistics._series.values()
-    assert len(series.pending) <= EXACT
-    assert len(series.buckets) < 64 * 40
+    for lengths in (series.least, series.most):
+        assert len(lengths.pending) <= EXACT
+        assert len(lengths.buckets) < 64 * 40
 
 
 def test_bounds_are_readable_and_ascending() -> None:
@@ -171,12 +172,47 @@ def test_there_are_no_negative_lengths(length: int) -> None:
     assert statistics.statistics() == []
 
 
+@given(st.lists(st.tuples(LENGTHS, LENGTHS), min_size=1, max_size=40), st.sampled_from([1, EXACT]))
+def test_both_bounds_are_told_and_what_was_lies_between(
+    pairs: list[tuple[int, int]], times: int
+) -> None:
+    statistics = Statistics()
+    pairs = [(min(p), max(p)) for p in pairs * times]
+    for at_least, at_most in pairs:
+        statistics.add("commit", "a", at_most, at_least)
+    (found,) = statistics.statistics()
+    lower, upper = sorted(p[0] for p in pairs), sorted(p[1] for p in pairs)
+    assert (found.total_min_ns, found.total_ns) == (sum(lower), sum(upper))
+    assert (found.max_min_ns, found.max_ns) == (lower[-1], upper[-1])
+    assert sum(found.histogram_min) == sum(found.histogram) == found.count
+    for percent in (50, 90, 99):
+        low = getattr(found, f"p{percent}_min_ns")
+        exact = nearest_rank(lower, percent)
+        assert exact - RELATIVE_ERROR * exact <= low <= exact
+        assert low <= nearest_rank(upper, percent) <= getattr(found, f"p{percent}_ns")
+
+
+def test_what_is_certain_ranks_first() -> None:
+    """One ping in 100 ms may have met a stall of 105 ms, or of 2."""
+    statistics = Statistics()
+    statistics.add("main_loop", "unknown", 105_000_000, 2_000_000)
+    statistics.add("main_loop", "command", 30_000_000)
+    assert [s.cause for s in statistics.statistics()] == ["command", "unknown"]
+
+
+def test_statistics_of_former_versions_are_read() -> None:
+    (now,) = Statistics([record("commit", 1_500, None)]).statistics()
+    old = {k: v for k, v in msgspec.to_builtins(now).items() if "min" not in k}
+    read = msgspec.convert(old, StallStatistics)
+    assert (read.total_ns, read.total_min_ns, read.histogram_min) == (1_500, None, [])
+
+
 def record(kind: str, at_most_ns: int, cause: StallCause | None) -> StallRecord:
     return StallRecord(
         kind=kind,
         start_ns=0,
         end_ns=at_most_ns + 5,
-        at_least_ns=0,
+        at_least_ns=at_most_ns,
         at_most_ns=at_most_ns,
         probe="ping",
         witnesses=["ping"],
@@ -206,10 +242,12 @@ def test_a_summary_of_records() -> None:
             StallStatistics(
                 "commit", "unknown", 2, 20_000, 9_000, 11_000, 11_000, 11_000,
                 [5_000, 10_000], [1, 1],
+                20_000, 9_000, 11_000, 11_000, 11_000, [5_000, 10_000], [1, 1],
             ),
             StallStatistics(
                 "commit", "transition", 2, 4_000, 1_500, 2_500, 2_500, 2_500,
                 [1_000, 2_000], [1, 1],
+                4_000, 1_500, 2_500, 2_500, 2_500, [1_000, 2_000], [1, 1],
             ),
         ],
     )  # fmt: skip
