@@ -208,14 +208,14 @@ class Measuring:
         """Publish stalls as they are decided, for ever."""
         while True:
             await asyncio.sleep(RELEASE_S if self._timeline.pending else IDLE_S)
-            self.release()
+            await self.release()
 
-    def release(self) -> None:
+    async def release(self) -> None:
         """Publish what is decided by now."""
         reached = self._source.reported_to()
         if reached is not None:
             self.advance("trace", reached - LATE_NS)
-        self._hand_out(self._timeline.release(time.monotonic_ns()))
+        await self._hand_out_all(lambda: self._timeline.release(time.monotonic_ns()))
 
     async def burst(self, on: bool) -> None:
         """An operation begins or is over."""
@@ -242,7 +242,7 @@ class Measuring:
             except MemListenerError as exc:
                 self.note(f"{probe.info.name}: {exc.message}")
         self.advance("trace", reached_ns)
-        self._hand_out(self._timeline.release(time.monotonic_ns()))
+        await self._hand_out_all(lambda: self._timeline.release(time.monotonic_ns()))
 
     async def stop(self) -> None:
         """Stop the probes and take in what they had in hand.  Idempotent."""
@@ -261,9 +261,9 @@ class Measuring:
             if task.done() and not task.cancelled() and task.exception() is not None:
                 log.error("probe %s: %r", probe.info.name, task.exception())
 
-    def finish(self) -> None:
+    async def finish(self) -> None:
         """Everything is reported: publish the stalls that are left, and the summary."""
-        self._hand_out(self._timeline.finish())
+        await self._hand_out_all(self._timeline.finish)
         self._publish([self.summary()])
 
     def summary(self) -> SummaryRecord:
@@ -273,6 +273,13 @@ class Measuring:
             end_ns=time.monotonic_ns(),
             transitions=self._transitions,
         )
+
+    async def _hand_out_all(self, decided: Callable[[], list[Record]]) -> None:
+        """Some at a time: many may be decided at once."""
+        self._hand_out(decided())
+        while self._timeline.more:
+            await asyncio.sleep(0)
+            self._hand_out(decided())
 
     def _hand_out(self, records: list[Record]) -> None:
         for record in records:

@@ -107,7 +107,7 @@ class Opening:
             await self._put_back(monitors.observer, monitors.owner)
         stack.push_async_callback(self._outlet.dispatcher.close)
         stack.callback(self._outlet.records.close)
-        stack.callback(self._finish_measuring)
+        stack.push_async_callback(self._finish_measuring)
         session, untraced = await self._start_tracing(monitors)
         source = await self._start_source(
             monitors.observer,
@@ -284,9 +284,9 @@ class Opening:
         if self._measuring is not None:
             self._measuring.own_command(name, start_ns, end_ns)
 
-    def _finish_measuring(self) -> None:
+    async def _finish_measuring(self) -> None:
         if self._measuring is not None:
-            self._measuring.finish()
+            await self._measuring.finish()
 
 
 def _make_tracker(

@@ -12,7 +12,7 @@ import secrets
 import time
 
 from ..errors import CommandFailed, DeadlineExceeded, ProtocolViolation
-from ..monitor import Command, Monitor, TraceSession, TraceTail
+from ..monitor import Command, Monitor, TraceBatch, TraceSession, TraceTail
 from ..monitor.trace_lines import new_marker
 from ..monitor.trace_records import (
     BarMapping,
@@ -35,11 +35,17 @@ from .source import MakeTracker, OwnCommand, Patience, Publish, snapshot_deadlin
 __all__ = ["TraceSource"]
 
 MIN_GAP_S = 0.002
-"""At least this long between two snapshots, and `GAP_FACTOR` times what the last one took."""
+"""At least this long between two snapshots, and `GAP_FACTOR` times what the last one took.
+
+That is the longer of QEMU's time and ours: reading the text takes longer than printing it.
+"""
 GAP_FACTOR = 4.0
 RETRY_S = 1.0
+PENDING = 256
+"""So many commits wait for a snapshot that tells all of them; a guest can make more than that."""
 IO_SPACE = 1 << 16
 """BARs of I/O ports lie below, those of memory never do on the machines that have ports."""
+_SLICE = 500  # lines folded before others have their turn
 _LINE_DEADLINE = 5.0
 _FINISH_DEADLINE = 1.0
 
@@ -63,6 +69,7 @@ class TraceSource:
         self._session = session
         self._tail = tail
         self._read_all = asyncio.Event()
+        self._folded_to_ns: int | None = None  # while a batch is being folded
         self._publish = publish
         self._make_tracker = make_tracker
         self.tracker: Tracker | None = None
@@ -92,11 +99,14 @@ class TraceSource:
         """Nothing to do: whatever happened is in the log."""
 
     def reported_to(self) -> int | None:
-        """Everything up to this time is reported; None while something is on its way."""
-        now = time.monotonic_ns()
-        if self.tracker is None or not self.tracker.is_reported or not self._tail.caught_up:
+        """Everything up to this time is reported; None before the first snapshot."""
+        if self.tracker is None:
             return None
-        return now
+        handed_out = self._folded_to_ns
+        if handed_out is None:
+            handed_out = self._tail.handed_out_ns
+        waits = self.tracker.unreported_ns
+        return handed_out if waits is None else min(waits, handed_out)
 
     async def finish(self) -> None:
         """Read the log to its end."""
@@ -105,41 +115,57 @@ class TraceSource:
             async with asyncio.timeout(_FINISH_DEADLINE):
                 await self._read_all.wait()
         except TimeoutError:
-            pass
+            now = time.monotonic_ns()
+            self._publish([Lost(t_ns=now, what="QEMU's log was not read to its end in time")])
 
     async def _read(self) -> None:
         async for batch in self._tail:
-            extra: list[Record] = []
+            self._folded_to_ns = batch.t_after_ns
             if batch.lost is not None:
-                extra.append(Lost(t_ns=batch.t_ns, what=batch.lost))
                 self._losses += 1
+                self._hand_out([Lost(t_ns=batch.t_ns, what=batch.lost)])
                 self._dirty.set()
-            skew = time.time_ns() - time.monotonic_ns()
-            for line in batch.records:
-                t_ns = line.t_ns
-                if line.stamp_ns is not None:
-                    t_ns = min(max(line.stamp_ns - skew, batch.t_after_ns), batch.t_ns)
-                record = self._fold(line, t_ns)
-                if record is not None:
-                    extra.append(record)
-            if extra:
-                self._publish(extra)
-            if self.tracker is not None and self.tracker.pending:
-                self._dirty.set()
+            for at in range(0, len(batch.records), _SLICE):
+                if at:
+                    await asyncio.sleep(0)  # a signal, a reply, a release of stalls
+                self._fold_some(batch, batch.records[at : at + _SLICE])
+            self._folded_to_ns = None
+
+    def _fold_some(self, batch: TraceBatch, lines: list[TraceRecord]) -> None:
+        extra: list[Record] = []
+        skew = time.time_ns() - time.monotonic_ns()
+        for line in lines:
+            t_ns = line.t_ns
+            if line.stamp_ns is not None:
+                t_ns = min(max(line.stamp_ns - skew, batch.t_after_ns), batch.t_ns)
+            record = self._fold(line, t_ns)
+            if record is not None:
+                extra.append(record)
+        self._hand_out(extra)
+
+    def _hand_out(self, extra: list[Record]) -> None:
+        tracker = self.tracker
+        if tracker is not None and tracker.pending:
+            tracker.relieve(PENDING)
+            self._dirty.set()
+        if extra or (tracker is not None and tracker.has_news):
+            self._publish(extra)
 
     async def keep_snapshots(self) -> None:
         """Take a snapshot whenever something changed, without taking more than a fifth of it."""
         while True:
             await self._dirty.wait()
             self._dirty.clear()
+            start = time.monotonic()
             try:
-                took_s = await self.snapshot() / 1e9
+                await self.snapshot()
             except DeadlineExceeded as exc:
                 self._patience.stalled(exc)
                 self._dirty.set()
                 took_s = RETRY_S / GAP_FACTOR
             else:
                 self._patience.answered()
+                took_s = time.monotonic() - start
             await asyncio.sleep(max(MIN_GAP_S, GAP_FACTOR * took_s))
 
     async def snapshot(self) -> int:

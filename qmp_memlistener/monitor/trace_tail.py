@@ -131,6 +131,14 @@ class TraceTail:
             return False
         return os.fstat(self._fd).st_size <= self.offset
 
+    @property
+    def handed_out_ns(self) -> int:
+        """Every line written before this time has been handed out."""
+        if self._chunks:
+            return self._chunks[0].t_after_ns
+        now = time.monotonic_ns()
+        return now if self.caught_up else self._drained_ns
+
     def __aiter__(self) -> TraceTail:
         return self
 

@@ -16,13 +16,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from functools import partial
 from typing import ParamSpec
 
 from ..errors import TargetError
 from ..monitor import CONNECT_DEADLINE, MonitorState, SocketTarget
 from ..monitor.dial import dial, no_answer
 from ..monitor.sockets import listener_state
+from .inbox import Inbox
 from .model import Context, Kind, Observation, ProbeInfo, ProbeUnavailable, Sink, Verdict
 from .ping_brackets import RESOLUTION_NS, Pace, Ping, Stall, StallFinder
 from .ping_link import PingLink, Stopped
@@ -81,7 +81,8 @@ class PingProbe:
         self._blind: deque[int] = deque()
         self._raised_to: int | None = None
         # the event loop's side
-        self._loop: asyncio.AbstractEventLoop | None = None
+        self._inbox: Inbox | None = None
+        self._told = threading.Event()
         self._link: PingLink | None = None
         self._sink: Sink | None = None
         self._ready: asyncio.Future[None] | None = None
@@ -104,11 +105,12 @@ class PingProbe:
         target = self._context.companions.ping
         if target is None:
             raise ProbeUnavailable(_NO_MONITOR, remedy=_ONE_MORE)
-        self._loop = asyncio.get_running_loop()
+        loop = asyncio.get_running_loop()
+        self._inbox = Inbox(loop)
         self._link = PingLink(await _connect(target), target)
         self._sink = sink
-        self._ready = self._loop.create_future()
-        self._ended = self._loop.create_future()
+        self._ready = loop.create_future()
+        self._ended = loop.create_future()
         threading.Thread(target=self._run, args=(self._link,), name="ping", daemon=True).start()
         try:
             await asyncio.wait((self._ready,), timeout=_READY_S)
@@ -170,6 +172,7 @@ class PingProbe:
 
     def _deliver(self) -> None:
         """Hand out what the thread has found."""
+        self._told.clear()
         sink, reached = self._sink, self._reached_ns
         if sink is None:
             return
@@ -296,7 +299,9 @@ class PingProbe:
         due = ping.answered_ns - self._posted_ns >= _POST_EVERY_NS
         if found is not None or post or due:
             self._posted_ns = ping.answered_ns
-            self._call(self._deliver)
+            if not self._told.is_set():  # else what is on its way will hand this out too
+                self._told.set()
+                self._call(self._deliver)
 
     def _note_stall(self, stall: Stall | None) -> None:
         if stall is not None:
@@ -304,11 +309,8 @@ class PingProbe:
 
     def _call(self, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs) -> None:
         """Have the event loop call it; a loop that is closed has no use for it any more."""
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(partial(function, *args, **kwargs))
-        except RuntimeError:
-            return
+        assert self._inbox is not None
+        self._inbox.post(0, function, *args, **kwargs)
 
 
 async def _connect(target: SocketTarget) -> socket.socket:

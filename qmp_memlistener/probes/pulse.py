@@ -17,8 +17,10 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import ParamSpec
 
 from ..guests import PulseMemory
+from .inbox import Inbox
 from .model import Context, Kind, ProbeInfo, ProbeUnavailable, Sink, Verdict
 from .pulse_guest import GuestFollower, News
 from .pulse_ram import open_pulse
@@ -37,6 +39,8 @@ _FLUSH_NS = 200_000_000  # how long a flush waits for beats
 _FLUSH_DEADLINE_S = 2.0
 _LOST_EVERY_NS = 1_000_000_000
 _JOIN_S = 2.0
+
+P = ParamSpec("P")
 
 
 @dataclass(slots=True)
@@ -62,6 +66,7 @@ class PulseProbe:
         self._memory: PulseMemory | None = None
         self._sink: Sink | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
+        self._inbox: Inbox | None = None
         self._thread: threading.Thread | None = None
         self._wake = threading.Event()
         self._stopping = False
@@ -88,6 +93,7 @@ class PulseProbe:
         self._memory = await self._open()
         self._sink = sink
         self._loop = asyncio.get_running_loop()
+        self._inbox = Inbox(self._loop)
         self._complete_ns = time.monotonic_ns()
         sink.measures(_NAME, ())
         self._thread = threading.Thread(target=self._run, name="pulse probe", daemon=True)
@@ -141,12 +147,19 @@ class PulseProbe:
                 self._wake.clear()
             self._poll(follower, final=True)
         except Exception as exc:  # said to the user; the other probes go on
-            self._post(self._fail, exc)
+            self._post(0, self._fail, exc)
         finally:
             self._memory.close()
 
     def _poll(self, follower: GuestFollower, *, final: bool) -> float:
-        """Look once and hand on what is new; returns when to look again."""
+        """Look once and hand on what is new; returns when to look again.
+
+        While the event loop has not taken what is there already, the guest's ring overflows
+        instead, which it counts.
+        """
+        assert self._inbox is not None
+        if self._inbox.full and not final:
+            return _GAPS_S
         now = time.monotonic_ns()
         news = follower.poll(final=final)
         if news.fresh:
@@ -157,7 +170,7 @@ class PulseProbe:
         lost: Counter[int] = Counter()
         if final or flushed or now - self._lost_said_ns >= _LOST_EVERY_NS:
             lost, self._lost, self._lost_said_ns = self._lost, lost, now
-        self._post(self._deliver, news, lost, self._complete_ns, flushed)
+        self._post(len(news.gaps), self._deliver, news, lost, self._complete_ns, flushed)
         if self._flushes or news.fresh >= _FLOOD:
             return _FLOOD_S
         if self._bursts > 0:
@@ -177,11 +190,9 @@ class PulseProbe:
             self._complete_ns = max(self._complete_ns, flush.asked_ns)
         return done
 
-    def _post(self, call: Callable[..., None], *args: object) -> None:
-        assert self._loop is not None
-        try:
-            self._loop.call_soon_threadsafe(call, *args)
-        except RuntimeError:
+    def _post(self, weight: int, call: Callable[P, None], *args: P.args, **kw: P.kwargs) -> None:
+        assert self._inbox is not None
+        if not self._inbox.post(weight, call, *args, **kw):
             self._stopping = True  # the loop is closed: nobody is there to be told
 
     # -- the event loop's thread -------------------------------------------------------------

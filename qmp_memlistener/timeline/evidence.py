@@ -1,25 +1,30 @@
 """What the timeline remembers: the latest windows and commands, and which of them overlap a span.
 
-Pure.  Windows come in the order in which they are decided, which is that of their ends but for a
-few that were late.
+Pure.  What a look-up costs depends on what it finds, not on how much is remembered.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_right, insort
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from operator import itemgetter
+from typing import Generic, TypeVar
 
 from ..probes import CommandSpan, Kind, Observation
 from ..recording import StallCause
 
-__all__ = ["KEEP_NS", "Evidence", "Stall", "overlap"]
+__all__ = ["KEEP_NS", "LIMIT", "Evidence", "Stall", "overlap"]
 
 KEEP_NS = 30_000_000_000
 """A window that ended longer ago than this plays no part in deciding another."""
+LIMIT = 8192
+"""Nor do others than about the latest so many of its kind and order of length."""
 
 _UNKNOWN = StallCause("unknown", None)
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True, eq=False)
@@ -49,45 +54,93 @@ def overlap(one_start: int, one_end: int, start: int, end: int) -> int:
     return max(0, min(one_end, end) - max(one_start, start))
 
 
-class Evidence:
-    """Windows by kind, and commands, of the last `KEEP_NS`."""
+class Spans(Generic[T]):
+    """Things with a beginning and an end; `find` gives those that share time with a span.
+
+    They are kept by order of length (powers of two), each sorted by beginning: whatever overlaps a
+    span then begins at most twice its order before it.
+    """
 
     def __init__(self) -> None:
-        self._windows: dict[Kind, list[Stall]] = defaultdict(list)
-        self._commands: list[CommandSpan] = []
+        self._orders: dict[int, tuple[list[int], list[tuple[int, T]]]] = {}
+
+    def add(self, start_ns: int, end_ns: int, what: T) -> None:
+        """Remember one; the earliest of its order go when there are too many."""
+        order = max(0, end_ns - start_ns).bit_length()
+        found = self._orders.get(order)
+        if found is None:
+            found = self._orders[order] = ([], [])
+        starts, spans = found
+        at = len(starts)
+        if starts and start_ns < starts[-1]:
+            at = bisect_right(starts, start_ns)
+        starts.insert(at, start_ns)
+        spans.insert(at, (end_ns, what))
+        if len(starts) > LIMIT + LIMIT // 4:
+            del starts[:-LIMIT], spans[:-LIMIT]
+
+    def find(self, start_ns: int, end_ns: int) -> Iterator[T]:
+        """Those that share time with `[start_ns, end_ns)`, the one that ended first first."""
+        found: list[tuple[int, T]] = []
+        for order, (starts, spans) in self._orders.items():
+            low = bisect_left(starts, start_ns - (1 << order))
+            high = bisect_left(starts, end_ns, low)
+            if low < high:
+                found += [span for span in spans[low:high] if span[0] > start_ns]
+        if len(found) > 1:
+            found.sort(key=itemgetter(0))
+        return (what for _, what in found)
+
+    def forget(self, before_ns: int) -> None:
+        """Drop those that are known to have ended before."""
+        for order in list(self._orders):
+            starts, spans = self._orders[order]
+            gone = bisect_left(starts, before_ns - (1 << order))
+            if gone == len(starts):
+                del self._orders[order]
+            elif gone:
+                del starts[:gone], spans[:gone]
+
+
+class Evidence:
+    """Windows by kind and probe, and commands, of the last `KEEP_NS`."""
+
+    def __init__(self) -> None:
+        self._windows: defaultdict[Kind, dict[str, Spans[Stall]]] = defaultdict(dict)
+        self._commands: Spans[CommandSpan] = Spans()
 
     def add(self, stall: Stall) -> None:
         """Remember a window."""
-        insort(self._windows[stall.seen.kind], stall, key=_end)
+        seen = stall.seen
+        of_kind = self._windows[seen.kind]
+        spans = of_kind.get(seen.probe)
+        if spans is None:
+            spans = of_kind[seen.probe] = Spans()
+        spans.add(seen.start_ns, seen.end_ns, stall)
 
     def add_command(self, span: CommandSpan) -> None:
         """Remember a command."""
-        insort(self._commands, span, key=_command_end)
+        self._commands.add(span.start_ns, span.end_ns, span)
 
     def overlapping(self, kind: Kind, start_ns: int, end_ns: int) -> Iterator[Stall]:
         """Windows of one kind that share time with `[start_ns, end_ns)`."""
-        windows = self._windows[kind]
-        for at in range(bisect_right(windows, start_ns, key=_end), len(windows)):
-            if windows[at].seen.start_ns < end_ns:
-                yield windows[at]
+        for spans in self._windows[kind].values():
+            yield from spans.find(start_ns, end_ns)
+
+    def seen_by_others(self, stall: Stall) -> Iterator[Stall]:
+        """Windows of its kind that share time with it and that another probe saw best."""
+        seen = stall.seen
+        for probe, spans in self._windows[seen.kind].items():
+            if probe != seen.probe:
+                yield from spans.find(seen.start_ns, seen.end_ns)
 
     def commands(self, start_ns: int, end_ns: int) -> Iterator[CommandSpan]:
         """Commands that were under way in `[start_ns, end_ns)`."""
-        spans = self._commands
-        for at in range(bisect_right(spans, start_ns, key=_command_end), len(spans)):
-            if spans[at].start_ns < end_ns:
-                yield spans[at]
+        return self._commands.find(start_ns, end_ns)
 
     def forget(self, before_ns: int) -> None:
         """Drop what ended before."""
-        for windows in self._windows.values():
-            del windows[: bisect_right(windows, before_ns, key=_end)]
-        del self._commands[: bisect_right(self._commands, before_ns, key=_command_end)]
-
-
-def _end(stall: Stall) -> int:
-    return stall.seen.end_ns
-
-
-def _command_end(span: CommandSpan) -> int:
-    return span.end_ns
+        for of_kind in self._windows.values():
+            for spans in of_kind.values():
+                spans.forget(before_ns)
+        self._commands.forget(before_ns)

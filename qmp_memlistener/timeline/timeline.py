@@ -3,14 +3,18 @@
 Pure: no clocks, no tasks.  Observations, commands and the records of transitions go in; `release`
 hands out the stalls that are decided.  A window is decided when every probe has delivered what
 ended before it: a probe says so with `advance`.  A probe that does not get on (a ping may wait for
-minutes) holds the others up for `PATIENCE_NS` at most; what it saw is then decided later.
+minutes) holds the others up for `PATIENCE_NS` or `BACKLOG` windows at most; what it saw is then
+decided later.  What one window or record costs does not depend on how many there are.
 """
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import bisect_left, bisect_right
+from collections import defaultdict, deque
 from collections.abc import Iterable
+from heapq import heappop, heappush
 from itertools import count
+from operator import attrgetter
 
 from ..probes import CommandSpan, Kind, Observation
 from ..recording import (
@@ -24,14 +28,19 @@ from ..recording import (
 )
 from .causes import decide
 from .evidence import KEEP_NS, Evidence, Stall, overlap
+from .pairing import Pairing, TracedOp, Updates, twins, uncertainty
 from .windows import TimedOp, missing_window, trace_windows
 
-__all__ = ["PATIENCE_NS", "Timeline"]
+__all__ = ["BACKLOG", "PATIENCE_NS", "Timeline"]
 
 PATIENCE_NS = 3_000_000_000
 TRACE = "trace"
+BACKLOG = 50_000
+"""So many windows wait to be decided at most, and so many transitions."""
+STEP = 2_000
+"""About so many are decided by one call."""
 _LIMIT = 8192
-"""Unmatched ioctls or operations kept: one of the two sides may be absent altogether."""
+_END = 1 << 62
 
 # what others are decided by comes first
 _ORDER = (
@@ -46,6 +55,8 @@ _ORDER = (
     Kind.VCPU_GAP,
 )
 
+_PARTS = (Kind.COMMIT, Kind.SLOT_UPDATE, Kind.VCPU_INHIBIT, Kind.MISSING)
+
 
 class Timeline:
     """Stalls of one guest.  `stamp_bound_ns` is how late the times of trace lines may be."""
@@ -53,19 +64,20 @@ class Timeline:
     def __init__(self, *, stamp_bound_ns: int) -> None:
         self._stamp_bound_ns = stamp_bound_ns
         self._reached: dict[str, int] = {}
-        self._open: list[Stall] = []
+        self._open: list[tuple[int, int, Stall]] = []  # a heap: what ended first comes first
+        self._order = count()
         self._evidence = Evidence()
-        self._ioctls: deque[Stall] = deque()
-        self._ops: deque[SlotOp] = deque()
-        self._matched: dict[int, Stall] = {}
+        self._pairing = Pairing()
         self._transitions: deque[TransitionRecord] = deque()
-        self._ops_of: dict[int, list[SlotOp]] = {}
+        self._ops_of: dict[int, list[TracedOp]] = {}
         self._silent: deque[TransitionRecord] = deque()
         self._stops: deque[GuestState] = deque(maxlen=256)
         self._sizes: dict[tuple[int, int], int] = {}
         self._incident_of: dict[int, int] = {}
         self._next_incident = count(1)
         self._records: list[Record] = []
+        self.more = False
+        """After `release` or `finish`: more is decided than was handed out."""
 
     # -- what goes in ------------------------------------------------------------------------
 
@@ -84,13 +96,11 @@ class Timeline:
 
     def observe(self, observations: Iterable[Observation]) -> None:
         """Windows that a probe saw."""
-        for seen in sorted(observations, key=lambda o: o.start_ns):
+        for seen in sorted(observations, key=attrgetter("start_ns")):
             stall = Stall(seen, {seen.probe})
-            self._open.append(stall)
+            self._wait(stall)
             if seen.kind is Kind.SLOT_UPDATE and seen.update is not None:
-                self._ioctls.append(stall)
-        while len(self._ioctls) > _LIMIT:
-            self._ioctls.popleft()
+                self._pairing.ioctl(stall)
 
     def command(self, span: CommandSpan) -> None:
         """A command that was seen."""
@@ -117,11 +127,10 @@ class Timeline:
                 self._transitions.append(record)
                 self._ops_of[record.seq] = []
             case SlotOp(predicted=False):
-                self._ops.append(record)
+                traced = TracedOp(record)
                 if record.transition is not None:
-                    self._ops_of.setdefault(record.transition, []).append(record)
-                if len(self._ops) > _LIMIT:
-                    self._ops.popleft()
+                    self._ops_of.setdefault(record.transition, []).append(traced)
+                self._pairing.traced(traced)
             case GuestState(running=False):
                 self._stops.append(record)
 
@@ -132,8 +141,7 @@ class Timeline:
     def lost(self, probe: str) -> None:
         """The probe missed something: operations can no longer be paired by their order."""
         if probe in (TRACE, "uprobes"):
-            self._ioctls.clear()
-            self._ops.clear()
+            self._pairing.clear()
 
     # -- what comes out ----------------------------------------------------------------------
 
@@ -143,38 +151,64 @@ class Timeline:
         return bool(self._open or self._records or self._transitions)
 
     def release(self, now_ns: int) -> list[Record]:
-        """The commands and stalls that are decided by now, stalls in order of their beginning."""
-        horizon = min(self._reached.values(), default=now_ns)
-        return self._release(max(horizon, now_ns - PATIENCE_NS))
+        """The commands and stalls that are decided by now, stalls in order of their beginning.
+
+        When that are many, the first of them: then there is `more`.
+        """
+        horizon = max(min(self._reached.values(), default=now_ns), now_ns - PATIENCE_NS)
+        if len(self._open) > BACKLOG:
+            horizon = max(horizon, sorted(end for end, _, _ in self._open)[len(self._open) // 2])
+        if len(self._transitions) > BACKLOG:
+            horizon = max(horizon, self._transitions[len(self._transitions) // 2].t_ns)
+        return self._release(horizon)
 
     def finish(self) -> list[Record]:
-        """Everything that is left; nothing more will come."""
-        return self._release(1 << 63)
+        """The same when nothing more will come: it is all there once there is no `more`."""
+        return self._release(_END)
 
     def _release(self, horizon: int) -> list[Record]:
-        self._pair()
+        self._pairing.pair()
         self._from_trace(horizon)
-        ready = [s for s in self._open if s.seen.end_ns <= horizon]
-        self._open = [s for s in self._open if s.seen.end_ns > horizon]
+        ready, horizon = self._take(horizon)
         by_kind: dict[Kind, list[Stall]] = {kind: [] for kind in _ORDER}
-        for stall in sorted(ready, key=lambda s: s.seen.start_ns):
+        for stall in sorted(ready, key=_start):
             by_kind[stall.seen.kind].append(stall)
+        updates = Updates(by_kind[Kind.SLOT_UPDATE])
         decided: list[Stall] = []
         for kind in _ORDER:
             stalls = by_kind[kind]
             if kind is Kind.COMMIT:
-                self._know_commits(stalls, by_kind[Kind.SLOT_UPDATE], horizon)
+                self._know_commits(stalls, updates, horizon)
             elif kind is Kind.MISSING:
-                stalls = stalls + self._missing(by_kind[Kind.COMMIT], by_kind[Kind.SLOT_UPDATE])
+                stalls = stalls + self._missing(by_kind[Kind.COMMIT], updates)
             for stall in self._merge(stalls):
                 self._decide(stall)
                 decided.append(stall)
-        decided.sort(key=lambda s: s.seen.start_ns)
+        decided.sort(key=_start)
         records, self._records = self._records, []
         records += [self._to_record(s) for s in decided]
-        if horizon < 1 << 62:
-            self._forget(horizon - KEEP_NS)
+        if horizon < _END:
+            self._evidence.forget(horizon - KEEP_NS)
+        while len(self._incident_of) > _LIMIT:
+            del self._incident_of[next(iter(self._incident_of))]
         return records
+
+    def _wait(self, stall: Stall) -> None:
+        heappush(self._open, (stall.seen.end_ns, next(self._order), stall))
+
+    def _take(self, horizon: int) -> tuple[list[Stall], int]:
+        """The windows that ended by then, or the first of them, and by when those ended."""
+        ready: list[Stall] = []
+        waiting = self._open
+        self.more = False
+        reached = 0
+        while waiting and waiting[0][0] <= horizon:
+            if len(ready) >= STEP and waiting[0][0] > reached:
+                self.more = True
+                return ready, reached
+            reached, _, stall = heappop(waiting)
+            ready.append(stall)
+        return ready, horizon
 
     def _decide(self, stall: Stall) -> None:
         partner = decide(stall, self._evidence)
@@ -194,46 +228,24 @@ class Timeline:
 
     # -- slot operations: ioctl and trace line are one ---------------------------------------
 
-    def _pair(self) -> None:
-        """Pair traced operations with ioctls that were seen: by content, in QEMU's order."""
-        self._ioctls = deque(sorted(self._ioctls, key=lambda s: s.seen.start_ns))
-        left: deque[SlotOp] = deque()
-        for op in self._ops:
-            key = (op.as_id, op.slot, op.gpa, op.op == "delete")
-            found = next(
-                (s for s in self._ioctls if _key(s) == key and s.seen.start_ns <= op.t_ns), None
-            )
-            if found is None:
-                left.append(op)
-                continue
-            self._ioctls.remove(found)
-            found.transition = op.transition
-            found.logs = op.transition is None
-            found.witnesses.add(TRACE)
-            if op.op == "delete":
-                found.deleted_size = op.size
-            if op.transition is not None:
-                self._matched[id(op)] = found
-        self._ops = left
-
     def _from_trace(self, horizon: int) -> None:
         """Windows of the operations whose ioctls no other probe saw."""
         while self._transitions and self._transitions[0].t_ns <= horizon:
             transition = self._transitions.popleft()
             ops = self._ops_of.pop(transition.seq, [])
-            seen_better = [self._matched.pop(id(op), None) is not None for op in ops]
-            if not all(seen_better):
-                windows = trace_windows(transition.t_ns, ops, self._stamp_bound_ns)
+            if not all(traced.ioctl is not None for traced in ops):
+                lines = [traced.op for traced in ops]
+                windows = trace_windows(transition.t_ns, lines, self._stamp_bound_ns)
                 for i, seen in enumerate(windows):
-                    if i >= len(ops) or not seen_better[i]:
-                        self._open.append(Stall(seen, {TRACE}, transition=transition.seq))
+                    if i >= len(ops) or ops[i].ioctl is None:
+                        self._wait(Stall(seen, {TRACE}, transition=transition.seq))
             elif not ops and transition.merged == 1:
                 self._silent.append(transition)
 
-    def _know_commits(self, commits: list[Stall], updates: list[Stall], horizon: int) -> None:
+    def _know_commits(self, commits: list[Stall], updates: Updates, horizon: int) -> None:
         """A commit is part of the transition whose operations it issued, or that it alone fits."""
         for commit in commits:
-            mine = _inside(commit, updates)
+            mine = updates.inside(commit)
             known = {u.transition for u in mine if u.transition is not None}
             if len(known) == 1:
                 commit.transition = known.pop()
@@ -244,29 +256,33 @@ class Timeline:
 
     def _match_silent(self, commits: list[Stall], horizon: int) -> None:
         """Transitions without slot operations: the one commit in which the line was printed."""
+        if not self._silent:
+            return
+        silent = list(self._silent)
+        times = [transition.t_ns for transition in silent]
+        fitting: dict[int, list[Stall]] = defaultdict(list)
+        for commit in commits:
+            if commit.transition is None:
+                low = bisect_left(times, commit.seen.start_ns)
+                high = bisect_right(times, commit.seen.end_ns + self._stamp_bound_ns)
+                for at in range(low, high):
+                    fitting[at].append(commit)
         left: deque[TransitionRecord] = deque()
-        for transition in self._silent:
-            t_ns = transition.t_ns
-            fitting = [
-                c
-                for c in commits
-                if c.transition is None
-                and c.seen.start_ns <= t_ns
-                and t_ns - self._stamp_bound_ns <= c.seen.end_ns
-            ]
-            if len(fitting) == 1:
-                fitting[0].transition = transition.seq
-                fitting[0].witnesses.add(TRACE)
-            elif not fitting and horizon < t_ns + PATIENCE_NS:
+        for at, transition in enumerate(silent):
+            found = [c for c in fitting.get(at, ()) if c.transition is None]
+            if len(found) == 1:
+                found[0].transition = transition.seq
+                found[0].witnesses.add(TRACE)
+            elif not found and horizon < transition.t_ns + PATIENCE_NS:
                 left.append(transition)
         self._silent = left
 
-    def _missing(self, commits: list[Stall], updates: list[Stall]) -> list[Stall]:
+    def _missing(self, commits: list[Stall], updates: Updates) -> list[Stall]:
         """Missing windows from the ioctls of each commit."""
         found = []
         for commit in commits:
             timed = []
-            for update in _inside(commit, updates):
+            for update in updates.inside(commit):
                 seen = update.seen
                 if seen.update is None:
                     continue
@@ -299,18 +315,19 @@ class Timeline:
         One whose twin was decided before has been told already.
         """
         kept: list[Stall] = []
+        several = len({stall.seen.probe for stall in stalls}) > 1
         for stall in stalls:
-            seen = stall.seen
-            told = self._evidence.overlapping(seen.kind, seen.start_ns, seen.end_ns)
-            if any(_twins(t, stall) for t in told):
+            if any(twins(told, stall) for told in self._evidence.seen_by_others(stall)):
                 continue
-            twin = next((k for k in reversed(kept[-32:]) if _twins(k, stall)), None)
+            twin = None
+            if several:
+                twin = next((k for k in reversed(kept[-32:]) if twins(k, stall)), None)
             if twin is None:
                 kept.append(stall)
                 continue
             twin.witnesses |= stall.witnesses
             twin.transition = twin.transition if twin.transition is not None else stall.transition
-            if _uncertainty(stall) < _uncertainty(twin):
+            if uncertainty(stall) < uncertainty(twin):
                 twin.seen = stall.seen
         return kept
 
@@ -346,7 +363,13 @@ class Timeline:
         )
 
     def _during(self, stall: Stall) -> list[int]:
-        """Transitions whose windows share time with the stall."""
+        """Transitions whose windows share time with the stall.
+
+        Of what lies inside a commit there is but one, whatever the error of its times: the BQL
+        admits one commit at a time.
+        """
+        if stall.seen.kind in _PARTS and stall.transition is not None:
+            return [stall.transition]
         start, end = stall.seen.start_ns, stall.seen.end_ns
         found = {
             other.transition
@@ -356,14 +379,9 @@ class Timeline:
         }
         return sorted(found)
 
-    def _forget(self, before_ns: int) -> None:
-        self._evidence.forget(before_ns)
-        while len(self._incident_of) > _LIMIT:
-            del self._incident_of[next(iter(self._incident_of))]
-        while self._ioctls and self._ioctls[0].seen.end_ns < before_ns:
-            self._ioctls.popleft()
-        while self._ops and self._ops[0].t_ns < before_ns:
-            self._ops.popleft()
+
+def _start(stall: Stall) -> int:
+    return stall.seen.start_ns
 
 
 def _span(command: CommandSpan) -> tuple[int, int]:
@@ -372,47 +390,3 @@ def _span(command: CommandSpan) -> tuple[int, int]:
 
 def _length(command: CommandSpan) -> int:
     return max(1, command.end_ns - command.start_ns)
-
-
-def _key(stall: Stall) -> tuple[int, int, int, bool] | None:
-    update = stall.seen.update
-    if update is None:
-        return None
-    return (update.as_id, update.slot, update.gpa, update.size == 0)
-
-
-def _inside(commit: Stall, updates: list[Stall]) -> list[Stall]:
-    """The ioctls that a commit issued, in order: those of its thread in its time."""
-    start, end = commit.seen.start_ns, commit.seen.end_ns
-    return [
-        u
-        for u in updates
-        if u.seen.probe != TRACE
-        and u.seen.tid == commit.seen.tid
-        and start <= u.seen.start_ns
-        and u.seen.end_ns <= end
-    ]
-
-
-def _uncertainty(stall: Stall) -> int:
-    """How little is known of where it was and how long it was."""
-    seen = stall.seen
-    return (seen.end_ns - seen.start_ns) - 2 * seen.at_least_ns + seen.at_most_ns
-
-
-def _twins(one: Stall, other: Stall) -> bool:
-    """Two probes saw the same stall of the same victim."""
-    a, b = one.seen, other.seen
-    shared = overlap(a.start_ns, a.end_ns, b.start_ns, b.end_ns)
-    if a.probe == b.probe or not shared:
-        return False
-    if a.kind is Kind.SLOT_UPDATE:
-        return _key(one) == _key(other)
-    if a.kind is Kind.MISSING:
-        return one.transition is not None and one.transition == other.transition
-    if a.kind is Kind.BQL_WAIT:
-        fits = a.at_least_ns <= b.at_most_ns and b.at_least_ns <= a.at_most_ns
-        return a.site == b.site and fits
-    if a.kind is Kind.VCPU_PAUSE or a.thread == b.thread:
-        return shared * 2 >= min(one.length_ns, other.length_ns)
-    return False

@@ -27,9 +27,13 @@ class SeenOp:
 
 @dataclass(slots=True)
 class Commit:
-    """One commit; `slots_after` are the slots it left, if it added or deleted any."""
+    """One commit; `slots_after` are the slots it left, if it added or deleted any.
+
+    `merged` counts it and those before it that changed no slot and are told with it.
+    """
 
     t_ns: int
+    merged: int = 1
     roots: set[int] = field(default_factory=set)
     ops: list[SeenOp] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
@@ -56,6 +60,11 @@ class CommitGrouper:
     def count(self) -> int:
         """Commits that were seen and not taken, the open one included."""
         return len(self.done) + (self._open is not None)
+
+    @property
+    def first(self) -> Commit | None:
+        """The earliest commit that was seen and not taken."""
+        return self.done[0] if self.done else self._open
 
     def view_rebuilt(self, t_ns: int, root: int) -> None:
         """A `flatview_new` line."""
@@ -97,6 +106,11 @@ class CommitGrouper:
             if now.changes_slots:
                 now.slots_after = tuple(self._live)
             self.done.append(now)
+
+    def take_first(self, count: int) -> list[Commit]:
+        """Hand out the earliest of those that are complete."""
+        first, self.done = self.done[:count], self.done[count:]
+        return first
 
     def take(self) -> list[Commit]:
         """Close, and hand out every commit seen since the last call."""

@@ -15,28 +15,16 @@ hole stays open until the next snapshot.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Iterable, Mapping, Sequence
 
 from ..memslots import DirtyLog, LogChange, Op, OpKind, Rules, SlotTable, qemu_ops, slot_table
 from ..recording import (
-    BlockInfo,
-    Cause,
-    FlipInfo,
-    HoleInfo,
-    MapRecord,
-    MoveInfo,
-    RamInfo,
     Reconciled,
     Record,
-    Section,
-    SlotOp,
-    TransitionRecord,
 )
 from ..topology import (
     Extent,
     FlatView,
-    Hole,
     MemoryMap,
     Transition,
     diff,
@@ -45,11 +33,14 @@ from ..topology import (
 )
 from .changes import Change
 from .commits import Commit, CommitGrouper
-from .live_slots import UNKNOWN_BLOCK, LiveSlots
+from .live_slots import LiveSlot, LiveSlots
+from .reporting import map_record, predicted_records, traced_records, transition_record
 
 __all__ = ["Maps", "Tracker"]
 
 MEMORY = 0  # KVM's address-space id of `memory`
+_KNOWN = 16  # maps made from slots
+_CAUSES = 32  # of commits that are told as one
 
 Maps = Mapping[int, MemoryMap]
 
@@ -74,10 +65,15 @@ class Tracker:
         self.commits = CommitGrouper(self._live)
         self._predicted = slot_table(_views(maps), rules)
         self._marked: tuple[list[Commit], LiveSlots] | None = None
+        self._relieved = False
+        # by the map before, which is kept for its id, and the slots after
+        self._by_slots: dict[
+            tuple[int, tuple[LiveSlot, ...]], tuple[MemoryMap, MemoryMap, Transition]
+        ] = {}
         self._reported: list[str] = []
         self._records: list[Record] = []
         self._changes: list[Change] = []
-        self._records.append(_map_record(self.map, t_ns))
+        self._records.append(map_record(self.map, t_ns))
 
     @property
     def map(self) -> MemoryMap:
@@ -95,9 +91,16 @@ class Tracker:
         return self.commits.count
 
     @property
-    def is_reported(self) -> bool:
-        """Nothing that was seen waits for a snapshot, not even for one that is on its way."""
-        return not self.pending and self._marked is None
+    def unreported_ns(self) -> int | None:
+        """When the earliest commit was that waits for a snapshot; None when there is none."""
+        marked = self._marked[0] if self._marked is not None else []
+        first = marked[0] if marked else self.commits.first
+        return first.t_ns if first is not None else None
+
+    @property
+    def has_news(self) -> bool:
+        """There is something to take."""
+        return bool(self._records or self._changes)
 
     def take(self) -> tuple[list[Record], list[Change]]:
         """The records and changes since the last call, in order."""
@@ -117,31 +120,65 @@ class Tracker:
         assert self._marked is not None
         (pending, live), self._marked = self._marked, None
         live.learn(maps)
+        self._by_slots.clear()  # it knows more now
+        relieved, self._relieved = self._relieved, False
         if not self.traced:
             self._untraced(maps, t_ns)
         elif not self.has_slots:
-            self._without_slots(maps, pending, t_ns)
+            self._without_slots(maps, pending, t_ns, relieved=relieved)
         else:
-            self._with_slots(maps, pending, live, t_ns)
+            self._with_slots(maps, pending, live, t_ns, alone=_count(pending) == 1 and not relieved)
         self.maps = dict(maps)
+        self._by_slots.clear()
         self._live.take_names(live)  # it is ahead of the map that was marked
 
     def flush(self) -> None:
         """No snapshot will come (the guest is gone): report what the lines alone tell."""
-        before: Maps = self.maps
         self.mark()
         assert self._marked is not None
         (pending, _), self._marked = self._marked, None
         for commit in pending:
-            if not self.has_slots:
-                self._report(_nothing(before[MEMORY]), commit, "none")
-            elif commit.changes_slots:
-                before = self._report_by_slots(before, commit)
-            elif commit.moves_bar:
-                self._report(_nothing(before[MEMORY]), commit, "none")
-            elif commit.ops:
-                self._report_ops(commit, None)
-        self.maps = dict(before)
+            self._report_lines(commit)
+
+    def relieve(self, limit: int) -> None:
+        """When more than `limit` commits wait for a snapshot: report what the lines tell of most.
+
+        What is told of a commit is then as if it were one of several between two snapshots.
+        """
+        if self.commits.count <= limit or self._marked is not None:
+            return
+        last: Commit | None = None
+        for commit in self.commits.take_first(self.commits.count - limit // 2):
+            if self._is_silent(commit):
+                if last is None:
+                    last = commit
+                else:
+                    last.merged += commit.merged
+                    last.causes += commit.causes
+                    del last.causes[_CAUSES:]
+            else:
+                self._report_lines(commit)
+        first = self.commits.first
+        if last is not None and first is not None:
+            first.merged += last.merged
+            first.causes[:0] = last.causes
+            del first.causes[_CAUSES:]
+        self._relieved = True
+
+    def _is_silent(self, commit: Commit) -> bool:
+        """What came of it only the next snapshot tells, if anything did."""
+        return self.has_slots and not (commit.changes_slots or commit.moves_bar or commit.ops)
+
+    def _report_lines(self, commit: Commit) -> None:
+        """Report what its lines alone tell."""
+        if not self.has_slots:
+            self._report(_nothing(self.map), commit, "none")
+        elif commit.changes_slots:
+            self._report_by_slots(commit)
+        elif commit.moves_bar:
+            self._report(_nothing(self.map), commit, "none")
+        elif commit.ops:
+            self._report_ops(commit, None)
 
     def resync(self, maps: Maps, t_ns: int) -> None:
         """Lines were lost: start again from a snapshot, as one transition of unknown length."""
@@ -156,6 +193,7 @@ class Tracker:
             self._report(transition, commit, "net", merged=max(len(pending), 1))
         self._live.adopt(maps)
         self.maps = dict(maps)
+        self._by_slots.clear()
 
     # -- the three ways to a transition --------------------------------------------------------
 
@@ -170,69 +208,91 @@ class Tracker:
         if transition or predicted:
             self._report(transition, Commit(t_ns), "full", predicted=predicted)
 
-    def _without_slots(self, maps: Maps, pending: Sequence[Commit], t_ns: int) -> None:
+    def _without_slots(
+        self, maps: Maps, pending: Sequence[Commit], t_ns: int, *, relieved: bool
+    ) -> None:
         """TCG: the lines say that QEMU rebuilt its views, not in which address space."""
         transition = _diff(self.map, maps[MEMORY])
         predicted = self._predict(maps)
-        if len(pending) <= 1 and not transition:
+        alone = len(pending) <= 1 and not relieved
+        if alone and not transition:
             self.elsewhere += len(pending)
             return
         for commit in pending[:-1]:
             self._report(_nothing(self.map), commit, "none")
         last = pending[-1] if pending else Commit(t_ns)
-        detail = "full" if len(pending) <= 1 else "net" if transition else "none"
+        detail = "full" if alone else "net" if transition else "none"
         self._report(transition, last, detail, predicted=predicted, merged=max(len(pending), 1))
 
     def _with_slots(
-        self, maps: Maps, pending: Sequence[Commit], live: LiveSlots, t_ns: int
+        self,
+        maps: Maps,
+        pending: Sequence[Commit],
+        live: LiveSlots,
+        t_ns: int,
+        *,
+        alone: bool,
     ) -> None:
-        alone = len(pending) == 1
         told = [c for c in pending if c.changes_slots or c.moves_bar]
         silent = [c for c in pending if not c.changes_slots and not c.moves_bar]
-        before: Maps = self.maps
         for commit in pending:
             if told and commit is told[-1]:
-                transition = _diff(before[MEMORY], maps[MEMORY])
+                transition = _diff(self.map, maps[MEMORY])
                 if alone and not transition and not commit.changes_slots:
                     self.elsewhere += 1  # a BAR behind a closed bridge window
                     continue
                 detail = "full" if alone else "net" if transition else "none"
                 commit.causes += [cause for c in silent for cause in c.causes]
-                self._report(transition, commit, detail, merged=1 + len(silent))
-            elif commit.changes_slots:
-                before = self._report_by_slots(before, commit)
-            elif commit.moves_bar:
-                self._report(_nothing(before[MEMORY]), commit, "none")
-            elif commit.ops:
-                self._report_ops(commit, None)
+                merged = commit.merged + _count(silent)
+                self._report(transition, commit, detail, merged=merged)
+            else:
+                self._report_lines(commit)
         if not told:
-            transition = _diff(before[MEMORY], maps[MEMORY])
+            transition = _diff(self.map, maps[MEMORY])
             if transition:
                 last = pending[-1] if pending else Commit(t_ns)
                 quiet = Commit(last.t_ns, causes=[cause for c in pending for cause in c.causes])
                 detail = "full" if alone else "net"
-                self._report(transition, quiet, detail, merged=max(len(pending), 1))
+                self._report(transition, quiet, detail, merged=max(_count(pending), 1))
             else:
-                self.elsewhere += sum(not c.ops for c in pending)
+                self.elsewhere += _count([c for c in pending if not c.ops])
         if pending:
-            self._reconcile(maps, pending, live, t_ns)
+            self._reconcile(maps, pending, live, t_ns, alone=alone)
 
-    def _report_by_slots(self, before: Maps, commit: Commit) -> dict[int, MemoryMap]:
-        """Report a commit by its operations alone; returns the maps after it."""
-        old = before[MEMORY]
-        view = self._live.view(commit.slots_after, old.view)
+    def _report_by_slots(self, commit: Commit) -> None:
+        """Report a commit by its operations alone; the map is then the one after it."""
+        new, transition = self._map_by_slots(commit.slots_after)
+        self._report(transition, commit, "slots")
+        self.maps[MEMORY] = new
+
+    def _map_by_slots(self, slots: tuple[LiveSlot, ...]) -> tuple[MemoryMap, Transition]:
+        """The map that these slots make of the present one.
+
+        A guest that goes back and forth between two maps is told fast: what was worked out since
+        the last snapshot is kept.
+        """
+        old = self.map
+        known = self._by_slots.get((id(old), slots))
+        if known is not None:
+            return known[1:]
+        view = self._live.view(slots, old.view)
         extents = [
             Extent(m.start, m.size, b.name, b.owner, m.offset)
             for b in old.ram_blocks
             for m in b.mapped
         ]
-        known = {(e.name, e.owner, e.start - e.offset) for e in extents}
+        shown = {(e.name, e.owner, e.start - e.offset) for e in extents}
         extents += [
-            e for e in shared_extents(view) if (e.name, e.owner, e.start - e.offset) not in known
+            e for e in shared_extents(view) if (e.name, e.owner, e.start - e.offset) not in shown
         ]
         new = MemoryMap(view, ram_blocks(view, extents), rendered=True)
-        self._report(_diff(old, new), commit, "slots")
-        return {**before, MEMORY: new}
+        new = next((m for _, m, _ in self._by_slots.values() if m == new), new)
+        transition = _diff(old, new)
+        if all(s.block is not None for s in slots):
+            if len(self._by_slots) >= _KNOWN:
+                self._by_slots.clear()
+            self._by_slots[id(old), slots] = (old, new, transition)
+        return new, transition
 
     # -- prediction and comparison -------------------------------------------------------------
 
@@ -248,10 +308,18 @@ class Tracker:
         self._predicted = done.after
         return done.ops
 
-    def _reconcile(self, maps: Maps, pending: Sequence[Commit], live: LiveSlots, t_ns: int) -> None:
+    def _reconcile(
+        self,
+        maps: Maps,
+        pending: Sequence[Commit],
+        live: LiveSlots,
+        t_ns: int,
+        *,
+        alone: bool,
+    ) -> None:
         """Compare what QEMU's rules give with what was traced, and say so when it differs."""
         found = live.compare(maps)
-        if len(pending) == 1 and pending[0].changes_slots:
+        if alone and pending[0].changes_slots:
             found += self._compare_order(maps, pending[0], live.ids_known)
         if found != self._reported:
             self._records.append(
@@ -296,73 +364,28 @@ class Tracker:
         merged: int = 1,
     ) -> None:
         self.seq += 1
-        filled = [*transition.holes_filled]
-        punched = [*transition.holes_punched]
-        for change in (*transition.holes_moved, *transition.holes_resized):
-            filled.append(change.before)
-            punched.append(change.after)
+        ops_count = len(commit.ops) or len(predicted)
         self._records.append(
-            TransitionRecord(
-                seq=self.seq,
-                t_ns=commit.t_ns,
-                cause=_cause(transition, commit.causes, filled, punched),
-                removed=Section.list_of(transition.removed),
-                added=Section.list_of(transition.added),
-                holes_punched=[_hole_info(h) for h in sorted(punched, key=_start)],
-                holes_filled=[_hole_info(h) for h in sorted(filled, key=_start)],
-                ram_appeared=[RamInfo(**asdict(c)) for c in transition.ram_appeared],
-                ram_vanished=[RamInfo(**asdict(c)) for c in transition.ram_vanished],
-                flips=[
-                    FlipInfo(f.start, f.size, f.name, f.owner, str(f.before), str(f.after))
-                    for f in transition.flips
-                ],
-                mmio_moved=[MoveInfo(**asdict(m)) for m in transition.mmio_moved],
-                detail=detail,
-                merged=merged,
-                slot_ops=len(commit.ops) or len(predicted),
+            transition_record(
+                self.seq, transition, commit, detail, merged=merged, slot_ops=ops_count
             )
         )
-        ops = self._traced_ops(commit, self.seq) + [
-            SlotOp(
-                t_ns=commit.t_ns,
-                as_id=op.as_id,
-                slot=op.slot,
-                op=str(op.op),
-                gpa=op.gpa,
-                size=op.size,
-                flags=op.flags,
-                ret=0,
-                predicted=True,
-                transition=self.seq,
-            )
-            for op in predicted
+        ops = [
+            *traced_records(commit, self.seq),
+            *predicted_records(predicted, commit.t_ns, self.seq),
         ]
         self._records.extend(ops)
         self._changes.append(Change(transition.after, transition, tuple(ops)))
 
     def _report_ops(self, commit: Commit, seq: int | None) -> None:
         """Operations without a transition: dirty logging switched on or off."""
-        ops = self._traced_ops(commit, seq)
+        ops = traced_records(commit, seq)
         self._records.extend(ops)
         self._changes.append(Change(self.map.view, None, tuple(ops)))
 
-    def _traced_ops(self, commit: Commit, seq: int | None) -> list[SlotOp]:
-        return [
-            SlotOp(
-                t_ns=op.raw.t_ns,
-                as_id=op.raw.as_id,
-                slot=op.raw.slot,
-                op=op.what,
-                gpa=op.raw.gpa,
-                size=op.size,
-                flags=op.raw.flags,
-                ret=op.raw.ret,
-                predicted=False,
-                transition=seq,
-                hva=op.raw.hva,
-            )
-            for op in commit.ops
-        ]
+
+def _count(commits: Iterable[Commit]) -> int:
+    return sum(commit.merged for commit in commits)
 
 
 def _views(maps: Maps) -> dict[int, FlatView]:
@@ -375,49 +398,6 @@ def _diff(before: MemoryMap, after: MemoryMap) -> Transition:
 
 def _nothing(m: MemoryMap) -> Transition:
     return Transition(m.view, m.view, (), (), tuple(m.view))
-
-
-def _map_record(m: MemoryMap, t_ns: int) -> MapRecord:
-    return MapRecord(
-        t_ns=t_ns,
-        address_space=m.view.address_space,
-        ranges=Section.list_of(m.view),
-        ram_blocks=[BlockInfo.of(b) for b in m.ram_blocks],
-    )
-
-
-def _cause(
-    transition: Transition, seen: Sequence[Cause], filled: Sequence[Hole], punched: Sequence[Hole]
-) -> Cause:
-    """What was seen to cause it; else the regions that came or went, which is all there is."""
-    if len(seen) > 1:
-        return Cause("several", causes=list(seen))
-    if seen:
-        return seen[0]
-    regions: dict[tuple[str, str | None], None] = {
-        (h.covered_by, h.owner): None for h in (*punched, *filled) if h.covered_by is not None
-    }
-    if not regions:
-        before = {r.region for r in transition.before}
-        after = {r.region for r in transition.after}
-        changed = (*transition.removed, *transition.added)
-        regions = {r.region: None for r in changed if (r.region in before) != (r.region in after)}
-    if not regions:
-        return Cause("unknown")
-    owners = {owner for _, owner in regions}
-    owner = owners.pop() if len(owners) == 1 else None
-    return Cause("region", owner=owner, regions=list(dict.fromkeys(name for name, _ in regions)))
-
-
-def _hole_info(hole: Hole) -> HoleInfo:
-    """For a record; RAM of a block that is not known covers as something not known."""
-    if hole.covered_by is not None and hole.covered_by.startswith(UNKNOWN_BLOCK):
-        hole = replace(hole, covered_by=None)
-    return HoleInfo.of(hole)
-
-
-def _start(hole: Hole) -> int:
-    return hole.start
 
 
 def _words(ops: Sequence[tuple[object, ...]]) -> str:

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 import msgspec
 
 from ...errors import DeadlineExceeded, MemListenerError
+from ..inbox import Inbox
 from ..model import (
     CommandSpan,
     Context,
@@ -77,6 +78,7 @@ class UprobesProbe:
         self._stopping: asyncio.Task[None] | None = None
         self._start_ns = 0
         self._hits = 0
+        self._untaken = 0
         self._ended = False
 
     async def check(self) -> Verdict:
@@ -90,7 +92,7 @@ class UprobesProbe:
     async def start(self, sink: Sink) -> None:
         """Put the probes in; 50 ms.  Raises ProbeUnavailable."""
         pid = self._pid()
-        loop = asyncio.get_running_loop()
+        inbox = Inbox(asyncio.get_running_loop())
         self._names = ThreadNames(pid)
         self._observer = Observer(_NAME, self._names, self._context.must_see)
         self._start_ns = time.monotonic_ns()
@@ -102,10 +104,10 @@ class UprobesProbe:
                 self._names.forget(tid)
             observations = self._observer.observe(batch.windows, reader.strings)
             commands = self._observer.commands(batch.commands, reader.strings)
-            try:
-                loop.call_soon_threadsafe(self._take, batch, observations, commands)
-            except RuntimeError:
-                pass  # the loop is closed: nobody is there to be told
+            if inbox.full:
+                self._untaken += len(observations) + len(commands)
+                observations, commands = [], []
+            inbox.post(len(observations) + len(commands), self._take, batch, observations, commands)
 
         reader = UprobeReader(pid, deliver)
         starting = asyncio.ensure_future(asyncio.to_thread(reader.start))
@@ -224,6 +226,9 @@ class UprobesProbe:
         self, batch: Batch, observations: list[Observation], commands: list[CommandSpan]
     ) -> None:
         sink = self._sink
+        untaken, self._untaken = self._untaken, 0
+        if untaken:
+            sink.lost(_NAME, "windows and commands that came faster than they were taken", untaken)
         for loss in batch.losses:
             sink.lost(_NAME, f"records of thread {self._names[loss.tid]}", loss.count)
         if batch.undecoded:

@@ -1,0 +1,179 @@
+"""What several probes saw: which of it is one.  Pure.
+
+Traced slot operations and the ioctls that a probe saw are paired by content and, among those with
+the same content, in QEMU's order: QEMU prints the line of an operation when its ioctl is done, and
+does one at a time.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, bisect_right
+from collections import deque
+from collections.abc import Iterable, MutableMapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+from ..probes import Kind
+from ..recording import SlotOp
+from .evidence import KEEP_NS, Stall, overlap
+
+__all__ = ["LIMIT", "Pairing", "TracedOp", "Updates", "twins", "uncertainty"]
+
+LIMIT = 16384
+"""So many of either side wait for the other at most: it may be absent altogether."""
+
+TRACE = "trace"
+
+T = TypeVar("T")
+_Key = tuple[int, int, int, bool]
+
+
+@dataclass(slots=True, eq=False)
+class TracedOp:
+    """An operation that was traced, and its ioctl once it is known."""
+
+    op: SlotOp
+    ioctl: Stall | None = None
+
+
+class Pairing:
+    """Pairs what has come since the last time.  An ioctl that is paired learns what its line tells.
+
+    When too many wait, all of them are forgotten: after a gap the order pairs no more.
+    """
+
+    def __init__(self) -> None:
+        self._new_ioctls: list[Stall] = []
+        self._new_ops: list[TracedOp] = []
+        self._ioctls: dict[_Key, deque[Stall]] = {}
+        self._ops: dict[_Key, deque[TracedOp]] = {}
+        self._waiting = 0
+
+    def ioctl(self, stall: Stall) -> None:
+        """A probe saw one."""
+        self._make_room()
+        self._new_ioctls.append(stall)
+
+    def traced(self, traced: TracedOp) -> None:
+        """A line told of one."""
+        self._make_room()
+        self._new_ops.append(traced)
+
+    def pair(self) -> None:
+        """Bring together what belongs together; the rest waits."""
+        ioctls, self._new_ioctls = self._new_ioctls, []
+        ops, self._new_ops = self._new_ops, []
+        for stall in sorted(ioctls, key=_start):
+            self._add_ioctl(stall)
+        for traced in ops:
+            self._add_op(traced)
+
+    def _add_ioctl(self, stall: Stall) -> None:
+        key = _key(stall)
+        if key is None:
+            return
+        ops = self._ops.get(key)
+        while ops:
+            traced = ops.popleft()
+            self._taken(self._ops, key)
+            # an earlier line is of an ioctl that was not seen
+            if stall.seen.start_ns <= traced.op.t_ns:
+                self._waiting -= 1
+                _pair(stall, traced)
+                return
+        self._ioctls.setdefault(key, deque()).append(stall)
+
+    def _add_op(self, traced: TracedOp) -> None:
+        op = traced.op
+        key = (op.as_id, op.slot, op.gpa, op.op == "delete")
+        ioctls = self._ioctls.get(key)
+        while ioctls and ioctls[0].seen.start_ns <= op.t_ns:
+            stall = ioctls.popleft()
+            self._taken(self._ioctls, key)
+            if stall.seen.end_ns >= op.t_ns - KEEP_NS:
+                self._waiting -= 1
+                _pair(stall, traced)
+                return
+        self._ops.setdefault(key, deque()).append(traced)
+
+    def clear(self) -> None:
+        """Something was missed on one side: what waits cannot be paired by its order any more."""
+        for waiting in (self._new_ioctls, self._new_ops, self._ioctls, self._ops):
+            waiting.clear()
+        self._waiting = 0
+
+    def _make_room(self) -> None:
+        if self._waiting >= LIMIT:
+            self.clear()
+        self._waiting += 1
+
+    def _taken(self, where: MutableMapping[_Key, deque[T]], key: _Key) -> None:
+        self._waiting -= 1
+        if not where[key]:
+            del where[key]
+
+
+class Updates:
+    """Slot updates, by the thread that made them."""
+
+    def __init__(self, updates: Iterable[Stall]) -> None:
+        self._of: dict[int | None, tuple[list[int], list[Stall]]] = {}
+        for update in updates:
+            if update.seen.probe != TRACE:
+                starts, found = self._of.setdefault(update.seen.tid, ([], []))
+                starts.append(update.seen.start_ns)
+                found.append(update)
+
+    def inside(self, commit: Stall) -> list[Stall]:
+        """The ioctls that a commit issued, in order: those of its thread in its time."""
+        starts, updates = self._of.get(commit.seen.tid, ([], []))
+        end_ns = commit.seen.end_ns
+        low = bisect_left(starts, commit.seen.start_ns)
+        high = bisect_right(starts, end_ns, low)
+        return [update for update in updates[low:high] if update.seen.end_ns <= end_ns]
+
+
+def uncertainty(stall: Stall) -> int:
+    """How little is known of where it was and how long it was."""
+    seen = stall.seen
+    return (seen.end_ns - seen.start_ns) - 2 * seen.at_least_ns + seen.at_most_ns
+
+
+def twins(one: Stall, other: Stall) -> bool:
+    """Two probes saw the same stall of the same victim."""
+    a, b = one.seen, other.seen
+    shared = overlap(a.start_ns, a.end_ns, b.start_ns, b.end_ns)
+    if a.probe == b.probe or not shared:
+        return False
+    if a.kind is Kind.SLOT_UPDATE:
+        return _key(one) == _key(other)
+    if a.kind is Kind.MISSING:
+        return one.transition is not None and one.transition == other.transition
+    if a.kind is Kind.BQL_WAIT:
+        fits = a.at_least_ns <= b.at_most_ns and b.at_least_ns <= a.at_most_ns
+        return a.site == b.site and fits
+    if a.kind is Kind.VCPU_PAUSE or a.thread == b.thread:
+        return shared * 2 >= min(one.length_ns, other.length_ns)
+    return False
+
+
+def _key(stall: Stall) -> _Key | None:
+    """What an ioctl has in common with its line."""
+    update = stall.seen.update
+    if update is None:
+        return None
+    return (update.as_id, update.slot, update.gpa, update.size == 0)
+
+
+def _start(stall: Stall) -> int:
+    return stall.seen.start_ns
+
+
+def _pair(stall: Stall, traced: TracedOp) -> None:
+    op = traced.op
+    traced.ioctl = stall
+    stall.transition = op.transition
+    stall.logs = op.transition is None
+    stall.witnesses.add(TRACE)
+    if op.op == "delete":
+        stall.deleted_size = op.size

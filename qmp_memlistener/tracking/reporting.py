@@ -1,0 +1,143 @@
+"""What is told of a map, a commit and its operations: the records.  Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+
+from ..memslots import Op
+from ..recording import (
+    BlockInfo,
+    Cause,
+    FlipInfo,
+    HoleInfo,
+    MapRecord,
+    MoveInfo,
+    RamInfo,
+    Section,
+    SlotOp,
+    TransitionRecord,
+)
+from ..topology import Hole, MemoryMap, RamChange, Transition
+from .commits import Commit
+from .live_slots import UNKNOWN_BLOCK
+
+__all__ = ["map_record", "predicted_records", "traced_records", "transition_record"]
+
+
+def transition_record(
+    seq: int, transition: Transition, commit: Commit, detail: str, *, merged: int, slot_ops: int
+) -> TransitionRecord:
+    """The record of a transition that a commit made."""
+    filled = [*transition.holes_filled]
+    punched = [*transition.holes_punched]
+    for change in (*transition.holes_moved, *transition.holes_resized):
+        filled.append(change.before)
+        punched.append(change.after)
+    return TransitionRecord(
+        seq=seq,
+        t_ns=commit.t_ns,
+        cause=_cause(transition, commit.causes, filled, punched),
+        removed=Section.list_of(transition.removed),
+        added=Section.list_of(transition.added),
+        holes_punched=[_hole_info(h) for h in sorted(punched, key=_start)],
+        holes_filled=[_hole_info(h) for h in sorted(filled, key=_start)],
+        ram_appeared=[_ram_info(c) for c in transition.ram_appeared],
+        ram_vanished=[_ram_info(c) for c in transition.ram_vanished],
+        flips=[
+            FlipInfo(f.start, f.size, f.name, f.owner, str(f.before), str(f.after))
+            for f in transition.flips
+        ],
+        mmio_moved=[
+            MoveInfo(m.name, m.owner, m.before, m.after, m.size) for m in transition.mmio_moved
+        ],
+        detail=detail,
+        merged=merged,
+        slot_ops=slot_ops,
+    )
+
+
+def traced_records(commit: Commit, seq: int | None) -> list[SlotOp]:
+    """The operations of a commit as they were traced."""
+    return [
+        SlotOp(
+            t_ns=op.raw.t_ns,
+            as_id=op.raw.as_id,
+            slot=op.raw.slot,
+            op=op.what,
+            gpa=op.raw.gpa,
+            size=op.size,
+            flags=op.raw.flags,
+            ret=op.raw.ret,
+            predicted=False,
+            transition=seq,
+            hva=op.raw.hva,
+        )
+        for op in commit.ops
+    ]
+
+
+def predicted_records(ops: Iterable[Op], t_ns: int, seq: int) -> list[SlotOp]:
+    """Operations that nobody saw, as QEMU's rules give them."""
+    return [
+        SlotOp(
+            t_ns=t_ns,
+            as_id=op.as_id,
+            slot=op.slot,
+            op=str(op.op),
+            gpa=op.gpa,
+            size=op.size,
+            flags=op.flags,
+            ret=0,
+            predicted=True,
+            transition=seq,
+        )
+        for op in ops
+    ]
+
+
+def _ram_info(change: RamChange) -> RamInfo:
+    return RamInfo(change.name, change.owner, change.start, change.size, change.offset)
+
+
+def map_record(m: MemoryMap, t_ns: int) -> MapRecord:
+    return MapRecord(
+        t_ns=t_ns,
+        address_space=m.view.address_space,
+        ranges=Section.list_of(m.view),
+        ram_blocks=[BlockInfo.of(b) for b in m.ram_blocks],
+    )
+
+
+def _cause(
+    transition: Transition, seen: Sequence[Cause], filled: Sequence[Hole], punched: Sequence[Hole]
+) -> Cause:
+    """What was seen to cause it; else the regions that came or went, which is all there is."""
+    if len(seen) > 1:
+        return Cause("several", causes=list(seen))
+    if seen:
+        return seen[0]
+    regions: dict[tuple[str, str | None], None] = {
+        (h.covered_by, h.owner): None for h in (*punched, *filled) if h.covered_by is not None
+    }
+    if not regions:
+        before = {r.region for r in transition.before}
+        after = {r.region for r in transition.after}
+        changed = (*transition.removed, *transition.added)
+        regions = {r.region: None for r in changed if (r.region in before) != (r.region in after)}
+    if not regions:
+        return Cause("unknown")
+    owners = {owner for _, owner in regions}
+    owner = owners.pop() if len(owners) == 1 else None
+    return Cause("region", owner=owner, regions=list(dict.fromkeys(name for name, _ in regions)))
+
+
+def _hole_info(hole: Hole) -> HoleInfo:
+    """For a record; RAM of a block that is not known covers as something not known."""
+    if hole.covered_by is not None and hole.covered_by.startswith(UNKNOWN_BLOCK):
+        hole = replace(hole, covered_by=None)
+    return HoleInfo.of(hole)
+
+
+def _start(hole: Hole) -> int:
+    return hole.start
