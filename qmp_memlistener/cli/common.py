@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import sys
 from collections.abc import Callable, Coroutine, Iterable, Sequence
+from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import msgspec
@@ -25,8 +27,10 @@ __all__ = [
     "printable",
     "print_json",
     "print_table",
+    "print_traceback",
     "read_text",
     "run_async",
+    "say",
     "span_text",
     "terminal_shape",
 ]
@@ -55,21 +59,57 @@ def console(*, stderr: bool = False) -> Console:
 
 
 def printable(text: str) -> str:
-    """Guests choose names: control characters in them must not reach the terminal."""
-    return "".join(c if c.isprintable() else f"\\x{ord(c):02x}" for c in text)
+    """Text in which nothing acts on a terminal or makes it show something else.
+
+    Guests, QEMU, files and other users choose names.  Control characters, line ends, bidirectional
+    controls, invisible and unassigned characters become escapes, as Python writes them.
+    """
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(c: str) -> str:
+    return c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
+
+
+def say(*lines: str, err: bool = False) -> None:
+    """Print lines, each on a line of its own whatever is in it; an empty line when there is none.
+
+    This, `print_table`, `print_error` and `print_json` are all that writes to the user's terminal.
+    """
+    for line in lines or ("",):
+        click.echo(printable(line), err=err)
 
 
 def print_json(document: object) -> None:
-    """One JSON document or record on one line of stdout, written at once."""
-    sys.stdout.buffer.write(msgspec.json.encode(document) + b"\n")
+    """One JSON document or record on one line of stdout, written at once.
+
+    What `printable` would escape is escaped as JSON does it: the values are the same.
+    """
+    line = msgspec.json.encode(document)
+    if not line.isascii() or b"\x7f" in line:
+        line = "".join(map(_json_escaped, line.decode())).encode()
+    sys.stdout.buffer.write(line + b"\n")
     sys.stdout.buffer.flush()
+
+
+def _json_escaped(c: str) -> str:
+    return c if c.isprintable() else json.dumps(c)[1:-1].replace("\x7f", "\\u007f")
 
 
 def print_error(error: MemListenerError) -> None:
     """The message and, on a line of its own, the remedy."""
-    print(f"error: {error.message}", file=sys.stderr)
+    say(f"error: {error.message}", err=True)
     if error.remedy:
-        print(f"remedy: {error.remedy}", file=sys.stderr)
+        say(f"remedy: {error.remedy}", err=True)
+
+
+def print_traceback(
+    kind: type[BaseException], error: BaseException, trace: TracebackType | None
+) -> None:
+    """For `sys.excepthook`: an error that should not be can have a guest's words in it, too."""
+    from traceback import format_exception
+
+    say(*"".join(format_exception(kind, error, trace)).splitlines(), err=True)
 
 
 def print_table(columns: Sequence[str], rows: Iterable[Sequence[str]]) -> None:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import Interrupted, duration, json_option, print_json, printable, run_async
+from .common import Interrupted, duration, json_option, print_json, run_async, say
 from .update_options import (
     Attaching,
     additions_options,
@@ -93,7 +93,7 @@ def command(
         from ..reports.compare import comparison_lines
 
         for line in comparison_lines(found, what):
-            click.echo(printable(line))
+            say(line)
     if found.ended_early == INTERRUPTED:
         raise Interrupted
     return found.exit_code
@@ -119,6 +119,4 @@ async def _compare(
     from ..updates.compare import compare
 
     async with attaching.attached(guarded="pause" in strategies) as agent:
-        return await compare(
-            agent, intent, strategies, options, lambda text: click.echo(printable(text), err=True)
-        )
+        return await compare(agent, intent, strategies, options, lambda text: say(text, err=True))

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import MissingPrerequisite
-from .common import json_option, print_json, run_async, terminal_shape
+from .common import json_option, print_json, run_async, say, terminal_shape
 
 if TYPE_CHECKING:
     from ..guests import PciAddress, Pulse, QemuBuild
@@ -105,22 +105,23 @@ class _Demo:
             assert guest.ram is not None
             pulse = Pulse(guest.ram)
             await pulse.wait_ready()
-            self._say(f"attaching to {guest.monitors[0]}\n")
+            self._say(f"attaching to {guest.monitors[0]}", "")
             async with attach(f"unix:{guest.monitors[0]}", on_record=self._on_record) as agent:
                 agent.register(FirstTransition())
                 self._rules, self._table = agent.rules, agent.slots
                 for title, writes in self._steps():
-                    self._say(f"\n-- the guest {title}")
+                    self._say("", f"-- the guest {title}")
                     before = self._transitions
                     for address, register, value, width in writes:
                         await pulse.write_config(address, register, value, width)
                         await agent.settle()
                     if self._transitions == before:
                         self._say(f"{' ' * 12}QEMU's map stays as it is: no such register here")
-                self._say(f"\n-- the guest maps BAR 2 of iv0 at {BAR_ADDRESS:#x}, and unmaps it")
+                self._say("", f"-- the guest maps BAR 2 of iv0 at {BAR_ADDRESS:#x}, and unmaps it")
                 await self._bar(pulse)
                 await agent.settle()
-                self._say(f"\n-- the guest opens and closes PAM {TOGGLES} times, as fast as it can")
+                title = f"the guest opens and closes PAM {TOGGLES} times, as fast as it can"
+                self._say("", f"-- {title}")
                 await self._toggle(pulse, agent.settle)
                 self._facts["snapshots"] = agent.snapshots[0]
                 self._facts["source"] = agent.source
@@ -128,7 +129,7 @@ class _Demo:
         if accel == "kvm":
             await self._races(build if version is not None else None)
         else:
-            self._say("\nwhat happens to a vCPU whose code is taken away shows under KVM only")
+            self._say("", "what happens to a vCPU whose code is taken away shows under KVM only")
         if repeat:
             from .demo_compare import compare_strategies
 
@@ -220,7 +221,7 @@ class _Demo:
 
         if self.first is None or self._as_json:
             return
-        self._say("\n-- the first transition under every strategy (`qmp-memlistener plan`)")
+        self._say("", "-- the first transition under every strategy (`qmp-memlistener plan`)")
         print_plans(
             plan_all(self.first.before, self.first.after, table=self._table, rules=self._rules)
         )
@@ -237,9 +238,9 @@ class _Demo:
             for line in self._narrator.lines(record):
                 self._say(line)
 
-    def _say(self, text: str) -> None:
+    def _say(self, *lines: str) -> None:
         if not self._as_json:
-            click.echo(text)
+            say(*lines)
 
 
 def _choose(version: str | None) -> QemuBuild:

@@ -24,7 +24,8 @@ async def compare_strategies(
     build: QemuBuild, repeat: int, say: Callable[[str], None]
 ) -> Comparison | None:
     """Boot Linux under TCG and compare; None, and the reason said, when there is no Linux guest."""
-    say(f"\n-- Linux under QEMU {build.version} gets 256 MiB more, under every strategy")
+    say("")
+    say(f"-- Linux under QEMU {build.version} gets 256 MiB more, under every strategy")
     try:
         image = await asyncio.to_thread(LinuxImage.build)
     except MissingPrerequisite as exc:

@@ -80,7 +80,8 @@ async def race(build: QemuBuild, say: Callable[[str], None]) -> Race:
 
     spec = GuestSpec(machine="pc", accel="kvm", memory=MEMORY, smp=2, args=boot_args())
     found = Race(build.version)
-    say(f"\n-- QEMU {build.version}: CPU 1 runs code above 1 MiB while CPU 0 writes PAM")
+    say("")
+    say(f"-- QEMU {build.version}: CPU 1 runs code above 1 MiB while CPU 0 writes PAM")
     async with launch(spec.on(build)) as guest:
         assert guest.ram is not None
         pulse = Pulse(guest.ram)

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import json_option, print_json, print_table, printable, run_async
+from .common import json_option, print_json, print_table, run_async, say
 
 if TYPE_CHECKING:
     from ..monitor import Guest
@@ -79,7 +79,7 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
         )
         return
     title = f"for {target}" if target else "on this host (name a TARGET to see it for a guest)"
-    click.echo(f"probes {title}")
+    say(f"probes {title}")
     print_table(
         ("probe", "measures", "usable", "resolution", "cost"),
         (
@@ -95,29 +95,29 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
     )
     for probe in probes:
         _explain(probe.name, probe.reason, probe.remedy)
-    click.echo("\nthis host")
+    say("", "this host")
     print_table(("what", "usable"), ([c.name, "yes" if c.usable else "no"] for c in checks))
     for check in checks:
         _explain(check.name, check.reason, check.remedy)
-    click.echo()
+    say()
     for text in cleaned:
-        click.echo(f"cleaned: {text}")
+        say(f"cleaned: {text}")
     for left in leftovers:
-        click.echo(f"left over: {left.what} (noted in {left.where})")
-        click.echo("  remedy: `qmp-memlistener doctor --clean`, or attach to that guest again")
+        say(f"left over: {left.what} (noted in {left.where})")
+        say("  remedy: `qmp-memlistener doctor --clean`, or attach to that guest again")
     if not leftovers:
-        click.echo("nothing of ours is left over in a running guest")
+        say("nothing of ours is left over in a running guest")
     for note in notes:
-        click.echo(printable(note.text))
+        say(note.text)
         if note.remedy:
-            click.echo(f"  remedy: {note.remedy}")
+            say(f"  remedy: {note.remedy}")
 
 
 def _explain(name: str, reason: str | None, remedy: str | None) -> None:
     if reason:
-        click.echo(f"{name}: {reason}")
+        say(f"{name}: {reason}")
         if remedy:
-            click.echo(f"  remedy: {remedy}")
+            say(f"  remedy: {remedy}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,7 +163,7 @@ async def _clean(leftovers: list[Left]) -> list[str]:
             if await left.take_away():
                 done.append(left.what)
         except (CommandFailed, GuestFrozen, TargetError) as exc:
-            click.echo(f"not cleaned: {exc.message}", err=True)
+            say(f"not cleaned: {exc.message}", err=True)
     return done
 
 

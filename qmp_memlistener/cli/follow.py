@@ -25,7 +25,7 @@ from ..recording import (
     TransitionRecord,
     Violation,
 )
-from .common import duration, print_json, printable, terminal_shape
+from .common import duration, print_json, say, terminal_shape
 from .watch_mirror import MirrorOptions, WatchedMirror, opened_mirror
 
 if TYPE_CHECKING:
@@ -199,7 +199,7 @@ class _Printer:
                 print_json(record)
             elif not self._quiet:
                 for line in self._lines(record):
-                    click.echo(printable(line))
+                    say(line)
         except BrokenPipeError:
             self.reader_gone = True
             self.stop.set()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import rich_click as click
 
-from .common import json_option, print_json
+from .common import json_option, print_json, say
 from .lab_options import device_option, ending_cleanly, progress_bar, sizes
 
 
@@ -82,8 +82,8 @@ def command(
     from ..reports.lab_cost import cost_lines, lookup_lines
 
     for line in cost_lines(costs):
-        click.echo(line)
+        say(line)
     if compared is not None:
-        click.echo()
+        say()
         for line in lookup_lines(compared):
-            click.echo(line)
+            say(line)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import rich_click as click
 
-from .common import json_option, print_json
+from .common import json_option, print_json, say
 from .lab_options import (
     device_option,
     ending_cleanly,
@@ -90,5 +90,5 @@ def command(
         from ..reports.lab import race_lines
 
         for line in race_lines(report):
-            click.echo(line)
+            say(line)
     return exit_code(none_ran((r.name, r.skipped) for r in report.results))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import rich_click as click
 
-from .common import json_option, print_json, printable
+from .common import json_option, print_json, say
 from .lab_options import device_option, ending_cleanly, exit_code, progress_bar, strategies_option
 
 
@@ -49,7 +49,7 @@ def command(
         from ..reports.lab import replay_lines
 
         for line in replay_lines(report):
-            click.echo(printable(line))
+            say(line)
     if any(t.return_mismatches for r in report.results for t in r.transitions):
         return 1
     return exit_code(none_ran((r.name, r.skipped) for r in report.results))

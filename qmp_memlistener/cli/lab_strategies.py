@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import rich_click as click
 
-from .common import json_option, print_json
+from .common import json_option, print_json, say
 from .lab_options import device_option
 
 
@@ -30,4 +30,4 @@ def command(device: str, as_json: bool) -> None:
         print_json({"schema": 1, "host": facts, "strategies": entries})
         return
     for line in strategy_lines(found):
-        click.echo(line)
+        say(line)

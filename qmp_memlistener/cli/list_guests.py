@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import json_option, print_json, print_table, printable
+from .common import json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
     from ..monitor.discovery import MonitorDocument
@@ -33,7 +33,7 @@ def command(as_json: bool) -> None:
         print_json({**document, "guests": frozen})
         return
     if not guests:
-        click.echo("no QEMU is running on this host (or none that your user may see)")
+        say("no QEMU is running on this host (or none that your user may see)")
         return
     rows = []
     for g in guests:
@@ -47,10 +47,10 @@ def command(as_json: bool) -> None:
             rows.append([*lead, *((m["target"], _state(m)) if m else (none, ""))])
     for g in guests:
         for note in g["notes"]:
-            click.echo(printable(f"{g['pid']}: {note}"))
+            say(f"{g['pid']}: {note}")
     for pid, holder in holders.items():
         if holder is not None:
-            click.echo(printable(f"{pid} is frozen for real-time work by {holder}"))
+            say(f"{pid} is frozen for real-time work by {holder}")
     print_table(("pid", "name", "version", "machine", "accel", "monitor", "state"), rows)
 
 

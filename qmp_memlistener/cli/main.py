@@ -10,7 +10,7 @@ import rich_click as click
 
 from .. import __version__
 from ..errors import MemListenerError, OperationFailed
-from .common import Interrupted, print_error
+from .common import Interrupted, print_error, print_traceback, printable, say
 from .verbs import VerbGroup
 
 __all__ = ["cli", "run"]
@@ -58,13 +58,14 @@ def main(argv: list[str] | None = None) -> int:
         result = cli.main(argv, prog_name="qmp-memlistener", standalone_mode=False)
         sys.stdout.flush()
     except click.ClickException as exc:
+        exc.message = printable(exc.message)  # type: ignore[misc]  # it quotes what was typed
         exc.show()
         return 2
     except MemListenerError as exc:
         print_error(exc)
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt, Interrupted):
-        print("interrupted", file=sys.stderr)
+        say("interrupted", err=True)
         return 130
     except (SystemExit, OSError) as exc:
         return _end_of_output(exc)
@@ -99,4 +100,5 @@ def run() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = print_traceback
     sys.exit(main())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import InputError
-from .common import json_option, print_json, print_table, read_text
+from .common import json_option, print_json, print_table, read_text, say
 
 if TYPE_CHECKING:
     from ..memslots import LogChange, Plan, Rules, SlotTable
@@ -95,7 +95,7 @@ def command(
             print_json({"schema": 1, "transitions": documents})
         else:
             for seq, plans in results:
-                click.echo(f"\ntransition {seq}")
+                say("", f"transition {seq}")
                 print_plans(plans)
         return
     if before is None or after is None:
@@ -149,25 +149,23 @@ def print_plans(plans: Sequence[Plan]) -> None:
     from ..reports.terminal import flags_text, size_text
 
     for p in plans:
-        click.echo(f"\n{p.strategy.value} (rules {p.rules.order.value})")
+        say("", f"{p.strategy.value} (rules {p.rules.order.value})")
         for op in p.ops:
             if op.slot < 0:
-                click.echo(f"  {op.op.value}")
+                say(f"  {op.op.value}")
                 continue
             space = f"as {op.as_id} " if op.as_id else ""
-            click.echo(
+            say(
                 f"  {op.op.value:<10} {space}slot {op.slot}: {op.gpa:#x}+{size_text(op.size)} "
                 f"{flags_text(op.flags)}".rstrip()
             )
         if not p.ops:
-            click.echo("  nothing to do")
+            say("  nothing to do")
         for m in p.missing:
             states = "state" if m.steps == 1 else "states"
-            click.echo(
-                f"  missing in between: {m.start:#x}+{size_text(m.size)} for {m.steps} {states}"
-            )
+            say(f"  missing in between: {m.start:#x}+{size_text(m.size)} for {m.steps} {states}")
         for note in p.notes:
-            click.echo(f"  note: {note}")
+            say(f"  note: {note}")
     rows = [
         [
             p.strategy.value,
@@ -180,7 +178,7 @@ def print_plans(plans: Sequence[Plan]) -> None:
         ]
         for p in plans
     ]
-    click.echo()
+    say()
     print_table(
         ("strategy", "ops", "exposed", "atomic", "kicks all", "ids changed", "dirty bitmap"),
         rows,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import rich_click as click
 
-from .common import json_option, print_json, run_async
+from .common import json_option, print_json, run_async, say
 from .follow import FollowOptions, follow, follow_options
 
 
@@ -37,7 +37,7 @@ def command(target: str, output: str, options: FollowOptions, as_json: bool) -> 
             }
         )
     else:
-        click.echo(
+        say(
             f"{output}: {seen.transitions} transitions, {seen.slot_ops} slot operations, "
             f"{seen.stalls} stalls"
             + (f", {seen.lost} losses" if seen.lost else "")

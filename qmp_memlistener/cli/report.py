@@ -21,7 +21,7 @@ from ..recording import (
     TransitionRecord,
     Violation,
 )
-from .common import json_option, print_json, printable, terminal_shape
+from .common import json_option, print_json, say, terminal_shape
 
 if TYPE_CHECKING:
     from ..recording import SummaryRecord
@@ -49,7 +49,7 @@ def command(recording: str, histograms: bool, longest: int, as_json: bool) -> No
         print_json(contents.document())
         return
     for line in contents.lines(histograms=histograms):
-        click.echo(printable(line))
+        say(line)
 
 
 class _Contents:

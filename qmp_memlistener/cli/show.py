@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import InputError
-from .common import json_option, print_json, print_table, printable, read_text, run_async, span_text
+from .common import json_option, print_json, print_table, read_text, run_async, say, span_text
 
 if TYPE_CHECKING:
     from ..memslots import SlotTable
@@ -63,13 +63,13 @@ def command(
         live = run_async(_fetch(target, unsafe_flatview))
         text = live.text
         if unsafe_flatview:
-            click.echo(f"warning: {LEAK}", err=True)
+            say(f"warning: {LEAK}", err=True)
     result = read_map(text, address_space)
     if as_json:
         print_json(document(result, address_space) | (live.document() if live else {}))
         return
     if live is not None:
-        click.echo(live.title())
+        say(live.title())
     _print(result, address_space)
     if live is not None:
         live.print(text)
@@ -129,7 +129,7 @@ class _Live:
         from ..reports.terminal import flags_text, size_text
 
         if self.facts.accel == "kvm":
-            click.echo("\nmemslots that QEMU's rules give (ids are those of a fresh start)")
+            say("", "memslots that QEMU's rules give (ids are those of a fresh start)")
             print_table(
                 ("as", "slot", "range", "size", "flags", "block"),
                 (
@@ -145,7 +145,7 @@ class _Live:
                 ),
             )
         if self.facts.memory_devices:
-            click.echo("\nmemory devices")
+            say("", "memory devices")
             print_table(
                 ("kind", "id", "range", "size"),
                 (
@@ -175,7 +175,7 @@ async def _fetch(target: str, unsafe_flatview: bool) -> _Live:
 
     admission = await refuse_if_frozen(target)
     for remark in admission.remarks:
-        click.echo(printable(remark), err=True)
+        say(remark, err=True)
     async with await Monitor.connect(admission.target) as monitor:
         facts = await read_facts(monitor)
         if unsafe_flatview:
@@ -188,7 +188,7 @@ def _print(result: MemoryMap, address_space: str) -> None:
     from ..reports.terminal import size_text
 
     origin = "rendered from the region tree" if result.rendered else "QEMU's own flat view"
-    click.echo(f"address space {address_space}, {origin}")
+    say(f"address space {address_space}, {origin}")
     print_table(
         ("range", "size", "kind", "region", "owner"),
         (
@@ -202,7 +202,7 @@ def _print(result: MemoryMap, address_space: str) -> None:
             for r in result.view
         ),
     )
-    click.echo(
+    say(
         "* under KVM a memslot fits exactly this range\n"
         if result.rendered
         else "* an accelerator slot fits exactly this range\n"
@@ -222,12 +222,12 @@ def _print(result: MemoryMap, address_space: str) -> None:
             ]
             for h in b.holes
         ]
-    click.echo("RAM blocks, where they are mapped, and the holes in them")
+    say("RAM blocks, where they are mapped, and the holes in them")
     print_table(("block", "range", "size", "covered by", "owner"), rows)
     for above, below in result.ambiguous:
-        click.echo(
-            f"note: {printable(above)} and {printable(below)} overlap at equal priority; QEMU does "
-            f"not print which is in front, {printable(above)} is assumed to be"
+        say(
+            f"note: {above} and {below} overlap at equal priority; QEMU does "
+            f"not print which is in front, {above} is assumed to be"
         )
     for name in result.unresolved:
-        click.echo(f"note: the text does not describe {printable(name)}, the target of an alias")
+        say(f"note: the text does not describe {name}, the target of an alias")

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import Interrupted, duration, print_json, printable, run_async, terminal_shape
+from .common import Interrupted, duration, print_json, run_async, say, terminal_shape
 from .follow import probe_names
 
 if TYPE_CHECKING:
@@ -62,7 +62,7 @@ class Attaching:
             guarded=guarded,
         ) as agent:
             for remark in agent.remarks:
-                click.echo(printable(remark), err=True)
+                say(remark, err=True)
             await agent.measuring.wait_started()
             yield agent
 
@@ -212,7 +212,7 @@ def run_update(
 
         width, _ = terminal_shape()
         for line in outcome_lines(outcome, what, width=width):
-            click.echo(printable(line))
+            say(line)
     if waiting.enough.is_set():
         raise Interrupted
     return 0 if outcome.outcome == "done" else 1
@@ -240,4 +240,4 @@ async def _tell(waiting: Waiting) -> None:
     await waiting.begun.wait()
     await asyncio.sleep(_PATIENCE_S)
     if waiting.begun.is_set():
-        click.echo("waiting for the guest to do its part; Ctrl-C ends that", err=True)
+        say("waiting for the guest to do its part; Ctrl-C ends that", err=True)

@@ -289,7 +289,7 @@ def test_names_that_a_guest_chose_do_no_harm(
     out = run(capsys, "report", recording(tmp_path / "r.jsonl", [evil])).out
     assert "\x1b" not in out
     assert "\x07" not in out
-    assert "command \\x1b[2J\\x0ax" in out
+    assert "command \\x1b[2J\\nx" in out
 
 
 # -- bad input -----------------------------------------------------------------------------------

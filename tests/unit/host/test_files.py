@@ -14,6 +14,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -277,9 +278,7 @@ def test_links_that_are_followed_stay_inside(jail: Process) -> None:
 
 @needs_root
 def test_another_process_with_the_same_id_is_not_taken_for_it(jail: Process) -> None:
-    other = Process(
-        jail.pid, jail.start_ticks + 1, jail.argv, jail.exe, jail.uid, jail.gid, jail.groups
-    )
+    other = replace(jail, start_ticks=jail.start_ticks + 1)
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(ProcessLookupError):
         open_in_root(other, "/dir")
