@@ -17,12 +17,15 @@ __all__ = [
     "FileDescriptor",
     "Process",
     "boot_id",
+    "is_key",
     "path_seen_by",
     "paths_seen_by",
     "process_ids",
+    "process_of",
     "socket_inodes",
 ]
 
+_KEY = re.compile(r"([0-9]{1,10})-([0-9]{1,20})")
 _SOCKET_LINK = re.compile(r"socket:\[(\d+)\]")
 
 
@@ -94,6 +97,11 @@ class Process:
             groups=frozenset(int(g) for g in status.get(b"Groups", b"").split()),
             parent=int(fields[1]),
         )
+
+    @property
+    def key(self) -> str:
+        """Names it in file names, for as long as the host runs."""
+        return f"{self.pid}-{self.start_ticks}"
 
     def is_alive(self) -> bool:
         """The same process still runs."""
@@ -169,6 +177,17 @@ class Process:
                 )
             )
         return tuple(found)
+
+
+def is_key(text: str) -> bool:
+    """It has the form of `Process.key`."""
+    return _KEY.fullmatch(text) is not None
+
+
+def process_of(key: str) -> Process | None:
+    """The process with this `Process.key`, None when it has ended."""
+    process = Process.read(int(key.partition("-")[0])) if is_key(key) else None
+    return process if process is not None and process.key == key else None
 
 
 def process_ids() -> Iterator[int]:

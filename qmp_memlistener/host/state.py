@@ -46,11 +46,13 @@ __all__ = [
     "directories",
     "directories_in",
     "directory_in",
+    "directory_of",
     "own_directory",
 ]
 
 SHM = "/dev/shm"
 FALLBACK = "/tmp"
+RUNTIME = "/run/user"
 
 _NAME = "qmp-memlistener"
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
@@ -86,17 +88,18 @@ class StateDirectory:
             os.close(handle)
 
     def read(self, name: str, *, limit: int = LONGEST) -> bytes | None:
-        """What a file says; None when it is no regular file of the owner's of at most `limit`."""
+        """What a file says; None when there is no regular file of the owner's of at most `limit`.
+
+        Raises OSError when it cannot be read now.
+        """
         try:
             handle = self.open(name)
-        except OSError:
+        except (FileNotFoundError, files.NotRegular, PermissionError):
             return None
         try:
             if os.fstat(handle).st_size > limit:
                 return None
             return b"".join(files.pieces(handle, limit))
-        except OSError:
-            return None
         finally:
             os.close(handle)
 
@@ -316,7 +319,7 @@ def directories(uid: int | None = None) -> list[StateDirectory]:
     """All directories with state of a user (ours), the likeliest first."""
     owner = os.geteuid() if uid is None else uid
     plain = f"{_NAME}-{owner}"
-    places = [(SHM, plain), (FALLBACK, plain), (f"/run/user/{owner}", _NAME)]
+    places = [(SHM, plain), (FALLBACK, plain), (f"{RUNTIME}/{owner}", _NAME)]
     if uid is None and (runtime := os.environ.get("XDG_RUNTIME_DIR")):
         places.append((runtime, _NAME))
     found: list[StateDirectory] = []
@@ -331,6 +334,11 @@ def directories(uid: int | None = None) -> list[StateDirectory]:
             os.close(handle)
     unique = {os.fstat(d.handle)[1:3]: d for d in reversed(found)}
     return list(reversed(unique.values()))
+
+
+def directory_of(name: str) -> StateDirectory | None:
+    """The one of ours that has a file or a directory of this name."""
+    return next((d for d in directories() if d.has(name)), None)
 
 
 def directories_in(base: int, path: str, uids: Collection[int]) -> list[StateDirectory]:

@@ -46,6 +46,7 @@ from datetime import UTC, datetime
 from typing import TypedDict
 
 from ..errors import GuestFrozen, MissingPrerequisite
+from ..host import state
 from ..host.processes import Process
 from . import freeze_files as files
 from .discovery import Guest
@@ -225,8 +226,8 @@ def _claim(
                 why = why or f": {exc.strerror}"
     if not handles:
         raise MissingPrerequisite(
-            f"{key.who} cannot be frozen, there is no place for the lock in {files.SHM}{why}",
-            remedy=f"make {files.SHM} a writable tmpfs",
+            f"{key.who} cannot be frozen, there is no place for the lock in {state.SHM}{why}",
+            remedy=f"make {state.SHM} a writable tmpfs",
         )
     remarks = []
     if not any(p.here for p in claimed):

@@ -1,24 +1,20 @@
 """Notes about what a probe has switched on in a guest, so that it is switched off for good.
 
-One file for each thing and QEMU process, in the user's private directory:
-
-    /dev/shm/qmp-memlistener-UID/PID-START.WHAT     held by the probe that switched it on
-
-The note is written, locked and flushed before the guest is touched, and removed after it has been
-put back.  `monitor.private_dir` has the directory and tells the living from the dead.
+One file for each thing and QEMU process, PID-START.WHAT in our directory (`host.state`), held by
+the probe that switched it on.  The note is written, locked and flushed before the guest is touched,
+and removed after it has been put back.
 """
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 
 import msgspec
 
-from ..errors import MissingPrerequisite
-from ..host.processes import Process, boot_id
+from ..host.locks import HeldFile
+from ..host.processes import boot_id, is_key, process_of
+from ..host.state import StateDirectory, directories, directory_of, own_directory
 from ..monitor import Monitor, hmp
-from ..monitor.private_dir import HeldFile, private_directory
 
 __all__ = ["LeftoverNote", "WHAT", "find", "note", "restore", "stale"]
 
@@ -58,8 +54,8 @@ def note(pid: int, start_ticks: int, what: str) -> HeldFile | None:
     that failed.  None when a live process of ours holds one.  Raises MissingPrerequisite when
     there is no directory that is ours alone.
     """
-    path = os.path.join(private_directory(), f"{pid}-{start_ticks}.{what}")
-    held = HeldFile.hold(path)
+    name = f"{pid}-{start_ticks}.{what}"
+    held = (directory_of(name) or own_directory()).hold(name)
     if held is None:
         return None
     try:
@@ -75,37 +71,38 @@ def find() -> list[LeftoverNote]:
 
     Notes about QEMUs that are gone are removed on the way.
     """
-    try:
-        names = sorted(os.listdir(private_directory(create=False)))
-    except (OSError, MissingPrerequisite):
-        return []
     found = []
-    for name in names:
-        key, _, what = name.partition(".")
-        pid, _, start = key.partition("-")
-        if what not in WHAT or not (pid.isdigit() and start.isdigit()):
-            continue
-        left = stale(int(pid), int(start), what)
-        if left is not None:
-            found.append(left)
+    for directory in directories():
+        for name in directory.names():
+            key, _, what = name.partition(".")
+            if what not in WHAT or not is_key(key):
+                continue
+            left = _stale(directory, key, what)
+            if left is not None:
+                found.append(left)
     return found
 
 
 def stale(pid: int, start_ticks: int, what: str) -> LeftoverNote | None:
     """The note of a dead owner about this process, if there is one."""
+    key = f"{pid}-{start_ticks}"
+    directory = directory_of(f"{key}.{what}")
+    return None if directory is None else _stale(directory, key, what)
+
+
+def _stale(directory: StateDirectory, key: str, what: str) -> LeftoverNote | None:
     try:
-        path = os.path.join(private_directory(create=False), f"{pid}-{start_ticks}.{what}")
-        held = HeldFile.hold(path, create=False)
-    except (OSError, MissingPrerequisite):
+        held = directory.hold(f"{key}.{what}", create=False)
+    except OSError:
         return None
     if held is None:
         return None
     with held:
-        process = Process.read(pid)
-        if process is None or process.start_ticks != start_ticks or not _is_ours(held.read()):
+        if process_of(key) is None or not _is_ours(held.read()):
             held.remove()
             return None
-        return LeftoverNote(pid, start_ticks, what, path)
+        pid, start_ticks = map(int, key.split("-"))
+        return LeftoverNote(pid, start_ticks, what, held.path)
 
 
 async def restore(monitor: Monitor, left: LeftoverNote) -> bool:

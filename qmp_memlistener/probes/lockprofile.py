@@ -14,8 +14,8 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ..errors import MemListenerError, ProtocolViolation
+from ..host.locks import HeldFile
 from ..monitor import hmp, hmp_timed
-from ..monitor.private_dir import HeldFile
 from .leftover_notes import note, restore, stale
 from .lockprofile_text import Profile, Waits, difference, read_profile
 from .model import (

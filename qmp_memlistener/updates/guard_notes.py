@@ -1,9 +1,6 @@
 """Notes of the resume guard: a guest was resumed, or could not be, and nobody was there to tell.
 
-One file for each, written by `guard_process` in the directory of `private_dir`:
-
-    /dev/shm/qmp-memlistener-UID/KEY.resumed-TOKEN
-
+One file for each, KEY.resumed-TOKEN in our directory (`host.state`), written by `guard_process`.
 KEY is the guest (`freeze.freeze_key`: pid and start time, or its address).  A note is read once,
 by the next verb for that guest, and goes with its QEMU.  The guard removes it itself when its
 agent turns out to be alive and tells its user.
@@ -11,8 +8,6 @@ agent turns out to be alive and tells its user.
 
 from __future__ import annotations
 
-import contextlib
-import os
 import secrets
 import time
 from collections.abc import Iterator
@@ -22,8 +17,8 @@ import msgspec
 
 from ..errors import MissingPrerequisite
 from ..host.processes import Process, boot_id
+from ..host.state import StateDirectory, directories, own_directory
 from ..monitor.freeze import FreezeKey
-from ..monitor.private_dir import private_directory
 
 __all__ = ["GuardNote", "NoteForm", "all_notes", "new_note", "take_notes"]
 
@@ -89,7 +84,7 @@ def new_note(key: FreezeKey) -> NoteForm:
         "start_ticks": None if process is None else process.start_ticks,
     }
     try:
-        path = os.path.join(private_directory(), f"{key.name}{_MARK}{secrets.token_hex(8)}")
+        path = f"{own_directory().path}/{key.name}{_MARK}{secrets.token_hex(8)}"
     except MissingPrerequisite:
         path = ""
     return NoteForm(path, content)
@@ -98,49 +93,41 @@ def new_note(key: FreezeKey) -> NoteForm:
 def take_notes(key: FreezeKey) -> list[GuardNote]:
     """The notes about this guest, oldest first; they are gone afterwards."""
     found = []
-    for path, note in _notes():
-        if os.path.basename(path).startswith(f"{key.name}{_MARK}"):
+    for directory, name, note in _notes():
+        if name.startswith(f"{key.name}{_MARK}"):
             found.append(note)
-            _remove(path)
+            directory.remove(name)
     return found
 
 
 def all_notes() -> list[GuardNote]:
     """Every note of this user, oldest first; they stay."""
-    return [note for _, note in _notes()]
+    return [note for _, _, note in _notes()]
 
 
-def _notes() -> Iterator[tuple[str, GuardNote]]:
+def _notes() -> Iterator[tuple[StateDirectory, str, GuardNote]]:
     """Notes about guests that still run.  Others, and what is no note, are removed on the way."""
-    try:
-        directory = private_directory(create=False)
-        names = os.listdir(directory)
-    except (OSError, MissingPrerequisite):
-        return
     found = []
-    for name in names:
-        if _MARK not in name or name.endswith(".new"):
-            continue
-        path = os.path.join(directory, name)
-        note = _read(path)
-        if note is None:
-            _remove(path)
-        else:
-            found.append((path, note))
-    yield from sorted(found, key=lambda item: item[1].t_ns)
+    for directory in directories():
+        for name in directory.names():
+            if _MARK not in name or name.endswith(".new"):
+                continue
+            try:
+                note = _read(directory, name)
+            except OSError:
+                continue
+            if note is None:
+                directory.remove(name)
+            else:
+                found.append((directory, name, note))
+    yield from sorted(found, key=lambda item: item[2].t_ns)
 
 
-def _read(path: str) -> GuardNote | None:
+def _read(directory: StateDirectory, name: str) -> GuardNote | None:
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    except OSError:
+        note = msgspec.json.decode(directory.read(name) or b"", type=GuardNote)
+    except msgspec.DecodeError:
         return None
-    try:
-        note = msgspec.json.decode(os.read(handle, 1 << 16), type=GuardNote)
-    except (OSError, msgspec.DecodeError):
-        return None
-    finally:
-        os.close(handle)
     if note.schema != _SCHEMA or note.boot != boot_id():
         return None
     if note.pid is not None:
@@ -148,8 +135,3 @@ def _read(path: str) -> GuardNote | None:
         if process is None or process.start_ticks != note.start_ticks:
             return None
     return note
-
-
-def _remove(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)

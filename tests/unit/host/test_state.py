@@ -20,6 +20,7 @@ from qmp_memlistener.errors import MissingPrerequisite
 from qmp_memlistener.host import locks, state
 from qmp_memlistener.host.locks import LONGEST, HeldFile, set_lock, try_lock
 from qmp_memlistener.host.state import StateDirectory, directories, own_directory
+from tests.support.own_state import keep_state_in
 
 UID = os.geteuid()
 STRANGER = 65533
@@ -31,13 +32,12 @@ def shm(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """Stands for /dev/shm, and another beside it for /tmp; other users may go there."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o755)
-        for attribute, base in (("SHM", "shm"), ("FALLBACK", "tmp")):
-            path = Path(name, base)
+        shm, fallback = Path(name, "shm"), Path(name, "tmp")
+        for path in (shm, fallback):
             path.mkdir()
             path.chmod(0o1777)
-            monkeypatch.setattr(state, attribute, str(path))
-        monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-        yield Path(state.SHM)
+        keep_state_in(shm, monkeypatch, fallback=fallback)
+        yield shm
 
 
 @pytest.fixture

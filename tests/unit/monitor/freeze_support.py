@@ -14,8 +14,8 @@ from typing import Self
 
 import pytest
 
+from qmp_memlistener.host import state
 from qmp_memlistener.host.processes import Process
-from qmp_memlistener.monitor import freeze_files
 from qmp_memlistener.monitor.freeze import FreezeKey, process_key
 
 __all__ = ["STRANGER", "Holding", "frozen_files", "key_of", "needs_root", "place", "standing_in"]
@@ -28,11 +28,12 @@ needs_root = pytest.mark.skipif(not ROOT, reason="needs root, to be other users"
 _HOLD = """
 import asyncio, os, sys
 from qmp_memlistener.errors import MemListenerError
-from qmp_memlistener.monitor import freeze, freeze_files
+from qmp_memlistener.monitor import freeze
+from qmp_memlistener.host import state
 from qmp_memlistener.host.processes import Process
 
 shm, pid, uid, umask = sys.argv[1], *map(int, sys.argv[2:5])
-freeze_files.SHM = shm
+state.SHM = shm
 os.umask(umask)
 if uid != os.geteuid():
     os.setgroups([])
@@ -131,7 +132,7 @@ def place(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A directory that all users may write, in the place of /dev/shm."""
     with tempfile.TemporaryDirectory() as name:
         os.chmod(name, 0o1777)
-        monkeypatch.setattr(freeze_files, "SHM", name)
+        monkeypatch.setattr(state, "SHM", name)
         yield Path(name)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import GuestFrozen, MissingPrerequisite
+from qmp_memlistener.host import state
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor import freeze, freeze_files
 from qmp_memlistener.monitor.cmdline import parse_command_line
@@ -278,7 +279,7 @@ async def test_cancelled_while_it_waits(shm: Path, key: FreezeKey) -> None:
 async def test_without_a_place_there_is_no_freeze(
     key: FreezeKey, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setattr(freeze_files, "SHM", str(tmp_path / "none"))
+    monkeypatch.setattr(state, "SHM", str(tmp_path / "none"))
     assert frozen_by(key) is None
     check_not_frozen(key)
     with pytest.raises(MissingPrerequisite, match="no place for the lock") as refused:

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import GuestFrozen
-from qmp_memlistener.monitor import freeze_files
+from qmp_memlistener.host import state
 from qmp_memlistener.monitor.freeze import (
     FreezeKey,
     check_not_frozen,
@@ -317,7 +317,7 @@ def nested(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """A place whose parent can be covered in a container."""
     shm = tmp_path / "parent" / "shm"
     shm.mkdir(parents=True)
-    monkeypatch.setattr(freeze_files, "SHM", str(shm))
+    monkeypatch.setattr(state, "SHM", str(shm))
     return shm
 
 

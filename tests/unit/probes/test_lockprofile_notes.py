@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
+from qmp_memlistener.host import state
 from qmp_memlistener.host.processes import Process
-from qmp_memlistener.monitor import private_dir
 from qmp_memlistener.probes.leftover_notes import LeftoverNote, find, note, stale
+from tests.support.own_state import SCRIPT, keep_state_in
 
 WHAT = "sync-profile"
 
 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setattr(private_dir, "SHM", str(tmp_path))
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
-    return Path(private_dir.private_directory())
+    keep_state_in(tmp_path, monkeypatch)
+    return Path(state.own_directory().path)
 
 
 @pytest.fixture
@@ -61,16 +61,16 @@ def test_a_note_of_the_dead_is_found_and_taken_over(place: Path, guest: Process)
     assert list(place.iterdir()) == []
 
 
-def test_the_kernel_tells_that_the_owner_was_killed(place: Path, guest: Process) -> None:
+@pytest.mark.usefixtures("place")
+def test_the_kernel_tells_that_the_owner_was_killed(guest: Process) -> None:
     code = (
-        "import os, signal, sys\n"
-        "from qmp_memlistener.monitor import private_dir\n"
+        f"{SCRIPT}\n"
+        "import signal, sys\n"
         "from qmp_memlistener.probes import leftover_notes as notes\n"
-        "private_dir.SHM = sys.argv[1]\n"
-        "assert notes.note(int(sys.argv[2]), int(sys.argv[3]), 'sync-profile')\n"
+        "assert notes.note(int(sys.argv[1]), int(sys.argv[2]), 'sync-profile')\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"
     )
-    arguments = [str(place.parent), str(guest.pid), str(guest.start_ticks)]
+    arguments = [str(guest.pid), str(guest.start_ticks)]
     ended = subprocess.run([sys.executable, "-c", code, *arguments], check=False, timeout=30)
     assert ended.returncode < 0
     assert [left.pid for left in find()] == [guest.pid]
@@ -92,6 +92,23 @@ def test_what_is_no_whole_note_of_this_boot_is_removed(place: Path, guest: Proce
         assert not path.exists()
 
 
+def test_a_note_in_another_directory_of_ours_is_found(place: Path, guest: Process) -> None:
+    """As after a run that found the name taken, or an earlier version."""
+    claim = note(guest.pid, guest.start_ticks, WHAT)
+    assert claim is not None
+    claim.close()
+    other = place.parent / f"{place.name}.0123456789abcdef"
+    place.rename(other)
+    place.mkdir()
+    (left,) = find()
+    assert left == stale(guest.pid, guest.start_ticks, WHAT)
+    again = note(guest.pid, guest.start_ticks, WHAT)
+    assert again is not None
+    assert again.path.startswith(f"{other}/")
+    again.remove()
+    assert find() == []
+
+
 def test_other_files_are_left_alone(place: Path, guest: Process) -> None:
     key = f"{guest.pid}-{guest.start_ticks}"
     names = [f"{key}.lock", f"{key}.live", "freeze", f"x-1.{WHAT}", f"1.{WHAT}", key]
@@ -105,7 +122,9 @@ def test_a_link_is_not_followed(place: Path, guest: Process, tmp_path: Path) -> 
     victim = tmp_path / "victim"
     victim.write_text("precious")
     os.symlink(victim, place / f"{guest.pid}-{guest.start_ticks}.{WHAT}")
-    with pytest.raises(OSError, match="symbolic"):
-        note(guest.pid, guest.start_ticks, WHAT)
     assert find() == []
+    claim = note(guest.pid, guest.start_ticks, WHAT)
+    assert claim is not None
+    assert not os.path.islink(claim.path)
+    claim.close()
     assert victim.read_text() == "precious"

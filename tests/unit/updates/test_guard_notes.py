@@ -9,18 +9,18 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qmp_memlistener.errors import MissingPrerequisite
+from qmp_memlistener.host import state
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor.freeze import FreezeKey, process_key
-from qmp_memlistener.updates import guard_notes
 from qmp_memlistener.updates.guard_notes import all_notes, new_note, take_notes
+from tests.support.own_state import keep_state_in
 
 
 @pytest.fixture(autouse=True)
 def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """In place of the user's own, which may hold real notes."""
-    monkeypatch.setattr(guard_notes, "private_directory", lambda **_: str(tmp_path))
-    return tmp_path
+    keep_state_in(tmp_path, monkeypatch)
+    return Path(state.own_directory().path)
 
 
 @pytest.fixture
@@ -105,12 +105,29 @@ def test_a_symbolic_link_is_not_followed(key: FreezeKey, directory: Path) -> Non
 def test_without_a_directory_there_is_no_note(
     key: FreezeKey, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def none(**_: object) -> str:
-        raise MissingPrerequisite("none")
-
-    monkeypatch.setattr(guard_notes, "private_directory", none)
+    keep_state_in(Path("/nowhere"), monkeypatch)
     assert new_note(key).path == ""
     assert take_notes(key) == all_notes() == []
+
+
+@pytest.mark.timeout(20)
+def test_odd_files_are_no_notes_and_do_not_make_us_wait(key: FreezeKey, directory: Path) -> None:
+    kept = write(key)
+    os.mkfifo(directory / f"{key.name}.resumed-fifo")
+    with (directory / f"{key.name}.resumed-huge").open("wb") as file:
+        file.truncate(40 << 30)
+    (directory / f"{key.name}.resumed-null").symlink_to("/dev/zero")
+    assert len(all_notes()) == 1
+    assert list(directory.iterdir()) == [kept]
+
+
+def test_notes_in_another_directory_of_ours_are_found(key: FreezeKey, directory: Path) -> None:
+    write(key)
+    directory.rename(f"{directory}.0123456789abcdef")
+    write(key)
+    assert len(all_notes()) == 2
+    assert len(take_notes(key)) == 2
+    assert all_notes() == []
 
 
 def test_each_note_has_a_name_of_its_own(key: FreezeKey) -> None:
