@@ -36,6 +36,9 @@ import time
 import weakref
 from collections.abc import Collection, Iterator
 from functools import partial
+from typing import TypeVar
+
+import msgspec
 
 from ..errors import MissingPrerequisite
 from . import files
@@ -43,12 +46,15 @@ from .locks import LONGEST, HeldFile, is_write_locked, set_lock, try_lock, write
 
 __all__ = [
     "StateDirectory",
+    "decoded",
     "directories",
     "directories_in",
     "directory_in",
     "directory_of",
     "own_directory",
 ]
+
+T = TypeVar("T")
 
 SHM = "/dev/shm"
 FALLBACK = "/tmp"
@@ -137,12 +143,16 @@ class StateDirectory:
             raise
         finally:
             os.close(handle)
-        try:
-            self._rename(f"{name}.new", name)
-        except IsADirectoryError:
-            self.remove(name)
-            self._rename(f"{name}.new", name)
+        self.rename(f"{name}.new", name)
         os.fsync(self.handle)
+
+    def rename(self, old: str, new: str) -> None:
+        """Another name for what is in it; what had that name is removed.  Raises OSError."""
+        try:
+            os.rename(old, new, src_dir_fd=self.handle, dst_dir_fd=self.handle)
+        except IsADirectoryError:
+            self.remove(new)
+            os.rename(old, new, src_dir_fd=self.handle, dst_dir_fd=self.handle)
 
     def remove(self, name: str) -> None:
         """Remove what has this name, with everything in it.  Nothing is said when that fails."""
@@ -164,18 +174,18 @@ class StateDirectory:
     def subdirectory(self, name: str, *, create: bool = True) -> StateDirectory | None:
         """A directory in it, for its owner alone; None, without `create`, when there is none.
 
-        Raises OSError when it cannot be made.
+        Raises OSError when it cannot be made or opened.
         """
         for _ in range(_ATTEMPTS):
             try:
                 handle = os.open(name, _OPEN_DIRECTORY, dir_fd=self.handle)
             except OSError as error:
+                if error.errno not in (errno.ENOENT, errno.ENOTDIR, errno.ELOOP):
+                    raise
                 if not create:
                     return None
-                if error.errno in (errno.ENOTDIR, errno.ELOOP):
+                if error.errno != errno.ENOENT:
                     self.remove(name)  # a file, or a link
-                elif error.errno != errno.ENOENT:
-                    raise
                 with contextlib.suppress(FileExistsError):
                     os.mkdir(name, 0o700, dir_fd=self.handle)
                 continue
@@ -267,9 +277,6 @@ class StateDirectory:
         os.fchmod(handle, mode)
         return handle
 
-    def _rename(self, old: str, new: str) -> None:
-        os.rename(old, new, src_dir_fd=self.handle, dst_dir_fd=self.handle)
-
     def _has_file(self, name: str) -> bool:
         try:
             os.close(self.open(name))
@@ -334,6 +341,14 @@ def directories(uid: int | None = None) -> list[StateDirectory]:
             os.close(handle)
     unique = {os.fstat(d.handle)[1:3]: d for d in reversed(found)}
     return list(reversed(unique.values()))
+
+
+def decoded(content: bytes | None, kind: type[T]) -> T | None:
+    """What a note says, JSON of this type; None for anything else."""
+    try:
+        return msgspec.json.decode(content or b"", type=kind)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
 
 
 def directory_of(name: str) -> StateDirectory | None:

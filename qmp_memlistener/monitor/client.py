@@ -88,6 +88,18 @@ class TimedClient(QMPClient):
             await self.disconnect()
             raise EOFError
 
+    async def hand_over(self, fd: int) -> None:
+        """Give QEMU a descriptor, for the command that follows; only over a UNIX socket.
+
+        Raises OSError, and QMPError where it cannot be.
+        """
+        if self._writer is None:
+            raise ConnectionError("not connected")
+        # It travels with a blank, which must not come between the bytes of a command.
+        while self._writer.transport.get_write_buffer_size():  # noqa: ASYNC110 (nobody tells)
+            await asyncio.sleep(0.001)
+        self.send_fd_scm(fd)
+
     async def run_commands(self, commands: Sequence[Mapping[str, object]]) -> list[RawReply]:
         """Send all in one write, wait for all replies, in the order of the commands.
 

@@ -67,10 +67,11 @@ class QemuVersion:
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """A command for `Monitor.pipeline`."""
+    """A command for `Monitor.pipeline`; `fd` is a descriptor that goes with it (`getfd`)."""
 
     name: str
     arguments: Mapping[str, object] | None = None
+    fd: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -264,6 +265,8 @@ class Monitor:
         ]
         try:
             async with asyncio.timeout(deadline):
+                for fd in (c.fd for c in commands if c.fd is not None):
+                    await self._client.hand_over(fd)
                 raw = await self._client.run_commands(messages)
         except TimeoutError:
             raise self._too_slow(commands, deadline or 0) from None

@@ -16,7 +16,7 @@ import msgspec
 
 from ..host import state
 from ..host.files import open_in_root
-from ..host.locks import is_write_locked, set_lock
+from ..host.locks import LONGEST, is_write_locked, set_lock
 from ..host.processes import Process
 from ..host.state import StateDirectory
 
@@ -135,8 +135,8 @@ def _look_into(directory: StateDirectory, name: str) -> Iterator[Found]:
 
 def _content(handle: int) -> Content | None:
     try:
-        return msgspec.json.decode(os.pread(handle, 1 << 16, 0), type=Content)
-    except (msgspec.DecodeError, OSError):
+        return state.decoded(os.pread(handle, LONGEST, 0), Content)
+    except OSError:
         return None
 
 

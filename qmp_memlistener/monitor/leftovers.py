@@ -46,7 +46,7 @@ def find_leftovers() -> list[Leftover]:
         what = f"trace events {', '.join(on)} are on in QEMU (pid {guest.pid})"
         if note.in_place is None:
             what += f", and its log goes to {note.path}"
-        found.append(Leftover(guest, what, place.directory))
+        found.append(Leftover(guest, what, place.path))
     return found
 
 

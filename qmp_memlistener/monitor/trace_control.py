@@ -18,7 +18,6 @@ back; after a crash the next `start_tracing` or `restore_stale` does.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -27,6 +26,7 @@ from typing import Self
 import msgspec
 
 from ..errors import TargetError, TargetUnreachable
+from ..host.files import stat_foreign
 from .connection import Monitor
 from .discovery import Guest, find_guest
 from .siblings import find_owner
@@ -305,4 +305,4 @@ async def _died(guest: Guest) -> bool:
 
 
 def _size(path: str) -> int:
-    return os.stat(path).st_size
+    return stat_foreign(path, follow=True).st_size

@@ -33,14 +33,15 @@ _REMEDIES = {
     TraceReason.NOT_LOGGED: "use a QEMU whose trace backend is log (this one may have dtrace "
     "only, or be an 8.0 or 8.1, which cannot leave stderr); uprobes work without it",
     TraceReason.LOG_REFUSED: "run as the user that QEMU runs as; SELinux or AppArmor may forbid "
-    "QEMU to write to /dev/shm",
+    "QEMU to write to our file; a QEMU with -chroot needs /dev/fd in there",
     TraceReason.LOG_UNREADABLE: "run as root or as the user that may read QEMU's log",
     TraceReason.LOG_SHARED: "give QEMU a log of its own (-D FILE) that nobody else writes to",
     TraceReason.LOG_OF_GUEST: "give QEMU a log of its own (-D FILE), and keep its standard output "
     "and the guest's consoles out of it",
     TraceReason.LOG_PER_THREAD: "start QEMU without -d tid",
     TraceReason.LOG_NOT_RESTORABLE: "start QEMU with -D FILE; that file is then read in place",
-    TraceReason.NO_PLACE: "make /dev/shm or $XDG_RUNTIME_DIR writable for this user",
+    TraceReason.NO_PLACE: "make /dev/shm writable for this user; a QEMU of another user or in "
+    "another container needs a monitor on a UNIX socket (-qmp unix:PATH) and an agent run by root",
     TraceReason.OTHER_AGENT: "end the other agent, or run as its user: then both share the log",
 }
 

@@ -18,10 +18,9 @@ from __future__ import annotations
 
 import os
 import stat
-import struct
-from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..host.files import NotRegular, open_foreign, stat_foreign
 from ..host.processes import FileDescriptor, Process, path_seen_by
 from .cmdline import CommandLine
 from .trace_errors import TraceReason, TraceUnavailable
@@ -29,7 +28,6 @@ from .trace_errors import TraceReason, TraceUnavailable
 __all__ = [
     "LogFile",
     "RestoreTarget",
-    "allow_user",
     "find_log_files",
     "restore_target",
 ]
@@ -46,7 +44,7 @@ class LogFile:
 
     def size(self) -> int:
         """Bytes now.  Raises OSError."""
-        return os.stat(self.path).st_size
+        return stat_foreign(self.path, follow=True).st_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,14 +79,18 @@ def find_log_files(process: Process, command_line: CommandLine) -> list[LogFile]
     if command_line.log_file is None:
         return []
     path = path_seen_by(process, command_line.log_file.replace("%d", str(process.pid)))
-    if path is None or not os.access(path, os.R_OK):
+    try:
+        if path is None:
+            raise PermissionError
+        os.close(open_foreign(path, follow=True))
+        status = stat_foreign(path, follow=True)
+    except NotRegular:
+        return []
+    except OSError as error:
         raise TraceUnavailable(
             TraceReason.LOG_UNREADABLE,
             f"QEMU (pid {process.pid}) logs to {command_line.log_file}, which we may not read",
-        )
-    status = os.stat(path)
-    if not stat.S_ISREG(status.st_mode):
-        return []
+        ) from error
     return [LogFile(path, command_line.log_file, status.st_dev, status.st_ino)]
 
 
@@ -133,23 +135,3 @@ def _may_write(process: Process, f: FileDescriptor) -> bool:
     if f.gid == process.gid or f.gid in process.groups:
         return bool(f.mode & stat.S_IWGRP)
     return bool(f.mode & stat.S_IWOTH)
-
-
-# POSIX ACL extended attribute, version 2 (include/uapi/linux/posix_acl{,_xattr}.h).
-_ACL_NAME = "system.posix_acl_access"
-_USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
-_NO_ID = 0xFFFFFFFF
-
-
-def allow_user(path: str, uid: int, permissions: int) -> None:
-    """Let one more user in, by ACL: `permissions` as in one octal digit.  Raises OSError."""
-    mode = os.stat(path).st_mode
-    entries: Sequence[tuple[int, int, int]] = (
-        (_USER_OBJ, mode >> 6 & 7, _NO_ID),
-        (_USER, permissions, uid),
-        (_GROUP_OBJ, mode >> 3 & 7, _NO_ID),
-        (_MASK, permissions | mode >> 3 & 7, _NO_ID),
-        (_OTHER, mode & 7, _NO_ID),
-    )
-    value = struct.pack("<I", 2) + b"".join(struct.pack("<HHI", *entry) for entry in entries)
-    os.setxattr(path, _ACL_NAME, value)

@@ -1,14 +1,13 @@
 """What agents leave on disk about a guest they trace, so that nothing stays changed for good.
 
-One *place* per user and QEMU process, in the user's private directory (`private_dir`):
+One *place* per user and QEMU process, in the user's own directory (`host.state`):
 
-    /dev/shm/qmp-memlistener-UID/
-        PID-START.lock                   held while an agent starts or ends tracing
-        PID-START.live                   held (shared) by every agent that traces this QEMU
-        PID-START/                       0700, plus QEMU's user where that is another one
-            note.json                    how things were before the first change
-            agent-N.json, agent-N.pos    one lease per agent: its events; how far it has read
-            trace.log                    where QEMU's log goes meanwhile
+    PID-START.lock                   held while an agent starts or ends tracing
+    PID-START.live                   attended by every agent that traces this QEMU
+    PID-START/                       0700
+        note.json                    how things were before the first change
+        agent-N.json, agent-N.pos    one lease per agent: its events; how far it has read
+        trace.log                    where QEMU's log goes meanwhile
 
 The note is written and flushed before anything is changed.  A lease that can be locked belongs to
 a dead agent.
@@ -17,10 +16,8 @@ a dead agent.
 from __future__ import annotations
 
 import asyncio
-import contextlib
-import fcntl
 import os
-import shutil
+import re
 import struct
 import time
 from collections.abc import AsyncIterator, Iterable
@@ -29,14 +26,18 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from ..errors import DeadlineExceeded, MissingPrerequisite
-from ..host.processes import Process, boot_id
-from .private_dir import HeldFile, private_directory, shm_directory, try_lock
+from ..host.locks import try_lock, write_all
+from ..host.processes import Process, boot_id, is_key, process_of
+from ..host.state import StateDirectory, decoded, directories, directory_of, own_directory
 from .trace_errors import TraceReason, TraceUnavailable
 
 __all__ = ["Lease", "LogChange", "Note", "Place", "sweep"]
 
 _LOCK_POLL = 0.02
 _SCHEMA = 1
+_NOTE, _LOG = "note.json", "trace.log"
+_LEASE = re.compile(r"agent-([0-9]{1,9})\.json")
+_POSITION = struct.Struct("<Q")
 
 
 class LogChange(msgspec.Struct, frozen=True):
@@ -80,27 +81,26 @@ class _LeaseDocument(msgspec.Struct, frozen=True):
 
 
 class Lease:
-    """One agent's claim on a place; alive while `handle` is open."""
+    """One agent's claim on a place; alive while its files are open."""
 
-    def __init__(self, path: str, handle: int, live: int) -> None:
-        self.path = path
-        self._handle = handle
-        self._live = live
+    def __init__(self, directory: StateDirectory, name: str, handles: tuple[int, ...]) -> None:
+        self.name = name
+        self._directory = directory
+        self._position = handles[0]
+        self._handles = handles
 
     def set_position(self, offset: int) -> None:
         """How far this agent has read the log: bytes before it are no longer needed."""
-        with open(_position_path(self.path), "wb") as f:
-            f.write(struct.pack("<Q", offset))
+        if self._handles:
+            os.pwrite(self._position, _POSITION.pack(offset), 0)
 
     def release(self) -> None:
         """Idempotent."""
-        for path in (self.path, _position_path(self.path)):
-            with contextlib.suppress(FileNotFoundError):
-                os.unlink(path)
-        for handle in (self._handle, self._live):
-            if handle >= 0:
-                os.close(handle)
-        self._handle = self._live = -1
+        handles, self._handles = self._handles, ()
+        if handles:
+            _remove_lease(self._directory, self.name)
+        for handle in handles:
+            os.close(handle)
 
 
 class Place:
@@ -110,21 +110,26 @@ class Place:
         """Raises TraceUnavailable when there is no safe directory, or when another user's agent
         is at work on this QEMU."""
         self.process = process
-        self.key = f"{process.pid}-{process.start_ticks}"
+        self.key = process.key
         self._check_others()
-        self.base = _base()
-        self.directory = os.path.join(self.base, self.key)
+        # where an earlier run was, as long as something of it is there
+        there = directory_of(self.key) or directory_of(f"{self.key}.lock")
+        self._base = _own_directory() if there is None else there
+
+    @property
+    def path(self) -> str:
+        """The directory about this process, for people."""
+        return f"{self._base.path}/{self.key}"
 
     @property
     def log_path(self) -> str:
-        return os.path.join(self.directory, "trace.log")
+        return f"{self.path}/{_LOG}"
 
     @asynccontextmanager
     async def locked(self, deadline: float) -> AsyncIterator[None]:
         """Alone in this place.  Raises DeadlineExceeded."""
-        path = os.path.join(self.base, f"{self.key}.lock")
         until = time.monotonic() + deadline
-        while (held := HeldFile.hold(path)) is None:
+        while (held := self._base.hold(f"{self.key}.lock")) is None:
             if time.monotonic() > until:
                 raise DeadlineExceeded(
                     f"another agent has been busy with pid {self.process.pid} for {deadline:g} s"
@@ -134,20 +139,21 @@ class Place:
             try:
                 yield
             finally:
-                self._drop_lock_file(held)
-
-    def _drop_lock_file(self, held: HeldFile) -> None:
-        if not os.path.isdir(self.directory):
-            held.remove()
+                if not self._base.has(self.key):
+                    held.remove()
 
     def read_note(self) -> Note | None:
         """The note about this very process, or None.  An unreadable one is no note: it is
         written with an atomic rename, so it was not ours.  Raises TraceUnavailable for a note
-        of a later version."""
+        of a later version, and for one that cannot be read."""
         try:
-            with open(os.path.join(self.directory, "note.json"), "rb") as f:
-                note = msgspec.json.decode(f.read(), type=Note)
-        except (OSError, msgspec.DecodeError):
+            directory = self._base.subdirectory(self.key, create=False)
+            note = None if directory is None else decoded(directory.read(_NOTE), Note)
+        except OSError as exc:
+            raise TraceUnavailable(
+                TraceReason.NO_PLACE, f"the note in {self.path} cannot be read: {exc.strerror}"
+            ) from exc
+        if note is None:
             return None
         if note.schema != _SCHEMA:
             raise TraceUnavailable(
@@ -158,101 +164,86 @@ class Place:
 
     def write_note(self, note: Note) -> None:
         """Flushed to the file system when it returns."""
-        os.makedirs(self.directory, mode=0o700, exist_ok=True)
-        path = os.path.join(self.directory, "note.json")
-        handle = os.open(f"{path}.new", os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
-        try:
-            os.write(handle, msgspec.json.format(msgspec.json.encode(note), indent=1))
-            os.fsync(handle)
-        finally:
-            os.close(handle)
-        os.rename(f"{path}.new", path)
-        directory = os.open(self.directory, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
-            os.fsync(directory)
-        finally:
-            os.close(directory)
+        text = msgspec.json.format(msgspec.json.encode(note), indent=1)
+        self._directory().write(_NOTE, text)
 
     def new_note(self, events: dict[str, bool]) -> Note:
         return Note(_SCHEMA, boot_id(), self.process.pid, self.process.start_ticks, events)
 
     def claim(self, events: Iterable[str], offset: int) -> Lease:
         """A lease of our own.  Call with the place locked."""
-        os.makedirs(self.directory, mode=0o700, exist_ok=True)
-        number = 1 + max((_lease_number(p) for p in self._lease_paths()), default=0)
-        path = os.path.join(self.directory, f"agent-{number}.json")
-        handle = os.open(f"{path}.new", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        live = os.open(
-            os.path.join(self.base, f"{self.key}.live"),
-            os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW,
-            0o644,
-        )
-        try_lock(handle)
-        try_lock(live, fcntl.LOCK_SH)
-        os.write(handle, msgspec.json.encode(_LeaseDocument(os.getpid(), sorted(events))))
-        lease = Lease(path, handle, live)
-        lease.set_position(offset)
-        # Locked before it can be seen: whoever finds it unlocked may take it for a dead one's.
-        os.rename(f"{path}.new", path)
+        directory = self._directory()
+        number = 1 + max((_lease_number(n) for n in _leases(directory)), default=0)
+        name = f"agent-{number}.json"
+        handle = directory.create(f"{name}.new")
+        handles = [handle]
+        try:
+            handles.insert(0, directory.create(_position_of(name)))
+            handles.append(self._base.attend(f"{self.key}.live"))
+            # Locked before it can be seen: whoever finds it unlocked may take it for a dead one's.
+            try_lock(handle)
+            write_all(handle, msgspec.json.encode(_LeaseDocument(os.getpid(), sorted(events))))
+            lease = Lease(directory, name, tuple(handles))
+            lease.set_position(offset)
+            directory.rename(f"{name}.new", name)
+        except BaseException:
+            for opened in handles:
+                os.close(opened)
+            raise
         return lease
+
+    def create_log(self) -> int:
+        """An empty file for QEMU's log, open for reading and writing.  Raises OSError."""
+        return self._directory().create(_LOG)
+
+    def remove_log(self) -> None:
+        directory = self._base.subdirectory(self.key, create=False)
+        if directory is not None:
+            directory.remove(_LOG)
 
     def live_events(self, but: Lease | None = None) -> list[set[str]]:
         """The events of each agent that is alive, `but` left out.  Dead leases are removed."""
+        directory = self._base.subdirectory(self.key, create=False)
+        if directory is None:
+            return []
         found = []
-        for path in self._lease_paths():
-            if but is not None and path == but.path:
+        for name in _leases(directory):
+            if but is not None and name == but.name:
                 continue
-            document = _read_live(path)
+            document = _read_live(directory, name)
             if document is None:
-                for dead in (path, _position_path(path)):
-                    with contextlib.suppress(FileNotFoundError):
-                        os.unlink(dead)
+                _remove_lease(directory, name)
             else:
                 found.append(set(document.events))
         return found
 
     def lowest_position(self, own: int) -> int:
         """Up to where every agent has read the log."""
+        directory = self._base.subdirectory(self.key, create=False)
+        if directory is None:
+            return own
         lowest = own
-        for path in self._lease_paths():
-            with contextlib.suppress(OSError, struct.error), open(_position_path(path), "rb") as f:
-                lowest = min(lowest, struct.unpack("<Q", f.read())[0])
+        for name in _leases(directory):
+            position = directory.read(_position_of(name)) or b""
+            if len(position) == _POSITION.size:
+                lowest = min(lowest, _POSITION.unpack(position)[0])
         return lowest
 
     def clear(self) -> None:
         """Nothing is left to restore: remove note, log and directory.  Call it locked."""
-        shutil.rmtree(self.directory, ignore_errors=True)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(os.path.join(self.base, f"{self.key}.live"))
+        self._base.remove(self.key)
+        self._base.remove(f"{self.key}.live")
 
-    def _lease_paths(self) -> list[str]:
-        try:
-            names = sorted(os.listdir(self.directory))
-        except FileNotFoundError:
-            return []
-        return [
-            os.path.join(self.directory, n)
-            for n in names
-            if n.startswith("agent-") and n.endswith(".json")
-        ]
+    def _directory(self) -> StateDirectory:
+        """Raises OSError."""
+        directory = self._base.subdirectory(self.key)
+        assert directory is not None
+        return directory
 
     def _check_others(self) -> None:
         """Root's agent and that of QEMU's user cannot share notes with ours: one at a time."""
         for uid in {0, self.process.uid} - {os.geteuid()}:
-            base = shm_directory(uid)
-            try:
-                if os.lstat(base).st_uid != uid:
-                    continue
-                handle = os.open(
-                    f"{base}/{self.key}.live", os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW
-                )
-            except OSError:
-                continue
-            try:
-                alive = not try_lock(handle)
-            finally:
-                os.close(handle)
-            if alive:
+            if any(d.is_attended(f"{self.key}.live") for d in directories(uid)):
                 raise TraceUnavailable(
                     TraceReason.OTHER_AGENT,
                     f"an agent of user id {uid} already traces QEMU (pid {self.process.pid})",
@@ -260,54 +251,51 @@ class Place:
 
 
 def sweep() -> int:
-    """Remove what was left about QEMU processes that are gone; returns how many."""
-    try:
-        base = _base(create=False)
-        names = os.listdir(base)
-    except (OSError, TraceUnavailable):
-        return 0
-    removed = 0
-    for key in {n.partition(".")[0] for n in names}:
-        pid, _, start = key.partition("-")
-        if not (pid.isdigit() and start.isdigit()):
-            continue
-        process = Process.read(int(pid))
-        if process is not None and process.start_ticks == int(start):
-            continue
-        shutil.rmtree(os.path.join(base, key), ignore_errors=True)
-        for suffix in ("lock", "live"):
-            with contextlib.suppress(OSError):
-                os.unlink(os.path.join(base, f"{key}.{suffix}"))
-        removed += 1
-    return removed
+    """Remove what was left about QEMU processes that are gone; returns of how many."""
+    removed = set()
+    for directory in directories():
+        for name in directory.names():
+            key, _, suffix = name.partition(".")
+            if suffix in ("", "lock", "live") and is_key(key) and process_of(key) is None:
+                directory.remove(name)
+                removed.add(key)
+    return len(removed)
 
 
-def _base(*, create: bool = True) -> str:
+def _own_directory() -> StateDirectory:
     try:
-        return private_directory(create=create)
+        return own_directory()
     except MissingPrerequisite as exc:
         raise TraceUnavailable(TraceReason.NO_PLACE, exc.message) from exc
 
 
-def _position_path(lease: str) -> str:
+def _leases(directory: StateDirectory) -> list[str]:
+    return [n for n in directory.names() if _LEASE.fullmatch(n)]
+
+
+def _lease_number(name: str) -> int:
+    match = _LEASE.fullmatch(name)
+    return int(match[1]) if match is not None else 0
+
+
+def _position_of(lease: str) -> str:
     return lease.removesuffix(".json") + ".pos"
 
 
-def _lease_number(path: str) -> int:
-    digits = os.path.basename(path).removeprefix("agent-").removesuffix(".json")
-    return int(digits) if digits.isdigit() else 0
+def _remove_lease(directory: StateDirectory, name: str) -> None:
+    directory.remove(name)
+    directory.remove(_position_of(name))
 
 
-def _read_live(path: str) -> _LeaseDocument | None:
+def _read_live(directory: StateDirectory, name: str) -> _LeaseDocument | None:
+    """What a lease says; None for a dead agent's, and for what is none."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        handle = directory.open(name)
     except OSError:
         return None
     try:
         if try_lock(handle):
             return None
-        return msgspec.json.decode(os.read(handle, 1 << 20), type=_LeaseDocument)
-    except msgspec.DecodeError:
-        return None
+        return decoded(directory.read(name), _LeaseDocument)
     finally:
         os.close(handle)

@@ -14,17 +14,17 @@ from dataclasses import dataclass
 import msgspec
 
 from ..errors import CommandFailed
-from ..host.processes import Process
+from ..host.files import open_foreign, pieces
 from .connection import Command, Monitor
 from .discovery import Guest
 from .hmp import hmp
 from .log_writers import check_writers
 from .trace_errors import TraceReason, TraceUnavailable
+from .trace_lending import open_to_qemu, remove_foreign_log
 from .trace_lines import new_marker
 from .trace_log import (
     LogFile,
     RestoreTarget,
-    allow_user,
     find_log_files,
     restore_target,
 )
@@ -96,11 +96,15 @@ def is_logged(path: str, start: int, number: int) -> bool:
     """The marker's line stands in the file behind `start`."""
     wanted = b"cmdline: print %#x\n" % number
     try:
-        with open(path, "rb") as f:
-            f.seek(start)
-            return wanted in f.read(_SEARCHED)
+        handle = open_foreign(path, follow=True)
     except OSError:
         return False
+    try:
+        return wanted in b"".join(pieces(handle, _SEARCHED, start))
+    except OSError:
+        return False
+    finally:
+        os.close(handle)
 
 
 async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) -> Note:
@@ -193,50 +197,33 @@ async def _refuse_if_log_in_use(
 async def _redirect(
     monitor: Monitor, guest: Guest, place: Place, note: Note, target: RestoreTarget
 ) -> Note:
-    ours, theirs = _create_log(guest.process, place)
-    change = LogChange(ours, target.path, target.faithful, target.why)
-    note = msgspec.structs.replace(note, log=change)
-    place.write_note(note)
     try:
-        await hmp(monitor, "logfile", theirs, quiet=True)
+        handle = place.create_log()
+    except OSError as error:
+        raise TraceUnavailable(
+            TraceReason.NO_PLACE, f"no log file can be made in {place.path}: {error.strerror}"
+        ) from error
+    try:
+        change = LogChange(place.log_path, target.path, target.faithful, target.why)
+        note = msgspec.structs.replace(note, log=change)
+        place.write_note(note)
+        async with open_to_qemu(monitor, guest.process, place.log_path, handle) as theirs:
+            await hmp(monitor, "logfile", theirs, quiet=True)
     except CommandFailed as error:
         raise TraceUnavailable(
             TraceReason.LOG_REFUSED, f"QEMU (pid {guest.pid}) cannot open a log: {error.desc}"
         ) from error
+    finally:
+        os.close(handle)
     # Only now: its line about `logfile` would have gone to the log as it was.
     await set_events(monitor, [MARKER_EVENT], True)
     number = await send_marker(monitor)
-    if not is_logged(ours, 0, number):
+    if not is_logged(place.log_path, 0, number):
         raise TraceUnavailable(
             TraceReason.NOT_LOGGED,
             f"trace events of QEMU {monitor.version} (pid {guest.pid}) do not reach its log",
         )
     return note
-
-
-def _create_log(process: Process, place: Place) -> tuple[str, str]:
-    """An empty file that we and QEMU can open: its path for us, and for QEMU."""
-    try:
-        if process.shares_root():
-            ours = theirs = place.log_path
-            if process.uid not in (0, os.geteuid()):
-                allow_user(place.directory, process.uid, 0o1)
-        else:
-            # Another mount namespace or a chroot: in its own /dev/shm.
-            theirs = f"/dev/shm/qmp-memlistener-{os.geteuid()}-{place.key}.log"
-            ours = f"/proc/{process.pid}/root{theirs}"
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(ours)
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        os.close(os.open(ours, flags, 0o600))
-        if process.uid not in (0, os.geteuid()):
-            allow_user(ours, process.uid, 0o6)
-    except OSError as error:
-        raise TraceUnavailable(
-            TraceReason.NO_PLACE,
-            f"no log file that we and QEMU (pid {process.pid}) can both reach: {error}",
-        ) from error
-    return ours, theirs
 
 
 async def undo(monitor: Monitor, place: Place, guest: Guest, note: Note) -> Restored:
@@ -250,8 +237,7 @@ async def undo(monitor: Monitor, place: Place, guest: Guest, note: Note) -> Rest
     where: str | None = None
     if note.log is not None:
         where = await _restore_log(monitor, guest, note.log, remarks)
-        with contextlib.suppress(OSError):
-            os.unlink(note.log.path)
+        remove_foreign_log(guest.process, note.log.path)
     place.clear()
     return Restored(tuple(n for n in disabled if n not in refused), where, tuple(remarks))
 

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
+from ..host.files import open_foreign
 from .trace_lines import TraceDecoder
 from .trace_records import TraceRecord
 
@@ -93,7 +94,7 @@ class TraceTail:
     async def __aenter__(self) -> Self:
         """Open the file and begin to read.  Raises OSError."""
         flags = os.O_RDWR if self._release is not None else os.O_RDONLY
-        self._fd = os.open(self._path, flags | os.O_CLOEXEC)
+        self._fd = open_foreign(self._path, flags, follow=True)
         self._drained_ns = time.monotonic_ns()
         self._watch()
         self._changed.set()

@@ -13,7 +13,7 @@ import msgspec
 
 from ..host.locks import HeldFile
 from ..host.processes import boot_id, is_key, process_of
-from ..host.state import StateDirectory, directories, directory_of, own_directory
+from ..host.state import StateDirectory, decoded, directories, directory_of, own_directory
 from ..monitor import Monitor, hmp
 
 __all__ = ["LeftoverNote", "WHAT", "find", "note", "restore", "stale"]
@@ -124,8 +124,5 @@ async def restore(monitor: Monitor, left: LeftoverNote) -> bool:
 
 def _is_ours(content: bytes) -> bool:
     """A whole note of this boot.  One that was cut off was never acted upon."""
-    try:
-        document = msgspec.json.decode(content, type=_Document)
-    except msgspec.DecodeError:
-        return False
-    return document.schema == _SCHEMA and document.boot == boot_id()
+    document = decoded(content, _Document)
+    return document is not None and document.schema == _SCHEMA and document.boot == boot_id()

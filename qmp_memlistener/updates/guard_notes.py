@@ -17,7 +17,7 @@ import msgspec
 
 from ..errors import MissingPrerequisite
 from ..host.processes import Process, boot_id
-from ..host.state import StateDirectory, directories, own_directory
+from ..host.state import StateDirectory, decoded, directories, own_directory
 from ..monitor.freeze import FreezeKey
 
 __all__ = ["GuardNote", "NoteForm", "all_notes", "new_note", "take_notes"]
@@ -124,11 +124,8 @@ def _notes() -> Iterator[tuple[StateDirectory, str, GuardNote]]:
 
 
 def _read(directory: StateDirectory, name: str) -> GuardNote | None:
-    try:
-        note = msgspec.json.decode(directory.read(name) or b"", type=GuardNote)
-    except msgspec.DecodeError:
-        return None
-    if note.schema != _SCHEMA or note.boot != boot_id():
+    note = decoded(directory.read(name), GuardNote)
+    if note is None or note.schema != _SCHEMA or note.boot != boot_id():
         return None
     if note.pid is not None:
         process = Process.read(note.pid)

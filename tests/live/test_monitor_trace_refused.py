@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-import pwd
-import shutil
-from contextlib import AsyncExitStack
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor import (
     Monitor,
     TraceReason,
@@ -21,11 +19,10 @@ from qmp_memlistener.monitor import (
     trace_control,
     trace_setup,
 )
-from qmp_memlistener.monitor.trace_notes import Place
-from tests.support.bare_qemu import NEW_MOUNTS, can_unshare, running
+from tests.support.bare_qemu import running
 from tests.support.leftovers import left_behind
 from tests.support.live import NO_QEMU, QEMUS, builds
-from tests.support.tracing import check_traced, read_all, states, writing
+from tests.support.tracing import read_all, states, writing
 
 pytestmark = [
     pytest.mark.qemu,
@@ -50,12 +47,12 @@ async def test_a_log_that_qemu_does_not_write_to(
     reason: TraceReason,
 ) -> None:
     """As with a QEMU that may not open our file, or whose trace backend is not the log."""
-    create = trace_setup._create_log
 
-    def other_place(process: Process, place: Place) -> tuple[str, str]:
-        return create(process, place)[0], theirs
+    @asynccontextmanager
+    async def other_place(*_: object) -> AsyncIterator[str]:
+        yield theirs
 
-    monkeypatch.setattr(trace_setup, "_create_log", other_place)
+    monkeypatch.setattr(trace_setup, "open_to_qemu", other_place)
     reader, writer = os.pipe()
     async with running(build, tmp_path, stderr=writer) as qemu:
         os.close(writer)
@@ -114,52 +111,6 @@ async def test_a_guest_whose_process_is_not_visible(
             await start_tracing(monitor)
         assert refused.value.reason is TraceReason.NO_PROCESS
         assert await restore_stale(monitor) is None
-
-
-@pytest.mark.asyncio
-async def test_qemu_in_another_mount_namespace(tmp_path: Path) -> None:
-    if not can_unshare():
-        pytest.skip("unshare(1) may not create a mount namespace here: needs root")
-    script = 'mount -t tmpfs none /dev/shm && exec "$@"'
-    prefix = (*NEW_MOUNTS, "sh", "-c", script, "sh")
-    async with (
-        running(QEMUS[0], tmp_path, prefix=prefix) as qemu,
-        await Monitor.connect(qemu.a) as monitor,
-    ):
-        before = await states(monitor)
-        async with await start_tracing(monitor) as session:
-            assert session.path.startswith(f"/proc/{qemu.pid}/root/dev/shm/")
-            await check_traced(qemu, session, "tcg")
-        assert await states(monitor) == before
-        assert os.listdir(f"/proc/{qemu.pid}/root/dev/shm") == []
-        assert left_behind(qemu.pid) == []
-
-
-@pytest.mark.asyncio
-async def test_qemu_of_another_user() -> None:
-    if os.geteuid() != 0 or shutil.which("setpriv") is None:
-        pytest.skip("needs root and setpriv(1) to start QEMU as another user")
-    nobody = pwd.getpwnam("nobody")
-    prefix = ("setpriv", f"--reuid={nobody.pw_uid}", f"--regid={nobody.pw_gid}", "--clear-groups")
-    directory = Path("/dev/shm") / f"test-monitor-{os.getpid()}"
-    directory.mkdir()
-    try:
-        os.chown(directory, nobody.pw_uid, nobody.pw_gid)
-        async with (
-            running(QEMUS[0], directory, prefix=prefix) as qemu,
-            await Monitor.connect(qemu.a) as monitor,
-        ):
-            before = await states(monitor)
-            async with await start_tracing(monitor) as session:
-                await check_traced(qemu, session, "tcg")
-                # Only that user beside us.
-                acl = os.getxattr(session.path, "system.posix_acl_access")
-                assert nobody.pw_uid.to_bytes(4, "little") in acl
-                assert os.stat(session.path).st_mode & 0o007 == 0
-            assert await states(monitor) == before
-            assert left_behind(qemu.pid) == []
-    finally:
-        shutil.rmtree(directory)
 
 
 @pytest.mark.asyncio

@@ -141,11 +141,15 @@ def value_of(kind: object, depth: int = 0) -> st.SearchStrategy[Any]:
     raise AssertionError(f"a field of type {kind!r}")
 
 
+def later(kind: object, depth: int) -> st.SearchStrategy[Any]:
+    return st.deferred(lambda: value_of(kind, depth))
+
+
 def struct_of(kind: type[msgspec.Struct], depth: int = 0) -> st.SearchStrategy[Any]:
     hints = typing.get_type_hints(kind)
     fields = {
         f.name: st.none() if depth > 4 and type(None) in typing.get_args(hints[f.name])
-        else st.deferred(lambda hint=hints[f.name]: value_of(hint, depth))
+        else later(hints[f.name], depth)
         for f in msgspec.structs.fields(kind)
     }  # fmt: skip
     return st.builds(kind, **fields)
