@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import OperationFailed
-from .common import duration, json_option, run_async
+from .common import duration, json_option, run_async, say
 from .follow import FollowOptions, follow, follow_options
 from .watch_mirror import MirrorOptions, mirror_options
 
@@ -55,7 +55,7 @@ def command(
     seen = run_async(follow(target, options, as_json=as_json, limits=limits, mirror=mirror))
     if seen.possible_violations:
         possible = seen.possible_violations
-        click.echo(
+        say(
             f"{possible} possible violation{'s' if possible > 1 else ''}: how long those stalls "
             "were is not known well enough to tell",
             err=True,
