@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shutil
@@ -14,11 +15,13 @@ import msgspec
 import rich_click as click
 
 from ..errors import InputError, MemListenerError
+from .signals import Interrupted, signals
 
 if TYPE_CHECKING:
     from rich.console import Console
 
 __all__ = [
+    "READER_GONE",
     "Interrupted",
     "console",
     "duration",
@@ -38,9 +41,8 @@ __all__ = [
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
 
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM ended the verb before it was done."""
+READER_GONE = (errno.EPIPE, errno.EIO)
+"""Writing fails so when the pipe's other end or the terminal is closed."""
 
 
 def json_option(function: F) -> F:
@@ -75,9 +77,14 @@ def say(*lines: str, err: bool = False) -> None:
     """Print lines, each on a line of its own whatever is in it; an empty line when there is none.
 
     This, `print_table`, `print_error` and `print_json` are all that writes to the user's terminal.
+    That nobody reads stderr any more is no reason to end.
     """
     for line in lines or ("",):
-        click.echo(printable(line), err=err)
+        try:
+            click.echo(printable(line), err=err)
+        except OSError:
+            if not err:
+                raise
 
 
 def print_json(document: object) -> None:
@@ -148,38 +155,53 @@ def read_text(path: str) -> str:
 
 
 def run_async(
-    main: Coroutine[object, object, T], *, signalled: Callable[[], bool] = lambda: False
+    main: Coroutine[object, object, T],
+    *,
+    signalled: Callable[[], bool] = lambda: False,
+    cancels: int = 1,
 ) -> T:
-    """Run to the end; SIGINT and SIGTERM cancel `main`, which cleans up, and raise Interrupted.
+    """Run to the end; a signal cancels `main`, which cleans up, and raises Interrupted.
 
-    Unless `signalled`, which is asked first, says that it has seen to it.
+    Unless `signalled`, which is asked first, says that it has seen to it.  Only the first `cancels`
+    signals cancel; one more ends the process at once.
     """
 
     import asyncio
-    import signal
 
-    async def supervised() -> T:
-        loop = asyncio.get_running_loop()
-        task = asyncio.ensure_future(main)
-        hit = False
+    loop: asyncio.AbstractEventLoop | None = None
+    task: asyncio.Future[T] | None = None
+    asked = done = 0
 
-        def stop() -> None:
-            nonlocal hit
-            if signalled():
-                return
-            hit = True
+    def end() -> bool:
+        nonlocal asked
+        asked += 1
+        if done == cancels or asked > cancels + 1:
+            return False
+        if loop is not None and not loop.is_closed():
+            loop.call_soon_threadsafe(stop)
+        return True
+
+    def stop() -> None:
+        nonlocal done
+        if task is not None and not signalled():
+            done += 1
             task.cancel()
 
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(sig, stop)
+    async def supervised() -> T:
+        nonlocal loop, task
+        loop = asyncio.get_running_loop()
+        task = asyncio.ensure_future(main)
+        if asked:  # before there was a loop
+            stop()
         try:
             return await task
         except asyncio.CancelledError:
-            if hit:
+            if done:
                 raise Interrupted from None
             raise
 
-    return asyncio.run(supervised())
+    with signals.asking(end):
+        return asyncio.run(supervised())
 
 
 _UNITS = {"ns": 1, "us": 1_000, "ms": 1_000_000, "s": 1_000_000_000, "min": 60_000_000_000}

@@ -86,7 +86,7 @@ def command(
     wanted = CompareOptions(
         repeat, window / 1e9, secrets.randbelow(1_000_000) if seed is None else seed, options
     )
-    found = run_async(_compare(attaching, change, strategies, wanted))
+    found = run_async(_compare(attaching, change, strategies, wanted), cancels=2)
     if as_json:
         print_json(found)
     else:

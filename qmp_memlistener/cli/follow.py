@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
@@ -25,7 +24,8 @@ from ..recording import (
     TransitionRecord,
     Violation,
 )
-from .common import duration, print_json, say, terminal_shape
+from .common import READER_GONE, duration, print_json, say, terminal_shape
+from .signals import signals
 from .watch_mirror import MirrorOptions, WatchedMirror, opened_mirror
 
 if TYPE_CHECKING:
@@ -200,7 +200,9 @@ class _Printer:
             elif not self._quiet:
                 for line in self._lines(record):
                     say(line)
-        except BrokenPipeError:
+        except OSError as exc:
+            if exc.errno not in READER_GONE:
+                raise
             self.reader_gone = True
             self.stop.set()
             if self.give_up is not None:
@@ -280,23 +282,31 @@ async def _follow(
         on_record=printer.take,
     ) as agent:
         printer.give_up = None
-        loop = asyncio.get_running_loop()
-
-        def stop() -> None:
-            if printer.stop.is_set() and mirror is not None:
-                mirror.give_up()
-            printer.stop.set()
-
-        for sig in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(sig, stop)
-        async with mirror.following(agent) if mirror is not None else nullcontext():
-            if mirror is not None:
-                printer.take(mirror.note())
-            await _wait(agent, options, printer)
-            if mirror is not None and printer.reader_gone:
-                mirror.give_up()
+        ends: list[Callable[[], object]] = [printer.stop.set]
         if mirror is not None:
-            await printer.tell_mirror(mirror)
+            ends.append(mirror.give_up)
+        with signals.asking(_one_after_the_other(ends)):
+            async with mirror.following(agent) if mirror is not None else nullcontext():
+                if mirror is not None:
+                    printer.take(mirror.note())
+                await _wait(agent, options, printer)
+                if mirror is not None and printer.reader_gone:
+                    mirror.give_up()
+            if mirror is not None:
+                await printer.tell_mirror(mirror)
+
+
+def _one_after_the_other(calls: list[Callable[[], object]]) -> Callable[[], bool]:
+    """For signals: each has the event loop make the next call; false when all are made."""
+    loop = asyncio.get_running_loop()
+
+    def end() -> bool:
+        if not calls:
+            return False
+        loop.call_soon_threadsafe(calls.pop(0))
+        return True
+
+    return end
 
 
 async def _wait(agent: Agent, options: FollowOptions, printer: _Printer) -> None:

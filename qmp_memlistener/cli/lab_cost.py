@@ -5,7 +5,7 @@ from __future__ import annotations
 import rich_click as click
 
 from .common import json_option, print_json, say
-from .lab_options import device_option, ending_cleanly, progress_bar, sizes
+from .lab_options import device_option, progress_bar, sizes
 
 
 def _counts(ctx: click.Context, param: click.Parameter, value: str | None) -> list[int]:  # noqa: ARG001
@@ -57,7 +57,7 @@ def command(
     from ..kvmlab.device import Kvm
     from ..kvmlab.lookup import compare_lookups, lookup_document
 
-    with ending_cleanly(), Kvm(device) as kvm:
+    with Kvm(device) as kvm:
         given = slot_sizes or slots or vcpus
         shapes = (
             one_at_a_time(slot_sizes or [16 << 20], slots or [8], vcpus or [1])

@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-import signal
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from types import FrameType
 from typing import TypeVar
 
 import rich_click as click
 
 from ..errors import MemListenerError
-from .common import Interrupted, print_error
+from .common import print_error
 
 __all__ = [
     "device_option",
-    "ending_cleanly",
     "exit_code",
     "progress_bar",
     "size",
@@ -84,18 +81,3 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
     with Progress(console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task(what, total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)
-
-
-@contextmanager
-def ending_cleanly() -> Iterator[None]:
-    """SIGINT and SIGTERM end the verb by an exception, so that VM and threads are gone."""
-
-    def stop(_number: int, _frame: FrameType | None) -> None:
-        raise Interrupted
-
-    before = {n: signal.signal(n, stop) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,7 +7,6 @@ import rich_click as click
 from .common import json_option, print_json, say
 from .lab_options import (
     device_option,
-    ending_cleanly,
     exit_code,
     progress_bar,
     size,
@@ -82,7 +81,7 @@ def command(
         touch_hole=touch_hole,
         seed=seed,
     )
-    with ending_cleanly(), progress_bar("racing") as progress:
+    with progress_bar("racing") as progress:
         report = run_race(options, device=device, progress=progress)
     if as_json:
         print_json(race_document(report))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import rich_click as click
 
 from .common import json_option, print_json, say
-from .lab_options import device_option, ending_cleanly, exit_code, progress_bar, strategies_option
+from .lab_options import device_option, exit_code, progress_bar, strategies_option
 
 
 @click.command("replay")
@@ -41,7 +41,7 @@ def command(
     from ..kvmlab.replay import ReplayOptions, replay_document, run_replay
 
     options = ReplayOptions(strategies=strategies, vcpus=vcpus, most=first, seed=seed)
-    with ending_cleanly(), progress_bar("replaying") as progress:
+    with progress_bar("replaying") as progress:
         report = run_replay(file, options, device=device, progress=progress)
     if as_json:
         print_json(replay_document(report))

@@ -10,7 +10,8 @@ import rich_click as click
 
 from .. import __version__
 from ..errors import MemListenerError, OperationFailed
-from .common import Interrupted, print_error, print_traceback, printable, say
+from .common import READER_GONE, Interrupted, print_error, print_traceback, printable, say
+from .signals import EXIT_CODE, signals
 from .verbs import VerbGroup
 
 __all__ = ["cli", "run"]
@@ -66,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         return exc.exit_code
     except (click.Abort, KeyboardInterrupt, Interrupted):
         say("interrupted", err=True)
-        return 130
+        return EXIT_CODE
     except (SystemExit, OSError) as exc:
         return _end_of_output(exc)
     return result if isinstance(result, int) else 0
@@ -80,7 +81,9 @@ def _end_of_output(exc: SystemExit | OSError) -> int:
         return exc.code if isinstance(exc.code, int) else 1
     # what is still buffered has nowhere to go: keep the interpreter from complaining at exit
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    if isinstance(cause, BrokenPipeError):
+    if signals.came:
+        return EXIT_CODE
+    if cause.errno in READER_GONE:
         return 0  # as in `| head`: whoever read has had enough
     print_error(
         OperationFailed(
@@ -101,4 +104,7 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = print_traceback
-    sys.exit(main())
+    signals.install()
+    code = main()
+    signals.finish()
+    sys.exit(code)
