@@ -26,7 +26,9 @@ from ..recording import (
 )
 from ..timeline import Timeline
 from ..timeline.coverage import Coverage
+from ..timeline.pairing import SLACK_NS
 from ..timeline.summary import Statistics
+from ..timeline.windows import op_text
 from .source import Source
 
 __all__ = ["Measuring"]
@@ -216,6 +218,32 @@ class Measuring:
         if reached is not None:
             self.advance("trace", reached - LATE_NS)
         await self._hand_out_all(lambda: self._timeline.release(time.monotonic_ns()))
+        self._compare_witnesses()
+
+    def _compare_witnesses(self) -> None:
+        """Trace lines and uprobes must tell of the same slot operations: say where they do not."""
+        ops, ioctls = self._timeline.strays()
+        measured = self._coverage.measured_by
+        forged = [
+            op for op in ops if Kind.SLOT_UPDATE in measured("uprobes", op.t_ns - SLACK_NS, op.t_ns)
+        ]
+        untold = [
+            seen
+            for seen in ioctls
+            if Kind.SLOT_UPDATE in measured("trace", seen.start_ns, seen.end_ns + SLACK_NS)
+        ]
+        if forged:
+            self.note(
+                f"slot operations in QEMU's log that no uprobe saw: {len(forged)} "
+                f"(the first: {op_text(forged[0])}); does somebody else write to that log?"
+            )
+        if untold:
+            at = untold[0].update
+            first = f"slot {at.slot} at {at.gpa:#x}, size {at.size:#x}" if at is not None else "?"
+            self.note(
+                f"slot operations that uprobes saw and QEMU's log does not tell: {len(untold)} "
+                f"(the first: {first})"
+            )
 
     async def burst(self, on: bool) -> None:
         """An operation begins or is over."""
@@ -264,6 +292,7 @@ class Measuring:
     async def finish(self) -> None:
         """Everything is reported: publish the stalls that are left, and the summary."""
         await self._hand_out_all(self._timeline.finish)
+        self._compare_witnesses()
         self._publish([self.summary()])
 
     def summary(self) -> SummaryRecord:

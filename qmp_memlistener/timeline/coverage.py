@@ -71,6 +71,11 @@ class Coverage:
         if covered is not None:
             covered.gaps.append((min(covered.reached_ns, t_ns), t_ns + 1))
 
+    def measured_by(self, probe: str, start_ns: int, end_ns: int) -> frozenset[Kind]:
+        """The kinds that this probe measured during all of `[start_ns, end_ns)`."""
+        covered = self._probes.get(probe)
+        return frozenset() if covered is None else covered.kinds(start_ns, end_ns)
+
     def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
         """The kinds that one probe or another measured during all of `[start_ns, end_ns)`."""
         end_ns = max(end_ns, start_ns + 1)

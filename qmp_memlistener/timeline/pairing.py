@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, MutableMapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,12 +17,15 @@ from ..probes import Kind
 from ..recording import SlotOp
 from .evidence import KEEP_NS, Stall, overlap
 
-__all__ = ["LIMIT", "Pairing", "TracedOp", "Updates", "twins", "uncertainty"]
+__all__ = ["LIMIT", "SLACK_NS", "Pairing", "TracedOp", "Updates", "twins", "uncertainty"]
 
 LIMIT = 16384
 """So many of either side wait for the other at most: it may be absent altogether."""
 
 TRACE = "trace"
+
+SLACK_NS = 1_000_000_000
+"""A line and its ioctl are delivered within this time of each other."""
 
 T = TypeVar("T")
 _Key = tuple[int, int, int, bool]
@@ -47,16 +50,21 @@ class Pairing:
         self._new_ops: list[TracedOp] = []
         self._ioctls: dict[_Key, deque[Stall]] = {}
         self._ops: dict[_Key, deque[TracedOp]] = {}
+        self._passed: list[TracedOp] = []
         self._waiting = 0
+        self._latest_ns = 0
+        self._whole_ns = 0
 
     def ioctl(self, stall: Stall) -> None:
         """A probe saw one."""
         self._make_room()
+        self._latest_ns = max(self._latest_ns, stall.seen.end_ns)
         self._new_ioctls.append(stall)
 
     def traced(self, traced: TracedOp) -> None:
         """A line told of one."""
         self._make_room()
+        self._latest_ns = max(self._latest_ns, traced.op.t_ns)
         self._new_ops.append(traced)
 
     def pair(self) -> None:
@@ -81,6 +89,7 @@ class Pairing:
                 self._waiting -= 1
                 _pair(stall, traced)
                 return
+            self._passed.append(traced)
         self._ioctls.setdefault(key, deque()).append(stall)
 
     def _add_op(self, traced: TracedOp) -> None:
@@ -98,9 +107,37 @@ class Pairing:
 
     def clear(self) -> None:
         """Something was missed on one side: what waits cannot be paired by its order any more."""
-        for waiting in (self._new_ioctls, self._new_ops, self._ioctls, self._ops):
+        for waiting in (self._new_ioctls, self._new_ops, self._ioctls, self._ops, self._passed):
             waiting.clear()
         self._waiting = 0
+        self._whole_ns = self._latest_ns + SLACK_NS
+
+    def strays(self, until_ns: int) -> tuple[list[SlotOp], list[Stall]]:
+        """Operations whose ioctl no probe saw, and ioctls without a line; each is told once.
+
+        Both sides must have delivered what was before `until_ns`.  What came within a gap is no
+        stray: nobody knows what was missed.
+        """
+        before = until_ns - SLACK_NS
+        ops = [t for t in self._passed if t.op.t_ns < before]
+        self._passed = [t for t in self._passed if t.op.t_ns >= before]
+        for key in list(self._ops):
+            ops += self._drop(self._ops, key, lambda traced: traced.op.t_ns < before)
+        ioctls: list[Stall] = []
+        for key in list(self._ioctls):
+            ioctls += self._drop(self._ioctls, key, lambda stall: stall.seen.end_ns < before)
+        return (
+            [t.op for t in ops if t.op.t_ns >= self._whole_ns],
+            [s for s in ioctls if s.seen.start_ns >= self._whole_ns],
+        )
+
+    def _drop(
+        self, where: MutableMapping[_Key, deque[T]], key: _Key, old: Callable[[T], bool]
+    ) -> Iterator[T]:
+        waiting = where[key]
+        while waiting and old(waiting[0]):
+            yield waiting.popleft()
+            self._taken(where, key)
 
     def _make_room(self) -> None:
         if self._waiting >= LIMIT:

@@ -162,6 +162,18 @@ class Timeline:
             horizon = max(horizon, self._transitions[len(self._transitions) // 2].t_ns)
         return self._release(horizon)
 
+    def strays(self) -> tuple[list[SlotOp], list[Observation]]:
+        """Traced operations that uprobes did not see, and ioctls that they saw and that were not
+        traced, each once.  Nothing as long as one of the two is not there.
+
+        Without uprobes, lines of a forger or lines that got lost would not be told from others.
+        """
+        self._pairing.pair()
+        if not {TRACE, "uprobes"} <= self._reached.keys():
+            return [], []
+        ops, ioctls = self._pairing.strays(min(self._reached[TRACE], self._reached["uprobes"]))
+        return ops, [stall.seen for stall in ioctls]
+
     def finish(self) -> list[Record]:
         """The same when nothing more will come: it is all there once there is no `more`."""
         return self._release(_END)

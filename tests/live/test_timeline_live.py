@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -162,3 +165,34 @@ async def test_every_probe_at_work_and_qemu_dies(build: QemuBuild, seen: Seen) -
         assert len(seen.transitions) == 20
         assert seen.of(SummaryRecord)
     assert len(os.listdir("/proc/self/fd")) <= fds + 2
+
+
+@pytest.mark.asyncio
+async def test_forged_operations_are_told_from_those_that_uprobes_saw(
+    seen: Seen, tmp_path: Path
+) -> None:
+    """Somebody writes to QEMU's log what QEMU would, and only once we read it."""
+    log = tmp_path / "log"
+    script = tmp_path / "qemu"
+    script.write_text(f'#!/bin/sh\nexec "{QEMUS[0].binary}" "$@" 2>>"{log}"\n')
+    script.chmod(0o755)
+    async with (
+        booted(QEMUS[0], "kvm", binary=replace(QEMUS[0], binary=str(script))) as vm,
+        attach(vm.target, probes=("trace", "uprobes"), on_record=seen) as agent,
+    ):
+        await needs_uprobes(agent, seen)
+        slot = "Slot#7 flags=0x0 gpa=0x80000000 size=0x1000 ua=0x7f0000000000 ret=0"
+        # what stands in the log soon after uprobes began may have been done before
+        async with asyncio.timeout(10):
+            while not (notes := [note for note in seen.notes if "no uprobe saw" in note]):
+                await vm.toggle(5)
+                forge(log, f"kvm_set_user_memory {slot}\n")
+                await asyncio.sleep(0.1)
+    assert "0x80000000" in notes[0]
+    # of what QEMU did itself nothing is missing on either side
+    assert not any("uprobes saw and" in note for note in seen.notes)
+
+
+def forge(log: Path, line: str) -> None:
+    with open(log, "a") as f:
+        f.write(line)

@@ -419,3 +419,57 @@ def test_a_window_must_hold_what_is_claimed_of_it() -> None:
         window(Kind.COMMIT, 10, 5)
     with pytest.raises(ValueError, match="not a window"):
         Observation(Kind.COMMIT, 0, 10, 5, 11, "x")
+
+
+SECOND = 1_000_000_000
+
+
+def both_reached(t_ns: int) -> Timeline:
+    timeline = Timeline(stamp_bound_ns=BOUND)
+    for probe in ("trace", "uprobes"):
+        timeline.expect(probe, 0)
+        timeline.advance(probe, t_ns)
+    return timeline
+
+
+def test_operations_that_only_one_witness_saw_are_strays_once() -> None:
+    timeline = both_reached(10 * SECOND)
+    timeline.observe([ioctl(MS, 2 * MS, 0), ioctl(5 * MS, 6 * MS, SIZE, slot=4)])
+    timeline.record(slot_op(None, 2 * MS, "delete"))  # a pair
+    timeline.record(slot_op(None, 3 * MS, "delete"))  # forged
+    timeline.record(slot_op(None, 4 * MS, "add", slot=9))  # forged
+    ops, ioctls = timeline.strays()
+    assert [(op.t_ns, op.slot) for op in ops] == [(3 * MS, 3), (4 * MS, 9)]
+    assert [seen.update.slot for seen in ioctls if seen.update is not None] == [4]
+    assert timeline.strays() == ([], [])
+
+
+def test_a_forged_line_before_the_true_one_is_found() -> None:
+    timeline = both_reached(10 * SECOND)
+    timeline.record(slot_op(None, MS, "delete"))
+    timeline.record(slot_op(None, 5 * MS, "delete"))
+    timeline.strays()
+    late = both_reached(10 * SECOND)
+    late.record(slot_op(None, MS, "delete"))
+    late.observe([ioctl(4 * MS, 5 * MS, 0)])
+    late.record(slot_op(None, 5 * MS, "delete"))
+    assert [op.t_ns for op in late.strays()[0]] == [MS]
+
+
+def test_no_strays_before_both_have_delivered_or_after_a_loss() -> None:
+    timeline = both_reached(SECOND)
+    timeline.record(slot_op(None, SECOND // 2, "delete"))
+    assert timeline.strays() == ([], [])  # its ioctl may be on its way
+    timeline.lost("uprobes")
+    timeline.record(slot_op(None, SECOND // 2 + MS, "add"))  # whose ioctl was lost
+    for probe in ("trace", "uprobes"):
+        timeline.advance(probe, 10 * SECOND)
+    assert timeline.strays() == ([], [])
+
+
+def test_without_uprobes_there_are_no_strays() -> None:
+    timeline = Timeline(stamp_bound_ns=BOUND)
+    timeline.expect("trace", 0)
+    timeline.advance("trace", 10 * SECOND)
+    timeline.record(slot_op(None, MS, "delete"))
+    assert timeline.strays() == ([], [])
