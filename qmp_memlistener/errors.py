@@ -84,11 +84,12 @@ class InputError(MemListenerError):
 class MtreeError(InputError):
     """Text that no QEMU prints for `info mtree`; `line_no` counts from 1."""
 
-    def __init__(self, line_no: int, line: str, why: str) -> None:
+    def __init__(self, line_no: int, line: str, why: str, *, remedy: str | None = None) -> None:
         shown = line if len(line) <= 120 else line[:117] + "..."
         super().__init__(
             f"line {line_no} is not `info mtree` output ({why}): {shown!r}",
-            remedy="give the unchanged output of `info mtree`, with any of -f -d -o -D, "
+            remedy=remedy
+            or "give the unchanged output of `info mtree`, with any of -f -d -o -D, "
             "of QEMU 7.2 to 11.1",
         )
         self.line_no = line_no

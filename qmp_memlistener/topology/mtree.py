@@ -23,23 +23,22 @@ from .model import ADDRESS_SPACE_SIZE, FlatRange, FlatView, Kind, Region
 
 __all__ = ["Dump", "parse"]
 
-_OWNERS = r"(?P<owners>(?: (?:owner|parent):\{[^}]*\}| orphan)*)"
-_REGION = re.compile(
-    r"(?:\[DETECTED OVERFLOW!\] )?(?P<indent> +)(?P<start>[0-9a-f]{16})-(?P<last>[0-9a-f]{16})"
-    r" \(prio (?P<prio>-?\d{1,10}), (?P<nv>nv-)?(?P<kind>[a-z/]+)\): "
-    r"(?:alias (?P<alias>.*) @(?P<target>.*) (?P<offset>[0-9a-f]{16})-[0-9a-f]{16}|(?P<name>.*?))"
-    r"(?P<disabled> \[disabled\])?" + _OWNERS
+_HEAD = (
+    r"(?P<start>[0-9a-f]{16})-(?P<last>[0-9a-f]{16})"
+    r" \(prio (?P<prio>-?\d{1,10}), (?P<nv>nv-)?(?P<kind>[A-Za-z/-]{1,16})\): "
 )
-_RANGE = re.compile(
-    r"  (?P<start>[0-9a-f]{16})-(?P<last>[0-9a-f]{16})"
-    r" \(prio (?P<prio>-?\d{1,10}), (?P<nv>nv-)?(?P<kind>[a-z/]+)\): "
-    r"(?P<name>.*?)(?: @(?P<offset>[0-9a-f]{16}))?" + _OWNERS +
-    # AccelClass.name of the accelerators that have slots; once per address space of the view
-    r"(?P<slots>(?: (?:KVM|HVF|NVMM|WHPX|MSHV|Xen))*)"
-)  # fmt: skip
+# What follows the head is taken apart from its end (`_split`): names may hold anything, and a
+# pattern with several open ends takes minutes for a long line.
+_REGION = re.compile(r"(?:\[DETECTED OVERFLOW!\] )?(?P<indent> +)" + _HEAD)
+_RANGE = re.compile(r"  " + _HEAD)
+_WINDOW = re.compile(r" ([0-9a-f]{16})-[0-9a-f]{16}")
+_OFFSET = re.compile(r" @([0-9a-f]{16})")
+# AccelClass.name of the accelerators that have slots; once per address space of the view
+_ACCELERATORS = (" KVM", " HVF", " NVMM", " WHPX", " MSHV", " Xen")
 _OWNER = re.compile(r" owner:\{(?:dev|obj) (?:id|path|type)=([^}]*)\}")
 _VIEW_SPACE = re.compile(r' AS "(?P<name>.*)", root: (?P<root>.*)')
 _MAX_LINE = 8192  # the longest that QEMU prints are device paths of some hundred characters
+_OLD_KINDS = frozenset({"RW", "R-", "-W", "--"})
 _KINDS = {k.value: k for k in Kind} | {"container": Kind.IO}  # the latter: roots, 10.1 and later
 
 
@@ -64,27 +63,41 @@ class Dump:
         return bool(self.flat_views)
 
 
-def parse(text: str) -> Dump:
-    """Parse the text of one `info mtree` command.
+def parse(text: str, *, first_line: int = 1) -> Dump:
+    """Parse the text of one `info mtree` command; errors count lines from `first_line`.
 
     Raises MtreeError (with line number) for anything that QEMU does not print.
     """
     lines = text.replace("\r", "").split("\n")
-    for line_no, line in enumerate(lines, 1):
+    for line_no, line in enumerate(lines, first_line):
         if len(line) > _MAX_LINE:
             raise MtreeError(line_no, line, "longer than any line of QEMU's")
     for line in lines:
         if line.startswith("FlatView #"):
-            return _parse_flat(lines)
+            return _parse_flat(lines, first_line)
         if line:
             break
-    return _parse_trees(lines)
+    return _parse_trees(lines, first_line)
 
 
-def _owner(owners: str) -> str | None:
-    if not owners:
+def _owners_at(text: str, end: int) -> int:
+    """Where the owners begin that stand in front of `end`; `end` when there are none."""
+    while True:
+        if text.endswith(" orphan", 0, end):
+            end -= len(" orphan")
+            continue
+        if end and text[end - 1] == "}":
+            at = max(text.rfind(" owner:{", 0, end), text.rfind(" parent:{", 0, end))
+            if at >= 0 and text.find("}", at, end - 1) < 0:
+                end = at
+                continue
+        return end
+
+
+def _owner(text: str, start: int, end: int) -> str | None:
+    if start == end:
         return None
-    m = _OWNER.search(owners)
+    m = _OWNER.search(text, start, end)
     return m[1] if m else None
 
 
@@ -92,7 +105,15 @@ def _kind(text: str, line_no: int, line: str) -> Kind:
     try:
         return _KINDS[text]
     except KeyError:
-        raise MtreeError(line_no, line, f"unknown region type {text!r}") from None
+        pass
+    if text in _OLD_KINDS:
+        raise MtreeError(
+            line_no,
+            line,
+            f"a QEMU of 2016 or before wrote it, which prints {text} and not the region's kind",
+            remedy="take the map with QEMU 7.2 to 11.1: what is RAM is not in this text",
+        )
+    raise MtreeError(line_no, line, f"unknown region type {text!r}")
 
 
 def _span(start: int, last: int) -> int:
@@ -137,15 +158,15 @@ class _TreeBuilder:
         return root
 
 
-def _parse_trees(lines: list[str]) -> Dump:
+def _parse_trees(lines: list[str], first_line: int) -> Dump:
     dump = Dump()
     names: list[str] = []  # address spaces waiting for the tree that they share
     in_region = False
     builder = _TreeBuilder()
-    match = _REGION.fullmatch
+    match = _REGION.match
     have_root = True
     seen_any = False
-    for line_no, line in enumerate(lines, 1):
+    for line_no, line in enumerate(lines, first_line):
         if not line:
             continue
         if line[0] != " " and line[0] != "[":
@@ -172,11 +193,7 @@ def _parse_trees(lines: list[str]) -> Dump:
         indent = len(m["indent"])
         if indent % 2:
             raise MtreeError(line_no, line, "odd indentation")
-        region = _region(m, line_no, line)
-        if m["owners"]:
-            dump.shows_owners = True
-        if m["disabled"]:
-            dump.shows_disabled = True
+        region = _region(m, line_no, line, dump)
         root = builder.add(region, int(m["start"], 16), indent // 2)
         if not root:
             continue
@@ -191,16 +208,48 @@ def _parse_trees(lines: list[str]) -> Dump:
             for name in names:
                 dump.address_spaces[name] = region
     if not seen_any:
-        raise MtreeError(1, lines[0] if lines else "", "no address space in it")
+        raise MtreeError(first_line, lines[0] if lines else "", "no address space in it")
+    if not dump.address_spaces:
+        _take_system(dump, first_line, lines[0])
     return dump
 
 
-def _region(m: re.Match[str], line_no: int, line: str) -> Region:
+def _take_system(dump: Dump, line_no: int, line: str) -> None:
+    """Sections of regions alone: somebody cut the address spaces off.
+
+    `system` is the root of `memory` on every machine (system/physmem.c, `memory_map_init`).
+    """
+    for region in dump.regions:
+        if region.name == "system":
+            dump.address_spaces["memory"] = region
+            return
+    raise MtreeError(
+        line_no,
+        line,
+        "no address space in it, and no region `system`",
+        remedy="give the whole output of `info mtree`, from its first `address-space:` on",
+    )
+
+
+def _region(m: re.Match[str], line_no: int, line: str, dump: Dump) -> Region:
     kind = _kind(m["kind"], line_no, line)
     start = int(m["start"], 16)
     size = _span(start, int(m["last"], 16))
-    enabled = m["disabled"] is None
-    target = m["target"]
+    at = m.end()
+    end = _owners_at(line, len(line))
+    owner = _owner(line, end, len(line))
+    if end < len(line):
+        dump.shows_owners = True
+    enabled = not line.endswith(" [disabled]", at, end)
+    if not enabled:
+        dump.shows_disabled = True
+        end -= len(" [disabled]")
+    name, target, offset = line[at:end], None, 0
+    window = _WINDOW.fullmatch(line, end - 34, end) if name.startswith("alias ") else None
+    if window is not None:
+        alias, sep, aliased = line[at + len("alias ") : end - 34].rpartition(" @")
+        if sep:
+            name, target, offset = alias, aliased, int(window[1], 16)
     if size == 1 and (kind.backed or target is not None or not enabled):
         size = 0
     return Region(
@@ -208,12 +257,12 @@ def _region(m: re.Match[str], line_no: int, line: str) -> Region:
         size=size,
         priority=int(m["prio"]),
         kind=kind,
-        name=m["name"] if target is None else m["alias"],
+        name=name,
         enabled=enabled,
         nonvolatile=m["nv"] is not None,
-        owner=_owner(m["owners"]),
+        owner=owner,
         target=target,
-        offset=0 if target is None else int(m["offset"], 16),
+        offset=offset,
         line_no=line_no,
     )
 
@@ -221,7 +270,7 @@ def _region(m: re.Match[str], line_no: int, line: str) -> Region:
 # -- flat views ----------------------------------------------------------------------------
 
 
-def _parse_flat(lines: list[str]) -> Dump:
+def _parse_flat(lines: list[str], first_line: int) -> Dump:
     dump = Dump()
     spaces: list[str] = []
     ranges: list[FlatRange] = []
@@ -235,8 +284,8 @@ def _parse_flat(lines: list[str]) -> Dump:
         except ValueError as exc:
             raise MtreeError(line_no, line, str(exc)) from None
 
-    match = _RANGE.fullmatch
-    for line_no, line in enumerate(lines, 1):
+    match = _RANGE.match
+    for line_no, line in enumerate(lines, first_line):
         if not line:
             continue
         if line.startswith("FlatView #"):
@@ -259,25 +308,31 @@ def _parse_flat(lines: list[str]) -> Dump:
             m = match(line)
             if m is None:
                 raise MtreeError(line_no, line, "not a range of a flat view")
-            if m["owners"]:
-                dump.shows_owners = True
-            ranges.append(_range(m, line_no, line))
-    finish(len(lines), "")
+            ranges.append(_range(m, line_no, line, dump))
+    finish(first_line + len(lines) - 1, "")
     return dump
 
 
-def _range(m: re.Match[str], line_no: int, line: str) -> FlatRange:
+def _range(m: re.Match[str], line_no: int, line: str, dump: Dump) -> FlatRange:
     start = int(m["start"], 16)
     last = int(m["last"], 16)
     if last < start:
         raise MtreeError(line_no, line, "it ends before it starts")
+    slots_at = len(line)
+    while line.endswith(_ACCELERATORS, m.end(), slots_at):
+        slots_at = line.rindex(" ", 0, slots_at)
+    end = _owners_at(line, slots_at)
+    if end < slots_at:
+        dump.shows_owners = True
+    owner = _owner(line, end, slots_at)
+    offset = _OFFSET.fullmatch(line, max(end - 18, m.end()), end)
     return FlatRange(
         start=start,
         size=last - start + 1,
         kind=_kind(m["kind"], line_no, line),
-        name=m["name"],
-        offset=int(m["offset"], 16) if m["offset"] else 0,
-        owner=_owner(m["owners"]),
+        name=line[m.end() : end if offset is None else end - 18],
+        offset=int(offset[1], 16) if offset else 0,
+        owner=owner,
         nonvolatile=m["nv"] is not None,
-        memslot=bool(m["slots"]),
+        memslot=slots_at < len(line),
     )
