@@ -96,6 +96,13 @@ class MtreeError(InputError):
         self.line = line
         self.why = why
 
+    def of(self, path: str) -> MtreeError:
+        """The same error of a file that has a name."""
+        named = MtreeError(self.line_no, self.line, self.why, remedy=self.remedy)
+        named.message = f"{path}: {self.message}"
+        named.args = (named.message,)
+        return named
+
 
 class RecordingError(InputError):
     """A file that is not a recording of ours, or has a newer schema than we know."""

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from ..topology import FlatView
 
 Planner = Callable[
-    ["dict[int, FlatView]", "dict[int, FlatView]", "SlotTable | None", "Rules"], "list[Plan]"
+    ["dict[int, FlatView]", "dict[int, FlatView]", "SlotTable | None", "Rules", "LogChange | None"],
+    "list[Plan]",
 ]
 STRATEGIES = ("all", "qemu", "pause", "batch-incremental", "batch-full", "hole")
 
@@ -56,20 +57,26 @@ def command(
 ) -> None:
     """Plan a transition: exact KVM slot operations, exposure, slot ids and dirty bitmaps.
 
-    The transition is given by two files with `info mtree` output, or by a RECORDING.
+    The transition is given by two files with `info mtree` output, or by a RECORDING, or by a log
+    of QEMU with `kvm_set_user_memory` lines.
 
     Example: qmp-memlistener plan --before a.txt --after b.txt --rules 7.2 --strategy qemu
     """
     from ..memslots import DEFAULT_MAX_HOLES, Rules, SlotTable, plan_document
 
-    log = _log_change(log_start, log_stop)
+    asked = _log_change(log_start, log_stop)
     limit = DEFAULT_MAX_HOLES if max_holes is None else max_holes
 
     def planned(
-        old: dict[int, FlatView], new: dict[int, FlatView], table: SlotTable | None, by: Rules
+        old: dict[int, FlatView],
+        new: dict[int, FlatView],
+        table: SlotTable | None,
+        by: Rules,
+        logged: LogChange | None,
     ) -> list[Plan]:
         from ..memslots import plan, plan_all
 
+        log = asked or logged
         back = bitmaps == "handed-back"
         if strategy == "all":
             every = plan_all(
@@ -109,7 +116,7 @@ def command(
         )
     table = SlotTable.from_json(read_text(slots)) if slots else None
     plans = planned(
-        _views(before), _views(after), table, Rules.parse("8.0" if rules is None else rules)
+        _views(before), _views(after), table, Rules.parse("8.0" if rules is None else rules), None
     )
     if as_json:
         print_json(plan_document(plans))
@@ -133,10 +140,11 @@ def _log_change(start: Sequence[str], stop: Sequence[str]) -> LogChange | None:
 
 def _views(path: str) -> dict[int, FlatView]:
     """The address spaces of one file that KVM has slots for, by KVM's id."""
+    from ..inputs import read_dump
     from ..memslots import ADDRESS_SPACES
     from ..topology import read_maps
 
-    maps = read_maps(read_text(path), list(ADDRESS_SPACES))
+    maps = read_maps(read_dump(path), list(ADDRESS_SPACES))
     if "memory" not in maps:
         raise InputError(
             f"{path} has no address space `memory`",
@@ -199,21 +207,60 @@ def _bitmap_text(p: Plan) -> str:
     return ", ".join(parts) or "not logged"
 
 
+class _Tables:
+    """The slots before each transition of a recording; asked for in ascending order."""
+
+    def __init__(self, path: str) -> None:
+        from ..kvmlab.replay_input import read_slot_tables
+
+        self._tables = read_slot_tables(path)
+        self._now = next(self._tables, None)
+
+    def before(self, seq: int, view: FlatView) -> SlotTable | None:
+        """None when the operations that were recorded do not lead to the slots of `view`."""
+        while self._now is not None and (self._now[0] is None or self._now[0] < seq):
+            following = next(self._tables, None)
+            if following is None:
+                break  # the slots that remained
+            self._now = following
+        table = self._now[1] if self._now is not None else None
+        fits = table is not None and all(
+            table.exact(0, r.start, r.size) is not None for r in view if r.memslot
+        )
+        return table if fits else None
+
+
 def _of_recording(
     path: str, wanted: int | None, rules: str | None, planned: Planner
 ) -> list[tuple[int, list[Plan]]]:
-    """Plans for the transitions of a recording, each from the views on both sides of it."""
+    """Plans for the transitions of a recording or a trace log, from the slots before each."""
     from ..memslots import Rules
-    from ..recording import Recording
-    from ..tracking import replay
+    from ..recording import is_recording
 
-    recording = Recording(path)
-    by = Rules.parse(rules if rules is not None else recording.header.qemu_version or "8.0")
     results = []
-    for step in replay(recording):
-        if wanted is None or step.seq == wanted:
-            plans = planned({0: step.before}, {0: step.after}, step.table, by)
-            results.append((step.seq, plans))
+    if is_recording(path):
+        from ..recording import Recording
+        from ..tracking import replay
+
+        recording = Recording(path)
+        by = Rules.parse(rules if rules is not None else recording.header.qemu_version or "8.0")
+        tables = _Tables(path)
+        for step in replay(recording):
+            table = tables.before(step.seq, step.before)
+            if wanted is None or step.seq == wanted:
+                plans = planned({0: step.before}, {0: step.after}, table, by, None)
+                results.append((step.seq, plans))
+    else:
+        from ..kvmlab.replay_input import read_replay
+
+        log = read_replay(path)
+        by = Rules.parse(rules) if rules is not None else log.rules
+        for note in log.notes:
+            say(f"note: {note}", err=True)
+        for t in log.transitions:
+            if wanted is None or t.seq == wanted:
+                plans = planned(t.view_before, t.view_after, t.before, by, t.log)
+                results.append((t.seq, plans))
     if wanted is not None and not results:
         raise InputError(
             f"{path} has no transition {wanted} whose ranges are known",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import InputError
-from .common import json_option, print_json, print_table, read_text, run_async, say, span_text
+from .common import json_option, print_json, print_table, run_async, say, span_text
 
 if TYPE_CHECKING:
     from ..memslots import SlotTable
@@ -24,7 +24,9 @@ LEAK = (
 
 @click.command("show")
 @click.argument("target", required=False)
-@click.option("--from", "file", metavar="FILE", help="Read saved `info mtree` output; - is stdin.")
+@click.option("--from", "file", metavar="FILE",
+              help="Read saved `info mtree` output, a "
+              "monitor session or a QMP reply with it; - is stdin.")  # fmt: skip
 @click.option(
     "--address-space", default="memory", show_default=True, help="Which address space to show."
 )
@@ -43,7 +45,7 @@ def command(
 
     Example: qmp-memlistener show /run/vm.qmp
     """
-    from ..topology import read_map
+    from ..topology import Dump, read_map
 
     if (target is None) == (file is None):
         raise InputError(
@@ -51,13 +53,16 @@ def command(
             remedy="see `qmp-memlistener show --help`",
         )
     live: _Live | None = None
+    text: str | Dump
     if file is not None:
         if unsafe_flatview:
             raise InputError(
                 "--unsafe-flatview goes with a TARGET only",
                 remedy="a file is shown as it is: leave the option out",
             )
-        text = read_text(file)
+        from ..inputs import read_dump
+
+        text = read_dump(file)
     else:
         assert target is not None
         live = run_async(_fetch(target, unsafe_flatview))
@@ -72,7 +77,7 @@ def command(
         say(live.title())
     _print(result, address_space)
     if live is not None:
-        live.print(text)
+        live.print(live.text)
 
 
 def document(result: MemoryMap, address_space: str) -> dict[str, object]:

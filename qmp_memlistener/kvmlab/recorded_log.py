@@ -1,8 +1,8 @@
-"""Slot operations from a raw QEMU log: `kvm_set_user_memory` lines among whatever else is there.
+"""Slot operations from a log that is no recording: `kvm_set_user_memory` lines among other text.
 
 Time stamps, other trace events, a guest's console, CRLF and a last line that is cut off do not
-matter: a line counts from the name of its event on.  What the operations mean is in
-`replay_history`.
+matter.  `inputs.traces` reads a line, whatever form a backend or a log collector gave it; what the
+operations mean is in `replay_history`.
 """
 
 from __future__ import annotations
@@ -11,31 +11,15 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from ..errors import InputError
+from ..inputs import TraceLine, open_input, read_trace_line
 from ..memslots import Order
-from ..monitor.trace_lines import TraceDecoder
-from ..monitor.trace_records import (
-    BarMapping,
-    FlatViewChange,
-    FlatViewEvent,
-    MemoryDeviceEvent,
-    SlotOp,
-)
 from .recorded_ops import Recorded, RecordedOp, Remarks
 
 __all__ = ["read_log"]
 
 _PIECE = 64 * 1024
 _OVERLAP = 1024  # longer than a line of interest
-
-_SLOT = b"kvm_set_user_memory "
-_COMMITS = (
-    b"flatview_new 0x",
-    b"pci_update_mappings_add ",
-    b"pci_update_mappings_del ",
-    b"memory_device_pre_plug ",
-    b"memory_device_plug ",
-    b"memory_device_unplug ",
-)
+_SHOWN = 120
 
 
 def read_log(path: str) -> Recorded:
@@ -47,18 +31,26 @@ def read_log(path: str) -> Recorded:
     a memory device that is plugged, which QEMU does under the lock that a commit holds.
 
     Up to 9.0 the line is `Slot#N` with the address space in N, from 9.1 on `AddrSpace#A Slot#N`:
-    then the order of 8.0 is certain.  Raises InputError when the file cannot be read.
+    then the order of 8.0 is certain.  Raises InputError when the file cannot be read, when it has
+    slot operations and none of them can be, and when several QEMUs wrote it.
     """
     reader = _Reader()
-    try:
-        with open(path, "rb") as file:
-            for number, line in _lines(file):
-                reader.line(number, line)
-    except OSError as exc:
+    with open_input(path) as file:
+        for number, line in _lines(file):
+            reader.line(number, line)
+    if not reader.ops and reader.unreadable is not None:
+        number, text = reader.unreadable
         raise InputError(
-            f"{path} cannot be read: {exc.strerror}",
-            remedy="name a recording or a QEMU log that is there and that you may read",
-        ) from exc
+            f"{path}, line {number} is a slot operation in a form that is not known: {text!r}",
+            remedy="give the text of QEMU's log backend, of scripts/simpletrace.py, or of perf "
+            "script, unchanged",
+        )
+    if len(reader.pids) > 1:
+        pids = ", ".join(map(str, sorted(reader.pids)[:8]))
+        raise InputError(
+            f"{path} has slot operations of {len(reader.pids)} processes ({pids})",
+            remedy="give the lines of one of them alone: the slots of a guest are its own",
+        )
     order = Order.V8_0 if reader.split_slot else None
     return Recorded("log", None, order, reader.marked, tuple(reader.ops), (), {}, reader.remarks)
 
@@ -71,50 +63,49 @@ class _Reader:
         self.remarks = Remarks("line")
         self.split_slot = False
         self.marked = False
-        self._decoder = TraceDecoder()
+        self.pids: set[int] = set()
+        self.unreadable: tuple[int, str] | None = None
         self._mark = 0
         self._roots: set[int] = set()
         self._open = False  # the commit has had an operation
 
     def line(self, number: int, line: bytes) -> None:
-        at = line.rfind(_SLOT)
-        if at >= 0:
-            self._operation(number, line[at:])
+        told = read_trace_line(line, cut=not line.endswith(b"\n"))
+        if told is None:
             return
-        for event in _COMMITS:
-            at = line.rfind(event)
-            if at >= 0:
-                self._commit(line[at:])
-                return
+        if told.event == "slot":
+            self._operation(number, line, told)
+        elif told.event == "flatview_new":
+            if self._open or told.root in self._roots:
+                self._begin()
+            self.marked = True
+            self._roots.add(told.root)
+        elif self._open:
+            self._begin()
 
-    def _operation(self, number: int, line: bytes) -> None:
-        if not line.startswith((_SLOT + b"Slot#", _SLOT + b"AddrSpace#")):
-            return  # somebody switches the event on
-        for record in self._decode(line):
-            if isinstance(record, SlotOp):
-                self.split_slot |= line.startswith(_SLOT + b"AddrSpace#")
-                self._open = True
-                self.ops.append(_op(record, number, self._mark))
-                return
-        self.remarks.add("a slot operation cannot be read and is left out", number)
-
-    def _commit(self, line: bytes) -> None:
-        for record in self._decode(line):
-            match record:
-                case FlatViewEvent(change=FlatViewChange.NEW):
-                    if self._open or record.root in self._roots:
-                        self._begin()
-                    self.marked = True
-                    self._roots.add(record.root)
-                case BarMapping() | MemoryDeviceEvent():
-                    if self._open:
-                        self._begin()
-
-    def _decode(self, line: bytes) -> list[object]:
-        # a number may go on behind the end of a file, unless it is 0
-        whole = line.endswith((b"\n", b" ret=0"))
-        self._decoder.reset()
-        return [*self._decoder.feed(line.rstrip() + b"\n", 0)] if whole else []
+    def _operation(self, number: int, line: bytes, told: TraceLine) -> None:
+        if not told.usable:
+            self.remarks.add("a slot operation cannot be read and is left out", number)
+            if self.unreadable is None:
+                self.unreadable = number, line.strip()[-_SHOWN:].decode("utf-8", "replace")
+            return
+        self.split_slot |= told.split
+        self._open = True
+        if told.pid is not None:
+            self.pids.add(told.pid)
+        self.ops.append(
+            RecordedOp(
+                number,
+                told.as_id,
+                told.slot,
+                told.gpa,
+                told.size,
+                told.flags,
+                told.ret,
+                told.ua,
+                self._mark,
+            )
+        )
 
     def _begin(self) -> None:
         self._mark += 1
@@ -131,17 +122,3 @@ def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
             number, before = number + 1, b""
         else:
             before = piece[-_OVERLAP:]
-
-
-def _op(record: SlotOp, number: int, mark: int) -> RecordedOp:
-    return RecordedOp(
-        number,
-        record.as_id,
-        record.slot,
-        record.gpa,
-        record.size,
-        record.flags,
-        record.ret,
-        record.ua,
-        mark,
-    )

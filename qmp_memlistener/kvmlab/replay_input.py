@@ -8,10 +8,11 @@ operations did, `replay_guesses` what nothing tells, `replay_blocks` what is beh
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import InputError, RecordingError
+from ..inputs import refusal
 from ..memslots import (
     ADDRESS_SPACES,
     DISPLAY_RAM,
@@ -33,7 +34,14 @@ from .replay_blocks import HostBlock, back
 from .replay_guesses import complete
 from .replay_history import Commit, Done, History, Life, fold_history
 
-__all__ = ["MOST_ENTRIES", "HostBlock", "ReplayInput", "ReplayTransition", "read_replay"]
+__all__ = [
+    "MOST_ENTRIES",
+    "HostBlock",
+    "ReplayInput",
+    "ReplayTransition",
+    "read_replay",
+    "read_slot_tables",
+]
 
 MOST_ENTRIES = 8_000_000
 """Slots of all transitions together."""
@@ -131,15 +139,11 @@ def read_replay(path: str, *, page_size: int = 4096, most: int | None = None) ->
     many transitions, RecordingError when it is a damaged recording.
     """
     rules = Rules(page_size=page_size)
-    recorded = read_recording(path, rules) if is_recording(path) else read_log(path)
-    history = fold_history(recorded) if recorded.ops else None
-    if history is None or not history.commits:
+    recorded, history = _read(path, rules)
+    if history is None:
         raise _nothing_in(path, recorded)
-    complete(history, recorded.remarks)
     blocks, behind = back(history.lives, recorded.spans)
-    initial = SlotTable(
-        _slot(life, behind, life.first_flags) for life in history.lives if life.initial
-    )
+    initial = _initial(history, behind)
     _remark(history, recorded)
     return ReplayInput(
         path,
@@ -151,6 +155,45 @@ def read_replay(path: str, *, page_size: int = 4096, most: int | None = None) ->
         _transitions(history.commits[:most], behind, initial, recorded.kind),
         recorded.remarks.texts(),
     )
+
+
+def read_slot_tables(path: str) -> Iterator[tuple[int | None, SlotTable]]:
+    """The slots before each commit of a recording, with its transition; at last those that remain.
+
+    The transition is None for a commit that belongs to none, and at the end.  Ids are those that
+    the operations tell; where none does, QEMU's rules.  Raises as `read_replay`; nothing comes
+    when no operation was recorded.
+    """
+    recorded, history = _read(path, Rules())
+    if history is None:
+        return
+    _, behind = back(history.lives, recorded.spans)
+    table = _initial(history, behind)
+    for commit in history.commits:
+        yield commit.seq, table
+        table = table.copy()
+        for done in commit.done:
+            _carry_out(done, table, behind)
+    yield None, table
+
+
+def _read(path: str, rules: Rules) -> tuple[Recorded, History | None]:
+    recorded = read_recording(path, rules) if is_recording(path) else read_log(path)
+    history = fold_history(recorded) if recorded.ops else None
+    if history is None or not history.commits:
+        return recorded, None
+    complete(history, recorded.remarks)
+    return recorded, history
+
+
+def _initial(history: History, behind: Mapping[Life, Backing]) -> SlotTable:
+    slots = [_slot(life, behind, life.first_flags) for life in history.lives if life.initial]
+    placed = {(s.as_id, s.slot) for s in slots}
+    elsewhere = {
+        as_id: frozenset(i for i in ids if (as_id, i) not in placed)
+        for as_id, ids in history.taken.items()
+    }
+    return SlotTable(slots, elsewhere=elsewhere)
 
 
 def _transitions(
@@ -250,8 +293,13 @@ def _nothing_in(path: str, recorded: Recorded) -> InputError:
             f"{path} has no slot operations: nothing happened to the guest's memory map",
             remedy="record a guest while its memory map changes, or give another recording",
         )
-    return InputError(
-        f"{path} is no recording and has no usable `kvm_set_user_memory` lines",
-        remedy="record a guest with `qmp-memlistener record TARGET -o FILE`, or run QEMU under KVM "
-        "with `-trace kvm_set_user_memory -D FILE`",
+    return refusal(
+        path,
+        "a recording",
+        "a trace log of QEMU",
+        otherwise=InputError(
+            f"{path} is no recording and has no usable `kvm_set_user_memory` lines",
+            remedy="record a guest with `qmp-memlistener record TARGET -o FILE`, or run QEMU under "
+            "KVM with `-trace kvm_set_user_memory -D FILE`",
+        ),
     )

@@ -78,7 +78,7 @@ def qemu_ops(
         slots += changed[as_id].slots if as_id in changed else table.slots(as_id)
     return QemuOps(
         tuple(ops),
-        SlotTable(slots, retired=table.retired),
+        SlotTable(slots, retired=table.retired, elsewhere=table.elsewhere),
         tuple(space.as_id for space in spaces if rules.queued and space.reshaped),
     )
 
@@ -116,7 +116,7 @@ def _commit(
         for r in kept:
             if log.before(r) != log.after(r):
                 _relog(r, slots, table, sections, space)
-    free = _lowest_free(slots)
+    free = _lowest_free({*slots, *table.elsewhere.get(as_id, ())})
     for r in added:
         new = sections.after(r, as_id)
         if new is not None:

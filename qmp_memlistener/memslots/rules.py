@@ -206,7 +206,11 @@ def name_backing(table: SlotTable, views: Mapping[int, FlatView], rules: Rules) 
                 )
     if not named:
         return table
-    return SlotTable((named.get((s.as_id, s.slot), s) for s in table), retired=table.retired)
+    return SlotTable(
+        (named.get((s.as_id, s.slot), s) for s in table),
+        retired=table.retired,
+        elsewhere=table.elsewhere,
+    )
 
 
 def with_id(slot: Slot, slot_id: int) -> Slot:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping
 from heapq import heappop, heappush, heapreplace
-from itertools import pairwise
+from itertools import count, pairwise
 
 import msgspec
 
@@ -197,21 +197,24 @@ class SlotTable:
     What is mapped never overlaps within an address space (with `hole` slots, a slot may lie in
     another one's hole).  `retired` remembers, by what it stood for, the last form of each `hole`
     slot that is gone, so that it comes back under its old id; it takes no part in comparisons.
+    `elsewhere` has, by address space, ids in use by slots of which nobody knows where they are.
 
     `add` and `remove` shift a flat list, so they cost O(log n) and a move of a few bytes for each
     slot behind; the constructor is O(n log n) for all.  Raises InputError for an id used twice
     or for ranges that overlap.
     """
 
-    __slots__ = ("_spaces", "retired")
+    __slots__ = ("_spaces", "elsewhere", "retired")
 
     def __init__(
         self,
         slots: Iterable[Slot] = (),
         *,
         retired: Mapping[tuple[object, ...], Slot] | None = None,
+        elsewhere: Mapping[int, frozenset[int]] | None = None,
     ) -> None:
         self._spaces: dict[int, _Space] = {}
+        self.elsewhere: dict[int, frozenset[int]] = dict(elsewhere or {})
         self.retired: dict[tuple[object, ...], Slot] = dict(retired or {})
         for slot in slots:
             space = self._space(slot.as_id)
@@ -253,7 +256,7 @@ class SlotTable:
 
     def copy(self) -> SlotTable:
         """A table of its own with the same slots."""
-        new = SlotTable(retired=self.retired)
+        new = SlotTable(retired=self.retired, elsewhere=self.elsewhere)
         new._spaces = {as_id: space.copy() for as_id, space in self._spaces.items()}
         return new
 
@@ -320,7 +323,11 @@ class SlotTable:
 
     def lowest_free(self, as_id: int) -> int:
         """The id QEMU gives to the next slot: the lowest free one (`kvm_get_free_slot`)."""
-        return self._space(as_id).lowest_free()
+        space = self._space(as_id)
+        elsewhere = self.elsewhere.get(as_id)
+        if not elsewhere:
+            return space.lowest_free()
+        return next(i for i in count() if i not in elsewhere and i not in space.by_id)
 
     def as_ids(self) -> tuple[int, ...]:
         """The address spaces that have slots, ascending."""

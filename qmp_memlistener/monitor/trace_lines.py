@@ -10,6 +10,7 @@ compared in 7.2, 10.0.2 and master):
 
 - `kvm_set_user_memory` up to 8.x prints `Slot#N` with the address space in the upper 16 bits,
   later `AddrSpace#A Slot#N`, and from 9.1 on also guest_memfd and guest_memfd_offset;
+- downstream trees print more fields behind `ret=` (restricted_fd, restricted_offset);
 - with `-msg timestamp=on` a line begins `TID@SEC.USEC:` up to 10.0 and with an ISO 8601 time
   (UTC, fraction left out when it is zero) and a space from 10.1 on.
 """
@@ -49,7 +50,8 @@ _STAMP = rb"(?:(\d{1,10})@(\d{1,12})\.(\d{6}):|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(
 _SLOT_OP = (
     rb"kvm_set_user_memory (?:AddrSpace#(\d{1,5}) )?Slot#(-?\d{1,10}) flags=0x([0-9a-f]{1,8})"
     rb" gpa=0x([0-9a-f]{1,16}) size=0x([0-9a-f]{1,16}) ua=0x([0-9a-f]{1,16})"
-    rb"(?: guest_memfd=(-?\d{1,10}) guest_memfd_offset=0x([0-9a-f]{1,16}))? ret=(-?\d{1,10})\n"
+    rb"(?: guest_memfd=(-?\d{1,10}) guest_memfd_offset=0x([0-9a-f]{1,16}))? ret=(-?\d{1,10})"
+    rb"(?: \w{1,40}=[-\w]{1,40}){0,8}\n"  # kernels with private memory of their own add fields
 )
 # Each match is one whole line: a slot operation or, last group, something else.
 _PLAIN_LINES = re.compile(_SLOT_OP + rb"|([^\n]*)\n")

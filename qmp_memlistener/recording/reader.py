@@ -13,6 +13,7 @@ from typing import BinaryIO
 import msgspec
 
 from ..errors import InputError, RecordingError
+from ..inputs import identify_file, open_input
 from . import measured, mirrored, records
 from .records import SCHEMA, Header, Record
 
@@ -45,6 +46,8 @@ class Recording:
     """
 
     def __init__(self, path: str) -> None:
+        if not is_recording(path):
+            _refuse(path)
         self.path = path
         self.skipped = 0
         self.truncated = False
@@ -66,17 +69,10 @@ class Recording:
         self.header = first
 
     def __iter__(self) -> Iterator[Record]:
-        try:
-            with open(self.path, "rb") as file:
-                yield from self._read(file)
-        except OSError as exc:
-            raise InputError(
-                f"{self.path} cannot be read: {exc.strerror}",
-                remedy="name a recording that is there and that you may read",
-            ) from exc
+        with open_input(self.path, skip=self._position) as file:
+            yield from self._read(file)
 
     def _read(self, file: BinaryIO) -> Iterator[Record]:
-        file.seek(self._position)
         self.truncated = False
         while line := file.readline(LINE_LIMIT + 1):
             if len(line) > LINE_LIMIT:
@@ -114,10 +110,17 @@ class Recording:
         )
 
 
+def _refuse(path: str) -> None:
+    """Say what the file is, if that is known; what is nothing else is a damaged recording."""
+    identity = identify_file(path)
+    if identity is not None:
+        raise RecordingError(f"{path} is {identity.what}, not a recording", remedy=identity.remedy)
+
+
 def is_recording(path: str) -> bool:
     """The file begins like one of our recordings (false when it cannot be read)."""
     try:
-        with open(path, "rb") as file:
+        with open_input(path) as file:
             return b'"type":"header"' in file.readline(4096)
-    except OSError:
+    except InputError:
         return False

@@ -30,13 +30,13 @@ class MemoryMap:
     unresolved: tuple[str, ...] = ()
 
 
-def read_map(text: str, address_space: str = "memory") -> MemoryMap:
-    """The map of one address space from any `info mtree` text.
+def read_map(text: str | Dump, address_space: str = "memory") -> MemoryMap:
+    """The map of one address space from any `info mtree` text, parsed or not.
 
     Raises MtreeError for text that is not `info mtree` output and InputError when it has no such
     address space.
     """
-    dump = parse(text)
+    dump = text if isinstance(text, Dump) else parse(text)
     known = dump.flat_views if dump.is_flat else dump.address_spaces
     if address_space not in known:
         raise InputError(
@@ -46,12 +46,12 @@ def read_map(text: str, address_space: str = "memory") -> MemoryMap:
     return _read(dump, [address_space])[address_space]
 
 
-def read_maps(text: str, address_spaces: Sequence[str]) -> dict[str, MemoryMap]:
-    """Those of `address_spaces` that the text has; parsed once.
+def read_maps(text: str | Dump, address_spaces: Sequence[str]) -> dict[str, MemoryMap]:
+    """Those of `address_spaces` that the text has, parsed or not.
 
     Raises MtreeError for text that is not `info mtree` output.
     """
-    return _read(parse(text), address_spaces)
+    return _read(text if isinstance(text, Dump) else parse(text), address_spaces)
 
 
 def _read(dump: Dump, address_spaces: Sequence[str]) -> dict[str, MemoryMap]:

@@ -246,6 +246,8 @@ def _region(m: re.Match[str], line_no: int, line: str, dump: Dump) -> Region:
         end -= len(" [disabled]")
     name, target, offset = line[at:end], None, 0
     window = _WINDOW.fullmatch(line, end - 34, end) if name.startswith("alias ") else None
+    if window is None and name.startswith("alias ") and " @" in name:
+        raise MtreeError(line_no, line, "an alias without its window: the line is cut off")
     if window is not None:
         alias, sep, aliased = line[at + len("alias ") : end - 34].rpartition(" @")
         if sep:

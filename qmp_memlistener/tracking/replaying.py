@@ -1,4 +1,4 @@
-"""A recording's transitions as pairs of views, with the slots before each.
+"""A recording's transitions as pairs of views.  Its slots are read by `kvmlab.replay_input`.
 
 The recording says which sections went and came; the view is carried along from its `map` record.
 """
@@ -9,8 +9,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from ..errors import RecordingError
-from ..memslots import Slot, SlotTable
-from ..recording import MapRecord, Record, Section, SlotOp, TransitionRecord
+from ..recording import MapRecord, Record, Section, TransitionRecord
 from ..topology import FlatRange, FlatView, Kind
 
 __all__ = ["ReplayStep", "replay"]
@@ -18,13 +17,11 @@ __all__ = ["ReplayStep", "replay"]
 
 @dataclass(frozen=True, slots=True)
 class ReplayStep:
-    """One transition: the views on both sides, the slots before it where all ids are known."""
+    """One transition: the views on both sides of it."""
 
     seq: int
     before: FlatView
     after: FlatView
-    table: SlotTable | None
-    ops: tuple[SlotOp, ...]
 
 
 def replay(records: Iterable[Record]) -> Iterator[ReplayStep]:
@@ -34,32 +31,15 @@ def replay(records: Iterable[Record]) -> Iterator[ReplayStep]:
     fit the view they are applied to.
     """
     view: FlatView | None = None
-    slots: dict[int, Slot] = {}
-    pending: TransitionRecord | None = None
-    ops: list[SlotOp] = []
-
-    def finish() -> Iterator[ReplayStep]:
-        nonlocal view, pending, ops
-        if pending is not None and view is not None and (pending.removed or pending.added):
-            after = _apply(view, pending)
-            yield ReplayStep(pending.seq, view, after, _table(slots, view), tuple(ops))
-            view = after
-        for op in ops:
-            _fold(slots, op)
-        pending, ops = None, []
-
     for record in records:
         match record:
             case MapRecord():
-                yield from finish()
                 ranges = [_range(s) for s in record.ranges]
                 view = _view(ranges, record.address_space, "the map")
-            case TransitionRecord():
-                yield from finish()
-                pending = record
-            case SlotOp(as_id=0, predicted=False):
-                ops.append(record)
-    yield from finish()
+            case TransitionRecord() if view is not None and (record.removed or record.added):
+                after = _apply(view, record)
+                yield ReplayStep(record.seq, view, after)
+                view = after
 
 
 def _apply(view: FlatView, t: TransitionRecord) -> FlatView:
@@ -87,19 +67,3 @@ def _range(s: Section) -> FlatRange:
 
 def _unfit(why: str) -> RecordingError:
     return RecordingError(why, remedy="give a file that `qmp-memlistener record` wrote, unchanged")
-
-
-def _fold(slots: dict[int, Slot], op: SlotOp) -> None:
-    if op.ret:
-        return
-    if op.op == "delete":
-        slots.pop(op.slot, None)
-    else:
-        slots[op.slot] = Slot(op.as_id, op.slot, op.gpa, op.size, op.flags)
-
-
-def _table(slots: dict[int, Slot], view: FlatView) -> SlotTable | None:
-    """The slots before a transition if operations have told them all, else None."""
-    backed = {r.start for r in view if r.memslot}
-    known = {s.gpa for s in slots.values()}
-    return SlotTable(slots.values()) if backed and backed <= known else None

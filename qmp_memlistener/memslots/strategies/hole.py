@@ -74,7 +74,7 @@ def hole(change: Change, max_holes: int | None = DEFAULT_MAX_HOLES) -> Outcome:
     return Outcome(
         work.ops(),
         table,
-        SlotTable(slots, retired=retire(table, blocks)),
+        SlotTable(slots, retired=retire(table, blocks), elsewhere=table.elsewhere),
         bool(work.removals or work.additions),
         notes=tuple(work.notes),
     )

@@ -129,7 +129,7 @@ def follow_blocks(
                 i = bisect_right(block.was, s.gpa, key=_start) - 1
                 lowest[i] = min(s.slot, lowest.get(i, s.slot))
             out += [_plain(as_id, key, lowest[i], r, logged) for i, r in enumerate(block.was)]
-    return SlotTable(out, retired=table.retired)
+    return SlotTable(out, retired=table.retired, elsewhere=table.elsewhere)
 
 
 def target(as_id: int, block: Block, table: SlotTable, max_holes: int | None) -> list[Slot]:

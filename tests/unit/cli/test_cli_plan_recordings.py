@@ -44,7 +44,7 @@ def recording(tmp_path: Path, pair: tuple[Path, Path]) -> Path:
     """Slots become known, then a hole is punched and filled."""
     before, after = (read_map(p.read_text()).view for p in pair)
     op = SlotOp(
-        t_ns=1, as_id=0, slot=4, op="add", gpa=0, size=16 << 20, flags=0, ret=0,
+        t_ns=1, as_id=0, slot=4, op="flags", gpa=0, size=16 << 20, flags=0, ret=0,
         predicted=False, transition=None,
     )  # fmt: skip
     return record(
@@ -67,6 +67,32 @@ def test_a_recording(capsys: pytest.CaptureFixture[str], recording: Path) -> Non
             assert plan["rules"] == "7.2", "of the recorded QEMU"
     first = ops_of(document["transitions"][0]["plans"][0])
     assert first[0] == ("delete", 4, 0, 16 << 20), "the id that was traced"
+
+
+LOG = (
+    "Jan 13 18:17:24 host1 qemu[71]: kvm_set_user_memory AddrSpace#0 Slot#{} flags=0x0 gpa=0x{:x} "
+    "size=0x{:x} ua=0x{:x} ret=0\n"
+)
+
+
+def test_a_log_of_qemu(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """From its own slots, with the ids that were traced."""
+    ua = 0x7F0000000000
+    rows = [
+        (5, 0, 0x100000, ua),
+        (5, 0, 0, ua),
+        (5, 0, 0x80000, ua),
+        (7, 0x81000, 0x7F000, ua + 0x81000),
+    ]
+    path = tmp_path / "log"
+    path.write_text("".join(LOG.format(*row) for row in rows))
+    document = run(capsys, "plan", path, "--strategy", "qemu", "--json").document()
+    (punch,) = [t["plans"][0] for t in document["transitions"] if len(t["plans"][0]["ops"]) == 3]
+    assert ops_of(punch) == [
+        ("delete", 5, 0, 0x100000),
+        ("add", 5, 0, 0x80000),
+        ("add", 7, 0x81000, 0x7F000),
+    ]
 
 
 def test_one_transition_of_a_recording(capsys: pytest.CaptureFixture[str], recording: Path) -> None:
