@@ -6,6 +6,7 @@
      +- OperationFailed               1   a check or an operation on the guest failed
      |   +- CommandFailed             1   QEMU refused a command
      |   +- GuestFrozen               1   real-time work runs, nobody may touch the guest
+     |   +- GuestMigrating            1   a migration has the guest, it may not be paused
      +- InputError                    2   bad usage or bad input
      |   +- MtreeError                2   not an `info mtree` text, with line number
      |   +- RecordingError            2   not a recording, or one from the future
@@ -27,6 +28,7 @@ __all__ = [
     "CommandFailed",
     "DeadlineExceeded",
     "GuestFrozen",
+    "GuestMigrating",
     "InputError",
     "MemListenerError",
     "MissingPrerequisite",
@@ -73,6 +75,11 @@ class CommandFailed(OperationFailed):
 
 class GuestFrozen(OperationFailed):
     """Somebody froze the guest for real-time work (`watch --freeze`): nothing was done to it."""
+
+
+class GuestMigrating(OperationFailed):
+    """A migration is under way, or has taken the guest: a pause would leave it paused at the
+    destination, or run it at both ends."""
 
 
 class InputError(MemListenerError):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
@@ -19,6 +19,7 @@ from ..probes import Kind
 from ..recording import ProbeState, Record
 from .guest_facts import backends_of, read_facts
 from .guest_view import read_guest, read_status
+from .migrating import await_set_up
 from .model import Intent, Outcome, Plug, Resize, Role, Strategy, Unplug, UpdateRefused
 from .operation import Host, UpdateOptions, perform
 from .reaction import QUIET_S
@@ -231,9 +232,11 @@ class HostGuest:
             return Unplug(name, self._intent.backends[::-1])
         return Unplug(name, await backends_of(self._host.monitor, name))
 
-    async def _remove(self, things: Iterable[tuple[Role, str]]) -> None:
+    async def _remove(self, things: Collection[tuple[Role, str]]) -> None:
         """Backends that are left over.  What is still in use stays, and the state tells."""
         async with self._host.operating() as ops:
+            if any(role is Role.OBJECT for role, _ in things):
+                await await_set_up(ops)
             for role, name in sorted(things):
                 try:
                     await ops.execute(role.remove_command, {role.id_key: name})

@@ -36,6 +36,7 @@ from ..monitor import SocketTarget, find_owner
 from ..monitor.dial import dial, explain_silence, no_answer, peer_pid
 from ..monitor.freeze import freeze_key
 from .guard_notes import NoteForm, new_note
+from .migrating import check_not_migrating
 from .model import UpdateRefused
 
 __all__ = ["ResumeGuard", "Settled"]
@@ -68,6 +69,7 @@ class _Message(msgspec.Struct):
     ready: bool = False
     phase: str = ""
     status: str = ""
+    migration: str = ""
     acted: bool = False
     refused: bool = False
     why: str = ""
@@ -182,17 +184,18 @@ class ResumeGuard:
         """Its process answers, as far as is known."""
         return not self._listening.done()
 
-    async def arm(self) -> str:
+    async def arm(self, *, held: bool = True) -> str:
         """Call it right before `stop` is sent.  Returns the guest's status (RunState).
 
         It is armed only when that is `running`: with any other the guest must not be resumed, and
-        so there is nothing to guard.  Raises OperationFailed when the guard is gone or does not
-        answer: then nothing may be stopped.
+        so there is nothing to guard.  Not `held`: `cont` is sent together with `stop`.  Raises
+        GuestMigrating when a migration is under way or has taken the guest, OperationFailed when
+        the guard is gone or does not answer: then nothing may be stopped.
         """
         self.acted = False
         self.why = self.obstacle = ""
         try:
-            answer = await self._ask("arm", _ARM_S)
+            answer = await self._ask("arm", _ARM_S, held=held)
         except TimeoutError:
             self._tell("release")
             raise OperationFailed(
@@ -208,6 +211,7 @@ class ResumeGuard:
                 f"an earlier pause of {self.target} is not over; the guest was not stopped again",
                 remedy="QEMU's main loop is stalled; try again when it answers",
             )
+        check_not_migrating(answer.status, answer.migration)
         return answer.status
 
     async def release(self) -> None:
@@ -265,11 +269,11 @@ class ResumeGuard:
     def _take(self, answer: _Message) -> None:
         self.acted, self.why, self.obstacle = answer.acted, answer.why, answer.obstacle
 
-    async def _ask(self, what: str, deadline: float) -> _Message:
+    async def _ask(self, what: str, deadline: float, **more: bool) -> _Message:
         """Raises TimeoutError, and OperationFailed when the guard is gone."""
         if not self.is_alive or self._closed:
             raise self._gone()
-        number = self._tell(what)
+        number = self._tell(what, **more)
         future: asyncio.Future[_Message] = asyncio.get_running_loop().create_future()
         self._waiting[number] = future
         try:
@@ -278,10 +282,10 @@ class ResumeGuard:
         finally:
             del self._waiting[number]
 
-    def _tell(self, what: str) -> int:
+    def _tell(self, what: str, **more: bool) -> int:
         number = next(self._numbers)
         if not self._writer.is_closing():
-            self._writer.write(json.dumps({"do": what, "n": number}).encode() + b"\n")
+            self._writer.write(json.dumps({"do": what, "n": number, **more}).encode() + b"\n")
         return number
 
     async def _listen(self) -> None:

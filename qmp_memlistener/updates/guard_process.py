@@ -2,24 +2,12 @@
 
 Started by `guard` by file, `python -I -S guard_process.py SETTINGS`, with two sockets: one leads to
 the agent, the other is a QMP monitor of the guest whose greeting has been read.  Only cheap modules
-of the standard library are imported, nothing of this package: it must be up in a few milliseconds.
+of the standard library are imported, and of this package `promise` alone, where the rules are: it
+must be up in a few milliseconds.
 
-What it knows comes from STOP and RESUME events; it asks QEMU nothing while all goes well, so that
-no command of ours comes between those of the agent (monitor/qmp.c takes them in turn from all
-monitors).  Its rules (`Promise`, which is pure):
-
-- Only the first STOP after `arm` is ours.  With the first RESUME after that the promise is kept,
-  whoever sent `cont`; a later STOP is somebody else's.  QMP does not say who stopped a guest: one
-  that somebody stops in the moment between `arm` and our own `stop` is taken for ours.
-- It acts when the agent is gone (end of file, or it is no longer our parent), when the agent says
-  that it lost QEMU, or when the pause lasts longer than allowed, which is also how a hanging agent
-  shows.  Then `cont` is sent, but only if the status is exactly `paused`: a guest that stands for
-  another reason (internal-error, io-error, postmigrate ...) is left alone, and that is noted.
-- When a monitor's client goes, QEMU drops what is still queued of it (CHR_EVENT_CLOSED in
-  monitor/qmp.c), but the command it has begun is executed: a `stop` may take effect after its
-  sender's end.  So a guest that runs is asked about some more times.  All monitors are read by one
-  thread in QEMU and served by another, so that a few answers after the agent's end there can be no
-  `stop` on its way.
+- What it knows comes from STOP and RESUME events and, while the guest is stopped, from looks at
+  QEMU's state.  While a pause is short it asks nothing, so that no command of ours comes between
+  those of the agent (monitor/qmp.c takes them in turn from all monitors).
 - While QEMU's main loop is blocked our command waits in QEMU's queue, as any other; we wait with it
   as long as QEMU lives, though not for ever once the agent is gone.
 - It ends with QEMU, and with the agent as soon as nothing is promised.  Signals that end a session
@@ -28,7 +16,6 @@ monitors).  Its rules (`Promise`, which is pure):
 
 from __future__ import annotations
 
-import enum
 import json
 import os
 import select
@@ -37,13 +24,15 @@ import socket
 import sys
 import time
 
-__all__ = ["Guard", "Phase", "Promise", "main"]
+if __name__ != "__main__":
+    from .promise import Due, Phase, Promise
+else:
+    # last, so that no file beside this one is taken for a module of the standard library
+    sys.path.append(os.path.dirname(__file__))
+    from promise import Due, Phase, Promise  # type: ignore[import-not-found,no-redef]
 
-_CHECKS = 3
-"""Answers of QEMU, after the agent's end, that show that no `stop` came."""
-_CHECK_EVERY_NS = 10_000_000
-_RETRY_EVERY_NS = 100_000_000
-_RETRY_FOR_NS = 10_000_000_000
+__all__ = ["Guard", "main"]
+
 _PARENT_GRACE_NS = 1_000_000_000
 """How long an agent may live on, after it closed the socket, with its `stop` on the way."""
 _LINGER_NS = 600_000_000_000
@@ -52,134 +41,6 @@ _LOOK_EVERY_MS = 1000
 """A child that the agent forked may keep the socket open: look whether the agent is our parent."""
 _LINE_MAX = 1 << 20
 _OVER = b"\n"
-
-
-class Phase(enum.Enum):
-    """What is promised at the moment."""
-
-    IDLE = "idle"
-    """Nothing."""
-    ASKED = "asked"
-    """The agent is about to stop the guest; QEMU is asked whether it runs."""
-    ARMED = "armed"
-    """The agent may stop the guest at any moment."""
-    STOPPED = "stopped"
-    """It has: the guest must run again."""
-    KEPT = "kept"
-    """It was resumed."""
-    LEFT = "left"
-    """It was not, and we have stopped trying."""
-
-    @property
-    def is_settled(self) -> bool:
-        return self in (Phase.IDLE, Phase.KEPT, Phase.LEFT)
-
-
-class Promise:
-    """What is owed to the guest, and which command is due.  Pure; times are CLOCK_MONOTONIC ns.
-
-    `why` says why the guard acts, empty while it need not; `acted` that its `cont` was accepted;
-    `status` is the last one that QEMU told, `obstacle` QEMU's words when it refused `cont`.
-    """
-
-    def __init__(self, max_pause_ns: int) -> None:
-        self.phase = Phase.IDLE
-        self.why = ""
-        self.acted = False
-        self.status = ""
-        self.obstacle = ""
-        self._max_pause_ns = max_pause_ns
-        self._since = 0
-        self._is_paused = False
-        self._not_before = 0
-        self._give_up = 0
-        self._sure_at = 0
-        self._checks = 0
-
-    def arm(self) -> bool:
-        """The agent wants to stop the guest.  False while an earlier pause is not over, or may
-        still come: then there would be no telling which STOP is whose."""
-        if self.phase in (Phase.ARMED, Phase.STOPPED):
-            return False
-        self._forget(Phase.ASKED)
-        self.acted = False
-        return True
-
-    def release(self) -> None:
-        """The agent says that the guest runs, or that it was never stopped."""
-        self._forget(Phase.IDLE)
-
-    def stopped(self, now: int) -> None:
-        """A STOP event."""
-        if self.phase is Phase.ARMED:
-            self.phase = Phase.STOPPED
-            self._since = now
-
-    def resumed(self) -> None:
-        """A RESUME event."""
-        if self.phase is Phase.STOPPED:
-            self.phase = Phase.KEPT
-
-    def abandoned(self, now: int, why: str, sure_at: int) -> None:
-        """The agent cannot keep the promise; from `sure_at` on it can send no `stop` either."""
-        if not self.why:
-            self._act(now, why)
-        self._sure_at = sure_at
-
-    def due(self, now: int) -> str | None:
-        """The command to send now; call it when none is on its way."""
-        if self.phase is Phase.ASKED:
-            return "query-status"
-        if self.phase is Phase.STOPPED and not self.why and now >= self._since + self._max_pause_ns:
-            self._act(now, f"it was paused for more than {self._max_pause_ns / 1e9:g} s")
-        if self.phase in (Phase.ARMED, Phase.STOPPED) and self.why and now >= self._not_before:
-            return "cont" if self._is_paused else "query-status"
-        return None
-
-    def wake_at(self) -> int | None:
-        """When `due` may have something new to say without an event."""
-        if self.phase in (Phase.ARMED, Phase.STOPPED) and self.why:
-            return self._not_before
-        return self._since + self._max_pause_ns if self.phase is Phase.STOPPED else None
-
-    def told_status(self, sent: int, now: int, status: str) -> None:
-        """QEMU's answer to a `query-status` that was sent at `sent`."""
-        self.status = status
-        if self.phase is Phase.ASKED:
-            self.phase = Phase.ARMED if status == "running" else Phase.IDLE
-        elif self.phase is Phase.STOPPED and self.why:
-            self._is_paused = status == "paused"
-            if not self._is_paused:
-                self.phase = Phase.KEPT if status == "running" else Phase.LEFT
-        elif self.phase is Phase.ARMED and self.why:
-            self._checks += sent >= self._sure_at
-            self._not_before = now + _CHECK_EVERY_NS
-            if self._checks >= _CHECKS:
-                self.phase = Phase.IDLE
-
-    def continued(self, now: int, refusal: str | None) -> None:
-        """QEMU's answer to `cont`; the status is asked for again before the next one."""
-        self._is_paused = False
-        if refusal is None:
-            self.acted = True
-            if self.phase is Phase.STOPPED:
-                self.phase = Phase.KEPT
-        elif self.phase is Phase.STOPPED:
-            self.obstacle = refusal
-            self._not_before = now + _RETRY_EVERY_NS
-            if now >= self._give_up:
-                self.phase = Phase.LEFT
-
-    def _act(self, now: int, why: str) -> None:
-        self.why = why
-        self._not_before = now
-        self._give_up = now + _RETRY_FOR_NS
-
-    def _forget(self, phase: Phase) -> None:
-        self.phase = phase
-        self.why = self.obstacle = ""
-        self._is_paused = False
-        self._checks = self._sure_at = 0
 
 
 class Guard:
@@ -200,7 +61,8 @@ class Guard:
         self._note: dict[str, object] = note if isinstance(note, dict) else {}
         self._promise = Promise(int(str(settings["max_pause_ns"])))
         self._buffers = {control.fileno(): b"", monitor.fileno(): b""}
-        self._on_its_way: tuple[str, int] | None = None
+        self._on_its_way: tuple[Due | None, int] | None = None
+        self._answers: list[dict[str, object]] = []
         self._question: tuple[str, object] | None = None
         self._gone_at = 0
         self._ended_at = 0
@@ -214,7 +76,7 @@ class Guard:
         for sock in (self._control, self._monitor):
             sock.setblocking(False)
             poller.register(sock, select.POLLIN)
-        self._send("qmp_capabilities")
+        self._send(None)
         while not self._is_over():
             poller.poll(self._timeout_ms())
             # All that there is to know first: after a long sleep a pause may be over by now.
@@ -265,47 +127,65 @@ class Guard:
             grace = self._gone_at + _PARENT_GRACE_NS
             promise.abandoned(now, f"the agent (pid {self._agent}) closed its guard", grace)
         self._answer()
-        if self._on_its_way is None and (command := promise.due(now)) is not None:
-            self._send(command)
+        if self._on_its_way is None and (due := promise.due(now)) is not None:
+            self._send(due)
 
     # -- QEMU ------------------------------------------------------------------------------------
 
-    def _send(self, command: str) -> None:
+    def _send(self, due: Due | None) -> None:
+        """None: the negotiation."""
+        commands = (b"qmp_capabilities",) if due is None else due.value
         try:
-            self._monitor.sendall(b'{"execute":"%s"}\n' % command.encode())
+            self._monitor.sendall(b"".join(b'{"execute":"%s"}\n' % c for c in commands))
         except OSError:
             self._qemu_is_gone = True
-        self._on_its_way = (command, time.monotonic_ns())
+        self._answers = []
+        self._on_its_way = (due, time.monotonic_ns())
 
     def _on_qemu(self, message: dict[str, object]) -> None:
+        if "event" in message:
+            self._on_event(str(message["event"]), message)
+        elif self._on_its_way is not None:
+            self._answers.append(message)
+            (due, sent) = self._on_its_way
+            if len(self._answers) == (1 if due is None else len(due.value)):
+                self._on_its_way = None
+                self._on_answers(due, sent, time.monotonic_ns())
+                self._note_if_settled()
+
+    def _on_event(self, name: str, message: dict[str, object]) -> None:
         now = time.monotonic_ns()
-        event = message.get("event")
-        if event == "STOP":
+        if name == "STOP":
             if self._question is not None and self._question[0] == "arm":
                 # The agent still waits for our word: it is somebody else who stops the guest.
                 self._promise.release()
                 self._promise.status = "paused"
             self._promise.stopped(now)
-        elif event == "RESUME":
+        elif name == "RESUME":
             self._promise.resumed()
-        if event is not None or self._on_its_way is None:
-            return
-        (command, sent), self._on_its_way = self._on_its_way, None
-        error, value = message.get("error"), message.get("return")
-        refusal = str(error.get("desc")) if isinstance(error, dict) else None
-        if command == "query-status":
-            status = str(value.get("status")) if isinstance(value, dict) else ""
-            self._promise.told_status(sent, now, status)
-        elif command == "cont":
+        elif name == "MIGRATION":
+            self._promise.migrating(now, _member(message.get("data"), "status"))
+
+    def _on_answers(self, due: Due | None, sent: int, now: int) -> None:
+        answers = [message.get("return") for message in self._answers]
+        error = self._answers[-1].get("error")
+        refusal = _member(error, "desc") if isinstance(error, dict) else None
+        if due is Due.LOOK:
+            migration, status = (_member(answer, "status") for answer in answers)
+            self._promise.told(sent, now, status, migration)
+        elif due is Due.CONT:
             self._promise.continued(now, refusal)
+        elif due is Due.STOP:
+            self._promise.stopped_again()
         elif refusal is None:
             self._say({"ready": True})
         else:
-            raise RuntimeError(f"QEMU refused {command}: {refusal}")
-        self._note_if_settled()
+            raise RuntimeError(f"QEMU refused qmp_capabilities: {refusal}")
 
     def _note_if_settled(self) -> None:
         promise = self._promise
+        if promise.phase is Phase.DOUBTED:
+            return
         if promise.acted and not self._noted:
             self._leave_note("")
         elif promise.phase is Phase.LEFT and not self._noted:
@@ -317,11 +197,12 @@ class Guard:
         question = str(message.get("do"))
         self._question = (question, message.get("n"))
         if question == "release":
-            self._promise.release()
+            if self._promise.phase is not Phase.DOUBTED:
+                self._promise.release()
         elif question == "lost":
             now = time.monotonic_ns()
             self._promise.abandoned(now, "the agent lost its connection", now)
-        elif not self._promise.arm():
+        elif not self._promise.arm(time.monotonic_ns(), held=bool(message.get("held"))):
             self._question = None
             self._say({"n": message.get("n"), "refused": True})
 
@@ -331,7 +212,7 @@ class Guard:
         if self._question is None or self._on_its_way is not None:
             return
         question, number = self._question
-        if question == "arm" and promise.phase is Phase.ASKED:
+        if promise.phase is (Phase.ASKED if question == "arm" else Phase.DOUBTED):
             return
         if question == "lost" and not promise.phase.is_settled:
             return
@@ -341,6 +222,7 @@ class Guard:
             "n": number,
             "phase": promise.phase.value,
             "status": promise.status,
+            "migration": promise.migration,
             "acted": promise.acted,
             "why": str(noted.get("why", "")),
             "obstacle": str(noted.get("obstacle", "")),
@@ -412,6 +294,12 @@ class Guard:
         self._buffers[number] = rest
         messages = (json.loads(line) for line in lines if line.strip())
         return [m for m in messages if isinstance(m, dict)]
+
+
+def _member(value: object, name: str) -> str:
+    """Of an object; empty when there is none."""
+    found = value.get(name) if isinstance(value, dict) else None
+    return found if isinstance(found, str) else ""
 
 
 def main(argument: str) -> None:

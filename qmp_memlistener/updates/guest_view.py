@@ -13,6 +13,7 @@ import msgspec
 
 from ..errors import CommandFailed, ProtocolViolation
 from ..monitor import Monitor
+from .promise import is_migrating
 
 __all__ = [
     "Dimm",
@@ -145,23 +146,6 @@ class _Child(msgspec.Struct):
     name: str
 
 
-# MigrationStatus (qapi/migration.json) of a migration that is not over
-_MIGRATING = frozenset(
-    {
-        "setup",
-        "active",
-        "cancelling",
-        "postcopy-active",
-        "postcopy-paused",
-        "postcopy-recover",
-        "postcopy-recover-setup",
-        "postcopy-device",
-        "pre-switchover",
-        "device",
-        "colo",
-        "wait-unplug",
-    }
-)
 _MEMORY_TYPES = {"dimm": "pc-dimm", "nvdimm": "nvdimm"}
 _OTHERS = frozenset({"virtio-pmem", "hv-balloon"})
 _DEVICE_MEMORY = "device-memory[0]"
@@ -179,7 +163,7 @@ async def read_guest(monitor: Monitor) -> GuestView:
     return GuestView(
         status=status,
         running=running,
-        migration=migration.status if migration.status in _MIGRATING else None,
+        migration=migration.status if is_migrating(migration.status or "") else None,
         jobs=tuple(job.type for job in jobs),
         machine=await _machine_property(monitor, "type", str, ""),
         nvdimm=await _machine_property(monitor, "nvdimm", bool, False),

@@ -22,7 +22,7 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 
-from ..errors import MemListenerError, OperationFailed
+from ..errors import GuestMigrating, MemListenerError, OperationFailed
 from ..listener import MemoryListener
 from ..memslots import DEFAULT_MAX_HOLES, LogChange, Op, OpKind, Plan, Rules, SlotTable, plan
 from ..memslots import Strategy as PlanStrategy
@@ -55,7 +55,8 @@ class Mirror(MemoryListener):
     """Keeps `backend` in step with the maps it is told, under `strategy`.
 
     DIRECT: QEMU's own order, slots are deleted and added again.  PAUSE: the same while `pause`
-    holds the guest (`mirroring` makes one).  HOLE: slots follow RAM blocks, keep their ids and
+    holds the guest (`mirroring` makes one); while the guest is migrating updates are made without,
+    and that is remarked.  HOLE: slots follow RAM blocks, keep their ids and
     dirty bitmaps, and get holes (at most `max_holes` each; None: no limit).
 
     `rules` say how this QEMU makes slots of ranges (`Agent.rules`).  An `async` call of the
@@ -86,6 +87,7 @@ class Mirror(MemoryListener):
         self._latest: FlatView | None = None  # the last one told
         self._why_not: str | None = _NOT_TOLD
         self._stuck = False  # what the backend holds is not known
+        self._suspended = False  # pauses are, while a migration has the guest
         self._open = False  # inside a transition
         self._since_ns: int | None = None
         self._starts: set[str] = set()
@@ -289,14 +291,23 @@ class Mirror(MemoryListener):
         )
 
     async def _paused(self, ops: Sequence[Op], after: SlotTable) -> None:
-        """`ops` while the guest does not run; without a pause when it cannot be had."""
+        """`ops` while the guest does not run; without a pause when it cannot be had.
+
+        A guest that is migrating may not be paused: pauses are suspended until that is over.
+        """
         assert self._pause is not None, "only a mirror that pauses has plans with pauses"
         pause: Pause | None = None
         done = ran = False
         try:
             async with self._pause() as pause:
+                if self._suspended:
+                    self._suspended = False
+                    self.remark("the migration is over: the guest is paused for updates again")
                 await self._writer.together(ops, after)
                 done, ran = True, pause.is_over
+        except GuestMigrating as exc:
+            self._suspended = True
+            self.remark(f"{exc.message}; pauses are suspended, updates go on without")
         except MemListenerError as exc:
             if pause is not None and not done:
                 raise

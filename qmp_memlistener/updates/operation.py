@@ -23,6 +23,7 @@ import msgspec
 
 from ..errors import (
     CommandFailed,
+    GuestMigrating,
     InputError,
     MemListenerError,
     OperationFailed,
@@ -36,6 +37,7 @@ from .guard import ResumeGuard
 from .guard_targets import guard_targets
 from .guest_facts import read_devices, read_facts
 from .guest_view import read_guest, read_status
+from .migrating import await_set_up, refuse_if_migrating
 from .model import (
     GuestStates,
     Intent,
@@ -126,6 +128,7 @@ class _Operation:
         """Sent, and not answered."""
         self._stands = False
         self._windows: dict[str, tuple[Window, Window]] = {}
+        self._migrated: GuestMigrating | None = None
 
     async def run(self, intent: Intent) -> Outcome:
         async with AsyncExitStack() as stack:
@@ -195,6 +198,8 @@ class _Operation:
                 through = ThroughGuest(ops, guard, self._host.subscribe)
                 await stack.enter_async_context(through)
             verdict = await self._wait(reaction)
+            if (gone := self._migrated) is not None:
+                verdict = replace(verdict, done=False, reason=gone.message, remedy=gone.remedy)
         if through is not None:
             self._notes.append(through.result())
         self._notes += verdict.notes
@@ -229,6 +234,7 @@ class _Operation:
         self._marks.begun = time.monotonic_ns()
         for step in plan.prepare:
             assert step.addition is not None, "only additions are prepared"
+            await refuse_if_migrating(ops, f"{step.what} was not made")
             self._unsure = (step,)
             try:
                 await add(ops, step.addition, UPDATE_DEADLINE)
@@ -253,6 +259,7 @@ class _Operation:
             replies = run.replies
             if run.note:
                 self._notes.append(run.note)
+            self._migrated = run.migrated
         else:
             replies = await ops.pipeline(commands, deadline=UPDATE_DEADLINE)
         answered = [r for r in replies if isinstance(r, Reply)]
@@ -305,6 +312,7 @@ class _Operation:
                 await ops.reconnect()
             if await self._was_made(ops):
                 return
+            await await_set_up(ops)
         except TargetUnreachable:
             return  # QEMU has gone, and all that was made with it
         except MemListenerError as exc:
@@ -341,6 +349,8 @@ class _Operation:
         ]
         backends = await memory_backends(ops, objects) if objects else 0
         blocks = await count_blocks(ops) if backends else None
+        if objects:
+            await await_set_up(ops)
         for step in plan.finish:
             try:
                 await ops.execute(step.command.name, step.command.arguments)

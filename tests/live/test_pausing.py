@@ -102,8 +102,8 @@ async def test_a_guest_that_was_paused_stays_paused(build: QemuBuild, pipelined:
 class Overtaken(ResumeGuard):
     """Somebody else stops the guest right after this guard was armed."""
 
-    async def arm(self) -> str:
-        status = await super().arm()
+    async def arm(self, *, held: bool = True) -> str:
+        status = await super().arm(held=held)
         path = str(self.target).removeprefix("unix:").replace("qmp1", "qmp0")
         await OTHERS[path].execute("stop")
         return status

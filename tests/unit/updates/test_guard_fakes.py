@@ -14,6 +14,7 @@ import pytest
 from qmp_memlistener.errors import (
     CommandFailed,
     DeadlineExceeded,
+    GuestMigrating,
     OperationFailed,
     ProtocolViolation,
     TargetLost,
@@ -33,13 +34,16 @@ class FakeQemu:
     """A run state behind several monitors.
 
     `refuse`: how often a command is refused (-1: always).  `becomes`: the status that a command
-    leads to in place of its own.  While `open` is not set, no command is answered.
+    leads to in place of its own.  `migrates`: the status and that of the migration before a command
+    is carried out.  While `open` is not set, no command is answered.
     """
 
     def __init__(self) -> None:
         self.status = "running"
         self.refuse: dict[str, int] = {}
         self.becomes: dict[str, str] = {}
+        self.migrates: dict[str, tuple[str, str]] = {}
+        self.migration = "none"
         self.ran: list[str] = []
         self.open = asyncio.Event()
         self.open.set()
@@ -71,12 +75,16 @@ class FakeQemu:
         if left:
             self.refuse[name] = left - 1
             return {"error": {"class": "GenericError", "desc": f"no {name} now"}}
+        if name in self.migrates:
+            self.status, self.migration = self.migrates.pop(name)
         if name == "stop" and self.status == "running":
             self._change(self.becomes.get(name, "paused"), "STOP")
-        elif name == "cont" and self.status == "paused":
+        elif name == "cont" and self.status in ("paused", "postmigrate"):
             self._change("running", "RESUME")
         elif name in self.becomes:
             self.status = self.becomes[name]
+        if name == "query-migrate":
+            return {"return": {} if self.migration == "none" else {"status": self.migration}}
         if name == "query-status":
             return {"return": {"status": self.status, "running": self.status == "running"}}
         return {"return": {}}
@@ -147,8 +155,8 @@ class Stalling(ResumeGuard):
 
     fake: FakeQemu | None = None
 
-    async def arm(self) -> str:
-        status = await super().arm()
+    async def arm(self, *, held: bool = True) -> str:
+        status = await super().arm(held=held)
         if self.fake is not None:
             self.fake.open.clear()
         return status
@@ -161,9 +169,9 @@ UPDATE = (Command("object-add"), Command("device_add"))
 async def test_everything_is_sent_in_one_go_and_in_order(tmp_path: Path) -> None:
     async with faked(tmp_path) as (fake, monitor, guard):
         result = await run_paused(monitor, guard, UPDATE, deadline=5)
-        armed, *rest = fake.ran
-        assert armed == "query-status", "the guard asks before anything is stopped"
-        assert rest == ["query-status", "stop", "object-add", "device_add", "cont"]
+        look = ["query-migrate", "query-status"]
+        assert fake.ran[:2] == look, "the guard asks before anything is stopped"
+        assert fake.ran[2:] == [*look, "stop", "object-add", "device_add", "cont", *look]
         assert (result.resumed, result.note) == (True, None)
 
 
@@ -204,6 +212,79 @@ async def test_a_refused_cont_is_tried_again_by_the_guard(
         assert guard.acted
         assert str(result.note).endswith("the resume guard resumed the guest")
     assert read_note(note_path) is None
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.parametrize(
+    ("status", "migration"),
+    [("running", "setup"), ("running", "cancelling"), ("paused", "active")]
+    + [(status, "completed") for status in ("postmigrate", "finish-migrate", "inmigrate")],
+)
+@pytest.mark.asyncio
+async def test_a_guest_that_migrates_is_not_paused(
+    tmp_path: Path, status: str, migration: str, pipelined: bool
+) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        fake.status, fake.migration = status, migration
+        with pytest.raises(GuestMigrating) as caught:
+            await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
+        assert caught.value.remedy
+        assert set(fake.ran) == {"query-status", "query-migrate"}
+
+
+@pytest.mark.asyncio
+async def test_a_migration_that_begins_in_a_block_ends_its_pause(tmp_path: Path) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        resumed = asyncio.Event()
+        monitor.subscribe(lambda e: resumed.set() if e.name == "RESUME" else None)
+        async with paused_guest(monitor, guard, deadline=5) as pause:
+            fake.migration = "active"
+            await asyncio.wait_for(resumed.wait(), 5)
+            assert pause.is_over
+            assert fake.status == "running"
+        assert pause.note == "the resume guard resumed the guest: a migration began (active)"
+        assert fake.ran.count("cont") == 1
+
+
+@pytest.mark.asyncio
+async def test_a_migration_that_begins_right_before_stop_is_not_held_up(tmp_path: Path) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+
+        async def armed(*, held: bool = True) -> str:
+            await ResumeGuard.arm(guard, held=held)
+            fake.migration = "setup"
+            return "running"
+
+        guard.arm = armed  # type: ignore[method-assign]
+        with pytest.raises(GuestMigrating, match="when the guest was about to be paused"):
+            async with paused_guest(monitor, guard, deadline=5):
+                raise AssertionError("the block is not entered")
+        assert fake.status == "running"
+
+
+@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.asyncio
+async def test_a_guest_that_was_migrated_in_the_pause_does_not_run_twice(
+    tmp_path: Path, pipelined: bool
+) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        fake.migrates["cont"] = ("postmigrate", "completed")
+        result = await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
+        assert (result.resumed, fake.status) == (False, "paused")
+        assert result.migrated is not None
+        assert "paused at the destination" in result.migrated.message
+        assert "send `cont`" in str(result.migrated.remedy)
+
+
+@pytest.mark.asyncio
+async def test_a_block_that_ends_after_the_migration_sends_no_cont(tmp_path: Path) -> None:
+    async with faked(tmp_path) as (fake, monitor, guard):
+        async with paused_guest(monitor, guard, deadline=5) as pause:
+            fake.status, fake.migration = "postmigrate", "completed"
+            await asyncio.sleep(0.01)
+        assert (pause.resumed, fake.status) == (False, "postmigrate")
+        assert pause.migrated is not None
+        assert "cont" not in fake.ran
 
 
 @pytest.mark.parametrize("pipelined", [True, False])

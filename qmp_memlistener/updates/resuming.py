@@ -1,0 +1,85 @@
+"""The end of a pause: whether the guest runs again, and what is worth telling about that."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ..errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
+from ..monitor import Monitor
+from .guard import ResumeGuard, Settled
+from .migrating import LOOK, RAN_TWICE, Look
+from .promise import MIGRATED
+
+__all__ = ["End", "lost", "note_guard", "stop_again"]
+
+
+@dataclass(slots=True)
+class End:
+    """What came of the end of a pause."""
+
+    runs: bool = True
+    migrated: GuestMigrating | None = None
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def note(self) -> str | None:
+        return "; ".join(self.notes) or None
+
+    async def hand_over(self, guard: ResumeGuard, why: str, deadline: float) -> None:
+        settled = await guard.hand_over(deadline=deadline)
+        self.runs = settled in (Settled.RUNS, Settled.RESUMED)
+        self.notes.append(f"{why}; {_sentence(settled, guard)}")
+        if guard.obstacle == MIGRATED:
+            self._is_migrated(MIGRATED)
+
+    async def check(self, monitor: Monitor, before: Look, after: Look, deadline: float) -> None:
+        """QEMU has accepted `cont` between the two."""
+        if after.ran_twice(before):
+            self.runs = not await stop_again(monitor, deadline)
+            self._is_migrated(RAN_TWICE)
+            self.notes.append(RAN_TWICE)
+
+    def _is_migrated(self, why: str) -> None:
+        self.migrated = GuestMigrating(
+            f"the guest was migrated during our pause: {why}",
+            remedy="send `cont` to a monitor of the QEMU that it was migrated to",
+        )
+
+
+async def stop_again(monitor: Monitor, deadline: float) -> bool:
+    """Our `cont` has resumed a guest that was to stand: true when it does again."""
+    look = Look.of(*await monitor.pipeline(LOOK, deadline=deadline))
+    if look.status != "running":
+        return True  # it was a status that `cont` does not end
+    try:
+        await monitor.timed("stop", deadline=deadline)
+    except CommandFailed:
+        return False
+    return True
+
+
+def note_guard(notes: list[str], guard: ResumeGuard) -> None:
+    if guard.acted:
+        notes.append(f"the resume guard resumed the guest: {guard.why}")
+    elif not guard.is_alive:
+        notes.append("the resume guard ended during the update; the guest was resumed without it")
+
+
+def _sentence(settled: Settled, guard: ResumeGuard) -> str:
+    return {
+        Settled.RUNS: "the guest runs",
+        Settled.RESUMED: "the resume guard resumed the guest",
+        Settled.LEFT: f"the guest is still stopped: {guard.obstacle}",
+        Settled.UNKNOWN: "whether the guest runs is not known",
+    }[settled]
+
+
+def lost(error: TargetError, settled: Settled) -> TargetError:
+    how = {
+        Settled.RUNS: "the guest runs",
+        Settled.RESUMED: "the resume guard resumed the guest",
+        Settled.LEFT: "the guest could not be resumed",
+        Settled.UNKNOWN: "whether the guest runs is not known; QEMU may be gone",
+    }[settled]
+    kind = type(error) if isinstance(error, TargetLost | ProtocolViolation) else TargetError
+    return kind(f"{error.message} while the guest was being paused; {how}", remedy=error.remedy)
