@@ -269,16 +269,18 @@ async def _stop(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: fl
 async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: float) -> None:
     end = End()
     try:
-        look = pause.look
-        if time.monotonic_ns() - pause.start_ns >= LOOK_EVERY_NS and not pause.is_over:
-            look = Look.of(*await monitor.pipeline(LOOK, deadline=deadline))
-        if pause.is_over or look is None:
+        look, asked = pause.look, False
+        if not pause.is_over and (
+            look is None or time.monotonic_ns() - pause.start_ns >= LOOK_EVERY_NS
+        ):
+            look, asked = Look.of(*await monitor.pipeline(LOOK, deadline=deadline)), True
+        if look is None or pause.is_over:
             # A `stop` that came after that RESUME is somebody else's: no `cont`.
             await guard.release()
             if not guard.acted:
                 end.notes.append("somebody else resumed the guest meanwhile")
             note_guard(end.notes, guard)
-        elif look is not pause.look and look.status != "paused":
+        elif asked and look.status != "paused":
             await end.hand_over(guard, f"the guest became {look.status}", deadline)
         else:
             cont, *looked = await monitor.pipeline([_CONT, *LOOK], deadline=deadline)

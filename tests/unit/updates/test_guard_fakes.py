@@ -298,7 +298,7 @@ async def test_a_guest_that_fails_in_the_pause_is_left_alone(
         result = await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
         assert not result.resumed
         assert "still stopped: the guest is internal-error" in str(result.note)
-        assert fake.ran.count("cont") == 1, "ours; the guard sends none"
+        assert fake.ran.count("cont") <= 1, "ours, where it was on its way; the guard sends none"
 
 
 @pytest.mark.asyncio
