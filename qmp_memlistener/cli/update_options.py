@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from ..agent import Agent
     from ..updates.model import Intent, Outcome, Plug
     from ..updates.operation import UpdateOptions
-    from ..updates.reaction import Waiting
+    from ..updates.waiting import Waiting
 
 __all__ = [
     "Attaching",
@@ -196,26 +196,46 @@ def run_update(
 ) -> int:
     """Carry it out, print what came of it, and return the exit code.
 
-    A signal while the guest is waited for ends that, and raises Interrupted after the outcome.
+    A first signal ends the update in order; what came of it is printed all the same, and
+    Interrupted is raised then.
     """
-    from ..updates.reaction import Waiting
+    from ..updates.waiting import Waiting
 
     waiting = Waiting()
-    outcome = run_async(
-        _update(attaching, intend, strategy, replace(options, waiting=waiting), waiting),
-        signalled=waiting.end,
-    )
-    if as_json:
-        print_json(outcome)
-    else:
+    tell = _Tell(what, as_json)
+    try:
+        code = run_async(
+            _told(_update(attaching, intend, strategy, replace(options, waiting=waiting)), tell),
+            signalled=waiting.end,
+        )
+    except Interrupted:
+        tell(waiting.outcome or _untouched(strategy))
+        raise
+    if waiting.enough.is_set():
+        raise Interrupted
+    return code
+
+
+class _Tell:
+    """Prints an outcome, once."""
+
+    def __init__(self, what: str, as_json: bool) -> None:
+        self._what = what
+        self._as_json = as_json
+        self._is_done = False
+
+    def __call__(self, outcome: Outcome) -> None:
+        if self._is_done:
+            return
+        self._is_done = True
+        if self._as_json:
+            print_json(outcome)
+            return
         from ..reports.updates import outcome_lines
 
         width, _ = terminal_shape()
-        for line in outcome_lines(outcome, what, width=width):
+        for line in outcome_lines(outcome, self._what, width=width):
             say(line)
-    if waiting.enough.is_set():
-        raise Interrupted
-    return 0 if outcome.outcome == "done" else 1
 
 
 async def _update(
@@ -223,10 +243,11 @@ async def _update(
     intend: Callable[[Agent], Awaitable[Intent]],
     strategy: str,
     options: UpdateOptions,
-    waiting: Waiting,
 ) -> Outcome:
     from ..updates.model import Strategy
 
+    waiting = options.waiting
+    assert waiting is not None
     async with attaching.attached(guarded=strategy == Strategy.PAUSE) as agent:
         told = asyncio.create_task(_tell(waiting))
         try:
@@ -235,9 +256,46 @@ async def _update(
             told.cancel()
 
 
+async def _told(work: Awaitable[Outcome], tell: _Tell) -> int:
+    """It prints as long as signals are handled, so that none falls between."""
+    outcome = await work
+    tell(outcome)
+    return 0 if outcome.outcome == "done" else 1
+
+
+def _untouched(strategy: str) -> Outcome:
+    """Of an update that a signal ended before it began."""
+    from ..updates.model import GuestStates, Outcome
+
+    return Outcome(
+        outcome="refused",
+        reason="interrupted: nothing was touched",
+        strategy=strategy,
+        phases=[],
+        stalls=[],
+        slot_ops=[],
+        guest_state=GuestStates("unknown", "unknown"),
+        interrupted=True,
+    )
+
+
 async def _tell(waiting: Waiting) -> None:
     """Who waits for long wants to know what for."""
-    await waiting.begun.wait()
+    ending = asyncio.ensure_future(_tell_end(waiting))
+    try:
+        await waiting.begun.wait()
+        await asyncio.sleep(_PATIENCE_S)
+        if waiting.begun.is_set():
+            say("waiting for the guest to do its part; Ctrl-C ends that", err=True)
+        await ending
+    finally:
+        ending.cancel()
+
+
+async def _tell_end(waiting: Waiting) -> None:
+    """What QEMU was asked for cannot be called back."""
+    await waiting.enough.wait()
     await asyncio.sleep(_PATIENCE_S)
-    if waiting.begun.is_set():
-        say("waiting for the guest to do its part; Ctrl-C ends that", err=True)
+    if waiting.command is not None:
+        text = f"waiting for QEMU's answer to {waiting.command}; Ctrl-C again gives up"
+        say(text, err=True)

@@ -9,7 +9,8 @@ from collections.abc import Iterator
 
 from ..recording import SummaryRecord
 from ..timeline.summary import Statistics
-from ..updates.model import Outcome, Phase
+from ..updates.model import Outcome, Phase, Placed
+from ..updates.steps import mib
 from .lengths import count_text, duration_text
 from .stalls import probes_lines
 from .summary import summary_lines
@@ -34,6 +35,8 @@ def outcome_lines(outcome: Outcome, what: str, *, width: int = 80) -> Iterator[s
         yield f"  {outcome.reason}"
     if outcome.remedy is not None:
         yield f"  remedy: {outcome.remedy}"
+    for placed in outcome.placed:
+        yield f"  {_where(placed)}"
     for note in outcome.notes:
         yield f"  note: {note}"
     state = outcome.guest_state
@@ -56,6 +59,21 @@ def outcome_lines(outcome: Outcome, what: str, *, width: int = 80) -> Iterator[s
     if outcome.stalls:
         yield ""
         yield from summary_lines(_summary(outcome), width=width, charts=False)
+
+
+def _where(placed: Placed) -> str:
+    """`r0: virtio-rng-pci on the bus p1 (PCIE), addr 0.0, PCI 01:00.0`."""
+    on = "" if placed.bus is None else f" on the bus {placed.bus} ({placed.bus_type})"
+    parts = [f"{placed.id}: {placed.driver}{on}"]
+    parts += [f"{name} {value}" for name, value in placed.address.items()]
+    if placed.pci is not None:
+        parts.append(f"PCI {placed.pci}")
+    if (memory := placed.memory) is not None:
+        last = memory.start + memory.size - 1
+        parts.append(f"memory {memory.start:#x}-{last:#x} ({mib(memory.size)})")
+    if placed.requested is not None and placed.size is not None:
+        parts.append(f"the guest has {mib(placed.size)} of {mib(placed.requested)} requested")
+    return ", ".join(parts)
 
 
 def _phase(phase: Phase, start: int) -> str:

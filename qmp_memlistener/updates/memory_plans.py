@@ -10,10 +10,10 @@ from .guest_view import Dimm, GuestView, VirtioMem
 from .model import Addition, Resize, Role, Strategy, UpdateRefused
 from .steps import Awaited, Facts, Step, UpdatePlan, adding, mib
 
-__all__ = ["VIRTIO_MEM_REMEDY", "check_requested", "check_room", "plan_resize"]
+__all__ = ["DIMM_BLOCK", "VIRTIO_MEM_REMEDY", "check_requested", "check_room", "plan_resize"]
 
-_DIMM_ALIGN = 128 << 20
-"""Linux on x86 adds memory in blocks of 128 MiB at least (memory_block_size_bytes)."""
+DIMM_BLOCK = 128 << 20
+"""Linux adds whole blocks of memory, of 128 MiB at least on x86 and Arm (drivers/base/memory.c)."""
 VIRTIO_MEM_REMEDY = (
     "start the guest with a virtio-mem device (-object memory-backend-ram,id=vm0-ram,size=8G "
     "-device virtio-mem-pci,id=vm0,memdev=vm0-ram,requested-size=0, and -m …,maxmem= with room)"
@@ -90,9 +90,9 @@ def plan_resize(intent: Resize, strategy: Strategy, view: GuestView, facts: Fact
 
 
 def _grow(size: int, view: GuestView, facts: Facts) -> UpdatePlan:
-    if size % _DIMM_ALIGN:
+    if size % DIMM_BLOCK:
         raise UpdateRefused(
-            f"a DIMM of {mib(size)} is not a multiple of {mib(_DIMM_ALIGN)}, guests cannot use "
+            f"a DIMM of {mib(size)} is not a multiple of {mib(DIMM_BLOCK)}, guests cannot use "
             "it; nothing was touched",
             remedy="choose a multiple, or --strategy hole",
         )
@@ -108,7 +108,7 @@ def _grow(size: int, view: GuestView, facts: Facts) -> UpdatePlan:
         (adding(backend),),
         (adding(device),),
         (),
-        Awaited.REACTION,
+        Awaited.TAKEN,
         (name,),
         {},
         (f"{name} is the new DIMM, {memory} the memory behind it",),

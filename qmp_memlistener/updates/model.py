@@ -21,7 +21,9 @@ __all__ = [
     "Intent",
     "Outcome",
     "Phase",
+    "Placed",
     "Plug",
+    "Range",
     "Resize",
     "Role",
     "Strategy",
@@ -168,12 +170,45 @@ class GuestStates(msgspec.Struct, frozen=True):
     after: str
 
 
+class Range(msgspec.Struct, frozen=True):
+    """Guest-physical, in bytes."""
+
+    start: int
+    size: int
+
+    def holds(self, start: int, size: int) -> bool:
+        return self.start <= start and start + size <= self.start + self.size
+
+
+class Placed(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Where a device went.
+
+    `bus` is the name by which `bus=` finds it, `bus_type` QEMU's name of its kind; both None for
+    what is on no bus.  `address` is its place there or in the machine, as QEMU's properties say.
+    `pci` is bus, slot and function as the guest numbers them, None until it has.  `memory` is where
+    a memory device is mapped; `size` of it the guest has, `requested` it was asked to take, of
+    devices that tell.
+    """
+
+    id: str
+    driver: str
+    bus: str | None = None
+    bus_type: str | None = None
+    address: dict[str, int | str] = {}
+    pci: str | None = None
+    memory: Range | None = None
+    size: int | None = None
+    requested: int | None = None
+
+
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What came of an update; the JSON document of `hotplug`, `unplug` and `resize`.
 
     `outcome`: `done`; `partial` (some of it holds, such as a part of the memory, or the guest has
     not answered yet); `refused` (nothing was touched, or the guest refused); `failed` (undone).
     `reason` says why it is not `done`.  `probes`: which of them measured, and why others did not.
+    `placed` is where the devices of the update are, those that QEMU still has.  `interrupted`: it
+    was ended before it was done.
     """
 
     schema: int = 1
@@ -188,3 +223,5 @@ class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     transitions: int = 0
     notes: list[str] = []
     probes: list[ProbeState] = []
+    placed: list[Placed] = []
+    interrupted: bool = False

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Protocol
@@ -28,15 +28,15 @@ from ..errors import (
     MemListenerError,
     OperationFailed,
     TargetError,
-    TargetUnreachable,
 )
 from ..monitor import Companions, Monitor, Reply
 from ..probes import Kind
 from ..recording import Header, ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .guard import ResumeGuard
 from .guard_targets import guard_targets
-from .guest_facts import read_devices, read_facts
+from .guest_facts import read_facts
 from .guest_view import read_guest, read_status
+from .journal import Journal
 from .migrating import await_set_up, refuse_if_migrating
 from .model import (
     GuestStates,
@@ -50,18 +50,19 @@ from .model import (
 from .pausing import run_paused
 from .pci_buses import Window, read_windows
 from .phases import Marks, phases_of
+from .placement import Seen, look_at
 from .plans import plan_update
 from .ram_blocks import count_blocks, memory_backends, wait_freed
-from .reaction import Reaction, Verdict, Waiting
+from .reaction import Reaction, Verdict
 from .steps import Awaited, Step, UpdatePlan
 from .through_guest import ThroughGuest
 from .typing import add, type_arguments
+from .waiting import Waiting
 
 __all__ = ["Host", "UpdateOptions", "perform"]
 
 UPDATE_DEADLINE = 60.0
 """A backend that is preallocated is cleared while its command runs."""
-_UNDO_DEADLINE = 10.0
 _UNKNOWN = "unknown"
 
 
@@ -72,8 +73,8 @@ class UpdateOptions:
     The guard resumes the guest after `max_pause_s`.  The guest has `wait_s` for its part.
     `through_guest` (an experiment) pauses it again at each transition of its own making.
     `pipelined=False` sends stop, update and cont one after the other, to compare.
-    `guard_monitor` names a monitor for the guard; otherwise a free one is found.  `waiting` tells
-    when the guest is waited for, and can end that.
+    `guard_monitor` names a monitor for the guard; otherwise a free one is found.  `waiting` can end
+    the update in order, and keeps what came of it.
     """
 
     max_pause_s: float = 2.0
@@ -109,24 +110,38 @@ async def perform(
 
     Raises TargetError when the guest is lost, InputError for what no QEMU could do.
     """
-    return await _Operation(host, strategy, options or UpdateOptions()).run(intent)
+    options = options or UpdateOptions()
+    waiting = options.waiting or Waiting()
+    operation = _Operation(host, strategy, options, waiting)
+    waiting.start()
+    try:
+        waiting.outcome = await operation.run(intent)
+    except asyncio.CancelledError:
+        waiting.outcome = operation.cut_short()
+        raise
+    return waiting.outcome
+
+
+class _Ended(OperationFailed):
+    """A signal has ended the update before its devices were changed."""
 
 
 class _Operation:
     """One update on its way."""
 
-    def __init__(self, host: Host, strategy: Strategy, options: UpdateOptions) -> None:
+    def __init__(
+        self, host: Host, strategy: Strategy, options: UpdateOptions, waiting: Waiting
+    ) -> None:
         self._host = host
         self._strategy = strategy
         self._options = options
+        self._waiting = waiting
         self._marks = Marks(time.monotonic_ns())
         self._records: list[Record] = []
         self._notes: list[str] = []
         self._before = _UNKNOWN
-        self._undo: list[Step] = []
-        self._unsure: tuple[Step, ...] = ()
-        """Sent, and not answered."""
-        self._stands = False
+        self._journal = Journal(self._notes)
+        self._devices: tuple[str, ...] = ()
         self._windows: dict[str, tuple[Window, Window]] = {}
         self._migrated: GuestMigrating | None = None
 
@@ -137,6 +152,7 @@ class _Operation:
                 self._before, _ = await read_status(self._host.monitor)
                 plan = await self._plan(intent)
                 guard = await self._start_guard(stack, plan)
+                self._go_on("nothing was touched")
             except OperationFailed as exc:
                 refused = await self._outcome("refused", exc)
                 # what happens to the guest meanwhile, a migration's say, is none of our doing
@@ -159,7 +175,13 @@ class _Operation:
         if self._strategy is Strategy.HOLE:
             self._windows = await read_windows(monitor)
         facts = await read_facts(monitor, intent)
-        return plan_update(intent, self._strategy, view, facts)
+        plan = plan_update(intent, self._strategy, view, facts)
+        self._devices = plan.devices
+        return plan
+
+    def _go_on(self, so_far: str) -> None:
+        if self._waiting.enough.is_set():
+            raise _Ended(f"interrupted: {so_far}")
 
     async def _start_guard(self, stack: AsyncExitStack, plan: UpdatePlan) -> ResumeGuard | None:
         if self._strategy is not Strategy.PAUSE or not plan.update:
@@ -187,12 +209,21 @@ class _Operation:
         async with AsyncExitStack() as stack:
             stack.callback(self._host.subscribe(reaction.record))
             stack.callback(self._host.monitor.subscribe(reaction.event))
+            if plan.awaited is Awaited.GONE:
+                reaction.look(await self._look())
             try:
                 async with self._undone_on_failure(ops):
                     await self._prepare(plan, ops)
                     await self._update(plan.update, ops, guard)
+            except _Ended:
+                left = self._journal.left
+                what = f"left over: {', '.join(left)}" if left else self._journal.removed
+                ended = _Ended(f"interrupted before the device was touched; {what}")
+                return await self._outcome("partial" if left else "failed", ended)
             except OperationFailed as exc:
-                return await self._outcome("partial" if self._stands else "failed", exc)
+                return await self._outcome("partial" if self._journal.stands else "failed", exc)
+            if plan.awaited is not Awaited.GONE:
+                reaction.look(await self._look())
             through = None
             if guard is not None and self._options.through_guest:
                 through = ThroughGuest(ops, guard, self._host.subscribe)
@@ -221,12 +252,12 @@ class _Operation:
         try:
             _, running = await read_status(self._host.monitor)
             if running:
-                return await reaction.wait(self._options.wait_s, self._options.waiting)
+                return await reaction.wait(self._options.wait_s, self._waiting)
         except CommandFailed as exc:
             why = f"it was changed, but what the guest does about it is not known: {exc.message}"
             return Verdict(False, reason=why, remedy=exc.remedy)
         await self._settle()
-        verdict = await reaction.wait(0.0)
+        verdict = await reaction.still()
         note = "the guest does not run: it takes note of the change when it does"
         return replace(verdict, notes=(*verdict.notes, note))
 
@@ -235,23 +266,32 @@ class _Operation:
         for step in plan.prepare:
             assert step.addition is not None, "only additions are prepared"
             await refuse_if_migrating(ops, f"{step.what} was not made")
-            self._unsure = (step,)
+            self._go_on("the rest was not begun")
+            self._ask(step)
             try:
                 await add(ops, step.addition, UPDATE_DEADLINE)
             except (OperationFailed, InputError):
-                self._unsure = ()  # QEMU said no, or was not asked
+                self._answered(())  # QEMU said no, or was not asked
                 raise
-            self._unsure = ()
-            self._undo.append(step)
+            self._answered((step,))
         if plan.prepare:
             self._marks.prepared = time.monotonic_ns()
+        self._go_on("the device was not touched")
+
+    def _ask(self, *steps: Step) -> None:
+        self._journal.ask(*steps)
+        self._waiting.command = " and ".join(s.command.name for s in steps)
+
+    def _answered(self, steps: Sequence[Step]) -> None:
+        self._journal.answered(steps)
+        self._waiting.command = None
 
     async def _update(self, steps: Sequence[Step], ops: Monitor, guard: ResumeGuard | None) -> None:
         commands = [step.command for step in steps]
         if not commands:
             return
         run = None
-        self._unsure = tuple(steps)
+        self._ask(*steps)
         if guard is not None:
             run = await run_paused(
                 ops, guard, commands, deadline=UPDATE_DEADLINE, pipelined=self._options.pipelined
@@ -270,11 +310,10 @@ class _Operation:
             self._marks.own_until = resumed + (self._host.header.stamp_bound_ns or 0)
         failed = [r for r in replies if isinstance(r, CommandFailed)]
         done = [step for step, r in zip(steps, replies, strict=True) if isinstance(r, Reply)]
-        self._unsure = ()
-        self._undo += [step for step in done if step.undo is not None]
+        self._answered(done)
         if failed:
             stand = [step.what for step in done if step.undo is None]
-            self._stands = bool(stand)
+            self._journal.stands = bool(stand)
             self._notes += [f"{what}: this was done, and stands" for what in stand]
             raise failed[0]
 
@@ -284,61 +323,16 @@ class _Operation:
         try:
             yield
         except TargetError as exc:
-            await self._bounded(self._take_back(ops))
+            await self._journal.take_back(ops)
             said = (exc.message, *self._notes[known:])
             raise type(exc)("; ".join(said), remedy=exc.remedy) from exc
         except BaseException:
-            await self._bounded(self._take_back(ops))
+            await self._journal.take_back(ops)
             raise
 
-    @staticmethod
-    async def _bounded(work: Coroutine[object, object, None]) -> None:
-        """Also when cancelled again meanwhile, it gets its time."""
-        task = asyncio.ensure_future(work)
-        try:
-            await asyncio.wait((task,), timeout=_UNDO_DEADLINE)
-        finally:
-            task.cancel()
-
-    async def _take_back(self, ops: Monitor) -> None:
-        """In reverse; what cannot be taken back is said."""
-        self._notes += [
-            f"{step.what}: whether QEMU took the command is not known"
-            for step in self._unsure
-            if step.undo is None and step.addition is None
-        ]
-        try:
-            if not ops.is_connected:
-                await ops.reconnect()
-            if await self._was_made(ops):
-                return
-            await await_set_up(ops)
-        except TargetUnreachable:
-            return  # QEMU has gone, and all that was made with it
-        except MemListenerError as exc:
-            self._notes.append(f"what was changed may not be as it was before: {exc.message}")
-        for step in reversed((*self._undo, *self._unsure)):
-            if step.undo is None:
-                continue
-            try:
-                await ops.execute(step.undo.name, step.undo.arguments, deadline=_UNDO_DEADLINE)
-            except CommandFailed as exc:
-                if step not in self._unsure:  # one that was never made cannot be removed
-                    self._notes.append(f"{step.what} is still there: {exc.message}")
-            except MemListenerError as exc:
-                self._notes.append(f"{step.what} may still be there: {exc.message}")
-                return
-
-    async def _was_made(self, ops: Monitor) -> bool:
-        """Whether a device is there although the answer to its device_add has not come."""
-        plugged = [s for s in self._unsure if s.addition and s.addition.role is Role.DEVICE]
-        if not plugged:
-            return False
-        there = await read_devices(ops)
-        found = [s.what for s in plugged if s.addition and s.addition.id in there]
-        self._notes += [f"{what} is there all the same, and what it stands on" for what in found]
-        self._stands = bool(found)
-        return self._stands
+    async def _look(self) -> list[Seen]:
+        found = [await look_at(self._host.monitor, name) for name in self._devices]
+        return [seen for seen in found if seen is not None]
 
     async def _finish(self, plan: UpdatePlan, ops: Monitor, verdict: Verdict) -> Verdict:
         """What is left to do once the guest has done its part: backends of what was unplugged."""
@@ -390,6 +384,30 @@ class _Operation:
             transitions=sum(t.merged for t in changes),
             notes=self._notes,
             probes=self._host.probes(),
+            placed=[s.placed for s in await self._look()] if touched else [],
+            interrupted=self._waiting.enough.is_set(),
+        )
+
+    def cut_short(self) -> Outcome:
+        """What is known of an update that was cancelled."""
+        journal = self._journal
+        why, remedy = journal.removed, None
+        if journal.left:
+            why = "; ".join(journal.left)
+            remedy = "`show` tells what the guest has; `unplug ID --backends` takes a device out"
+        touched = self._marks.prepared is not None or self._marks.sent is not None
+        return Outcome(
+            outcome="partial" if journal.left else "failed" if touched else "refused",
+            reason=f"interrupted: {why}",
+            remedy=remedy,
+            strategy=str(self._strategy),
+            phases=[],
+            stalls=[],
+            slot_ops=[],
+            guest_state=GuestStates(self._before, _UNKNOWN),
+            notes=self._notes,
+            probes=self._host.probes(),
+            interrupted=True,
         )
 
     async def _settle(self) -> None:

@@ -25,6 +25,7 @@ class Marks:
     to the last reply.  Up to `own_until` changes of the map are QEMU's own doing, unless only the
     guest does such things: it was paused until then, or times are not known more exactly.
     `unbound` to `bound`: the driver took the device in between.  `settled`: nothing more came.
+    `still`: the guest did not run, so that nothing was its doing.
     """
 
     begun: int
@@ -35,6 +36,7 @@ class Marks:
     unbound: int | None = None
     bound: int | None = None
     settled: int | None = None
+    still: bool = False
     _signs: list[tuple[int, bool]] = field(default_factory=list)
     _own: list[int] = field(default_factory=list)
 
@@ -62,7 +64,7 @@ class Marks:
         return max(self._of_the_guest(), default=None)
 
     def _of_the_guest(self) -> Iterator[int]:
-        if self.sent is None or self.own_until is None:
+        if self.sent is None or self.own_until is None or self.still:
             return
         for t_ns, surely in self._signs:
             if t_ns >= (self.sent if surely else self.own_until):

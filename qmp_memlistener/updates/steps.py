@@ -16,11 +16,13 @@ __all__ = ["Awaited", "Facts", "Step", "UpdatePlan", "adding", "mib", "removal"]
 class Awaited(StrEnum):
     """What tells that the guest has done its part.
 
-    REACTION: any sign of it, and then quiet; a guest without a driver gives none.  GONE:
-    DEVICE_DELETED of the device itself.  SIZE: virtio-mem devices have the size that was asked for.
+    REACTION: any sign of it, and then quiet; a guest without a driver gives none.  TAKEN: the same,
+    and without a sign it is not done, for the guest was to have more memory.  GONE: DEVICE_DELETED
+    of the device itself.  SIZE: virtio-mem devices have the size that was asked for.
     """
 
     REACTION = "reaction"
+    TAKEN = "taken"
     GONE = "gone"
     SIZE = "size"
 
@@ -33,6 +35,15 @@ class Step:
     what: str
     undo: Command | None = None
     addition: Addition | None = None
+
+    @property
+    def state(self) -> str:
+        """What holds once QEMU has carried it out."""
+        if self.addition is not None:
+            return f"{self.what} is there"
+        if self.command.name == Role.DEVICE.remove_command:
+            return f"the guest was asked to let {self.what} go"
+        return f"{self.what} was changed"
 
 
 @dataclass(frozen=True, slots=True)

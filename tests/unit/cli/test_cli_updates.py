@@ -256,7 +256,7 @@ def test_good_input_reaches_for_the_target(capsys: Capture, tmp_path: Path) -> N
 DOCUMENT = {
     "schema": int, "outcome": str, "reason": (str, type(None)), "remedy": (str, type(None)),
     "strategy": str, "phases": list, "stalls": list, "slot_ops": list, "guest_state": dict,
-    "transitions": int, "notes": list, "probes": list,
+    "transitions": int, "notes": list, "probes": list, "placed": list, "interrupted": bool,
 }  # fmt: skip
 
 
