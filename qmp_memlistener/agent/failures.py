@@ -1,4 +1,4 @@
-"""Notices that the guest failed and publishes what is known of why.
+"""Notices that the guest failed or was reset, and publishes what is known of why.
 
 What a failure looks like and what may be concluded from it is in `postmortem`.
 """
@@ -16,7 +16,8 @@ from pathlib import Path
 
 from ..errors import CommandFailed, MemListenerError, TargetError
 from ..monitor import Flag, Monitor, QmpEvent, hmp
-from ..recording import GuestState, Record, SlotOp, TransitionRecord
+from ..probes import Kind
+from ..recording import GuestReset, GuestState, Record, SlotOp, StallRecord, TransitionRecord
 from ..topology import MemoryMap
 from .postmortem import (
     MapChange,
@@ -38,16 +39,22 @@ _STDERR_BYTES = 64 << 10
 # a reset so soon after another is the firmware's doing, on a slow host too
 _AGAIN_NS = 10_000_000_000
 
+_GUEST_RESET = "guest-reset"
+_KNOWN = "the guest asked for it, or a vCPU had a triple fault: QEMU does not tell which"
+_ASKED = "QEMU was told to, or its machine did it"
+
 _GPA = re.compile(r"\s*gpa: (0x[0-9a-f]+|0)\s*")
 
 
 @dataclass(slots=True)
 class _History:
-    """The latest transitions with their operations; those of a transition follow it."""
+    """The latest transitions with their operations, which follow them, and the threads that made
+    them, where a probe saw that."""
 
     changes: deque[tuple[TransitionRecord, list[SlotOp]]] = field(
         default_factory=lambda: deque(maxlen=_KEPT)
     )
+    threads: dict[int, str] = field(default_factory=dict)
 
     def take(self, record: Record) -> None:
         if isinstance(record, TransitionRecord):
@@ -56,18 +63,27 @@ class _History:
             transition, ops = self.changes[-1]
             if record.transition == transition.seq:
                 ops.append(record)
+        elif isinstance(record, StallRecord) and record.kind == Kind.COMMIT:
+            cause = record.cause
+            if cause is not None and isinstance(cause.ref, int) and record.thread is not None:
+                self.threads[cause.ref] = record.thread
+                while len(self.threads) > _KEPT:
+                    del self.threads[next(iter(self.threads))]
 
     def list(self) -> list[MapChange]:
-        return [MapChange(t.seq, t.t_ns, tuple(ops)) for t, ops in self.changes]
+        return [
+            MapChange(t.seq, t.t_ns, tuple(ops), self.threads.get(t.seq)) for t, ops in self.changes
+        ]
 
 
 class FailureWatch:
-    """Notices that the guest failed, and publishes a `GuestFailure` that says what is known of why.
+    """Notices that the guest failed or was reset, and publishes a `GuestFailure` or a `GuestReset`
+    that says what is known of why.
 
     Give it every record (`record`) and every QMP event (`event`) of the attachment.  `settle`
     returns when everything that happened so far has been published, `view` gives the present map,
     `machine` is the machine's type and `pid` QEMU's process where they are known.  A guest is asked
-    only when it has stopped with an internal error.
+    only when it has stopped with an internal error, or was reset.
     """
 
     def __init__(
@@ -110,11 +126,12 @@ class FailureWatch:
         if event.name not in ("RESET", "SHUTDOWN"):
             return
         before, self._reset_ns = self._reset_ns, event.t_ns
-        # a SeaBIOS that finds itself run before opens PAM and resets again (handle_post, tryReboot)
-        again = before is not None and event.t_ns - before < _AGAIN_NS
-        if not again and event.data.get("reason") == "guest-reset":
-            maps_again = event.name == "RESET" and self._maps_again
-            self._start(self._reset(event.t_ns, maps_again))
+        guests_own = event.data.get("reason") == _GUEST_RESET
+        if event.name == "RESET" or guests_own:
+            # a SeaBIOS that finds itself run before opens PAM and resets again (handle_post,
+            # tryReboot)
+            again = before is not None and event.t_ns - before < _AGAIN_NS
+            self._start(self._reset(event, judged=guests_own and not again))
 
     async def close(self) -> None:
         """Ask no more."""
@@ -127,27 +144,53 @@ class FailureWatch:
     async def _stopped(self, t_ns: int) -> None:
         await self._wait_settled()
         cpus = await stopped_vcpus(self._monitor, self._pid)
+        vcpus = await self._count_vcpus()
         failure = explain_stop(
             t_ns,
             cpus,
             self._history.list(),
             kept_out=self._kept_out,
             block_of=self._block_of,
+            vcpus=vcpus,
         )
         self._publish([failure])
 
-    async def _reset(self, t_ns: int, maps_again: bool) -> None:
-        await self._wait_settled()
-        failure = explain_reset(
-            t_ns,
-            self._history.list(),
-            kept_out=self._kept_out,
-            reason="guest-reset",
-            maps_again=maps_again,
-            block_of=self._block_of,
+    async def _reset(self, event: QmpEvent, *, judged: bool) -> None:
+        """`judged`: it may be a death, and is told once what speaks for that is known."""
+        found = None
+        if judged:
+            vcpus = await self._count_vcpus()
+            await self._wait_settled()
+            found = explain_reset(
+                event.t_ns,
+                self._history.list(),
+                kept_out=self._kept_out,
+                vcpus=vcpus,
+                maps_again=event.name == "RESET" and self._maps_again,
+                block_of=self._block_of,
+            )
+        reason, guest = event.data.get("reason"), event.data.get("guest")
+        possible, transition = found if found is not None else (None, None)
+        self._publish(
+            [
+                GuestReset(
+                    t_ns=event.t_ns,
+                    reason=reason if isinstance(reason, str) else None,
+                    guest=guest if isinstance(guest, bool) else None,
+                    what=_KNOWN if reason == _GUEST_RESET else _ASKED,
+                    shutdown=event.name == "SHUTDOWN",
+                    possible=possible,
+                    transition=transition,
+                )
+            ]
         )
-        if failure is not None:
-            self._publish([failure])
+
+    async def _count_vcpus(self) -> int | None:
+        try:
+            cpus = await self._monitor.execute("query-cpus-fast", deadline=_ASK_S)
+        except (TargetError, CommandFailed):
+            return None
+        return len(cpus) if isinstance(cpus, list) else None
 
     async def _wait_settled(self) -> None:
         """The transition may still be on its way; a guest that is gone leaves what there is."""

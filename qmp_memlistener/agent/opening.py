@@ -215,7 +215,7 @@ class Opening:
         failures = FailureWatch(
             monitor,
             self._outlet.publish,
-            settle=source.settle,
+            settle=self._settle,
             view=lambda: _tracker_of(source).map,
             machine=facts.machine,
             pid=monitors.pid,
@@ -223,6 +223,14 @@ class Opening:
         self._stack.push_async_callback(failures.close)
         self._outlet.records.subscribe(failures.record)
         self._stack.callback(monitor.subscribe(failures.event))
+
+    async def _settle(self) -> None:
+        """Transitions that happened are reported, and the stalls that tell who made them."""
+        now = time.monotonic_ns()
+        if self._source is not None:
+            await self._source.settle()
+        if self._measuring is not None:
+            await self._measuring.settle(now)
 
     async def _watch_monitor(self, monitor: Monitor, source: Source) -> None:
         """When the peer goes: report what is left, then say that it is lost."""

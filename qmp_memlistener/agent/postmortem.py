@@ -3,8 +3,8 @@
 To change its map QEMU deletes memslots and adds others.  Before 8.0 vCPUs run meanwhile, and one
 that fetches code from a deleted slot ends with KVM_EXIT_INTERNAL_ERROR (QMP status
 `internal-error`), one whose page tables were there with a triple fault (a reset).  The first leaves
-its registers to look at, so the address can be compared with the slot operations; of the second
-only the times are left.
+its registers to look at, so the address can be compared with the slot operations; the second leaves
+nothing but the times, and looks like any reboot: that is a suspicion, and never called a failure.
 
 Here registers are read from text and the judgement is made; noticing failures and asking the guest
 is the business of `failures`.
@@ -37,6 +37,8 @@ _NEAR_NS = 2_000_000_000  # how long before a failure a change may be its cause
 _RESET_NEAR_NS = 100_000_000  # likewise before a reset, which guests also do on their own
 _OWN_RESET_NS = 50_000_000  # a change so close to RESET may be QEMU's own
 
+MAIN_THREAD = "main"
+
 _CPU = re.compile(r"^CPU#(\d+)\s*$", re.MULTILINE)
 _GENERAL = re.compile(r"^[RE]AX=.*?\b([RE])IP=([0-9a-f]{8,16})\b", re.MULTILINE | re.DOTALL)
 _CS_BASE = re.compile(r"^CS =[0-9a-f]{4} ([0-9a-f]{8,16}) ", re.MULTILINE)
@@ -62,11 +64,28 @@ class Vcpu:
 
 @dataclass(frozen=True, slots=True)
 class MapChange:
-    """A transition and its slot operations, in order."""
+    """A transition and its slot operations, in order.
+
+    `thread` made it (`CPU 1`, `main`); None when that was not seen.
+    """
 
     seq: int
     t_ns: int
     ops: tuple[SlotOp, ...]
+    thread: str | None = None
+
+    def others(self, vcpus: int | None) -> int | None:
+        """How many vCPUs could run meanwhile; None when that is not known.
+
+        A change whose maker was not seen is taken for a vCPU's: most are.
+        """
+        if vcpus is None:
+            return None
+        return vcpus if self.thread == MAIN_THREAD else max(0, vcpus - 1)
+
+    def was_made_by(self, vcpu: int) -> bool:
+        """That vCPU was in QEMU meanwhile."""
+        return self.thread == f"CPU {vcpu}"
 
     def missing(self, gpa: int, as_id: int = 0) -> tuple[SlotOp, SlotOp | None] | None:
         """The delete that took the slot at `gpa` away, and the add that brought it back, if any."""
@@ -117,7 +136,10 @@ class Stopped:
         """As `MapChange.missing` for the next instruction."""
         if self.gpa is None:
             return None
-        return change.missing(self.gpa, int(self.vcpu.in_smm))
+        gone = change.missing(self.gpa, int(self.vcpu.in_smm))
+        if gone is not None and gone[1] is not None and change.was_made_by(self.vcpu.index):
+            return None  # it went on when the memory was back
+        return gone
 
 
 def parse_registers(text: str) -> tuple[Vcpu, ...]:
@@ -159,20 +181,23 @@ def explain_stop(
     *,
     kept_out: bool,
     block_of: Callable[[int], str | None],
+    vcpus: int | None = None,
 ) -> GuestFailure:
     """Judge a guest that stopped with an internal error at `t_ns`.
 
     `changes` are the latest transitions in order.  `kept_out`: this QEMU lets no vCPU run while
-    slots are replaced.  `block_of` names the RAM block at a guest-physical address.  The latest
-    change that took away the memory of a suspect's next instruction is named; suspects are the
-    vCPUs whose registers QEMU printed, or else all that were not halted.
+    slots are replaced.  `vcpus`: how many there are, where that is known.  `block_of` names the RAM
+    block at a guest-physical address.  The latest change that took away the memory of a suspect's
+    next instruction is named; suspects are the vCPUs whose registers QEMU printed, or else all
+    that were not halted.
     """
     near = [c for c in changes if c.is_near(t_ns, _NEAR_NS)]
     suspects = [c for c in cpus if c.named] or [c for c in cpus if not c.vcpu.halted]
     for change in reversed(near):
         hits = [c for c in suspects if c.missing_in(change) is not None]
         if hits:
-            return _fetched(t_ns, change, hits, near, kept_out, block_of)
+            alone = change.others(vcpus) == 0
+            return _fetched(t_ns, change, hits, near, block_of, kept_out=kept_out, alone=alone)
     return GuestFailure(
         t_ns=t_ns,
         status="internal-error",
@@ -187,18 +212,23 @@ def _fetched(
     change: MapChange,
     hits: Sequence[Stopped],
     near: Sequence[MapChange],
-    kept_out: bool,
     block_of: Callable[[int], str | None],
+    *,
+    kept_out: bool,
+    alone: bool,
 ) -> GuestFailure:
-    """Each of `hits` may have been fetching code whose slot `change` took away."""
+    """Each of `hits` may have been fetching code whose slot `change` took away.
+
+    `alone`: there is one vCPU only, and it may have made the change itself.
+    """
     cpu = hits[0]
     gone = cpu.missing_in(change)
     assert cpu.gpa is not None
     assert gone is not None
     deleted, added = gone
-    alone = len(hits) == 1
+    one = len(hits) == 1
     who, such = f"vCPU {cpu.vcpu.index}", ""
-    if not alone:
+    if not one:
         numbers = ", ".join(str(c.vcpu.index) for c in hits)
         who, such = f"one of the vCPUs {numbers}", ", such as"
     block = block_of(cpu.gpa)
@@ -212,22 +242,24 @@ def _fetched(
     also = [str(c.seq) for c in near if c is not change and cpu.missing_in(c) is not None]
     if also:
         what += f"; the same happened in transition {_list(also)}"
-    if alone and cpu.named:
+    if one and cpu.named:
         what += "; QEMU printed the registers of this vCPU as it failed"
     reserve = ""
     if deleted.predicted:
         reserve = "; the slot operations are what QEMU's rules give, they were not seen"
     elif kept_out and added is not None:
         reserve = "; but this QEMU keeps vCPUs from running meanwhile"
+    elif alone and added is not None:
+        reserve = "; but if this only vCPU made the change itself it did not run meanwhile"
     return GuestFailure(
         t_ns=t_ns,
         status="internal-error",
         what=what + reserve,
         proven=not reserve,
         transition=change.seq,
-        cpu=cpu.vcpu.index if alone else None,
-        ip=cpu.vcpu.ip if alone else None,
-        gpa=cpu.gpa if alone else None,
+        cpu=cpu.vcpu.index if one else None,
+        ip=cpu.vcpu.ip if one else None,
+        gpa=cpu.gpa if one else None,
     )
 
 
@@ -236,12 +268,17 @@ def explain_reset(
     changes: Sequence[MapChange],
     *,
     kept_out: bool,
-    reason: str,
+    vcpus: int | None,
     maps_again: bool,
     block_of: Callable[[int], str | None],
-) -> GuestFailure | None:
-    """What came before a reset that the guest caused at `t_ns`; None when nothing is worth telling.
+) -> tuple[str, int] | None:
+    """The suspicion that a reset which the guest caused at `t_ns` was a vCPU's death, and the
+    transition that it is about; None when nothing speaks for it.
 
+    A vCPU is reset by its own triple fault just as by what it asks for, and QEMU does not tell
+    which.  What may speak for the former is that RAM had no slot shortly before while a vCPU ran.
+    The one that made the change did not: it was in QEMU (kvm_set_phys_mem runs in the thread that
+    wrote the register), so there must be another of the `vcpus` (None: not known how many).
     `maps_again`: to reset this machine QEMU itself puts the RAM map back as it was at the start,
     with all vCPUs stopped, before it sends RESET; so the last change is not counted.
     """
@@ -252,22 +289,18 @@ def explain_reset(
         near.pop()
     for change in reversed(near):
         gone = change.gone_meanwhile
-        if gone is None:
+        others = change.others(vcpus)
+        if gone is None or others == 0:
             continue
         block = block_of(gone[0])
-        return GuestFailure(
-            t_ns=t_ns,
-            status="reset",
-            what=(
-                f"the guest was reset ({reason}) {(t_ns - change.t_ns) / 1e6:.1f} ms after "
-                f"transition {change.seq} began, during which {gone[0]:#x}-{gone[1] - 1:#x}"
-                + (f" of {block}" if block is not None else "")
-                + " had no slot; a triple fault of a vCPU whose page tables are there looks so, "
-                "and so does a reset that the guest wants: QEMU does not tell"
-            ),
-            proven=False,
-            transition=change.seq,
+        who = "other vCPUs" if others is None else f"{others} of {vcpus} vCPUs"
+        text = (
+            f"{who} could run while {gone[0]:#x}-{gone[1] - 1:#x}"
+            + (f" of {block}" if block is not None else "")
+            + f" had no slot, {(t_ns - change.t_ns) / 1e6:.1f} ms before, in transition "
+            f"{change.seq}: one whose page tables are there ends in a triple fault"
         )
+        return text, change.seq
     return None
 
 

@@ -10,6 +10,7 @@ import rich_click as click
 from ..errors import RecordingError
 from ..recording import (
     GuestFailure,
+    GuestReset,
     Lost,
     PossibleViolation,
     ProbesRecord,
@@ -68,6 +69,7 @@ class _Contents:
         self._end_ns = recording.header.monotonic_ns
         self._probes: dict[str, ProbeState] = {}
         self._failures: list[GuestFailure] = []
+        self._resets: list[GuestReset] = []
         self._violations: list[Violation] = []
         self._possible: list[PossibleViolation] = []
         self._lost: list[Lost] = []
@@ -90,6 +92,7 @@ class _Contents:
             "lost": len(self._lost),
             "probes": list(self._probes.values()),
             "failures": self._failures,
+            "resets": self._resets,
             "violations": self._violations,
             "possible_violations": self._possible,
             "summary": self._summary(),
@@ -115,6 +118,7 @@ class _Contents:
             yield f"{skipped} of a type that this version does not know"
         yield from self._probe_lines()
         yield from self._section("guest failures", self._failures)
+        yield from self._section("guest resets", self._resets)
         yield from self._section("violations", self._violations)
         yield from self._section("possible violations", self._possible)
         yield from self._section("losses", self._lost)
@@ -142,6 +146,8 @@ class _Contents:
                     # one that was at work for a while is not one that was missing
                     if state.active or state.name not in self._probes:
                         self._probes[state.name] = state
+            case GuestReset():
+                self._resets.append(record)
             case GuestFailure():
                 self._failures.append(record)
             case Violation():

@@ -51,20 +51,18 @@ def command(
     """
     if freeze and mirror is not None and mirror.pauses:
         raise click.UsageError("--strategy pause stops the guest: it does not go with --freeze")
+    from ..reports.lengths import count_text
+
     limits = _limits(max_stalls, freeze)
     seen = run_async(follow(target, options, as_json=as_json, limits=limits, mirror=mirror))
-    if seen.possible_violations:
-        possible = seen.possible_violations
-        say(
-            f"{possible} possible violation{'s' if possible > 1 else ''}: how long those stalls "
-            "were is not known well enough to tell",
-            err=True,
-        )
     problems = []
+    possible = count_text(seen.possible_violations, "possible violation")
     if seen.violations:
-        problems.append(
-            f"{seen.violations} violation{'s' if seen.violations > 1 else ''} of the limits"
-        )
+        more = f" and {possible}" if seen.possible_violations else ""
+        problems.append(f"{count_text(seen.violations, 'violation')}{more} of the limits")
+    elif seen.possible_violations:
+        unsure = "how long those stalls were is not known well enough to tell"
+        say(f"{possible} of the limits: {unsure}", err=True)
     if seen.mirror_fault is not None:
         problems.append(seen.mirror_fault)
     if problems:

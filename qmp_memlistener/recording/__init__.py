@@ -3,6 +3,7 @@
 from .measured import (
     CommandRecord,
     GuestFailure,
+    GuestReset,
     MeasurementRecord,
     PossibleViolation,
     ProbesRecord,
@@ -55,6 +56,7 @@ __all__ = [
     "ProbesRecord",
     "ProbeState",
     "GuestFailure",
+    "GuestReset",
     "Violation",
     "SummaryRecord",
     "StallStatistics",

@@ -12,6 +12,7 @@ from .records import Record
 __all__ = [
     "CommandRecord",
     "GuestFailure",
+    "GuestReset",
     "MeasurementRecord",
     "PossibleViolation",
     "ProbeState",
@@ -101,9 +102,10 @@ class ProbesRecord(Record, frozen=True, kw_only=True, tag="probes"):
 
 
 class GuestFailure(Record, frozen=True, kw_only=True, tag="guest_failure"):
-    """The guest died or was reset, and what is known of why.
+    """The guest died, and what is known of why.
 
-    `status` is QEMU's RunState (`internal-error`) or `reset`.  For a vCPU found stopped at memory
+    `status` is QEMU's RunState (`internal-error`); `reset` in recordings of former versions, which
+    have no `guest_reset`.  For a vCPU found stopped at memory
     that a transition took away: `cpu`, its instruction pointer `ip` (a guest-virtual address), the
     guest-physical `gpa` of what it could not reach, and the `transition`.  `proven` says that the
     address lies in RAM that had no slot during that transition; otherwise `what` tells only what
@@ -118,6 +120,24 @@ class GuestFailure(Record, frozen=True, kw_only=True, tag="guest_failure"):
     cpu: int | None = None
     ip: int | None = None
     gpa: int | None = None
+
+
+class GuestReset(Record, frozen=True, kw_only=True, tag="guest_reset"):
+    """The machine was reset, and what is known of why; that is no failure as such.
+
+    `reason` is QEMU's ShutdownCause (`guest-reset`, `host-qmp-system-reset`), `guest` whether the
+    guest made it.  `shutdown`: QEMU was told not to reset, and goes down instead.  `what` says in
+    words what is known.  `possible` is a suspicion that nothing proves, with what speaks for it,
+    and `transition` the change that it is about; both are None for most resets.
+    """
+
+    t_ns: int
+    reason: str | None
+    guest: bool | None
+    what: str
+    shutdown: bool = False
+    possible: str | None = None
+    transition: int | None = None
 
 
 class Violation(Record, frozen=True, kw_only=True, tag="violation"):

@@ -13,6 +13,7 @@ from ..probes import Kind
 from ..recording import (
     CommandRecord,
     GuestFailure,
+    GuestReset,
     MeasurementRecord,
     PossibleViolation,
     ProbesRecord,
@@ -82,6 +83,11 @@ def measured_lines(
                     remedy = f"; to get it: {probe.remedy}" if probe.remedy else ""
                     why = probe.reason or "not asked for"
                     yield f"{_INDENT}without {probe.name}: {why}{remedy}"
+        case GuestReset():
+            yield from _reset(record, stamp)
+        case GuestFailure(status="reset"):  # of former versions
+            yield f"{stamp}  guest reset: {record.what}"
+            yield from _failure(record)
         case GuestFailure():
             yield f"{stamp}  GUEST FAILED ({record.status}): {record.what}"
             yield from _failure(record)
@@ -164,6 +170,13 @@ def _values(values: dict[str, int | float | str]) -> Iterator[str]:
         break_long_words=False, break_on_hyphens=False,
     )  # fmt: skip
     yield from (line.replace("\0", " ") for line in wrapped)
+
+
+def _reset(r: GuestReset, stamp: str) -> Iterator[str]:
+    instead = ", and QEMU goes down instead" if r.shutdown else ""
+    yield f"{stamp}  guest reset ({r.reason or 'reason not told'}){instead}: {r.what}"
+    if r.possible is not None:
+        yield f"{_INDENT}possible, not proven: {r.possible}"
 
 
 def _failure(f: GuestFailure) -> Iterator[str]:

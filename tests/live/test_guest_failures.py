@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -21,11 +22,12 @@ from qmp_memlistener.guests import (
     High,
     Pulse,
     QemuBuild,
+    QTest,
     Toggle,
     boot_args,
     launch,
 )
-from qmp_memlistener.recording import GuestFailure, Record
+from qmp_memlistener.recording import GuestFailure, GuestReset, Record
 from tests.support.live import QEMUS, Seen, Vm, booted, cases, skip_without_kvm
 
 pytestmark = pytest.mark.qemu
@@ -37,15 +39,28 @@ ATOMIC = [b for b in QEMUS if b not in RACING]
 
 
 class Found:
-    """The failures that a watch of the test's own publishes."""
+    """The failures and resets that a watch of the test's own publishes."""
 
     def __init__(self) -> None:
         self.failures: list[GuestFailure] = []
+        self.resets: list[GuestReset] = []
         self.news = asyncio.Event()
 
     def __call__(self, records: Iterable[Record]) -> None:
-        self.failures += [r for r in records if isinstance(r, GuestFailure)]
+        for record in records:
+            if isinstance(record, GuestFailure):
+                self.failures.append(record)
+            elif isinstance(record, GuestReset):
+                self.resets.append(record)
         self.news.set()
+
+    async def reset(self) -> GuestReset:
+        """The first one."""
+        async with asyncio.timeout(30):
+            while not self.resets:
+                self.news.clear()
+                await self.news.wait()
+        return self.resets[0]
 
 
 @asynccontextmanager
@@ -117,6 +132,7 @@ async def test_code_that_had_no_slot_is_found_out(build: QemuBuild, accel: str) 
 @cases("kvm", of=RACING)
 @pytest.mark.asyncio
 async def test_page_tables_that_had_no_slot_end_in_a_reset(build: QemuBuild, accel: str) -> None:
+    """It looks like any other: the suspicion is told, and not that the guest failed."""
     told = 0
     for _ in range(3):
         seen = Seen()
@@ -127,11 +143,70 @@ async def test_page_tables_that_had_no_slot_end_in_a_reset(build: QemuBuild, acc
                 watched(agent, vm.guest.pid) as found,
             ):
                 await toggle_until(vm, found)
-        for failure in found.failures:
-            assert not failure.proven
-            assert failure.transition in [t.seq for t in seen.transitions]
-            told += failure.status == "reset"
+        assert found.failures == []
+        for reset in found.resets:
+            assert (reset.reason, reset.guest) == ("guest-reset", True)
+            if reset.possible is not None:
+                assert reset.transition in [t.seq for t in seen.transitions]
+                assert "1 of 2 vCPUs could run" in reset.possible
+                told += 1
     assert told >= 2
+
+
+@cases("kvm", of=RACING)
+@pytest.mark.asyncio
+async def test_an_only_vcpu_that_reboots_is_not_suspected(build: QemuBuild, accel: str) -> None:
+    """It has just changed PAM itself, which took all RAM above 1 MiB away meanwhile."""
+    async with (
+        booted(build, accel) as vm,
+        attach(vm.target) as agent,
+        watched(agent, vm.guest.pid) as found,
+    ):
+        await vm.open_pam()
+        asked = asyncio.create_task(vm.pulse.port_out(0x64, 0xFE, 1))
+        reset = await found.reset()
+        asked.cancel()
+        await asyncio.gather(asked, return_exceptions=True)
+    assert (reset.reason, reset.guest, reset.possible) == ("guest-reset", True, None)
+    assert found.failures == []
+
+
+# waits until CMOS byte 0x50 is 0xaa, clears it, and has a triple fault: lidt of a limit 0, then
+# paging is switched on without page tables
+FAULTY_ROM = bytes.fromhex(
+    "b050e670e4713caa75f630c0e671 2e0f011e00ff 0f20c0 6625ffffff9f 0c01 0f22c0 660d00000080 0f22c0"
+)
+
+
+@cases("kvm", of=RACING)
+@pytest.mark.asyncio
+async def test_resets_that_have_nothing_to_do_with_memory(
+    build: QemuBuild, accel: str, tmp_path: Path
+) -> None:
+    """A triple fault, and one that QMP asks for."""
+    skip_without_kvm(build, accel)
+    rom = bytearray(0x10000)
+    rom[0xFE00 : 0xFE00 + len(FAULTY_ROM)] = FAULTY_ROM
+    rom[0xFFF0:0xFFF3] = b"\xe9\x0d\xfe"  # jmp 0xfe00
+    image = tmp_path / "rom"
+    image.write_bytes(rom)
+    spec = GuestSpec(accel=accel, args=("-bios", str(image)), smp=2, qtest=True)
+    async with (
+        launch(spec.on(build)) as guest,
+        attach(f"unix:{guest.monitors[0]}") as agent,
+        watched(agent, guest.pid) as found,
+    ):
+        assert guest.qtest is not None
+        async with await QTest.connect(guest.qtest) as qtest:
+            await qtest.outb(0x70, 0x50)
+            await qtest.outb(0x71, 0xAA)
+            fault = await found.reset()
+            found.resets.clear()
+            await agent.monitor.execute("system_reset")
+            asked = await found.reset()
+    assert (fault.reason, fault.guest, fault.possible) == ("guest-reset", True, None)
+    assert (asked.reason, asked.guest, asked.possible) == ("host-qmp-system-reset", False, None)
+    assert found.failures == []
 
 
 @cases("kvm", of=ATOMIC)
@@ -176,3 +251,4 @@ async def test_a_reboot_is_no_failure(build: QemuBuild, accel: str) -> None:
                 await asyncio.gather(asked, return_exceptions=True)
                 await agent.settle()
     assert found.failures == []
+    assert {(r.reason, r.possible) for r in found.resets} == {("guest-reset", None)}

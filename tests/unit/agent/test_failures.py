@@ -20,7 +20,7 @@ from qmp_memlistener.agent.postmortem import (
     parse_registers,
 )
 from qmp_memlistener.monitor import Monitor, QmpEvent
-from qmp_memlistener.recording import GuestFailure, Record, SlotOp
+from qmp_memlistener.recording import GuestFailure, GuestReset, Record, SlotOp
 from qmp_memlistener.topology import MemoryMap
 from tests.support.records import transition
 
@@ -209,55 +209,107 @@ def test_without_a_match_the_facts_are_told() -> None:
     assert "could not be read" in judged([], [toggle(4, 12)]).what
 
 
-def reset_after(
-    changes: list[MapChange], *, kept_out: bool = False, maps_again: bool = False
-) -> GuestFailure | None:
+def test_the_vcpu_that_made_a_change_is_not_its_victim() -> None:
+    """It was in QEMU meanwhile, and went on when the memory was back."""
+    mine = replace_thread(toggle(1, 1), "CPU 1")
+    assert not judged([stopped(1, 2 * MIB)], [mine]).proven
+    other = judged([stopped(0, 2 * MIB), stopped(1, 3 * MIB)], [mine])
+    assert (other.proven, other.cpu) == (True, 0)
+    # memory that stays away is missing for everybody
+    gone = MapChange(3, DIED - 1000, (op("delete", 5, MIB, 63 * MIB),), "CPU 1")
+    assert judged([stopped(1, 2 * MIB)], [gone]).cpu == 1
+
+
+def test_an_only_vcpu_is_a_victim_of_what_the_main_thread_did_alone() -> None:
+    def alone(thread: str | None) -> GuestFailure:
+        change = replace_thread(toggle(1, 1), thread)
+        return explain_stop(
+            DIED, [stopped(0, 2 * MIB)], [change], kept_out=False, block_of=lambda _: None, vcpus=1
+        )
+
+    assert alone("main").proven
+    assert not alone(None).proven
+    assert "made the change itself" in alone(None).what
+    assert alone("CPU 0").transition is None
+
+
+def replace_thread(change: MapChange, thread: str | None) -> MapChange:
+    return MapChange(change.seq, change.t_ns, change.ops, thread)
+
+
+def suspicion(
+    changes: list[MapChange],
+    *,
+    kept_out: bool = False,
+    maps_again: bool = False,
+    vcpus: int | None = 2,
+) -> tuple[str, int] | None:
     return explain_reset(
         DIED,
         changes,
         kept_out=kept_out,
-        reason="guest-reset",
+        vcpus=vcpus,
         maps_again=maps_again,
         block_of=lambda gpa: "pc.ram" if gpa else None,
     )
 
 
-def test_a_reset_after_missing_ram_is_told_without_a_guess() -> None:
-    failure = reset_after([toggle(1, 9), toggle(2, 4)])
-    assert failure is not None
-    assert (failure.status, failure.transition, failure.proven) == ("reset", 2, False)
-    assert (failure.cpu, failure.ip, failure.gpa) == (None, None, None)
+def test_a_reset_after_missing_ram_is_suspicious_where_another_vcpu_ran() -> None:
+    found = suspicion([toggle(1, 9), toggle(2, 4)])
+    assert found is not None
+    text, transition = found
+    assert transition == 2
     for words in (
-        "4.0 ms after transition 2 began",
-        "0x100000-0x3ffffff of pc.ram",
-        "does not tell",
+        "1 of 2 vCPUs could run",
+        "0x100000-0x3ffffff of pc.ram had no slot, 4.0 ms before",
+        "in transition 2",
     ):
-        assert words in failure.what
+        assert words in text
+    unknown = suspicion([toggle(2, 4)], vcpus=None)
+    assert unknown is not None
+    assert unknown[0].startswith("other vCPUs could run")
+
+
+def test_an_only_vcpu_that_reboots_is_not_suspected() -> None:
+    assert suspicion([toggle(2, 4)], vcpus=1) is None
+    assert suspicion([replace_thread(toggle(2, 4), "CPU 0")], vcpus=1) is None
+    by_main = suspicion([replace_thread(toggle(2, 4), "main")], vcpus=1)
+    assert by_main is not None
+    assert "1 of 1 vCPUs" in by_main[0]
 
 
 def test_a_change_that_the_reset_itself_makes_is_not_held_against_it() -> None:
-    assert reset_after([toggle(1, 1)], maps_again=True) is None
-    failure = reset_after([toggle(1, 9), toggle(2, 1)], maps_again=True)
-    assert failure is not None
-    assert failure.transition == 1
+    assert suspicion([toggle(1, 1)], maps_again=True) is None
+    found = suspicion([toggle(1, 9), toggle(2, 1)], maps_again=True)
+    assert found is not None
+    assert found[1] == 1
 
 
-def test_most_resets_are_no_failure() -> None:
+def test_most_resets_are_not_suspected() -> None:
     unmapped = MapChange(2, DIED - 1000, (op("delete", 7, 0xFD00_0000, MIB),))
-    assert reset_after([]) is None
-    assert reset_after([unmapped]) is None
-    assert reset_after([toggle(1, 101)]) is None
-    assert reset_after([toggle(1, 4)], kept_out=True) is None
-    assert reset_after([toggle(1, 4, seen=False)]) is None
+    assert suspicion([]) is None
+    assert suspicion([unmapped]) is None
+    assert suspicion([toggle(1, 101)]) is None
+    assert suspicion([toggle(1, 4)], kept_out=True) is None
+    assert suspicion([toggle(1, 4, seen=False)]) is None
 
 
-@pytest.mark.asyncio
-@pytest.mark.parametrize(("apart_s", "told"), [(0.2, 1), (5.0, 1), (11.0, 2)])
-async def test_a_reset_soon_after_another_is_the_firmwares(apart_s: float, told: int) -> None:
-    """A SeaBIOS that ran before opens PAM and resets again; on a slow host that takes time."""
-    found: list[Record] = []
-    watch = FailureWatch(
-        cast("Monitor", SimpleNamespace(version=SimpleNamespace(release=(7, 2)))),
+class _Monitor:
+    """Of a guest with so many vCPUs."""
+
+    version = SimpleNamespace(release=(7, 2))
+
+    def __init__(self, vcpus: int) -> None:
+        self._vcpus = vcpus
+
+    async def execute(self, command: str, *_: object, **__: object) -> object:
+        assert command == "query-cpus-fast"
+        return [{"cpu-index": i} for i in range(self._vcpus)]
+
+
+def watch_of(found: list[Record], vcpus: int) -> FailureWatch:
+    return FailureWatch(
+        cast("Monitor", _Monitor(vcpus)),
         found.extend,
         settle=lambda: asyncio.sleep(0),
         view=lambda: cast(
@@ -266,6 +318,14 @@ async def test_a_reset_soon_after_another_is_the_firmwares(apart_s: float, told:
         machine="pc-i440fx-7.2",
         pid=None,
     )
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("apart_s", "told"), [(0.2, 1), (5.0, 1), (11.0, 2)])
+async def test_a_reset_soon_after_another_is_the_firmwares(apart_s: float, told: int) -> None:
+    """A SeaBIOS that ran before opens PAM and resets again; on a slow host that takes time."""
+    found: list[Record] = []
+    watch = watch_of(found, 2)
     try:
         for i in range(2):
             at = DIED + int(i * apart_s * 1e9)
@@ -278,4 +338,39 @@ async def test_a_reset_soon_after_another_is_the_firmwares(apart_s: float, told:
                 await asyncio.sleep(0)
     finally:
         await watch.close()
-    assert [type(r) for r in found] == [GuestFailure] * told
+    assert [type(r) for r in found] == [GuestReset] * 2
+    assert [r.possible is not None for r in found if isinstance(r, GuestReset)].count(True) == told
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(
+    ("name", "reason", "guest", "vcpus", "possible"),
+    [
+        ("RESET", "guest-reset", True, 2, True),
+        ("RESET", "guest-reset", True, 1, False),
+        ("SHUTDOWN", "guest-reset", True, 2, True),
+        ("RESET", "host-qmp-system-reset", False, 2, False),
+        ("SHUTDOWN", "host-qmp-quit", False, 2, None),
+    ],
+)
+async def test_a_reset_is_a_reset_and_a_suspicion_only_below(
+    name: str, reason: str, guest: bool, vcpus: int, possible: bool | None
+) -> None:
+    found: list[Record] = []
+    watch = watch_of(found, vcpus)
+    try:
+        watch.record(transition(1, DIED - 400_000))
+        for each in toggle(1, 0.4).ops:
+            watch.record(each)
+        watch.event(QmpEvent(name, {"reason": reason, "guest": guest}, DIED, None))
+        for _ in range(10):
+            await asyncio.sleep(0)
+    finally:
+        await watch.close()
+    if possible is None:
+        assert found == []
+        return
+    (reset,) = found
+    assert isinstance(reset, GuestReset)
+    assert (reset.reason, reset.guest, reset.shutdown) == (reason, guest, name == "SHUTDOWN")
+    assert (reset.possible is not None) == possible == (reset.transition == 1)

@@ -33,9 +33,8 @@ from tests.unit.cli.cli_support import check_types, process, run
 START = 7_000_000_000
 DOCUMENT = {
     "schema": int, "recording": str, "header": dict, "truncated": bool, "transitions": int,
-    "slot_ops": int, "lost": int, "probes": list, "failures": list, "violations": list,
-    "possible_violations": list,
-    "summary": dict,
+    "slot_ops": int, "lost": int, "probes": list, "failures": list, "resets": list,
+    "violations": list, "possible_violations": list, "summary": dict,
 }  # fmt: skip
 SUMMARY = {
     "type": str, "schema": int, "start_ns": int, "end_ns": int, "transitions": int, "stalls": int,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -13,6 +14,7 @@ from qmp_memlistener.probes import Kind
 from qmp_memlistener.recording import (
     CommandRecord,
     GuestFailure,
+    GuestReset,
     MeasurementRecord,
     Note,
     PossibleViolation,
@@ -316,6 +318,19 @@ def test_a_failure_that_is_not_proven_is_not_presented_as_such() -> None:
         t_ns=1, status="shutdown", what="a triple fault", proven=False, transition=None, cpu=0
     )
     assert lines(failure)[1:] == [f"{INDENT}CPU 0 stopped"]
+
+
+def test_a_reset_is_no_failure_and_a_suspicion_comes_below() -> None:
+    reset = GuestReset(t_ns=1, reason="guest-reset", guest=True, what="it asked for it")
+    assert lines(reset) == [f"{STAMP}  guest reset (guest-reset): it asked for it"]
+    fatal = msgspec.structs.replace(reset, possible="1 of 2 vCPUs ran", transition=7, shutdown=True)
+    first, second = lines(fatal)
+    assert "guest reset (guest-reset), and QEMU goes down instead: it asked for it" in first
+    assert second.strip() == "possible, not proven: 1 of 2 vCPUs ran"
+    old = GuestFailure(
+        t_ns=1, status="reset", what="the guest was reset", proven=False, transition=7
+    )
+    assert "FAILED" not in lines(old)[0]
 
 
 def test_violations() -> None:
