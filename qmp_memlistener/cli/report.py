@@ -159,10 +159,11 @@ class _Contents:
 
     def _check(self, record: Record) -> None:
         """Numbers that no recording of ours has would break what is computed from them."""
-        times = _times(record)
+        times, in_order = _times(record), True
         if isinstance(record, StallRecord):
             times = (*times, record.at_least_ns, record.at_most_ns)
-        if not all(0 <= t < _END_OF_TIME_NS for t in times):
+            in_order = record.at_least_ns <= record.at_most_ns
+        if not in_order or not all(0 <= t < _END_OF_TIME_NS for t in times):
             raise RecordingError(
                 f"{self._recording.path} has a record with a time that cannot be: {record}",
                 remedy="give a file that `qmp-memlistener record` wrote, unchanged",
