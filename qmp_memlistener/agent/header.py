@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 
+from ..host.files import find_text, open_foreign
 from ..memslots import Rules
 from ..monitor import GuestFacts
 from ..recording import Header
@@ -26,10 +27,15 @@ def rules_of(version: str, pid: int | None) -> Rules:
     if pid is None or rules.queued:
         return rules
     try:
-        with open(f"/proc/{pid}/exe", "rb") as file:
-            backported = _INHIBIT_SYMBOL in file.read()
+        handle = open_foreign(f"/proc/{pid}/exe")
     except OSError:
         return rules  # another user's process: the version is all there is
+    try:
+        backported = find_text(handle, _INHIBIT_SYMBOL) is not None
+    except OSError:
+        return rules
+    finally:
+        os.close(handle)
     return Rules.parse("8.0", page_size) if backported else rules
 
 

@@ -11,11 +11,11 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
-import msgspec
 import rich_click as click
 
 from ..errors import InputError, MemListenerError
 from .signals import Interrupted, signals
+from ..text import json_bytes
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -90,9 +90,10 @@ def say(*lines: str, err: bool = False) -> None:
 def print_json(document: object) -> None:
     """One JSON document or record on one line of stdout, written at once.
 
-    What `printable` would escape is escaped as JSON does it: the values are the same.
+    What `printable` would escape is escaped as JSON does it: the values are the same, but for what
+    is no Unicode (`text`).
     """
-    line = msgspec.json.encode(document)
+    line = json_bytes(document)
     if not line.isascii() or b"\x7f" in line:
         line = "".join(map(_json_escaped, line.decode())).encode()
     sys.stdout.buffer.write(line + b"\n")

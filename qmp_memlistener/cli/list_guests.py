@@ -21,13 +21,19 @@ def command(as_json: bool) -> None:
 
     Example: qmp-memlistener list
     """
+    from ..host import bounded
     from ..monitor import find_guests, list_document
     from ..monitor.freeze import freeze_document, frozen_by, process_key
 
     found = find_guests()
     document = list_document(found)
-    holders = {guest.pid: frozen_by(process_key(guest.process)) for guest in found}
     guests = document["guests"]
+    holders = {}
+    looked = bounded.each(lambda g: frozen_by(process_key(g.process)), found, soft=0.1, hard=2)
+    for (guest, holder), shown in zip(looked, guests, strict=True):
+        holders[guest.pid] = None if isinstance(holder, Exception) else holder
+        if isinstance(holder, Exception):
+            shown["notes"].append(f"whether it is frozen cannot be seen: {holder}")
     if as_json:
         frozen = [{**g, "frozen": freeze_document(holders[g["pid"]])} for g in guests]
         print_json({**document, "guests": frozen})

@@ -8,11 +8,14 @@ flag prevents it, so such reads happen in a thread that is left behind when they
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
-from typing import TypeVar
+import time
+from collections.abc import Callable, Iterable, Iterator
+from queue import Empty, SimpleQueue
+from typing import Generic, TypeVar
 
-__all__ = ["call"]
+__all__ = ["call", "each"]
 
+K = TypeVar("K")
 T = TypeVar("T")
 
 
@@ -39,3 +42,53 @@ def call(function: Callable[[], T], seconds: float) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+def each(
+    function: Callable[[K], T], items: Iterable[K], *, soft: float, hard: float
+) -> Iterator[tuple[K, T | Exception]]:
+    """What the function returns or raises for each item, in their order; TimeoutError for those
+    that take more than `hard` seconds.
+
+    One that takes more than `soft` seconds is waited for only at the end, with all such others at
+    once: they cost the rest nothing, and together `hard` seconds.
+    """
+    results: dict[int, tuple[K, T | Exception]] = {}
+    late: list[tuple[int, K, SimpleQueue[T | Exception], float]] = []
+    worker = _Worker(function)
+    for number, item in enumerate(items):
+        began = time.monotonic()
+        worker.todo.put(item)
+        try:
+            results[number] = item, worker.done.get(timeout=soft)
+        except Empty:
+            late.append((number, item, worker.done, began + hard))
+            worker.end()
+            worker = _Worker(function)
+    worker.end()
+    for number, item, done, until in late:
+        try:
+            results[number] = item, done.get(timeout=max(0.001, until - time.monotonic()))
+        except Empty:
+            results[number] = item, TimeoutError(f"no answer within {hard:g} s")
+    yield from (result for _, result in sorted(results.items(), key=lambda pair: pair[0]))
+
+
+class _Worker(Generic[K, T]):
+    """A thread that works through what it is given, one at a time, until `end`."""
+
+    def __init__(self, function: Callable[[K], T]) -> None:
+        self.todo: SimpleQueue[K | None] = SimpleQueue()
+        self.done: SimpleQueue[T | Exception] = SimpleQueue()
+        self._function = function
+        threading.Thread(target=self._run, daemon=True, name="bounded").start()
+
+    def end(self) -> None:
+        self.todo.put(None)
+
+    def _run(self) -> None:
+        while (item := self.todo.get()) is not None:
+            try:
+                self.done.put(self._function(item))
+            except Exception as error:
+                self.done.put(error)

@@ -38,6 +38,9 @@ from .processes import Process
 __all__ = [
     "NotRegular",
     "TooLarge",
+    "find_text",
+    "locate",
+    "may_write",
     "open_foreign",
     "open_in_root",
     "pieces",
@@ -46,6 +49,8 @@ __all__ = [
 ]
 
 PIECE = 1 << 20
+SEARCHED = 256 << 20
+"""How much of a program file is looked through: QEMU with debugging symbols has 150 MiB."""
 
 _IN_ROOT = re.compile(r"/proc/(\d+)/root(/.*)?", re.DOTALL)
 _KERNEL_LINK = re.compile(r"/proc/(?:\d+|self)/(?:exe|fd/\d+|map_files/[0-9a-f]+-[0-9a-f]+)")
@@ -82,7 +87,7 @@ def open_foreign(
     `follow` allows the last component to be a link; in another root any component, and then within
     that root.  For reading only: what a link of a stranger leads to is his choice.  Raises OSError.
     """
-    handle = _locate(path, dir_fd, follow)
+    handle = locate(path, dir_fd, follow)
     try:
         _check_regular(handle, path)
         # BlockingIOError: somebody holds a lease on it (fcntl(2), F_SETLEASE).
@@ -113,11 +118,25 @@ def read_foreign(
 
 def stat_foreign(path: str, *, dir_fd: int | None = None, follow: bool = False) -> os.stat_result:
     """What is at `path`, of whatever kind; nothing is opened.  Raises OSError."""
-    handle = _locate(path, dir_fd, follow)
+    handle = locate(path, dir_fd, follow)
     try:
         return os.fstat(handle)
     finally:
         os.close(handle)
+
+
+def locate(path: str, dir_fd: int | None = None, follow: bool = False) -> int:
+    """An O_PATH descriptor of what is at `path`, of whatever kind.  Raises OSError.
+
+    /proc/self/fd/N leads to that very thing then, for stat(2), access(2) and connect(2).
+    """
+    inner = _IN_ROOT.fullmatch(path)
+    if inner is not None:
+        return _open_root(int(inner[1]), inner[2] or "/", os.O_PATH, follow)
+    flags = os.O_PATH | os.O_CLOEXEC
+    if not follow and _KERNEL_LINK.fullmatch(path) is None:
+        flags |= os.O_NOFOLLOW
+    return os.open(path, flags, dir_fd=dir_fd)
 
 
 def open_in_root(
@@ -135,6 +154,48 @@ def open_in_root(
     return handle
 
 
+def may_write(path: str, *, follow: bool = False) -> bool:
+    """We may write to what is at `path`, of whatever kind; nothing is opened."""
+    try:
+        handle = locate(path, follow=follow)
+    except (OSError, ValueError):
+        return False
+    try:
+        return os.access(f"/proc/self/fd/{handle}", os.W_OK)
+    finally:
+        os.close(handle)
+
+
+def find_text(handle: int, text: bytes, *, extra: int = 0, limit: int = SEARCHED) -> bytes | None:
+    """The first place in an open file where `text` stands, with `extra` bytes that follow it.
+
+    At most `limit` bytes are read, holes are passed over.  None when it is not there.
+    """
+    longest = len(text) + extra
+    before, at, read = b"", 0, 0
+    while read < limit:
+        try:
+            start = os.lseek(handle, at, os.SEEK_DATA)
+        except OSError:  # ENXIO: a hole up to the end
+            break
+        if start > at:
+            before, at = b"", start
+        piece = os.pread(handle, PIECE, at)
+        if not piece:
+            break
+        at += len(piece)
+        read += len(piece)
+        window = before + piece
+        found = window.find(text)
+        if found >= 0:
+            window = window[found:]
+            if len(window) < longest:
+                window += os.pread(handle, longest - len(window), at)
+            return window[:longest]
+        before = window[-longest:]
+    return None
+
+
 def pieces(handle: int, limit: int, start: int = 0) -> Iterator[bytes]:
     """The bytes of an open file from `start` on, at most `limit`, in pieces of at most 1 MiB."""
     end = start + limit
@@ -144,17 +205,6 @@ def pieces(handle: int, limit: int, start: int = 0) -> Iterator[bytes]:
             return
         yield data
         start += len(data)
-
-
-def _locate(path: str, dir_fd: int | None, follow: bool) -> int:
-    """An O_PATH descriptor."""
-    inner = _IN_ROOT.fullmatch(path)
-    if inner is not None:
-        return _open_root(int(inner[1]), inner[2] or "/", os.O_PATH, follow)
-    flags = os.O_PATH | os.O_CLOEXEC
-    if not follow and _KERNEL_LINK.fullmatch(path) is None:
-        flags |= os.O_NOFOLLOW
-    return os.open(path, flags, dir_fd=dir_fd)
 
 
 def _check_regular(handle: int, path: str) -> None:

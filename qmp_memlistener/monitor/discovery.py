@@ -12,18 +12,20 @@ process may have bound it again.  A path counts when it leads to the inode that 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TypedDict
 
+from ..host import bounded
+from ..host.files import may_write, open_foreign, pieces, stat_foreign
 from ..host.processes import (
     Process,
+    Sketch,
     paths_seen_by,
     process_ids,
     socket_inodes,
 )
-from .cmdline import CommandLine, MonitorMode, MonitorSpec, parse_arguments
+from .cmdline import CommandLine, MonitorMode, MonitorSpec, is_qemu_name, parse_arguments
 from .qemu_binary import emulator_of
 from .sockets import MonitorState, address_of_inode, listener_state, listening_at
 from .targets import SocketTarget, TcpTarget, UnixTarget
@@ -42,6 +44,9 @@ __all__ = [
 
 _CONFIG_LONGEST = 1 << 20
 _CLOCK_SLACK_S = 2.0
+_SOFT_S, _HARD_S = 0.1, 3.0
+"""How long a process may take before the others go on without waiting, and in all."""
+_ASKED_FOR_S = 10.0
 _NO_PERMISSION = "no permission"
 
 
@@ -97,7 +102,7 @@ class Guest:
     """A running QEMU system emulator.
 
     `accel` None: not known.  `visible`: we may look into the process, so that what is not found
-    there is not there.
+    there is not there.  `trouble` says why next to nothing is known.
     """
 
     process: Process
@@ -108,10 +113,13 @@ class Guest:
     accel: str | None
     monitors: tuple[GuestMonitor, ...]
     visible: bool = True
+    trouble: str = ""
 
     @property
     def notes(self) -> tuple[str, ...]:
         """For people: what may be missing here, and why."""
+        if self.trouble:
+            return (self.trouble,)
         hidden = "no permission to look into the process: monitors may be missing here"
         return (*self.command_line.notes, *(() if self.visible else (hidden,)))
 
@@ -134,15 +142,49 @@ class Guest:
 
 
 def find_guests() -> list[Guest]:
-    """Every QEMU system emulator that runs on this host, by pid."""
+    """Every QEMU system emulator that runs on this host, by pid.
+
+    A process that cannot be looked into in time costs the others nothing: if its name is a QEMU's
+    it is there with what is known, and says so.
+    """
     diag = unix_sockets()
-    found = (_find(pid, diag, asked_for=False) for pid in process_ids())
+    looked = bounded.each(
+        lambda pid: _find(pid, diag, asked_for=False), process_ids(), soft=_SOFT_S, hard=_HARD_S
+    )
+    found = ((_sketched(pid, got) if isinstance(got, Exception) else got) for pid, got in looked)
     return [g for g in found if g is not None]
 
 
 def find_guest(pid: int) -> Guest | None:
     """The QEMU with this process id; None when there is no such process or it is no QEMU."""
-    return _find(pid, unix_sockets(), asked_for=True)
+    try:
+        return bounded.call(lambda: _find(pid, unix_sockets(), asked_for=True), _ASKED_FOR_S)
+    except Exception as error:
+        return _sketched(pid, error)
+
+
+def _sketched(pid: int, error: Exception) -> Guest | None:
+    """What is known of a process that could not be read; None when it does not look like a QEMU.
+
+    It may be hostile: whatever went wrong there is no reason to give up on the others.
+    """
+    sketch = Sketch.read(pid)
+    if sketch is None or not is_qemu_name(sketch.name):
+        return None
+    why = "in time" if isinstance(error, TimeoutError) else f"({type(error).__name__}: {error})"
+    return Guest(
+        process=Process(
+            pid, sketch.start_ticks, (sketch.name,), None, sketch.uid, sketch.gid, frozenset()
+        ),
+        command_line=parse_arguments(sketch.name, (), lambda _: None),
+        name=None,
+        version=None,
+        machine=None,
+        accel=None,
+        monitors=(),
+        visible=False,
+        trouble=f"the process could not be looked into {why}: nothing more is known",
+    )
 
 
 def _find(pid: int, diag: dict[int, UnixSocket] | None, *, asked_for: bool) -> Guest | None:
@@ -155,7 +197,7 @@ def _find(pid: int, diag: dict[int, UnixSocket] | None, *, asked_for: bool) -> G
     command_line = parse_arguments(
         argv[at], argv[at + 1 :], lambda path: _config_text(process, path)
     )
-    inodes = socket_inodes(process)
+    inodes = socket_inodes(pid)
     sockets = _Sockets(process, inodes, diag or {})
     return Guest(
         process=process,
@@ -226,7 +268,7 @@ def _monitor(spec: MonitorSpec, sockets: _Sockets) -> GuestMonitor:
             return _unreachable(spec, why)
         target = UnixTarget(path)
         # connect(2) on a path needs write permission on the socket file (unix(7)).
-        if not os.access(path, os.W_OK):
+        if not may_write(path, follow=True):
             return GuestMonitor(
                 spec.mode, spec.text, target, MonitorState.UNREACHABLE, _why_not(path)
             )
@@ -252,18 +294,26 @@ def _socket_path(bound: UnixTarget, sockets: _Sockets) -> tuple[str | None, str]
         path = listener.choose(paths)
         if path is not None:
             return path, ""
-    if any(not os.path.exists(p) and _why_not(p) == _NO_PERMISSION for p in paths):
+    there = [p for p in paths if _is_there(p)]
+    if any(_why_not(p) == _NO_PERMISSION for p in paths if p not in there):
         return None, _NO_PERMISSION
     if known:
         return None, "the path leads to another socket now, or to none"
     # The kernel does not tell (another network namespace): the name has to do.
-    there = [p for p in paths if os.path.exists(p)]
     return ((there or paths)[0], "") if paths else (None, _NO_PERMISSION)
+
+
+def _is_there(path: str) -> bool:
+    try:
+        stat_foreign(path, follow=True)
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _why_not(path: str) -> str:
     try:
-        os.stat(path)
+        stat_foreign(path, follow=True)
     except PermissionError:
         return _NO_PERMISSION
     except (OSError, ValueError):
@@ -293,14 +343,15 @@ def _config_text(process: Process, path: str) -> str | None:
     changed after the process began."""
     for seen in paths_seen_by(process, path):
         try:
-            handle = os.open(seen, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+            handle = open_foreign(seen, follow=True)
         except (OSError, ValueError):
             continue
         try:
             status = os.fstat(handle)
-            small = stat.S_ISREG(status.st_mode) and status.st_size <= _CONFIG_LONGEST
-            if small and status.st_mtime <= process.started_at() + _CLOCK_SLACK_S:
-                return os.pread(handle, _CONFIG_LONGEST, 0).decode(errors="surrogateescape")
+            old = status.st_mtime <= process.started_at() + _CLOCK_SLACK_S
+            if old and status.st_size <= _CONFIG_LONGEST:
+                text = b"".join(pieces(handle, _CONFIG_LONGEST))
+                return text.decode(errors="surrogateescape")
         except OSError:
             pass
         finally:

@@ -19,6 +19,7 @@ from ..host.files import open_in_root
 from ..host.locks import LONGEST, is_write_locked, set_lock
 from ..host.processes import Process
 from ..host.state import StateDirectory
+from ..text import json_bytes
 
 __all__ = ["Content", "Found", "Place", "claim", "confirm", "find", "places"]
 
@@ -89,7 +90,7 @@ def claim(place: Place, token: str, content: Content, stack: ExitStack) -> int:
     flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
     handle = os.open(".", flags, 0o600, dir_fd=directory.handle)
     stack.callback(os.close, handle)
-    os.write(handle, msgspec.json.encode(content))
+    os.write(handle, json_bytes(content))
     for byte in (_ALIVE, _CLAIMED):
         set_lock(handle, fcntl.F_WRLCK, byte)
     os.fchmod(handle, 0o644)

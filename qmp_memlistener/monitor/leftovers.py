@@ -10,10 +10,10 @@ from dataclasses import dataclass
 
 from ..errors import MonitorBusy
 from .connection import Monitor
-from .discovery import Guest, find_guests
+from .discovery import Guest, find_guest
 from .trace_control import Restored, restore_stale
 from .trace_errors import TraceUnavailable
-from .trace_notes import Place, sweep
+from .trace_notes import Place, noted, sweep
 
 __all__ = ["Leftover", "clean_leftovers", "find_leftovers"]
 
@@ -34,9 +34,12 @@ def find_leftovers() -> list[Leftover]:
     """
     sweep()
     found = []
-    for guest in find_guests():
+    for process in noted():
+        guest = find_guest(process.pid)
+        if guest is None:
+            continue
         try:
-            place = Place(guest.process)
+            place = Place(process)
             note = place.read_note()
         except TraceUnavailable:
             continue  # another user's agent is at work there: not left over

@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import os
 import re
-import stat
 from collections.abc import Iterator
 from functools import lru_cache
 
+from ..host.files import find_text, open_foreign
 from ..host.processes import Process, path_seen_by
 from .cmdline import has_qemu_options, is_qemu_name, program_index
 
@@ -21,10 +21,8 @@ __all__ = ["emulator_of"]
 
 # version() in softmmu/vl.c and system/vl.c prints this, joined by the compiler into one literal.
 _VERSION_TEXT = b"QEMU emulator version "
+_LONGEST_VERSION = 16
 _VERSION = re.compile(rb"QEMU emulator version (\d+\.\d+\.\d+)")
-_MOST = 512 << 20
-"""How much of a binary is looked through; the text is in the read-only data, before any symbols."""
-_CHUNK = 4 << 20
 
 
 def emulator_of(process: Process, *, asked_for: bool) -> tuple[int, str | None] | None:
@@ -77,14 +75,14 @@ def _binaries(process: Process, binary: str, *, through_loader: bool) -> Iterato
 def _version_text(path: str) -> bytes | None:
     """The version as the binary has it, b"" when it has none, None when it cannot be read."""
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+        # a link may be what it was started by; where its own executable is known that is read
+        handle = open_foreign(path, follow=True)
     except (OSError, ValueError):
         return None
     try:
         status = os.fstat(handle)
-        if not stat.S_ISREG(status.st_mode):
-            return None
-        return _search(_Binary(handle), status.st_dev, status.st_ino, status.st_mtime_ns)
+        times = (status.st_mtime_ns, status.st_ctime_ns)
+        return _search(_Binary(handle), status.st_dev, status.st_ino, times)
     except OSError:
         return None
     finally:
@@ -105,17 +103,7 @@ class _Binary:
 
 
 @lru_cache(maxsize=256)
-def _search(binary: _Binary, device: int, inode: int, mtime_ns: int) -> bytes:
+def _search(binary: _Binary, device: int, inode: int, times: tuple[int, int]) -> bytes:
     """Raises OSError.  Cached by identity of the file: the numbers are only keys."""
-    del device, inode, mtime_ns
-    longest = len(_VERSION_TEXT) + 16
-    at, before = 0, b""
-    while at < _MOST and (data := os.pread(binary.handle, _CHUNK, at)):
-        text = before + data
-        found = text.find(_VERSION_TEXT)
-        if found >= 0 and found + longest <= len(text):
-            return text[found : found + longest]
-        before = text[-longest:]
-        at += len(data)
-    found = before.find(_VERSION_TEXT)
-    return before[found:] if found >= 0 else b""
+    del device, inode, times
+    return find_text(binary.handle, _VERSION_TEXT, extra=_LONGEST_VERSION) or b""

@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .discovery import Guest, find_guest, find_guests
+from .sockets import listening_pids
 from .targets import SocketTarget, TcpTarget, UnixTarget
 
 __all__ = ["Companions", "companions_of", "find_owner"]
@@ -35,14 +36,19 @@ def find_owner(target: SocketTarget, peer_pid: int | None) -> Guest | None:
     """The QEMU on this host that serves `target`; None when it is elsewhere or not visible.
 
     `peer_pid` (SO_PEERCRED) decides when it is a QEMU.  A socket that libvirt opened for its
-    QEMU shows libvirt there, and TCP shows nobody: then the command lines are searched.
+    QEMU shows libvirt there, and TCP shows nobody: then those who hold the listening socket are
+    asked, or, where that cannot be seen, all command lines are searched.
     """
     if peer_pid is not None:
         guest = find_guest(peer_pid)
         if guest is not None:
             return guest
-    for guest in find_guests():
-        if any(m.target is not None and same_socket(m.target, target) for m in guest.monitors):
+    holders = listening_pids(target)
+    found = map(find_guest, holders) if holders else iter(find_guests())
+    for guest in found:
+        if guest is not None and any(
+            m.target is not None and same_socket(m.target, target) for m in guest.monitors
+        ):
             return guest
     return None
 

@@ -21,7 +21,7 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..host.processes import Process, process_ids, socket_inodes
+from ..host.processes import process_ids, socket_inodes
 from .targets import SocketTarget, TcpTarget, UnixTarget
 from .unix_diag import unix_sockets
 
@@ -151,8 +151,10 @@ def listening_at(target: UnixTarget, pid: int, inodes: Collection[int] | None) -
 
 
 def listening_pids(target: SocketTarget) -> list[int]:
-    """Processes that hold the listening socket `target` open, as far as we may look: of all
-    processes, so only for explaining what went wrong."""
+    """Processes that hold the listening socket `target` open, as far as we may look.
+
+    Of all processes the descriptors are listed for that; none of their files is opened.
+    """
     try:
         if isinstance(target, UnixTarget):
             inodes = _listeners_of(target)
@@ -167,8 +169,7 @@ def listening_pids(target: SocketTarget) -> list[int]:
         return []
     found = []
     for pid in process_ids():
-        process = Process.read(pid)
-        owned = socket_inodes(process) if process is not None else None
+        owned = socket_inodes(pid)
         if owned is not None and not inodes.isdisjoint(owned.values()):
             found.append(pid)
     return found

@@ -29,9 +29,10 @@ from ..errors import DeadlineExceeded, MissingPrerequisite
 from ..host.locks import try_lock, write_all
 from ..host.processes import Process, boot_id, is_key, process_of
 from ..host.state import StateDirectory, decoded, directories, directory_of, own_directory
+from ..text import json_bytes
 from .trace_errors import TraceReason, TraceUnavailable
 
-__all__ = ["Lease", "LogChange", "Note", "Place", "sweep"]
+__all__ = ["Lease", "LogChange", "Note", "Place", "noted", "sweep"]
 
 _LOCK_POLL = 0.02
 _SCHEMA = 1
@@ -164,7 +165,7 @@ class Place:
 
     def write_note(self, note: Note) -> None:
         """Flushed to the file system when it returns."""
-        text = msgspec.json.format(msgspec.json.encode(note), indent=1)
+        text = msgspec.json.format(json_bytes(note), indent=1)
         self._directory().write(_NOTE, text)
 
     def new_note(self, events: dict[str, bool]) -> Note:
@@ -248,6 +249,13 @@ class Place:
                     TraceReason.OTHER_AGENT,
                     f"an agent of user id {uid} already traces QEMU (pid {self.process.pid})",
                 )
+
+
+def noted() -> list[Process]:
+    """Processes that live and that something is noted about here, by pid."""
+    keys = {n for d in directories() for n in d.names() if is_key(n)}
+    found = [p for p in map(process_of, keys) if p is not None]
+    return sorted(found, key=lambda process: process.pid)
 
 
 def sweep() -> int:

@@ -16,6 +16,8 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ..host.files import stat_foreign
+
 __all__ = ["UnixSocket", "unix_sockets"]
 
 _NETLINK_SOCK_DIAG = 4
@@ -48,7 +50,7 @@ class UnixSocket:
         alike = None
         for path in paths:
             try:
-                status = os.stat(path)
+                status = stat_foreign(path, follow=True)
             except (OSError, ValueError):
                 continue
             if self.bound_to is None or not stat.S_ISSOCK(status.st_mode):

@@ -9,9 +9,8 @@ import os
 from types import TracebackType
 from typing import Self
 
-import msgspec
-
 from ..errors import InputError, MissingPrerequisite, OperationFailed
+from ..text import json_bytes
 from .records import Header, Record
 
 __all__ = ["RecordingWriter"]
@@ -27,7 +26,6 @@ class RecordingWriter:
     def __init__(self, path: str, header: Header) -> None:
         self.path = path
         self.count = 0
-        self._encode = msgspec.json.Encoder().encode
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
         except FileExistsError:
@@ -46,7 +44,7 @@ class RecordingWriter:
 
     def write(self, record: Record) -> None:
         """Append one record."""
-        line = self._encode(record) + b"\n"
+        line = json_bytes(record) + b"\n"
         try:
             while line:
                 line = line[os.write(self._fd, line) :]

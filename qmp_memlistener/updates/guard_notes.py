@@ -19,6 +19,7 @@ from ..errors import MissingPrerequisite
 from ..host.processes import Process, boot_id
 from ..host.state import StateDirectory, decoded, directories, own_directory
 from ..monitor.freeze import FreezeKey
+from ..text import valid_text
 
 __all__ = ["GuardNote", "NoteForm", "all_notes", "new_note", "take_notes"]
 
@@ -79,7 +80,7 @@ def new_note(key: FreezeKey) -> NoteForm:
     content: dict[str, object] = {
         "schema": _SCHEMA,
         "boot": boot_id(),
-        "guest": key.who,
+        "guest": valid_text(key.who),
         "pid": None if process is None else process.pid,
         "start_ticks": None if process is None else process.start_ticks,
     }

@@ -22,6 +22,7 @@ from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 from elftools.elf.hash import ELFHashTable, GNUHashTable
 
+from ...host.files import open_foreign
 from ..model import ProbeUnavailable
 
 __all__ = ["ElfFile", "read_elf"]
@@ -44,7 +45,7 @@ class ElfFile:
 def read_elf(path: str, names: Iterable[str]) -> ElfFile:
     """Look up `names`.  Raises ProbeUnavailable: unreadable, no ELF file, no dynamic symbols."""
     try:
-        with open(path, "rb") as file:
+        with open(open_foreign(path), "rb") as file:
             return _read(cast("BinaryIO", _Metered(file)), names)
     except OSError as error:
         raise ProbeUnavailable(

@@ -77,7 +77,7 @@ def test_path_of_an_inherited_listener(tmp_path: Path, stack: ExitStack) -> None
     server = listen_unix(stack, path)
     me = Process.read(os.getpid())
     assert me is not None
-    inodes = socket_inodes(me)
+    inodes = socket_inodes(me.pid)
     assert inodes is not None
     assert address_of_inode(inodes[server.fileno()], os.getpid()) == UnixTarget(path)
     assert address_of_inode(1, os.getpid()) is None

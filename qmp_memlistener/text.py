@@ -1,0 +1,36 @@
+"""Text that others choose, as JSON can hold it.
+
+Names, paths and command lines are bytes.  A byte that is no UTF-8, 0xff say, Python keeps as a lone
+surrogate, U+DCFF (`os.fsdecode`); inside it stays that way, so that a path still leads to its file.
+JSON has no form for it: there it is the six characters `\\udcff`, as in what is printed.  Lone
+surrogates in the JSON of a peer look the same.  A backslash that was there already does, too: this
+is for reading and does not lead back.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+__all__ = ["json_bytes", "valid_text"]
+
+def valid_text(text: str) -> str:
+    """The text itself, if it is Unicode, or with escapes."""
+    return text.encode("utf-8", "backslashreplace").decode()
+
+
+def json_bytes(document: object) -> bytes:
+    """A document or record as JSON, whatever text is in it."""
+    try:
+        return msgspec.json.encode(document)
+    except UnicodeEncodeError:
+        return msgspec.json.encode(_valid(msgspec.to_builtins(document)))
+
+
+def _valid(value: object) -> object:
+    if isinstance(value, str):
+        return valid_text(value)
+    if isinstance(value, dict):
+        return {_valid(key): _valid(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_valid(item) for item in value]
+    return value
