@@ -13,6 +13,7 @@ import msgspec
 
 __all__ = ["json_bytes", "valid_text"]
 
+
 def valid_text(text: str) -> str:
     """The text itself, if it is Unicode, or with escapes."""
     return text.encode("utf-8", "backslashreplace").decode()

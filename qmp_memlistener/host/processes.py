@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 import stat
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -121,11 +122,25 @@ class Process:
 
     def is_stopped(self) -> bool:
         """A signal (SIGSTOP) or a debugger keeps it from running now."""
+        return self._state() in (b"T", b"t")
+
+    def is_stuck(self) -> bool:
+        """Its main thread waits in the kernel, uninterruptibly, and has done so for 30 ms.
+
+        Then the file system that it waits for may not answer us either.
+        """
+        for _ in range(3):
+            if self._state() != b"D":
+                return False
+            time.sleep(0.01)
+        return self._state() == b"D"
+
+    def _state(self) -> bytes:
         try:
             with open(f"/proc/{self.pid}/stat", "rb") as f:
-                return f.read().rpartition(b")")[2].split()[0] in (b"T", b"t")
+                return f.read().rpartition(b")")[2].split()[0]
         except (OSError, IndexError):
-            return False
+            return b""
 
     def cwd(self) -> str | None:
         try:

@@ -340,7 +340,9 @@ def _accel(process: Process, command_line: CommandLine) -> str | None:
 
 def _config_text(process: Process, path: str) -> str | None:
     """A file for -readconfig, found as the process found it; None when it cannot be read or was
-    changed after the process began."""
+    changed after the process began, and of one that is stuck, maybe in that file."""
+    if process.is_stuck():
+        return None
     for seen in paths_seen_by(process, path):
         try:
             handle = open_foreign(seen, follow=True)
