@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING, TypeVar
 import rich_click as click
 
 from ..errors import InputError, MemListenerError
-from .signals import Interrupted, signals
 from ..text import json_bytes
+from .signals import Interrupted, signals
 
 if TYPE_CHECKING:
     from rich.console import Console
