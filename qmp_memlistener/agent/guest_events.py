@@ -6,7 +6,7 @@ import asyncio
 
 from ..errors import CommandFailed, TargetError
 from ..monitor import Monitor, QmpEvent
-from ..recording import GuestState
+from ..recording import GuestState, Lost, Record
 from ..recording import QmpEvent as EventRecord
 from .source import Publish, Source
 
@@ -30,6 +30,10 @@ _DEVICE_EVENTS = frozenset(
 )
 
 
+WAITING = 256
+"""So many events of the guest's state wait to be told."""
+
+
 class GuestEvents:
     """Takes the events of one monitor; every one pokes the source."""
 
@@ -37,16 +41,16 @@ class GuestEvents:
         self._monitor = monitor
         self._source = source
         self._publish = publish
-        self._questions: set[asyncio.Task[None]] = set()
+        self._waiting: list[QmpEvent] = []
+        self._dropped = 0
+        self._telling: asyncio.Task[None] | None = None
 
     def take(self, event: QmpEvent) -> None:
         """Report one event, or ask the guest about it first."""
         if event.name in _STATE_EVENTS:
             # with a trace `runstate_set` tells, and tells why
             if self._source.name != "trace" or event.name not in ("STOP", "RESUME"):
-                task = asyncio.create_task(self._report_state(event))
-                self._questions.add(task)
-                task.add_done_callback(self._questions.discard)
+                self._tell(event)
         elif event.name in _DEVICE_EVENTS:
             record = EventRecord(t_ns=event.t_ns, event=event.name, data=dict(event.data))
             self._publish([record])
@@ -54,21 +58,53 @@ class GuestEvents:
 
     async def close(self) -> None:
         """Ask no more."""
-        questions = list(self._questions)
-        for task in questions:
-            task.cancel()
-        if questions:
-            await asyncio.wait(questions)
+        telling, self._telling = self._telling, None
+        if telling is not None:
+            telling.cancel()
+            await asyncio.wait([telling])
 
-    async def _report_state(self, event: QmpEvent) -> None:
-        """STOP does not say why the guest stopped: ask."""
-        status, running = event.name.lower(), event.name in ("RESUME", "RESET", "WAKEUP")
+    def _tell(self, event: QmpEvent) -> None:
+        if len(self._waiting) >= WAITING:
+            self._dropped += 1
+            return
+        self._waiting.append(event)
+        if self._telling is None or self._telling.done():
+            self._telling = asyncio.create_task(self._report_states())
+
+    async def _report_states(self) -> None:
+        """STOP does not say why the guest stopped: ask, once for all that came meanwhile.
+
+        The answer is what the last of them led to; of the others the event is all there is.
+        """
+        while self._waiting:
+            events, self._waiting = self._waiting, []
+            dropped, self._dropped = self._dropped, 0
+            answer = await self._status()
+            records: list[Record] = [
+                GuestState(
+                    t_ns=event.t_ns,
+                    status=event.name.lower(),
+                    running=event.name in ("RESUME", "RESET", "WAKEUP"),
+                    event=event.name,
+                )
+                for event in events
+            ]
+            if answer is not None:
+                status, running = answer
+                last = events[-1]
+                records[-1] = GuestState(
+                    t_ns=last.t_ns, status=status, running=running, event=last.name
+                )
+            if dropped:
+                what = "events of the guest's state came faster than it could be asked"
+                records.append(Lost(t_ns=events[-1].t_ns, what=what, count=dropped))
+            self._publish(records)
+
+    async def _status(self) -> tuple[str, bool] | None:
         try:
             value = await self._monitor.execute("query-status", deadline=2.0)
-            if isinstance(value, dict):
-                status, running = str(value.get("status")), value.get("running") is True
         except (TargetError, CommandFailed):
-            pass  # it is going down; the event is all there is
-        self._publish(
-            [GuestState(t_ns=event.t_ns, status=status, running=running, event=event.name)]
-        )
+            return None  # it is going down
+        if not isinstance(value, dict):
+            return None
+        return str(value.get("status")), value.get("running") is True
