@@ -32,6 +32,7 @@ BENCHES = {
     "startup": "start-up of the command line",
     "snapshot": "what a snapshot costs a guest",
     "latency": "from QEMU's log line to the subscriber",
+    "attach": "one attachment after another",
     "idle": "an attached agent with nothing to do",
     "toggle": "what a PAM toggle costs on each QEMU",
     "strategies": "what more memory costs a guest under each strategy",
