@@ -32,6 +32,7 @@ from ..updates.guest_facts import backends_of
 from ..updates.model import Addition, Intent, Outcome, Plug, Role, Strategy, Unplug, Value
 from ..updates.operation import UpdateOptions, perform
 from ..updates.options import parse_addition, parse_resize
+from ..waits import waiting
 from .measuring import Measuring
 from .opening import Attached, AttachOptions, Opening
 from .outlet import Outlet
@@ -55,6 +56,7 @@ def attach(
     ping_monitor: str | Target | None = None,
     ops_monitor: str | Target | None = None,
     guarded: bool = False,
+    probes_at_once: bool = True,
     on_record: Callable[[Record], None] | None = None,
     deadline: float = CONNECT_DEADLINE,
 ) -> Agent:
@@ -68,7 +70,8 @@ def attach(
     processes of ours refuse to.  `record` names a new file for the recording, `on_record` is
     called with every record from the header on.  `ping_monitor` and `ops_monitor` name further
     monitors of the same QEMU; otherwise free ones are found.  `guarded` keeps one free for the
-    guard that a pause needs.  `deadline` is for the connection, in seconds.
+    guard that a pause needs.  With `probes_at_once=False` the probes start with the first
+    update, once it is known not to be refused.  `deadline` is for the connection, in seconds.
 
     Entering the block raises InputError (no such form of target, the recording exists, a monitor
     of another QEMU, no such probe), GuestFrozen, TargetUnreachable, MonitorBusy,
@@ -86,6 +89,7 @@ def attach(
             ping_monitor=ping_monitor,
             ops_monitor=ops_monitor,
             guarded=guarded,
+            probes_at_once=probes_at_once,
             on_record=on_record,
             deadline=deadline,
         )
@@ -139,7 +143,8 @@ class Agent:
     ) -> None:
         closing = asyncio.ensure_future(self._stack.__aexit__(kind, error, trace))
         try:
-            await asyncio.shield(closing)
+            with waiting("for the guest's trace events and log to be put back"):
+                await asyncio.shield(closing)
         except asyncio.CancelledError:
             # the guest is put back as it was all the same
             await asyncio.wait([closing], timeout=_CLOSE_DEADLINE)
@@ -184,6 +189,10 @@ class Agent:
     def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
         """The kinds of stall of which everything in `[start_ns, end_ns)` was seen."""
         return self.measuring.measured(start_ns, end_ns)
+
+    async def probes_started(self) -> None:
+        """Return when every probe is at work, or has said why not."""
+        await self.measuring.wait_started()
 
     async def probes_ready(self, timeout_s: float) -> tuple[str, ...]:
         """Wait until all probes measure that can; returns those that do not yet."""

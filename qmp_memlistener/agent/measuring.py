@@ -29,6 +29,7 @@ from ..timeline.coverage import Coverage
 from ..timeline.pairing import SLACK_NS
 from ..timeline.summary import Statistics
 from ..timeline.windows import op_text
+from ..waits import waiting
 from .source import Source
 
 __all__ = ["Measuring"]
@@ -77,6 +78,7 @@ class Measuring:
         self._start_ns = time.monotonic_ns()
         self._transitions = 0
         self._telling = False
+        self._begun = False
         self._starting: set[asyncio.Task[None]] = set()
 
     # -- for the agent -----------------------------------------------------------------------
@@ -91,14 +93,20 @@ class Measuring:
         """The kinds of stall of which everything in `[start_ns, end_ns)` was seen."""
         return self._coverage.measured(start_ns, end_ns)
 
-    async def start(self, stack: AsyncExitStack, slots: SlotTable) -> None:
-        """Start the usable probes; `stack` stops them.  One that fails is reported as such.
-
-        What takes longer than `START_S` goes on in the background, and is reported when it is done.
-        """
+    def prepare(self, stack: AsyncExitStack, slots: SlotTable) -> None:
+        """What there is to know before `start`; `stack` stops the probes."""
         for slot in slots:
             self._timeline.know_slot(slot.as_id, slot.gpa, slot.size)
         stack.push_async_callback(self.stop)
+
+    async def start(self) -> None:
+        """Start the usable probes, once.  One that fails is reported as such.
+
+        What takes longer than `START_S` goes on in the background, and is reported when it is done.
+        """
+        if self._begun:
+            return
+        self._begun = True
         self._starting = {
             asyncio.create_task(self._start(choice), name=f"{_STARTING}{choice.info.name}")
             for choice in self._choices
@@ -118,14 +126,18 @@ class Measuring:
 
     async def wait_started(self) -> None:
         """Return when every probe is at work or has said why not; some may take seconds."""
+        await self.start()
         while self._starting:
-            await asyncio.wait(self._starting)
+            names = ", ".join(t.get_name().removeprefix(_STARTING) for t in self._starting)
+            with waiting(f"for probes to be at work: {names}"):
+                await asyncio.wait(self._starting, return_when=asyncio.FIRST_COMPLETED)
 
     async def wait_ready(self, timeout_s: float) -> tuple[str, ...]:
         """Wait until every probe that can work measures something; returns those that do not yet.
 
         One that measures during operations only is ready within a burst.
         """
+        await self.start()
         until = time.monotonic() + timeout_s
         while (late := self._not_ready()) and (left := until - time.monotonic()) > 0:
             self._changed.clear()

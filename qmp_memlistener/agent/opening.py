@@ -31,6 +31,7 @@ from ..probes.registry import choose
 from ..recording import Header, Note, Record, RecordingWriter
 from ..topology import MemoryMap
 from ..tracking import Tracker
+from ..waits import waiting
 from .failures import FailureWatch
 from .guest_events import GuestEvents
 from .header import header_of, rules_of
@@ -61,6 +62,7 @@ class AttachOptions:
     ping_monitor: str | Target | None
     ops_monitor: str | Target | None
     guarded: bool
+    probes_at_once: bool
     on_record: Callable[[Record], None] | None
     deadline: float
 
@@ -100,7 +102,8 @@ class Opening:
         """Raises as entering the block of `attach` does."""
         stack = self._stack
         monitors = await self._connect()
-        facts = await read_facts(monitors.observer)
+        with waiting("for QEMU to say what it is"):
+            facts = await read_facts(monitors.observer)
         rules = await asyncio.to_thread(rules_of, facts.version, monitors.pid)
         files = stack.enter_context(ExitStack())  # a recording takes everything that follows
         if monitors.owner is not None:
@@ -108,7 +111,8 @@ class Opening:
         stack.push_async_callback(self._outlet.dispatcher.close)
         stack.callback(self._outlet.records.close)
         stack.push_async_callback(self._finish_measuring)
-        session, untraced = await self._start_tracing(monitors)
+        with waiting("for QEMU to switch on trace events"):
+            session, untraced = await self._start_tracing(monitors)
         source = await self._start_source(
             monitors.observer,
             session,
@@ -126,7 +130,8 @@ class Opening:
         )
         self._publish_header(header, files)
         self._watch_events(monitors, facts, source)
-        await source.snapshot()
+        with waiting("for QEMU to show its memory map"):
+            await source.snapshot()
         self._upkeep.spawn(source.keep_snapshots(), "snapshots")
         self._upkeep.spawn(self._watch_monitor(monitors.observer, source), "monitor")
         measuring = await self._start_measuring(monitors, facts, header, source, untraced)
@@ -284,7 +289,9 @@ class Opening:
         )
         records.subscribe(measuring.take)
         self._measuring = measuring
-        await measuring.start(self._stack, _tracker_of(source).slots)
+        measuring.prepare(self._stack, _tracker_of(source).slots)
+        if self._options.probes_at_once:
+            await measuring.start()
         self._upkeep.spawn(measuring.keep_releasing(), "stalls")
         return measuring
 

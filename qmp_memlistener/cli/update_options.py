@@ -46,7 +46,7 @@ class Attaching:
 
     @asynccontextmanager
     async def attached(self, *, guarded: bool) -> AsyncIterator[Agent]:
-        """An agent whose probes are all at work; its remarks are told.
+        """An agent whose probes start once it is known what is to be done; its remarks are told.
 
         With `guarded` a monitor is kept free for the guard, as pausing needs it.
         """
@@ -60,10 +60,10 @@ class Attaching:
             ping_monitor=self.ping_monitor,
             ops_monitor=self.ops_monitor,
             guarded=guarded,
+            probes_at_once=False,
         ) as agent:
             for remark in agent.remarks:
                 say(remark, err=True)
-            await agent.measuring.wait_started()
             yield agent
 
 

@@ -30,6 +30,7 @@ from ..errors import (
     TargetLost,
     TargetUnreachable,
 )
+from ..waits import waiting
 from .client import RawReply, TimedClient
 from .dial import (
     dial,
@@ -116,8 +117,9 @@ class Monitor:
         TargetUnreachable, MonitorBusy, ProtocolViolation, DeadlineExceeded or TargetLost (the
         peer hung up before it greeted).
         """
-        monitor = cls(await resolve(target))
-        await monitor._open(deadline)
+        with waiting(f"for {target} to answer"):
+            monitor = cls(await resolve(target))
+            await monitor._open(deadline)
         return monitor
 
     async def reconnect(self, *, deadline: float = CONNECT_DEADLINE) -> None:

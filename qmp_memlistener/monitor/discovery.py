@@ -25,6 +25,7 @@ from ..host.processes import (
     process_ids,
     socket_inodes,
 )
+from ..waits import waiting
 from .cmdline import CommandLine, MonitorMode, MonitorSpec, is_qemu_name, parse_arguments
 from .qemu_binary import emulator_of
 from .sockets import MonitorState, address_of_inode, listener_state, listening_at
@@ -147,10 +148,11 @@ def find_guests() -> list[Guest]:
     A process that cannot be looked into in time costs the others nothing: if its name is a QEMU's
     it is there with what is known, and says so.
     """
-    diag = unix_sockets()
-    looked = bounded.each(
-        lambda pid: _find(pid, diag, asked_for=False), process_ids(), soft=_SOFT_S, hard=_HARD_S
-    )
+    with waiting("for processes of this host to be looked at"):
+        diag = unix_sockets()
+        looked = bounded.each(
+            lambda pid: _find(pid, diag, asked_for=False), process_ids(), soft=_SOFT_S, hard=_HARD_S
+        )
     found = ((_sketched(pid, got) if isinstance(got, Exception) else got) for pid, got in looked)
     return [g for g in found if g is not None]
 

@@ -10,7 +10,7 @@ import pytest
 from qmp_memlistener import attach
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.recording import ProbesRecord
-from tests.support.live import Seen, best_accel, booted, builds
+from tests.support.live import QEMUS, Seen, best_accel, booted, builds
 
 pytestmark = pytest.mark.qemu
 
@@ -31,3 +31,37 @@ async def test_leaving_while_uprobes_are_still_being_opened(build: QemuBuild, se
         for record in seen.of(ProbesRecord):
             (uprobes,) = (p for p in record.probes if p.name == "uprobes")
             assert uprobes.active is (uprobes.reason is None)
+
+
+@builds(QEMUS[-1:])
+@pytest.mark.asyncio
+async def test_one_attachment_after_another(build: QemuBuild, seen: Seen) -> None:
+    """Each waits for one closing of those before, not for all of them."""
+    async with booted(build, best_accel(build)) as vm:
+        for _ in range(ROUNDS):
+            start = time.monotonic()
+            async with attach(vm.target, probes=("uprobes",), on_record=seen) as agent:
+                await agent.probes_started()
+                took = time.monotonic() - start
+                uprobes = next(p for p in agent.probes() if p.name == "uprobes")
+                if not uprobes.active:
+                    pytest.skip(f"uprobes: {uprobes.reason}")
+            assert took < PATIENCE_S
+
+
+@builds(QEMUS[:1])
+@pytest.mark.asyncio
+async def test_nothing_is_attached_for_an_update_that_is_refused(
+    build: QemuBuild, seen: Seen
+) -> None:
+    async with (
+        booted(build, best_accel(build)) as vm,
+        attach(vm.target, probes_at_once=False, on_record=seen) as agent,
+    ):
+        outcome = await agent.resize("+128M")
+        assert outcome.outcome == "refused"
+        assert [p for p in agent.probes() if p.active] == []
+        assert seen.of(ProbesRecord) == []
+        await agent.probes_started()
+        assert [p for p in agent.probes() if p.active]
+        assert len(seen.of(ProbesRecord)) >= 1

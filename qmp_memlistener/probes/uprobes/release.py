@@ -5,6 +5,9 @@ other: 85 ms each (measured on 6.18), seconds for a guest.  Nobody must wait for
 end, and a process that ends is not gone before its last one is closed.  So the descriptors are
 handed to a process that has nothing else to do: it inherits them, we close ours at no cost, and
 it ends.
+
+The kernel has one lock for opening and closing uprobes.  Who opens some waits for it once or twice,
+each time for as many closings as there are processes that close: so these take turns.
 """
 
 from __future__ import annotations
@@ -14,9 +17,14 @@ import threading
 import time
 from collections.abc import Sequence
 
+from ...errors import MemListenerError
+from ...host.state import own_directory
+
 __all__ = ["release", "wait_released"]
 
 _SHELL = "/bin/sh"
+_TURN = "uprobes-release"
+_TURN_S = 60  # whoever has its turn for longer hangs
 _at_work: set[threading.Thread] = set()
 
 
@@ -30,12 +38,21 @@ def release(fds: Sequence[int]) -> threading.Thread | None:
     wait, go = os.pipe2(os.O_CLOEXEC)
     keep = [(os.POSIX_SPAWN_DUP2, fd, fd) for fd in fds]  # onto itself: it is then inherited
     # A reader of our output must see its end when we end, not when the kernel is done.
-    mute = [(os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)]
+    mute: list[tuple[object, ...]] = [
+        (os.POSIX_SPAWN_OPEN, fd, os.devnull, os.O_WRONLY, 0) for fd in (1, 2)
+    ]
+    command = "read _"
+    turn = _turn()
+    if turn >= 0:
+        # two descriptors of it, so that it is closed last whatever the order
+        keep += [(os.POSIX_SPAWN_DUP2, turn, max(*fds, turn) + 1)]
+        mute += [(os.POSIX_SPAWN_DUP2, turn, 1)]
+        command += f"; flock -w {_TURN_S} 1"
     try:
         pid = os.posix_spawn(
             _SHELL,
-            ["sh", "-c", "read _"],
-            {},
+            ["sh", "-c", command],
+            {"PATH": os.defpath},
             file_actions=[*keep, (os.POSIX_SPAWN_DUP2, wait, 0), *mute],
             setsid=True,
         )
@@ -43,6 +60,8 @@ def release(fds: Sequence[int]) -> threading.Thread | None:
         pid = 0
     finally:
         os.close(wait)
+        if turn >= 0:
+            os.close(turn)
     if pid:
         _close(fds)
         os.close(go)
@@ -65,6 +84,18 @@ def wait_released(timeout: float) -> bool:
     for thread in tuple(_at_work):
         thread.join(max(0.0, end - time.monotonic()))
     return not any(thread.is_alive() for thread in _at_work)
+
+
+def _turn() -> int:
+    """The file that is locked by who closes; -1 when there can be none."""
+    try:
+        state = own_directory()
+        try:
+            return state.open(_TURN, os.O_RDWR)
+        except OSError:
+            return state.create(_TURN)
+    except (OSError, MemListenerError):
+        return -1
 
 
 def _close(fds: Sequence[int]) -> None:
