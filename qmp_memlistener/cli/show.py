@@ -231,8 +231,8 @@ def _print(result: MemoryMap, address_space: str) -> None:
     print_table(("block", "range", "size", "covered by", "owner"), rows)
     for above, below in result.ambiguous:
         say(
-            f"note: {above} and {below} overlap at equal priority; QEMU does "
-            f"not print which is in front, {above} is assumed to be"
+            f"note: the text does not tell whether {above} or {below} is seen where both could "
+            f"be; {above} is assumed to be"
         )
     for name in result.unresolved:
         say(f"note: the text does not describe {name}, the target of an alias")

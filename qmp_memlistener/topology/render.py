@@ -8,115 +8,41 @@ its rank in that order and one sweep over the addresses keeps the piece of lowes
 
 `info mtree` leaves three things out; the rules for them are in this module, each with its source:
 
-- whether an i/o region answers by itself or only holds others (`_terminates`);
+- whether an i/o region answers by itself or only holds others (`containers`);
 - which aliases are read-only (`_is_readonly_alias`);
 - the order of siblings of equal priority that overlap at different addresses
-  (`_render_order`); such pairs are reported in `Rendering.ambiguous`.
+  (`_render_order`).
+
+Where what is visible hangs on a guess about the first or the third, `Rendering.ambiguous` says so.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from bisect import bisect_right
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from itertools import pairwise
+from itertools import islice
 from operator import attrgetter
 from typing import NamedTuple
 
 from ..errors import MtreeError
+from .containers import answers
 from .model import ADDRESS_SPACE_SIZE, FlatRange, FlatView, Kind, Region
 
-__all__ = ["Extent", "Rendering", "render"]
+__all__ = ["NOTHING", "Extent", "Rendering", "render"]
+
+NOTHING = "nothing"
 
 HOST_PAGE = 4096
 _MAX_DEPTH = 64  # nesting of real machines stays below 20
 # Aliases of aliases may multiply: 32 root ports take a thousand visits, 100,000 regions that many.
 _MAX_VISITS = 1_000_000
-
-# i/o regions that have children and answer by themselves as well: memory_region_init_io() and
-# memory_region_add_subregion() on the same region (QEMU 7.2 and 10.0).
-_TERMINATING_PARENTS = frozenset(
-    {
-        "io",  # the I/O space, hw/i386/pc_q35.c, softmmu/physmem.c
-        "gpex_mmio_window",  # hw/pci-host/gpex.c
-        "gpex_ioport_window",
-        "vga.mmio",  # hw/display/vga-pci.c
-        "bochs-display-mmio",  # hw/display/bochs-display.c
-        "rtc",  # hw/rtc/mc146818rtc.c
-        "iocsr",  # hw/loongarch/virt.c
-        "ahci",  # hw/ide/ahci-allwinner.c adds its own registers
-        "aspeed.i2c",  # hw/i2c/aspeed_i2c.c
-        "aspeed.sdhci",  # hw/sd/aspeed_sdhci.c
-        "aspeed.smc.flash",  # hw/ssi/aspeed_smc.c
-        "xlnx.versal-canfd",  # hw/net/can/xlnx-versal-canfd.c
-        "gt64120-isd",  # hw/pci-host/gt64120.c
-        "sabre-config",  # hw/pci-host/sabre.c
-        "elroy",  # hw/pci-host/astro.c
-        "astro",
-        "dino",  # hw/pci-host/dino.c
-    }
-)
-# hw/vfio/pci.c ("... base BAR 0"), hw/vfio/helpers.c (mmapped parts are ramd children),
-# hw/virtio/virtio-pci.c (host notifiers of vhost-user back ends), hw/pci-host/aspeed_pcie.c (11.1).
-_TERMINATING_PARENT_PATTERN = re.compile(
-    r".* BAR \d+|virtio-pci-notify.*|pcie\.\d+\.(?:mmio|ioport)_window"
-)
-
-# Pure containers (memory_region_init()) that may have no visible child.
-_EMPTY_CONTAINERS = frozenset(
-    {
-        "system",  # system/physmem.c
-        "pci",  # hw/i386/pc_piix.c, pc_q35.c
-        "smram",  # hw/pci-host/i440fx.c, q35.c
-        "mem-container-smram",  # target/i386/kvm/kvm.c
-        "memory",  # target/i386/tcg/system/tcg-cpu.c
-        "mem-smram",
-        "bus master container",  # hw/pci/pci.c
-        "pci_bridge_pci",  # hw/pci/pci_bridge.c
-        "pci_bridge_io",
-        "gpex_mmio",  # hw/pci-host/gpex.c
-        "gpex_ioport",
-        "pci_io",  # hw/pci-host/versatile.c
-        "pci_mem",
-        "platform bus",  # hw/core/platform-bus.c
-        "device-memory",  # hw/mem/memory-device.c
-        "hotplug-memory",
-        "virtio-mem",  # hw/virtio/virtio-mem.c, dynamic memslots
-        "hv-balloon",  # hw/hyperv/hv-balloon.c
-        "virtio-gpu-hostmem",  # hw/display/virtio-gpu-pci.c, virtio-vga.c
-        "virtio-pci-io",  # hw/virtio/virtio-pci.c
-        "sgx-epc",  # hw/i386/sgx.c
-        "cxl_host_reg",  # hw/i386/pc.c
-        "amdvi_root",  # hw/i386/amd_iommu.c
-        "vtd-nodmar",  # hw/i386/intel_iommu.c
-        "ich9-pm",  # hw/acpi/ich9.c
-        "piix4-pm",  # hw/acpi/piix4.c
-        "memhp container",  # hw/acpi/generic_event_device.c
-        "cpuhp container",
-        "piix-bmdma-container",  # hw/ide/piix.c
-        "via-bmdma-container",  # hw/ide/via.c
-        "cmd646-bmdma",  # hw/ide/cmd646.c
-        "cirrus-lowmem-container",  # hw/display/cirrus_vga.c
-        "cirrus-pci-bar0",
-        "nvme-bar0",  # hw/nvme/ctrl.c
-        "xhci",  # hw/usb/hcd-xhci.c
-        "ehci",  # hw/usb/hcd-ehci.c
-        "intel-hda-container",  # hw/audio/intel-hda.c
-        "shpc-bar",  # hw/pci-bridge/pci_bridge_dev.c
-        "e1000e-flash",  # hw/net/e1000e.c: backed by nothing
-        "igb-flash",  # hw/net/igb.c
-        "vmxnet3-msix-bar",  # hw/net/vmxnet3.c
-        "rocker-msix-bar",  # hw/net/rocker/rocker.c
-        "pci-testdev-membar",  # hw/misc/pci-testdev.c
-        "multiserial",  # hw/char/serial-pci-multi.c
-        "bcm2838-peripherals",  # hw/arm/bcm2838_peripherals.c
-        "secure-memory",  # hw/arm/virt.c
-        "secure-tag-memory",
-        "tag-memory",
-    }
-)
-_EMPTY_CONTAINER_PATTERN = re.compile(r".*-msix|vtd-[0-9a-f.]+")  # hw/pci/msix.c, intel_iommu.c
+# Pairs of overlapping siblings, and steps in finding out what they hide: real machines have some
+# ten.  What is beyond is named without a closer look.
+_MAX_PAIRS = 256
+_MAX_LOOKS = 200_000
 
 # virtio-mem and hv-balloon slots must not merge (QEMU 8.2, commit 533f5d6679)
 _UNMERGEABLE_ALIAS = re.compile(r"memslot-\d+")
@@ -137,8 +63,11 @@ class Extent:
 class Rendering:
     """A rendered view, the extents of its backed regions, and what the tree left open.
 
-    `ambiguous` holds pairs of names of overlapping siblings whose order QEMU does not print;
-    `unresolved` names of alias targets that the text does not describe (rendered as they are).
+    `ambiguous` holds pairs of names: at some address both could be visible, the tree does not tell
+    which is, and the first is taken for it.  They are overlapping siblings whose order QEMU does
+    not print, or a region of which nobody knows whether it answers and what is behind it (NOTHING
+    when there is nothing).  `unresolved` holds names of alias targets that the text does not
+    describe (rendered as they are).
     """
 
     view: FlatView
@@ -175,7 +104,8 @@ def render(root: Region | None, address_space: str = "memory") -> Rendering:
     root = _flatview_root(root)
     if root is not None:
         collector.visit(root, 0, 0, ADDRESS_SPACE_SIZE, _Inherited(), 0)
-    view = FlatView(list(_simplify(_sweep(collector.pieces))), address_space)
+    visible = list(_sweep(collector.pieces))
+    view = FlatView(list(_simplify(iter(visible))), address_space)
     extents = tuple(
         Extent(p.start, p.end - p.start, p.region.name, p.region.owner, p.offset)
         for p in collector.pieces
@@ -184,7 +114,7 @@ def render(root: Region | None, address_space: str = "memory") -> Rendering:
     return Rendering(
         view,
         extents,
-        tuple(sorted(collector.ambiguous)),
+        tuple(sorted(_Doubts(collector, visible).pairs())),
         tuple(sorted(collector.unresolved)),
     )
 
@@ -204,11 +134,12 @@ def _flatview_root(region: Region | None) -> Region | None:
                 return region
             region = target
             continue
-        if _terminates(region):
+        answer = answers(region)
+        if answer.yes:
             return region
         enabled = [c for c in region.children if c.enabled]
         if not enabled:
-            return None
+            return None if answer.certain else region
         only = enabled[0]
         if len(enabled) > 1 or only.addr or region.size < only.size:
             return region
@@ -216,14 +147,41 @@ def _flatview_root(region: Region | None) -> Region | None:
     return region
 
 
+@dataclass(frozen=True, slots=True)
+class _Overlap:
+    """`[start, end)` is of two siblings; `front` and `behind` are the ranks of their pieces."""
+
+    start: int
+    end: int
+    front: range
+    behind: range
+    names: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class _Ghost:
+    """A region that is taken for a container, where it would be visible if it answered.
+
+    It would have a place among the pieces in front of `rank`.
+    """
+
+    start: int
+    end: int
+    rank: int
+    name: str
+
+
 class _Collector:
     """Walks the tree in QEMU's rendering order and notes every piece that could be visible."""
 
     def __init__(self) -> None:
         self.pieces: list[_Piece] = []
-        self.ambiguous: set[tuple[str, str]] = set()
         self.unresolved: set[str] = set()
-        self._order: dict[int, list[Region]] = {}
+        self.ambiguous: set[tuple[str, str]] = set()  # beyond all limits
+        self.overlaps: list[_Overlap] = []
+        self.ghosts: list[_Ghost] = []
+        self.guessed: set[int] = set()  # ranks of regions that may be containers
+        self._order: dict[int, tuple[list[Region], list[tuple[int, int]]]] = {}
         self._visits = 0
 
     def visit(
@@ -259,72 +217,180 @@ class _Collector:
             order = self._order.get(id(region))
             if order is None:
                 order = self._order[id(region)] = self._render_order(region)
-            for child in order:
+            children, pairs = order
+            firsts = []
+            for child in children:
+                firsts.append(len(self.pieces))
                 self.visit(child, base, lo, hi, flags, depth + 1)
-        if _terminates(region):
+            if pairs:
+                self._note(children, pairs, [*firsts, len(self.pieces)], base, lo, hi)
+        answer = answers(region)
+        if answer.yes:
+            if not answer.certain:
+                self.guessed.add(len(self.pieces))
             self.pieces.append(_Piece(lo, hi, region, lo - base, flags))
+        elif not answer.certain:
+            self.ghosts.append(_Ghost(lo, hi, len(self.pieces), region.name))
 
-    def _render_order(self, region: Region) -> list[Region]:
+    def _note(
+        self,
+        children: list[Region],
+        pairs: list[tuple[int, int]],
+        firsts: list[int],
+        base: int,
+        lo: int,
+        hi: int,
+    ) -> None:
+        """Note where children overlap; the pieces of the i-th begin at rank `firsts[i]`."""
+        for i, j in pairs:
+            a, b = children[i], children[j]
+            start = max(lo, base + max(a.addr, b.addr))
+            end = min(hi, base + min(a.addr + a.size, b.addr + b.size))
+            front, behind = (range(firsts[n], firsts[n + 1]) for n in (i, j))
+            if start < end and front and behind:
+                self.overlaps.append(_Overlap(start, end, front, behind, (a.name, b.name)))
+
+    def _render_order(self, region: Region) -> tuple[list[Region], list[tuple[int, int]]]:
         """Enabled children as `memory_region_update_container_subregions` ordered them.
 
         Higher priority first; among equals the one added last, which QEMU does not print.  At one
         address `info mtree` keeps that order.  Where equals overlap at different addresses, devices
         are taken to be added after RAM (MMCONFIG over RAM, hw/pci/pcie_host.c), and the smaller
-        region after the larger (see `_in_front`).
+        region after the larger (see `_in_front`); pairs of them come as places in the order.
         """
         groups: dict[int, list[Region]] = {}
         for child in region.children:
             if child.enabled:
                 groups.setdefault(child.priority, []).append(child)
         out: list[Region] = []
+        pairs: list[tuple[int, int]] = []
         for priority in sorted(groups, reverse=True):
-            out.extend(self._order_equals(groups[priority]))
-        return out
+            self._order_equals(groups[priority], out, pairs)
+        return out, pairs
 
-    def _order_equals(self, siblings: list[Region]) -> list[Region]:
+    def _order_equals(
+        self, siblings: list[Region], out: list[Region], pairs: list[tuple[int, int]]
+    ) -> None:
         siblings = sorted(siblings, key=attrgetter("addr"))  # stable: keeps QEMU's order
-        out: list[Region] = []
         cluster: list[Region] = []
         end = 0
         for sibling in siblings:
             if cluster and sibling.addr >= end:
-                out.extend(self._order_cluster(cluster))
+                self._order_cluster(cluster, out, pairs)
                 cluster, end = [], 0
             cluster.append(sibling)
             end = max(end, sibling.addr + sibling.size)
-        out.extend(self._order_cluster(cluster))
-        return out
+        self._order_cluster(cluster, out, pairs)
 
-    def _order_cluster(self, cluster: list[Region]) -> list[Region]:
+    def _order_cluster(
+        self, cluster: list[Region], out: list[Region], pairs: list[tuple[int, int]]
+    ) -> None:
         if len(cluster) < 2:
-            return cluster
+            out.extend(cluster)
+            return
         by_addr: dict[int, list[Region]] = {}
         for sibling in cluster:
             by_addr.setdefault(sibling.addr, []).append(sibling)
         if len(by_addr) == 1:
-            return cluster
+            out.extend(cluster)
+            return
         # take the best of the heads each time, so that QEMU's order at one address is kept
         heads = [(_in_front(stack[0]), n, 0, stack) for n, stack in enumerate(by_addr.values())]
         heapify(heads)
-        out: list[Region] = []
+        first = len(out)
         while heads:
             _, n, i, stack = heappop(heads)
             out.append(stack[i])
             if i + 1 < len(stack):
                 heappush(heads, (_in_front(stack[i + 1]), n, i + 1, stack))
-        for above, below in pairwise(out):
-            if above.addr != below.addr:
-                self.ambiguous.add((above.name, below.name))
-        return out
+        self._note_overlaps(out, first, pairs)
+
+    def _note_overlaps(self, order: list[Region], first: int, pairs: list[tuple[int, int]]) -> None:
+        """Pairs at different addresses that overlap, of the siblings from `first` on."""
+        active: list[int] = []
+        for i in sorted(range(first, len(order)), key=lambda i: order[i].addr):
+            here = order[i].addr
+            active = [j for j in active if order[j].addr + order[j].size > here]
+            for j in active:
+                if order[j].addr == here:
+                    continue
+                front, behind = min(i, j), max(i, j)
+                if len(pairs) < _MAX_PAIRS:
+                    pairs.append((front, behind))
+                else:
+                    self.ambiguous.add((order[front].name, order[behind].name))
+                    break
+            active.append(i)
 
 
-def _in_front(region: Region) -> tuple[bool, int, int]:
+def _in_front(region: Region) -> tuple[int, bool, int]:
     """Sorts siblings whose order is not printed: the least comes in front.
 
-    Of equally large ones that is the one at the higher address: boards add devices in address
-    order.
+    The smaller one: a larger one in front would hide it for ever, be it RAM (m68k next-cube has
+    some inside i/o).  Of equally large ones i/o, then that at the higher address: boards add
+    devices in address order.
     """
-    return (region.kind.backed, region.size, -region.addr)
+    return (region.size, region.kind.backed, -region.addr)
+
+
+class _Doubts:
+    """Which guesses the visible pieces hang on."""
+
+    def __init__(
+        self, collector: _Collector, visible: Sequence[tuple[int, int, int, _Piece]]
+    ) -> None:
+        self._collector = collector
+        self._visible = visible
+        self._starts = [v[0] for v in visible]
+        self._looks = 0
+
+    def pairs(self) -> set[tuple[str, str]]:
+        out = set(self._collector.ambiguous)
+        out |= {o.names for o in self._collector.overlaps if self._matters(o)}
+        for ghost in self._collector.ghosts:
+            shown = self._behind(ghost)
+            if shown is not None:
+                out.add((shown, ghost.name))
+        if self._collector.guessed:
+            out |= self._guessed()
+        return out
+
+    def _between(self, start: int, end: int) -> Iterator[tuple[int, int, int, _Piece]]:
+        """What is visible there, clipped; it ends early when too much was looked at."""
+        i = max(bisect_right(self._starts, start) - 1, 0)
+        for lo, hi, rank, piece in islice(self._visible, i, None):
+            self._looks += 1
+            if lo >= end or self._looks > _MAX_LOOKS:
+                return
+            if hi > start:
+                yield max(lo, start), min(hi, end), rank, piece
+
+    def _matters(self, overlap: _Overlap) -> bool:
+        """The one in front hides something of the one behind."""
+        pieces = self._collector.pieces
+        for lo, hi, rank, _ in self._between(overlap.start, overlap.end):
+            if rank in overlap.front:
+                self._looks += len(overlap.behind)
+                for behind in overlap.behind:
+                    if pieces[behind].start < hi and pieces[behind].end > lo:
+                        return True
+        return self._looks > _MAX_LOOKS
+
+    def _behind(self, ghost: _Ghost) -> str | None:
+        """What is visible where the region would be; None when it would be hidden everywhere."""
+        at = ghost.start
+        for lo, hi, rank, piece in self._between(ghost.start, ghost.end):
+            if lo > at:
+                return NOTHING
+            if rank >= ghost.rank:
+                return piece.region.name
+            at = hi
+        return NOTHING if at < ghost.end else None
+
+    def _guessed(self) -> set[tuple[str, str]]:
+        """Regions that may be containers and are visible."""
+        found = {rank for _, _, rank, _ in self._visible} & self._collector.guessed
+        return {(self._collector.pieces[rank].region.name, NOTHING) for rank in found}
 
 
 def _is_readonly_alias(alias: Region) -> bool:
@@ -335,16 +401,6 @@ def _is_readonly_alias(alias: Region) -> bool:
     and RAM behind it is isapc's writable firmware.
     """
     return alias.name == "pam-rom" or (alias.name == "isa-bios" and alias.kind is Kind.ROMD)
-
-
-def _terminates(region: Region) -> bool:
-    """Whether the region answers accesses itself (QEMU's `mr->terminates`)."""
-    if region.kind is not Kind.IO:
-        return True
-    name = region.name
-    if region.children:
-        return name in _TERMINATING_PARENTS or bool(_TERMINATING_PARENT_PATTERN.fullmatch(name))
-    return not (name in _EMPTY_CONTAINERS or _EMPTY_CONTAINER_PATTERN.fullmatch(name))
 
 
 def _sweep(pieces: list[_Piece]) -> Iterator[tuple[int, int, int, _Piece]]:
