@@ -228,11 +228,11 @@ class Monitor:
         client = self._client
         sock: socket.socket | None = None
         try:
-            async with asyncio.timeout(deadline):
+            async with asyncio.timeout(deadline) as limit:
                 sock = await dial(self.target)
                 self.peer_pid = peer_pid(sock)
                 try:
-                    async with explain_silence(self.target, sock, deadline):
+                    async with explain_silence(self.target, sock, limit):
                         await client.open(sock)
                 except BaseException:
                     sock.close()

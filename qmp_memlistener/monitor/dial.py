@@ -30,8 +30,6 @@ __all__ = ["dial", "explain_silence", "no_answer", "peer_pid", "resolve"]
 
 # How long a monitor may take to greet before the kernel is asked whether it serves another.
 _PATIENCE = 0.4
-_LAST_LOOK = 0.9
-"""At this part of the deadline what is not decided yet is decided."""
 
 
 async def resolve(target: Target) -> SocketTarget:
@@ -139,36 +137,37 @@ def peer_pid(sock: socket.socket) -> int | None:
 
 @asynccontextmanager
 async def explain_silence(
-    target: SocketTarget, sock: socket.socket, deadline: float
+    target: SocketTarget, sock: socket.socket, limit: asyncio.Timeout
 ) -> AsyncIterator[None]:
     """Turn "no greeting yet" into an error with the reason, as soon as the kernel shows it.
 
     Raises MonitorBusy when another client is served, our connection waiting behind it, and
-    DeadlineExceeded when QEMU is stopped or, shortly before the deadline, when it hangs.
+    DeadlineExceeded when QEMU is stopped or, at the end of `limit`, when it hangs.
     """
     task = asyncio.current_task()
-    assert task is not None
-    reason: TargetError | None = None
-
-    def look(*, last: bool) -> None:
-        nonlocal reason
-        if reason is None:
-            reason = _reason(target, sock, deadline, last=last)
-            if reason is not None:
-                task.cancel()
-
     loop = asyncio.get_running_loop()
-    first = loop.call_later(min(_PATIENCE, deadline / 2), lambda: look(last=False))
-    last = loop.call_later(deadline * _LAST_LOOK, lambda: look(last=True))
+    assert task is not None
+    deadline = (limit.when() or loop.time()) - loop.time()
+    reason: TargetError | None = None
+    in_the_end: TargetError | None = None
+
+    def look() -> None:
+        nonlocal reason, in_the_end
+        reason, in_the_end = _reasons(target, sock, deadline)
+        if reason is not None:
+            task.cancel()
+
+    timer = loop.call_later(min(_PATIENCE, deadline / 2), look)
     try:
         yield
     except asyncio.CancelledError:
         if reason is not None and not task.uncancel():
             raise reason from None
+        if in_the_end is not None and limit.expired():
+            raise in_the_end from None
         raise
     finally:
-        first.cancel()
-        last.cancel()
+        timer.cancel()
 
 
 def no_answer(target: SocketTarget, deadline: float, *, connected: bool) -> TargetError:
@@ -186,41 +185,35 @@ def no_answer(target: SocketTarget, deadline: float, *, connected: bool) -> Targ
     )
 
 
-def _reason(
-    target: SocketTarget, sock: socket.socket, deadline: float, *, last: bool
-) -> TargetError | None:
-    """Why nobody greets, as far as the kernel shows it; before the `last` look a QEMU that is slow
-    may still answer."""
+def _reasons(
+    target: SocketTarget, sock: socket.socket, deadline: float
+) -> tuple[TargetError | None, TargetError | None]:
+    """Why nobody greets, as far as the kernel shows it: what is so, and what is so if it does not
+    change until the deadline, since QEMU may just be slow."""
     pid = peer_pid(sock)
-    stopped = _stopped(target, _pids(target, pid))
+    stopped = _stopped(target, listening_pids(target, pid))
     if stopped is not None:
-        return stopped
+        return stopped, None
     state = listener_state(target, pid=pid)
     if state is None or not state.listening:
-        return None
+        return None, None
     if _is_accepted(sock) or not state.waiting:
-        slow = DeadlineExceeded(
-            f"{target} accepted the connection but did not greet within {deadline:g} s",
+        return None, DeadlineExceeded(
+            f"{target} accepted the connection but did not greet within {deadline:.2g} s",
             remedy="QEMU hangs, or this is no QMP monitor",
         )
-        return slow if last else None
     if state.accepted:
-        return _busy(target)
-    return _hangs(target) if last else None
+        return _busy(target), None
+    return None, _hangs(target)
 
 
 def _why_backlog(target: UnixTarget) -> TargetError:
     """Why no more connections fit: another client is served, or nobody is any more."""
-    stopped = _stopped(target, _pids(target, None))
+    stopped = _stopped(target, listening_pids(target))
     if stopped is not None:
         return stopped
     state = listener_state(target)
     return _hangs(target) if state is not None and not state.accepted else _busy(target)
-
-
-def _pids(target: SocketTarget, peer: int | None) -> list[int]:
-    """Processes that may serve `target`: who listens at the other end, and who has the socket."""
-    return [*([] if peer is None else [peer]), *listening_pids(target)]
 
 
 def _stopped(target: Target, pids: Sequence[int]) -> DeadlineExceeded | None:

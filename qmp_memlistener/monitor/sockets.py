@@ -150,10 +150,11 @@ def listening_at(target: UnixTarget, pid: int, inodes: Collection[int] | None) -
     ]
 
 
-def listening_pids(target: SocketTarget) -> list[int]:
+def listening_pids(target: SocketTarget, likely: int | None = None) -> list[int]:
     """Processes that hold the listening socket `target` open, as far as we may look.
 
-    Of all processes the descriptors are listed for that; none of their files is opened.
+    Unless it is the `likely` one, the descriptors of all processes are listed for that; none of
+    their files is opened.
     """
     try:
         if isinstance(target, UnixTarget):
@@ -167,12 +168,14 @@ def listening_pids(target: SocketTarget) -> list[int]:
         return []
     if not inodes:
         return []
-    found = []
-    for pid in process_ids():
-        owned = socket_inodes(pid)
-        if owned is not None and not inodes.isdisjoint(owned.values()):
-            found.append(pid)
-    return found
+    if likely is not None and _holds(likely, inodes):
+        return [likely]
+    return [pid for pid in process_ids() if _holds(pid, inodes)]
+
+
+def _holds(pid: int, inodes: set[int]) -> bool:
+    owned = socket_inodes(pid)
+    return owned is not None and not inodes.isdisjoint(owned.values())
 
 
 def _listeners_of(target: UnixTarget) -> set[int]:

@@ -18,6 +18,7 @@ back; after a crash the next `start_tracing` or `restore_stale` does.
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -26,11 +27,11 @@ from typing import Self
 import msgspec
 
 from ..errors import TargetError, TargetUnreachable
-from ..host.files import stat_foreign
 from .connection import Monitor
 from .discovery import Guest, find_guest
 from .siblings import find_owner
 from .trace_errors import TraceReason, TraceUnavailable
+from .trace_log import open_log
 from .trace_notes import Lease, Note, Place, sweep
 from .trace_setup import (
     MARKER_EVENT,
@@ -69,18 +70,19 @@ _RESTORE_DEADLINE = 5.0
 
 @dataclass(frozen=True, slots=True)
 class _Setting:
-    """What a session stands on."""
+    """What a session stands on; `log` is the open file that QEMU logs to."""
 
     guest: Guest
     place: Place
     note: Note
     lease: Lease
+    log: int
 
 
 class TraceSession:
     """Tracing that is switched on.  Made by `start_tracing`; an async context manager that stops.
 
-    `path` is the log file for us and `start` the offset behind which our lines stand; `events`
+    `path` is what the log is called and `start` the offset behind which our lines stand; `events`
     are those that are on, `missing` those that this QEMU does not have; `in_place` says that the
     file is QEMU's own log, `shared` that other agents read it too; `remarks` are for the user.
     """
@@ -108,6 +110,11 @@ class TraceSession:
             found += [note.in_place_remark] if note.in_place_remark else []
         elif self._setting.guest.command_line.uses_log:
             found.append("QEMU's other log lines go to the trace log too until we leave")
+        if log is not None and not log.limit:
+            found.append(
+                f"QEMU's log is {log.path}, which grows without bound should this process be "
+                "killed, until the next attach: this user may make no file with a limit"
+            )
         if log is not None and not log.kept:
             found.append(f"QEMU's log will go to {log.restore_path} afterwards: {log.why}")
         if self.missing:
@@ -116,8 +123,12 @@ class TraceSession:
 
     def tail(self) -> TraceTail:
         """A reader of the log from where this session began."""
-        release = None if self.in_place else self._release
-        return TraceTail(self.path, start=self.start, release=release)
+        # The file that was opened at the start: QEMU may log elsewhere by now.
+        path = f"/proc/self/fd/{self._setting.log}"
+        log = self._setting.note.log
+        if log is None:
+            return TraceTail(path, start=self.start)
+        return TraceTail(path, start=self.start, release=self._release, limit=log.limit)
 
     async def marker(self) -> int:
         """Write a marker to the log and return its number.
@@ -148,6 +159,7 @@ class TraceSession:
             )
         finally:
             self._setting.lease.release()
+            os.close(self._setting.log)
 
     async def __aenter__(self) -> Self:
         return self
@@ -216,15 +228,19 @@ async def start_tracing(
         missing = [e for e in events if e not in states]
         before = {e: states[e] for e in (*wanted, MARKER_EVENT)}
         lease = place.claim(before, 0)
+        log = -1
         try:
             note = await _settle(monitor, guest, place, note, before)
-            session = TraceSession(monitor, _Setting(guest, place, note, lease), missing)
+            log, _ = _open(guest, note)
+            session = TraceSession(monitor, _Setting(guest, place, note, lease, log), missing)
             session.shared = bool(others)
-            session.start = _size(session.path)
+            session.start = os.fstat(log).st_size
             lease.set_position(session.start)
             refused = await set_events(monitor, wanted, True)
             session.events = frozenset(wanted) - frozenset(refused)
         except BaseException:
+            if log >= 0:
+                os.close(log)
             lease.release()
             await _back_out(monitor, place, guest)
             raise
@@ -262,13 +278,14 @@ async def _settle(
     # Beside another agent: what it noted is older, and so true; events new to it are added.
     note = msgspec.structs.replace(note, events=before | note.events)
     place.write_note(note)
-    start = _size(note.path)
-    await set_events(monitor, [MARKER_EVENT], True)
-    if not is_logged(note.path, start, await send_marker(monitor)):
-        raise TraceUnavailable(
-            TraceReason.NOT_LOGGED,
-            f"another agent's log of QEMU (pid {guest.pid}) is no longer written to",
-        )
+    log, path = _open(guest, note)
+    try:
+        start = os.fstat(log).st_size
+        await set_events(monitor, [MARKER_EVENT], True)
+        if not is_logged(path, start, await send_marker(monitor)):
+            raise _elsewhere(guest)
+    finally:
+        os.close(log)
     return note
 
 
@@ -280,6 +297,8 @@ async def _leave(
         return await undo(monitor, place, guest, note)
     wanted = set().union(*others)
     mine = [e for e, was_on in note.events.items() if not was_on and e not in wanted]
+    states = await event_states(monitor, mine)
+    mine = [e for e in mine if states.get(e)]
     await set_events(monitor, mine, False)
     return Restored(events=tuple(mine), remarks=("other agents still trace this guest",))
 
@@ -304,5 +323,21 @@ async def _died(guest: Guest) -> bool:
     return False
 
 
-def _size(path: str) -> int:
-    return stat_foreign(path, follow=True).st_size
+def _open(guest: Guest, note: Note) -> tuple[int, str]:
+    """As `open_log` does.  Raises TraceUnavailable."""
+    try:
+        return open_log(guest.process, note)
+    except FileNotFoundError:
+        raise _elsewhere(guest) from None
+    except OSError as error:
+        raise TraceUnavailable(
+            TraceReason.LOG_UNREADABLE,
+            f"the log of QEMU (pid {guest.pid}) cannot be opened: {error.strerror}",
+        ) from error
+
+
+def _elsewhere(guest: Guest) -> TraceUnavailable:
+    return TraceUnavailable(
+        TraceReason.NOT_LOGGED,
+        f"another agent's log of QEMU (pid {guest.pid}) is no longer written to",
+    )

@@ -2,8 +2,9 @@
 
 The threat.  QEMU's user, or a container around it, is not trusted with anything of ours, and the
 file system that QEMU sees is not ours to write to: a link in there could lead root anywhere.  So
-the log always lies in our own directory (`host.state`).  A QEMU of our own user, or of root, that
-has our root opens it by path.  Any other QEMU is handed a descriptor (`getfd` with SCM_RIGHTS) and
+the log is a limited file to which no path leads (`host.limited_file`), or one in our own directory
+(`host.state`), which a QEMU of our own user, or of root, that has our root opens by path.  Any
+other QEMU, and any QEMU for a limited file, is handed a descriptor (`getfd` with SCM_RIGHTS) and
 told to open /dev/fd/N.  Opening that asks for the rights on the file, which its user gets for this
 one file, by ACL and through our descriptor; it has no way to the directory, and the file is removed
 when we leave.  What is lent is taken back at once (`closefd`): QEMU has its own open file by then.
@@ -46,18 +47,21 @@ async def open_to_qemu(
 ) -> AsyncIterator[str]:
     """What this QEMU calls our file, for the length of the block.
 
-    `handle` is the open file at `path`.  Raises TraceUnavailable, and as `Monitor.timed` does.
+    `handle` is the open file at `path`, "" when no path leads to it.  Raises TraceUnavailable, and
+    as `Monitor.timed` does.
     """
     if process.uid in (0, os.geteuid()) and process.shares_root():
-        yield path
-        return
-    if not isinstance(monitor.target, UnixTarget):
+        # of a file without a path our own descriptor will do, where QEMU may follow it
+        if path or not isinstance(monitor.target, UnixTarget):
+            yield path or f"/proc/{os.getpid()}/fd/{handle}"
+            return
+    elif not isinstance(monitor.target, UnixTarget):
         raise _no_place(process, "its monitor is no UNIX socket, so it cannot be handed one")
     if process.uid not in (0, os.geteuid()):
         try:
             _allow(handle, process.uid, 0o6)
         except OSError as error:
-            raise _no_place(process, f"no ACL can be set on {path}: {error.strerror}") from error
+            raise _no_place(process, f"no ACL can be set: {error.strerror}") from error
     name = f"qmp-memlistener-{secrets.token_hex(8)}"
     (reply,) = await monitor.pipeline([Command("getfd", {"fdname": name}, fd=handle)])
     if isinstance(reply, CommandFailed):

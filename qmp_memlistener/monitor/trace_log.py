@@ -16,6 +16,7 @@ What util/log.c does with `logfile PATH` (compared in 7.2, 10.0.2 and master):
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 from dataclasses import dataclass
@@ -24,11 +25,13 @@ from ..host.files import NotRegular, open_foreign, stat_foreign
 from ..host.processes import FileDescriptor, Process, path_seen_by
 from .cmdline import CommandLine
 from .trace_errors import TraceReason, TraceUnavailable
+from .trace_notes import Note
 
 __all__ = [
     "LogFile",
     "RestoreTarget",
     "find_log_files",
+    "open_log",
     "restore_target",
 ]
 
@@ -135,3 +138,25 @@ def _may_write(process: Process, f: FileDescriptor) -> bool:
     if f.gid == process.gid or f.gid in process.groups:
         return bool(f.mode & stat.S_IWGRP)
     return bool(f.mode & stat.S_IWOTH)
+
+
+def open_log(process: Process, note: Note) -> tuple[int, str]:
+    """The file that QEMU logs to while it is traced, open, and what it is called: for reading only
+    when it is QEMU's own.  Raises OSError; FileNotFoundError when QEMU no longer has it open.
+
+    A limited file is found by what it is: QEMU may have another file under that number by now.
+    """
+    if note.in_place is not None:
+        return open_foreign(note.in_place, follow=True), note.in_place
+    log = note.log
+    if log is None or not log.inode:
+        return open_foreign(note.path, os.O_RDWR, follow=True), note.path
+    for f in process.file_descriptors() or ():
+        if (f.device, f.inode) == (log.device, log.inode):
+            path = f"/proc/{process.pid}/fd/{f.number}"
+            handle = open_foreign(path, os.O_RDWR, follow=True)
+            status = os.fstat(handle)
+            if (status.st_dev, status.st_ino) == (log.device, log.inode):
+                return handle, path
+            os.close(handle)
+    raise FileNotFoundError(errno.ENOENT, "QEMU no longer logs to our file", note.path)

@@ -7,7 +7,10 @@ One *place* per user and QEMU process, in the user's own directory (`host.state`
     PID-START/                       0700
         note.json                    how things were before the first change
         agent-N.json, agent-N.pos    one lease per agent: its events; how far it has read
-        trace.log                    where QEMU's log goes meanwhile
+        trace.log                    where QEMU's log goes meanwhile, if it cannot be limited
+
+As a rule the log is a limited file (`host.limited_file`), which nothing but QEMU's own descriptor
+and ours lead to: it cannot grow beyond LOG_LIMIT, also when no agent lives that reads it.
 
 The note is written and flushed before anything is changed.  A lease that can be locked belongs to
 a dead agent.
@@ -26,13 +29,19 @@ from contextlib import asynccontextmanager
 import msgspec
 
 from ..errors import DeadlineExceeded, MissingPrerequisite
+from ..host.limited_file import limited_file
 from ..host.locks import try_lock, write_all
 from ..host.processes import Process, boot_id, is_key, process_of
 from ..host.state import StateDirectory, decoded, directories, directory_of, own_directory
 from ..text import json_bytes
 from .trace_errors import TraceReason, TraceUnavailable
 
-__all__ = ["Lease", "LogChange", "Note", "Place", "noted", "sweep"]
+__all__ = ["LAG_LIMIT", "LOG_LIMIT", "Lease", "LogChange", "Note", "Place", "noted", "sweep"]
+
+LOG_LIMIT = 64 << 20
+"""A log holds this much that no agent has read."""
+LAG_LIMIT = LOG_LIMIT // 2
+"""An agent that is this far behind another no longer keeps what it has not read."""
 
 _LOCK_POLL = 0.02
 _SCHEMA = 1
@@ -44,13 +53,19 @@ _POSITION = struct.Struct("<Q")
 class LogChange(msgspec.Struct, frozen=True):
     """How the log was redirected: `path` for us, `restore_path` for `logfile`.
 
-    `kept` False means that the log cannot be put back where it was (`why`).
+    `kept` False means that the log cannot be put back where it was (`why`).  `device` and `inode`
+    are those of a limited file, which has at most `limit` bytes: 0 for any other.  `proven`: QEMU
+    was seen to write there.
     """
 
     path: str
     restore_path: str
     kept: bool
     why: str = ""
+    device: int = 0
+    inode: int = 0
+    limit: int = 0
+    proven: bool = True
 
 
 class Note(msgspec.Struct, frozen=True):
@@ -193,9 +208,15 @@ class Place:
             raise
         return lease
 
-    def create_log(self) -> int:
-        """An empty file for QEMU's log, open for reading and writing.  Raises OSError."""
-        return self._directory().create(_LOG)
+    def create_log(self, *, limited: bool = True) -> tuple[int, int]:
+        """An empty file for QEMU's log, open for reading and writing, and its limit: 0 for one that
+        has none, in our directory, where this host lets us make no other.  Raises OSError."""
+        if limited:
+            try:
+                return limited_file(LOG_LIMIT), LOG_LIMIT
+            except OSError:
+                pass
+        return self._directory().create(_LOG), 0
 
     def remove_log(self) -> None:
         directory = self._base.subdirectory(self.key, create=False)
@@ -219,7 +240,8 @@ class Place:
         return found
 
     def lowest_position(self, own: int) -> int:
-        """Up to where every agent has read the log."""
+        """Up to where every agent that lives has read the log, or at least LAG_LIMIT behind us: one
+        that is stopped must not make the log grow; it is told what it missed."""
         directory = self._base.subdirectory(self.key, create=False)
         if directory is None:
             return own
@@ -227,8 +249,10 @@ class Place:
         for name in _leases(directory):
             position = directory.read(_position_of(name)) or b""
             if len(position) == _POSITION.size:
-                lowest = min(lowest, _POSITION.unpack(position)[0])
-        return lowest
+                theirs = _POSITION.unpack(position)[0]
+                if theirs < lowest and _read_live(directory, name) is not None:
+                    lowest = theirs
+        return max(lowest, own - LAG_LIMIT)
 
     def clear(self) -> None:
         """Nothing is left to restore: remove note, log and directory.  Call it locked."""

@@ -15,6 +15,8 @@ import msgspec
 
 from ..errors import CommandFailed
 from ..host.files import open_foreign, pieces
+from ..host.limited_file import give_back
+from ..host.processes import Process
 from .connection import Command, Monitor
 from .discovery import Guest
 from .hmp import hmp
@@ -26,6 +28,7 @@ from .trace_log import (
     LogFile,
     RestoreTarget,
     find_log_files,
+    open_log,
     restore_target,
 )
 from .trace_notes import LogChange, Note, Place
@@ -197,49 +200,110 @@ async def _refuse_if_log_in_use(
 async def _redirect(
     monitor: Monitor, guest: Guest, place: Place, note: Note, target: RestoreTarget
 ) -> Note:
+    process = guest.process
     try:
-        handle = place.create_log()
+        # a limited file is handed over, and found again, by QEMU's descriptors
+        visible = await asyncio.to_thread(process.file_descriptors) is not None
+        handle, limit = await asyncio.to_thread(place.create_log, limited=visible)
     except OSError as error:
         raise TraceUnavailable(
             TraceReason.NO_PLACE, f"no log file can be made in {place.path}: {error.strerror}"
         ) from error
     try:
-        change = LogChange(place.log_path, target.path, target.faithful, target.why)
-        note = msgspec.structs.replace(note, log=change)
-        place.write_note(note)
-        async with open_to_qemu(monitor, guest.process, place.log_path, handle) as theirs:
+        change = LogChange("", target.path, target.faithful, target.why, proven=False)
+        if limit:
+            status = os.fstat(handle)
+            change = msgspec.structs.replace(
+                change, device=status.st_dev, inode=status.st_ino, limit=limit
+            )
+        else:
+            change = msgspec.structs.replace(change, path=place.log_path)
+        place.write_note(msgspec.structs.replace(note, log=change))
+        async with open_to_qemu(monitor, process, change.path, handle) as theirs:
             await hmp(monitor, "logfile", theirs, quiet=True)
+        # Only now: its line about `logfile` would have gone to the log as it was.
+        await set_events(monitor, [MARKER_EVENT], True)
+        if not is_logged(f"/proc/self/fd/{handle}", 0, await send_marker(monitor)):
+            raise TraceUnavailable(
+                TraceReason.NOT_LOGGED,
+                f"trace events of QEMU {monitor.version} (pid {guest.pid}) do not reach its log",
+            )
     except CommandFailed as error:
         raise TraceUnavailable(
             TraceReason.LOG_REFUSED, f"QEMU (pid {guest.pid}) cannot open a log: {error.desc}"
         ) from error
     finally:
         os.close(handle)
-    # Only now: its line about `logfile` would have gone to the log as it was.
-    await set_events(monitor, [MARKER_EVENT], True)
-    number = await send_marker(monitor)
-    if not is_logged(place.log_path, 0, number):
-        raise TraceUnavailable(
-            TraceReason.NOT_LOGGED,
-            f"trace events of QEMU {monitor.version} (pid {guest.pid}) do not reach its log",
-        )
+    note = msgspec.structs.replace(note, log=change)
+    proven = msgspec.structs.replace(change, path=await _called(process, note), proven=True)
+    note = msgspec.structs.replace(note, log=proven)
+    place.write_note(note)
     return note
 
 
-async def undo(monitor: Monitor, place: Place, guest: Guest, note: Note) -> Restored:
-    """Put everything back as `note` has it, and remove the note.
+async def _called(process: Process, note: Note) -> str:
+    """What our log is called."""
+    try:
+        handle, path = await asyncio.to_thread(open_log, process, note)
+    except OSError as error:
+        raise TraceUnavailable(
+            TraceReason.NO_PLACE, f"QEMU's log cannot be opened: {error.strerror}"
+        ) from error
+    os.close(handle)
+    return path
 
-    Raises as `Monitor.timed` does; the note then stays for the next attach.
+
+async def undo(monitor: Monitor, place: Place, guest: Guest, note: Note) -> Restored:
+    """Put back as `note` has it what is still as we left it, and remove the note.
+
+    A log that somebody has redirected since, and an event that somebody has switched off, are left
+    alone.  Raises as `Monitor.timed` does; the note then stays for the next attach.
     """
-    disabled = [name for name, was_on in note.events.items() if not was_on]
+    ours = [name for name, was_on in note.events.items() if not was_on]
+    states = await event_states(monitor, ours)
+    log = note.log
+    redirect = log is not None and await _still_logs_here(
+        monitor, guest.process, note, marked=states.get(MARKER_EVENT, True)
+    )
+    disabled = [name for name in ours if states.get(name)]
     refused = await set_events(monitor, disabled, False)
     remarks = [f"trace event {name} could not be disabled" for name in refused]
     where: str | None = None
-    if note.log is not None:
-        where = await _restore_log(monitor, guest, note.log, remarks)
-        remove_foreign_log(guest.process, note.log.path)
+    if log is not None:
+        if redirect:
+            where = await _restore_log(monitor, guest, log, remarks)
+        else:
+            remarks.append("somebody else has redirected QEMU's log since: it is left as it is")
+        remove_foreign_log(guest.process, log.path)
     place.clear()
     return Restored(tuple(n for n in disabled if n not in refused), where, tuple(remarks))
+
+
+async def _still_logs_here(monitor: Monitor, process: Process, note: Note, *, marked: bool) -> bool:
+    """QEMU's log still goes to our file.
+
+    A marker tells where `marked` (its event is on); else whether QEMU has the file open, which it
+    does a moment longer than it writes there.  What QEMU has not been seen to log is not known: it
+    may have lost its log by our doing, and is given it back.
+    """
+    log = note.log
+    if log is None or not log.proven:
+        return True
+    try:
+        handle, _ = await asyncio.to_thread(open_log, process, note)
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
+    try:
+        if not marked:
+            return True
+        end = os.fstat(handle).st_size
+        if log.limit:
+            give_back(handle, 0, end)  # a full file takes no marker
+        return is_logged(f"/proc/self/fd/{handle}", end, await send_marker(monitor))
+    finally:
+        os.close(handle)
 
 
 async def _restore_log(

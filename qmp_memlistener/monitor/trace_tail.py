@@ -5,7 +5,9 @@ asked for; decoding is `trace_lines`' job, and where the file comes from `trace_
 
 The file is ordinary, so QEMU never waits for us (a FIFO would freeze its main loop).  It stays
 small although QEMU only appends: what was read is given back with fallocate(PUNCH_HOLE |
-KEEP_SIZE), which changes neither the file's size nor the place where QEMU writes next.
+KEEP_SIZE), which changes neither the file's size nor the place where QEMU writes next.  A file with
+a limit takes nothing more once it is full, and goes on where it was when there is room again: that
+something may be missing there is told, as is what another reader has given back before us.
 """
 
 from __future__ import annotations
@@ -21,6 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from ..host.files import open_foreign
+from ..host.limited_file import give_back, is_full
 from .trace_lines import TraceDecoder
 from .trace_records import TraceRecord
 
@@ -34,10 +37,8 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _POLL_SECONDS = 0.02
 
 _IN_MODIFY, _IN_ATTRIB = 0x2, 0x4  # include/uapi/linux/inotify.h
-_FALLOC_KEEP_SIZE, _FALLOC_PUNCH_HOLE = 0x1, 0x2  # include/uapi/linux/falloc.h
 
 _libc = ctypes.CDLL(None, use_errno=True)
-_libc.fallocate64.argtypes = [ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,17 +69,27 @@ class TraceTail:
 
     `start` is the offset to begin at.  `release(offset)` is called now and then with how far we
     have read, and returns up to where the file's bytes may be given back; without it (a file
-    that is not ours) nothing is given back.  Iteration ends after `finish`.
+    that is not ours) nothing is given back.  `limit` is how much a limited file holds, else 0.
+    Iteration ends after `finish`.
     """
 
     def __init__(
-        self, path: str, *, start: int = 0, release: Callable[[int], int] | None = None
+        self,
+        path: str,
+        *,
+        start: int = 0,
+        release: Callable[[int], int] | None = None,
+        limit: int = 0,
     ) -> None:
         self.decoder = TraceDecoder()
         self.offset = start
         self.unlinked = False
         self._path = path
         self._release = release
+        self._limit = limit
+        self._full_at: int | None = None
+        self._cut = False
+        self._torn = False
         self._fd = -1
         self._inotify = -1
         self._freed = start // _PAGE * _PAGE
@@ -202,16 +213,29 @@ class TraceTail:
             self.unlinked = status.st_nlink == 0
             if status.st_size < self.offset:
                 self._report_cut(status.st_size)
-            data = os.pread(self._fd, _READ_SIZE, self.offset)
+            if self._limit and self._full_at is None and is_full(status, self._limit):
+                self._full_at = status.st_size
+            size = _READ_SIZE
+            if self._full_at is not None:
+                size = max(0, min(size, self._full_at - self.offset))
+            data = os.pread(self._fd, size, self.offset)
             now = time.monotonic_ns()
-            size = len(data)
+            whole = len(data) == _READ_SIZE
             if data.startswith(b"\0"):
                 data = self._skip_hole(data)
+            if self._torn and data:
+                data = self._skip_torn(data)
             if data:
+                self._cut = False
                 self.offset += len(data)
                 self._put(_Chunk(data, self._drained_ns, now))
                 self._give_back()
-            if size < _READ_SIZE:
+            if self._full_at is not None and self.offset >= self._full_at:
+                self._report_full()
+                if is_full(os.fstat(self._fd), self._limit):
+                    return  # another agent keeps it all
+                continue
+            if not whole:
                 self._drained_ns = before
                 return
             while self._backlog > _MAX_BACKLOG and not self._finishing:
@@ -225,28 +249,48 @@ class TraceTail:
         self._available.set()
 
     def _report_cut(self, size: int) -> None:
-        lost = f"the log was cut from at least {self.offset} to {size} bytes"
+        self._lose(f"the log was cut from at least {self.offset} to {size} bytes")
         self.offset = self._freed = 0
-        self._put(_Chunk(b"", self._drained_ns, time.monotonic_ns(), lost))
+        self._full_at = None
+        self._cut = True
+        self._torn = False
+
+    def _report_full(self) -> None:
+        """Read up to where it was full; now there is room again."""
+        self._full_at = None
+        self._lose(f"the log was full ({self._limit} bytes): lines may be missing")
+        self._give_back(at_once=True)
+
+    def _lose(self, what: str) -> None:
+        self._put(_Chunk(b"", self._drained_ns, time.monotonic_ns(), what))
 
     def _skip_hole(self, data: bytes) -> bytes:
-        """A log that was cut while QEMU kept its offset begins with a hole: go behind it."""
+        """Go behind a hole: a log that was cut while QEMU kept its offset begins with one, and
+        another reader gives back what a slow one has not read."""
+        before = self.offset
         rest = data.lstrip(b"\0")
         if rest:
             self.offset += len(data) - len(rest)
-            return rest
-        try:
-            self.offset = os.lseek(self._fd, self.offset + len(data), os.SEEK_DATA)
-        except OSError:
-            self.offset += len(data)
-        return b""
+        else:
+            try:
+                self.offset = os.lseek(self._fd, self.offset + len(data), os.SEEK_DATA)
+            except OSError:
+                self.offset = max(self.offset + len(data), os.fstat(self._fd).st_size)
+        if not self._cut:
+            self._torn = True
+            self._lose(f"{self.offset - before} bytes of the log were given back before being read")
+        return rest
 
-    def _give_back(self) -> None:
-        if self._release is None or self.offset - self._freed < _FREE_STEP:
+    def _skip_torn(self, data: bytes) -> bytes:
+        """What is left of a line that lay on the edge of a hole says nothing."""
+        end = data.find(b"\n") + 1
+        self.offset += end or len(data)
+        self._torn = not end
+        return data[end:] if end else b""
+
+    def _give_back(self, *, at_once: bool = False) -> None:
+        if self._release is None or (self.offset - self._freed < _FREE_STEP and not at_once):
             return
         upto = min(self._release(self.offset), self.offset) // _PAGE * _PAGE
-        if upto <= self._freed:
-            return
-        mode = _FALLOC_KEEP_SIZE | _FALLOC_PUNCH_HOLE
-        if _libc.fallocate64(self._fd, mode, self._freed, upto - self._freed) == 0:
+        if upto > self._freed and give_back(self._fd, self._freed, upto):
             self._freed = upto

@@ -348,9 +348,9 @@ async def _greeted(target: SocketTarget, deadline: float) -> socket.socket:
     sock: socket.socket | None = None
     greeting = b""
     try:
-        async with asyncio.timeout(deadline):
+        async with asyncio.timeout(deadline) as limit:
             sock = await dial(target)
-            async with explain_silence(target, sock, deadline):
+            async with explain_silence(target, sock, limit):
                 while b"\n" not in greeting and len(greeting) < 1 << 16:
                     data = await loop.sock_recv(sock, 4096)
                     if not data:

@@ -13,17 +13,22 @@ import pytest
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.monitor import (
     TRACE_EVENTS,
+    Command,
+    FlatViewEvent,
     Monitor,
     RunStateChange,
     SlotOp,
+    TraceBatch,
     TraceReason,
+    TraceTail,
     TraceUnavailable,
     hmp,
     start_tracing,
     trace_control,
+    trace_notes,
 )
 from tests.support.bare_qemu import running
-from tests.support.leftovers import left_behind
+from tests.support.leftovers import file_has, left_behind
 from tests.support.live import NO_QEMU, QEMUS, best_accel, builds
 from tests.support.tracing import (
     check_traced,
@@ -61,7 +66,6 @@ async def test_trace_and_leave_no_trace(build: QemuBuild, tmp_path: Path) -> Non
             assert session.events == frozenset(TRACE_EVENTS)
             await check_traced(qemu, session, accel)
             assert os.stat(session.path).st_mode & 0o777 == 0o600
-            assert os.stat(os.path.dirname(session.path)).st_mode & 0o777 == 0o700
             assert left_behind(qemu.pid)
             restored = await session.stop()
             assert restored.log == "/dev/stderr"
@@ -141,7 +145,7 @@ async def test_a_daemonised_qemu_gets_its_silence_back(build: QemuBuild, tmp_pat
     ):
         async with await start_tracing(monitor) as session:
             await check_traced(qemu, session, "tcg")
-            assert os.readlink(f"/proc/{qemu.pid}/fd/2") == session.path
+            assert os.readlink(f"/proc/{qemu.pid}/fd/2") == os.readlink(session.path)
         assert os.readlink(f"/proc/{qemu.pid}/fd/2") == "/dev/null"
         assert left_behind(qemu.pid) == []
 
@@ -235,3 +239,124 @@ async def test_a_log_that_somebody_else_redirected(tmp_path: Path) -> None:
             assert session.in_place
             await check_traced(qemu, session, "tcg")
         assert other.stat().st_size > 0
+
+
+@pytest.mark.asyncio
+@builds()
+async def test_a_log_that_somebody_redirects_meanwhile_is_left_to_them(
+    build: QemuBuild, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs.log"
+    async with (
+        running(build, tmp_path) as qemu,
+        await Monitor.connect(qemu.a) as monitor,
+        await Monitor.connect(qemu.b) as other,
+    ):
+        before = await states(monitor)
+        session = await start_tracing(monitor)
+        await hmp(other, "logfile", str(theirs), quiet=True)
+        await other.execute("trace-event-set-state", {"name": "vm_state*", "enable": True})
+        restored = await session.stop()
+        assert restored.log is None
+        assert any("somebody else" in remark for remark in restored.remarks)
+        assert {n for n, on in (await states(monitor)).items() if on} == {
+            *(n for n, on in before.items() if on),
+            *(n for n in before if n.startswith("vm_state")),
+        }
+        assert left_behind(qemu.pid) == []
+        await monitor.execute("cont")
+        await file_has(theirs, b"vm_state_notify running 1")
+
+
+@pytest.mark.asyncio
+async def test_events_that_somebody_switched_meanwhile_are_left(tmp_path: Path) -> None:
+    async with (
+        running(QEMUS[0], tmp_path) as qemu,
+        await Monitor.connect(qemu.a) as monitor,
+        await Monitor.connect(qemu.b) as other,
+    ):
+
+        async def switch(name: str, enable: bool) -> None:
+            await other.execute("trace-event-set-state", {"name": name, "enable": enable})
+
+        await switch("runstate_set", True)
+        async with await start_tracing(monitor) as session:
+            await switch("flatview_new", False)  # ours, already put back
+            await switch("runstate_set", False)  # theirs, was on before us
+            await switch("handle_hmp_command", False)  # what the marker needs
+            restored = await session.stop()
+        assert "kvm_set_user_memory" in restored.events
+        assert {"flatview_new", "runstate_set", "handle_hmp_command"}.isdisjoint(restored.events)
+        assert restored.log is not None
+        now = await states(monitor)
+        assert not any(now[e] for e in (*TRACE_EVENTS, "handle_hmp_command"))
+
+
+@pytest.mark.asyncio
+@builds()
+async def test_a_log_that_nobody_reads_has_a_bound(
+    build: QemuBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    limit = 128 * 1024
+    monkeypatch.setattr(trace_notes, "LOG_LIMIT", limit)
+    async with running(build, tmp_path) as qemu, await Monitor.connect(qemu.a) as monitor:
+        async with await start_tracing(monitor) as session:
+            for _ in range(limit // 32):
+                await monitor.pipeline([HMP] * 32)
+                if (await asyncio.to_thread(os.stat, session.path)).st_size == limit:
+                    break
+            await monitor.pipeline([HMP] * 32)  # lost, and QEMU does not mind
+            status = await asyncio.to_thread(os.stat, session.path)
+            assert status.st_size == limit
+            assert status.st_blocks * 512 <= limit
+            async with session.tail() as tail:
+                batches = await batches_until_loss(tail)
+                assert batches[-1].lost is not None
+                assert "full" in batches[-1].lost
+                # there is room again, and nothing is garbled
+                await toggle_pam(qemu, 1)
+                records = await read_until_marker(tail, session)
+                assert any(isinstance(r, FlatViewEvent) for r in records)
+                assert tail.decoder.unknown == 0
+        # also one that is full is known for ours, and put back
+        assert (await monitor.execute("query-status")) is not None
+        assert left_behind(qemu.pid) == []
+
+
+HMP = Command("human-monitor-command", {"command-line": "print 1"})
+
+
+async def batches_until_loss(tail: TraceTail) -> list[TraceBatch]:
+    found: list[TraceBatch] = []
+    async with asyncio.timeout(10):
+        async for batch in tail:
+            found.append(batch)
+            if batch.lost is not None:
+                break
+    return found
+
+
+@pytest.mark.asyncio
+async def test_a_full_log_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An agent that was killed: nobody read, and the next one restores."""
+    limit = 16 * 1024
+    monkeypatch.setattr(trace_notes, "LOG_LIMIT", limit)
+    reader, writer = os.pipe()
+    async with (
+        running(QEMUS[0], tmp_path, stderr=writer) as qemu,
+        await Monitor.connect(qemu.a) as monitor,
+    ):
+        os.close(writer)
+        os.set_blocking(reader, False)
+        session = await start_tracing(monitor)
+        for _ in range(20):
+            await monitor.pipeline([HMP] * 32)
+        assert (await asyncio.to_thread(os.stat, session.path)).st_size == limit
+        restored = await session.stop()
+        assert restored.log == "/dev/stderr"
+        assert restored.remarks == ()
+        read_all(reader)
+        await monitor.execute("trace-event-set-state", {"name": "vm_state*", "enable": True})
+        await monitor.execute("cont")
+        assert b"vm_state_notify running 1" in read_all(reader)
+    os.close(reader)

@@ -17,7 +17,7 @@ import pytest
 from qmp_memlistener.errors import DeadlineExceeded
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor import TraceReason, TraceUnavailable
-from qmp_memlistener.monitor.trace_notes import LogChange, Place, sweep
+from qmp_memlistener.monitor.trace_notes import LAG_LIMIT, LogChange, Place, sweep
 from tests.support.own_state import SCRIPT, keep_state_in
 
 
@@ -54,6 +54,32 @@ def test_a_note_is_read_back_as_written(place: Place) -> None:
     place.write_note(changed)
     assert place.read_note() == changed
     assert changed.path == "/l"
+
+
+def test_a_dead_or_a_stopped_agent_does_not_keep_what_it_has_not_read(place: Place) -> None:
+    here = place.claim(["a"], 100)
+    script = SCRIPT + (
+        "from qmp_memlistener.host.processes import Process\n"
+        "from qmp_memlistener.monitor.trace_notes import Place\n"
+        f"place = Place(Process.read({place.process.pid}))\n"
+        "lease = place.claim(['b'], 10)\n"
+        "print('claimed', flush=True)\n"
+        "input()\n"
+    )
+    with subprocess.Popen(
+        (sys.executable, "-c", script), stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as other:
+        assert other.stdout is not None
+        assert other.stdout.readline() == b"claimed\n"
+        assert place.lowest_position(100) == 10
+        assert place.lowest_position(LAG_LIMIT + 5) == 10
+        # it lives, but does not read
+        assert place.lowest_position(LAG_LIMIT + 1000) == 1000
+        other.kill()
+        other.wait()
+        here.set_position(100)
+        assert place.lowest_position(100) == 100
+    here.release()
 
 
 @pytest.mark.parametrize("text", [b"", b"{", b"[]", b'{"schema":1}', b"\xff"])
@@ -261,7 +287,7 @@ def test_odd_files_do_not_make_us_wait(place: Place, odd: Callable[[Path], None]
             lease = again.claim(["x"], 7)
             assert again.live_events() == [{"x"}]
             assert again.lowest_position(100) == 7
-            os.close(again.create_log())
+            os.close(again.create_log(limited=False)[0])
             assert os.stat(again.log_path).st_size == 0
             lease.release()
             again.clear()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import os
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_memlistener.host.limited_file import give_back, limited_file
 from qmp_memlistener.monitor import SlotOp, TraceTail
 
 MIB = 1 << 20
@@ -196,3 +198,73 @@ async def test_leaving_while_waiting_leaves_nothing_open(log: Log) -> None:
     assert len(os.listdir("/proc/self/fd")) == before
     with pytest.raises(StopAsyncIteration):
         await anext(tail)
+
+
+def limited(size: int, *, append: bool) -> tuple[int, int]:
+    """A limited file, and as QEMU opens it."""
+    try:
+        ours = limited_file(size)
+    except OSError as error:
+        pytest.skip(f"this user may make no file with a limit here: {error}")
+    flags = os.O_WRONLY | os.O_CLOEXEC | (os.O_APPEND if append else 0)
+    return ours, os.open(f"/proc/self/fd/{ours}", flags)
+
+
+def fill(fd: int, start: int) -> int:
+    """Write lines as QEMU does, until none fits any more; the number of the first that did not."""
+    for gpa in itertools.count(start):
+        try:
+            if os.write(fd, line(gpa)) < len(line(gpa)):
+                return gpa
+        except OSError:  # ENOSPC
+            return gpa
+    raise AssertionError
+
+
+@pytest.mark.parametrize("append", [True, False])
+@pytest.mark.asyncio
+async def test_a_log_that_was_full_says_so_and_goes_on(append: bool) -> None:
+    ours, theirs = limited(MIB, append=append)
+    try:
+        lost = fill(theirs, 0)
+        path = f"/proc/self/fd/{ours}"
+        async with TraceTail(path, release=lambda offset: offset, limit=MIB) as tail:
+            assert await take(tail, lost) == list(range(lost))
+            async with asyncio.timeout(10):
+                while (batch := await anext(tail)).lost is None:
+                    assert batch.records == []
+            assert "full" in batch.lost
+            os.write(theirs, line(lost + 1))
+            assert await take(tail, 1) == [lost + 1]
+            assert tail.decoder.unknown == 0
+            # and again, as often as it is read
+            for gpa in range(3 * MIB // len(line(0))):
+                os.write(theirs, line(gpa))
+                assert await take(tail, 1) == [gpa]
+            assert os.fstat(ours).st_blocks * 512 <= MIB
+    finally:
+        os.close(ours)
+        os.close(theirs)
+
+
+@pytest.mark.asyncio
+async def test_what_another_reader_gave_back_is_said_to_be_lost(log: Log) -> None:
+    async with TraceTail(log.path) as slow:
+        log.write(1)
+        assert await take(slow, 1) == [1]
+        read = slow.offset
+        assert slow._task is not None
+        slow._task.cancel()  # it is stopped, as by SIGSTOP
+        await asyncio.wait((slow._task,))
+        log.write(*range(2, 30_000))
+        assert give_back(log.fd, 0, MIB)
+    async with TraceTail(log.path, start=read) as woken:
+        async with asyncio.timeout(10):
+            batch = await anext(woken)
+        assert batch.lost is not None
+        lost = int(batch.lost.split()[0])
+        assert lost == MIB - read
+        first = (await take(woken, 1))[0]
+        missing = sum(len(line(gpa)) for gpa in range(2, first))
+        assert lost <= missing < lost + len(line(first))  # to the end of the line
+        assert woken.decoder.unknown == 0
