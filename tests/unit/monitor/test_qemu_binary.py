@@ -76,22 +76,20 @@ def test_no_more_is_read_than_is_said(tmp_path: Path) -> None:
     os.close(handle)
 
 
-TRUNCATED = """
-import os, sys, threading, time
+CHANGED = """
+import os, sys
+while True:
+    with open(sys.argv[1], "r+b") as file:
+        file.truncate(64 << 20)
+        file.truncate(0)
+"""
+READ = """
+import sys, time
 from pathlib import Path
 from tests.unit.monitor.test_qemu_binary import emulator_of, started_as
-path = Path(sys.argv[1])
-content = bytes([1]) * (16 << 20)
-
-def change():
-    while True:
-        path.write_bytes(content)
-        os.truncate(path, 0)
-
-threading.Thread(target=change, daemon=True).start()
 until = time.monotonic() + 0.7
 while time.monotonic() < until:
-    emulator_of(started_as(path), asked_for=False)
+    emulator_of(started_as(Path(sys.argv[1])), asked_for=False)
 """
 
 
@@ -99,12 +97,14 @@ def test_one_that_is_truncated_while_it_is_read(tmp_path: Path) -> None:
     """Mapped, it would be the end of us (SIGBUS)."""
     path = tmp_path / "qemu-system-x86_64"
     path.touch()
-    done = subprocess.run(
-        [sys.executable, "-c", TRUNCATED, str(path)],
-        check=False,
-        timeout=60,
-        cwd=Path(__file__).parents[3],
-    )
+    with subprocess.Popen([sys.executable, "-c", CHANGED, str(path)]) as changer:
+        done = subprocess.run(
+            [sys.executable, "-c", READ, str(path)],
+            check=False,
+            timeout=60,
+            cwd=Path(__file__).parents[3],
+        )
+        changer.kill()
     assert done.returncode == 0
 
 
