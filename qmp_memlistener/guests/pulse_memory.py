@@ -8,6 +8,7 @@ how it gets a consistent answer.  Addresses are those of `layout`.  Waiting and 
 from __future__ import annotations
 
 import mmap
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntFlag
@@ -138,14 +139,14 @@ class ToggleLog:
 class PulseMemory:
     """The first 4 MiB of the RAM file `ram` (`Guest.ram`).  A context manager; closes the mapping.
 
-    `offset` is where in the file guest-physical address 0 lies.  The mapping is for reading alone
-    unless `writable`.  Raises InputError when the file is smaller than that, OSError when it cannot
-    be mapped.
+    `ram` may be an open file, which is closed then.  `offset` is where in the file guest-physical
+    address 0 lies.  The mapping is for reading alone unless `writable`.  Raises InputError when the
+    file is smaller than that, OSError when it cannot be mapped.
     """
 
-    def __init__(self, ram: Path, *, offset: int = 0, writable: bool = False) -> None:
+    def __init__(self, ram: Path | int, *, offset: int = 0, writable: bool = False) -> None:
         with open(ram, "r+b" if writable else "rb") as file:
-            if ram.stat().st_size < offset + layout.RAM_NEEDED:
+            if os.fstat(file.fileno()).st_size < offset + layout.RAM_NEEDED:
                 raise InputError(f"{ram} is smaller than the {layout.RAM_NEEDED >> 20} MiB needed")
             access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
             self._map = mmap.mmap(file.fileno(), layout.RAM_NEEDED, access=access, offset=offset)

@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from ..errors import DeadlineExceeded, MonitorBusy, TargetError, TargetUnreachable
+from ..host.files import locate
 from ..host.processes import Process
 from .discovery import find_guest
 from .sockets import MonitorState, listener_state, listening_pids
@@ -89,14 +90,13 @@ def _connect_unix(sock: socket.socket, target: UnixTarget) -> None:
     if target.is_abstract:
         sock.connect("\0" + target.path[1:])
         return
-    if len(os.fsencode(target.path)) < 108:
+    if len(os.fsencode(target.path)) < 108 and not target.path.startswith("/proc/"):
         sock.connect(target.path)
         return
-    # sun_path holds 107 bytes; a longer path is reached through its directory.
-    directory, name = os.path.split(target.path)
-    handle = os.open(directory, os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+    # sun_path holds 107 bytes; and a link in another root must not lead out of it.
+    handle = locate(target.path, follow=True)
     try:
-        sock.connect(f"/proc/self/fd/{handle}/{name}")
+        sock.connect(f"/proc/self/fd/{handle}")
     finally:
         os.close(handle)
 

@@ -9,14 +9,15 @@ Where the maps may not be read (another user's QEMU) the command line's `mem-pat
 from __future__ import annotations
 
 import json
+import os
 import re
-import stat
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
 
 from ..errors import InputError
 from ..guests import PulseMemory, layout
+from ..host.files import open_foreign
 from ..host.processes import Process, path_seen_by
 from ..monitor.chardevs import parse_options
 from .model import ProbeUnavailable
@@ -56,10 +57,13 @@ class _Place:
     offset: int
     inode: int | None
 
-    def is_at(self, path: Path) -> bool:
-        """That file is there.  Devices are not opened: that alone can do something to them."""
-        found = path.stat()
-        return stat.S_ISREG(found.st_mode) and self.inode in (None, found.st_ino)
+    def open(self, path: Path) -> int | None:
+        """That file, if it is the one.  Raises OSError: also for what is no regular file."""
+        handle = open_foreign(str(path), follow=True)
+        if self.inode in (None, os.fstat(handle).st_ino):
+            return handle
+        os.close(handle)
+        return None
 
 
 def open_pulse(process: Process) -> PulseMemory:
@@ -78,9 +82,10 @@ def open_pulse(process: Process) -> PulseMemory:
     for place in places:
         for path in place.paths:
             try:
-                if not place.is_at(path):
+                handle = place.open(path)
+                if handle is None:
                     continue
-                memory = PulseMemory(path, offset=place.offset)
+                memory = PulseMemory(handle, offset=place.offset)
             except PermissionError as exc:
                 refused = exc
             except (OSError, ValueError, InputError):
