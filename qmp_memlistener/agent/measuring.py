@@ -8,6 +8,8 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 
+import msgspec
+
 from ..errors import MemListenerError
 from ..memslots import SlotTable
 from ..probes import CommandSpan, Kind, Measurement, Observation, Probe
@@ -71,6 +73,7 @@ class Measuring:
         self._active: list[Probe] = []
         self._why_not: dict[str, tuple[str | None, str | None]] = {}
         self._coverage = Coverage()
+        self._measured_by: list[ProbeState] = []  # once they are stopped
         self._changed = asyncio.Event()  # which probes are at work, or what they measure
         self._bursts = 0
         self._told_bursts: dict[str, int] = {}
@@ -290,6 +293,7 @@ class Measuring:
             task.cancel()
         if self._starting:
             await asyncio.wait(self._starting, timeout=_STOP_DEADLINE)
+        self._measured_by = self.state().probes
         active, self._active = self._active, []
         if not active:
             return
@@ -309,11 +313,12 @@ class Measuring:
 
     def summary(self) -> SummaryRecord:
         """Statistics of all stalls so far."""
-        return self._statistics.summary(
+        summary = self._statistics.summary(
             start_ns=self._start_ns,
             end_ns=time.monotonic_ns(),
             transitions=self._transitions,
         )
+        return msgspec.structs.replace(summary, probes=self._measured_by or self.state().probes)
 
     async def _hand_out_all(self, decided: Callable[[], list[Record]]) -> None:
         """Some at a time: many may be decided at once."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import wraps
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,8 @@ from ..recording import (
     Lost,
     MirrorRecord,
     PossibleViolation,
+    ProbesRecord,
+    ProbeState,
     Reconciled,
     Record,
     SlotOp,
@@ -125,6 +127,8 @@ class Followed:
     possible_violations: int = 0
     failures: int = 0
     differences: int = 0
+    compared: bool = False
+    probes: dict[str, ProbeState] = field(default_factory=dict)
     lost: int = 0
     mirror_fault: str | None = None
     error: MemListenerError | None = None
@@ -143,8 +147,15 @@ class Followed:
                 self.possible_violations += 1
             case GuestFailure():
                 self.failures += 1
-            case Reconciled(equal=False):
-                self.differences += 1
+            case Reconciled():
+                self.compared = True
+                self.differences += not record.equal
+            case ProbesRecord():
+                self.probes |= {
+                    p.name: p
+                    for p in record.probes
+                    if p.active or p.name not in self.probes or not self.probes[p.name].active
+                }
             case Lost():
                 self.lost += 1
 

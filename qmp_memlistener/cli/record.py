@@ -22,7 +22,10 @@ def command(target: str, output: str, options: FollowOptions, as_json: bool) -> 
 
     Example: qmp-memlistener record /run/vm.qmp -o boot.jsonl --for 30s
     """
+    from ..reports.summary import probes_lines
+
     seen = run_async(follow(target, options, quiet=True, record=output))
+    measured = any(p.active and p.measures for p in seen.probes.values())
     if as_json:
         print_json(
             {
@@ -30,18 +33,21 @@ def command(target: str, output: str, options: FollowOptions, as_json: bool) -> 
                 "recording": output,
                 "transitions": seen.transitions,
                 "slot_ops": seen.slot_ops,
-                "stalls": seen.stalls,
+                "stalls": seen.stalls if measured else None,
                 "failures": seen.failures,
-                "differences": seen.differences,
+                "differences": seen.differences if seen.compared else None,
                 "lost": seen.lost,
+                "probes": list(seen.probes.values()),
             }
         )
     else:
         say(
             f"{output}: {seen.transitions} transitions, {seen.slot_ops} slot operations, "
-            f"{seen.stalls} stalls"
+            f"{f'{seen.stalls} stalls' if measured else 'stalls not measured'}"
             + (f", {seen.lost} losses" if seen.lost else "")
             + (f", slots differed {seen.differences} times" if seen.differences else "")
+            + ("" if seen.compared else ", slots not compared"),
+            *probes_lines(list(seen.probes.values())),
         )
     if seen.error is not None:
         raise seen.error

@@ -15,6 +15,7 @@ from ..recording import (
     PossibleViolation,
     ProbesRecord,
     ProbeState,
+    Reconciled,
     Record,
     Recording,
     SlotOp,
@@ -73,6 +74,8 @@ class _Contents:
         self._violations: list[Violation] = []
         self._possible: list[PossibleViolation] = []
         self._lost: list[Lost] = []
+        self._compared = False
+        self._differences = 0
         self._longest: list[StallRecord] = []
         for record in recording:
             self._check(record)
@@ -91,6 +94,8 @@ class _Contents:
             "slot_ops": self._slot_ops,
             "lost": len(self._lost),
             "probes": list(self._probes.values()),
+            "compared": self._compared,
+            "differences": self._differences if self._compared else None,
             "failures": self._failures,
             "resets": self._resets,
             "violations": self._violations,
@@ -117,6 +122,7 @@ class _Contents:
             skipped = count_text(self._recording.skipped, "record")
             yield f"{skipped} of a type that this version does not know"
         yield from self._probe_lines()
+        yield self._comparison()
         yield from self._section("guest failures", self._failures)
         yield from self._section("guest resets", self._resets)
         yield from self._section("violations", self._violations)
@@ -156,6 +162,9 @@ class _Contents:
                 self._possible.append(record)
             case Lost():
                 self._lost.append(record)
+            case Reconciled():
+                self._compared = True
+                self._differences += not record.equal
 
     def _check(self, record: Record) -> None:
         """Numbers that no recording of ours has would break what is computed from them."""
@@ -189,6 +198,13 @@ class _Contents:
         for state in self._probes.values():
             if not state.active:
                 yield f"without {state.name}: {state.reason or 'not asked for'}"
+
+    def _comparison(self) -> str:
+        if not self._compared:
+            return "traced slots were not compared with those that QEMU's rules predict"
+        if not self._differences:
+            return "traced slots: as QEMU's rules predict"
+        return f"traced slots differed from what QEMU's rules predict: {self._differences} times"
 
     def _section(
         self, title: str, records: Sequence[Record], *, shown: int = _SHOWN

@@ -200,10 +200,14 @@ class StallStatistics(msgspec.Struct, frozen=True):
 
 
 class SummaryRecord(Record, frozen=True, kw_only=True, tag="summary"):
-    """Statistics over `[start_ns, end_ns)`; `transitions` and `stalls` are how many were seen."""
+    """Statistics over `[start_ns, end_ns)`; `transitions` and `stalls` are how many were seen.
+
+    `probes`: those that measured, and why others did not; empty in recordings of former versions.
+    """
 
     start_ns: int
     end_ns: int
     transitions: int
     stalls: int
     statistics: list[StallStatistics]
+    probes: list[ProbeState] = msgspec.field(default_factory=list)

@@ -245,7 +245,10 @@ class QmpEvent(Record, frozen=True, kw_only=True, tag="qmp_event"):
 
 
 class Reconciled(Record, frozen=True, kw_only=True, tag="reconciled"):
-    """At a quiet point the slots that QEMU's rules predict were compared with the traced ones."""
+    """At a quiet point the slots that QEMU's rules predict were compared with the traced ones.
+
+    There is one at the first comparison, and one each time that what is found changes.
+    """
 
     t_ns: int
     slots: int

@@ -16,7 +16,7 @@ from ..distribution import percentile
 from ..updates.compare import CONTROL, Comparison, Round
 from ..updates.compare_stats import Difference, Summary
 from .lengths import count_text, duration_text, kind_text, span_text
-from .stalls import probes_lines
+from .summary import probes_lines
 
 __all__ = ["comparison_lines"]
 

@@ -7,7 +7,7 @@ printed here, and text that a guest chose is passed on as it is: who prints make
 from __future__ import annotations
 
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from ..probes import Kind
 from ..recording import (
@@ -17,7 +17,6 @@ from ..recording import (
     MeasurementRecord,
     PossibleViolation,
     ProbesRecord,
-    ProbeState,
     Record,
     StallCause,
     StallRecord,
@@ -27,7 +26,7 @@ from ..recording import (
 from .lengths import bracket_text, count_text, duration_text, kind_text
 from .summary import summary_lines
 
-__all__ = ["measured_lines", "probes_lines", "stall_cause_text"]
+__all__ = ["measured_lines", "stall_cause_text"]
 
 _INDENT = " " * 12
 
@@ -97,21 +96,6 @@ def measured_lines(
         case SummaryRecord():
             yield ""
             yield from summary_lines(record, width=width, unicode=unicode)
-
-
-def probes_lines(probes: Sequence[ProbeState]) -> Iterator[str]:
-    """What measured, in a line; why the others did not, in short, in another."""
-    active = ", ".join(p.name for p in probes if p.active)
-    yield f"measured by: {active or 'nobody'}"
-    without = [f"{p.name} ({p.reason or 'not asked for'})" for p in probes if not p.active]
-    if without:
-        yield from textwrap.wrap(
-            f"without {', '.join(without)}", 78, initial_indent="  ", subsequent_indent="    ",
-            break_long_words=False, break_on_hyphens=False,
-        )  # fmt: skip
-
-
-# -- lines ---------------------------------------------------------------------------------------
 
 
 def _stall(s: StallRecord) -> str:

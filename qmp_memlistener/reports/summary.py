@@ -5,15 +5,16 @@ Nothing is printed here.
 
 from __future__ import annotations
 
+import textwrap
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ..recording import StallStatistics, SummaryRecord
+from ..recording import ProbeState, StallStatistics, SummaryRecord
 from ..timeline.summary import BOUNDS_NS
 from .lengths import KIND_ORDER, count_text, duration_text, kind_text, span_text
 
-__all__ = ["histogram_lines", "summary_lines"]
+__all__ = ["histogram_lines", "probes_lines", "summary_lines"]
 
 _BARS = "▏▎▍▌▋▊▉█"
 _COLUMN_BARS = {True: "▁▂▃▄▅▆▇█", False: "123456789"}
@@ -34,15 +35,31 @@ def summary_lines(
     """
     over = duration_text(summary.end_ns - summary.start_ns)
     during = f"{count_text(summary.transitions, 'transition')} in {over}"
+    measured = not summary.probes or any(p.active and p.measures for p in summary.probes)
     if not summary.statistics:
-        yield f"no stall, {during}"
+        yield f"{'no stall' if measured else 'stalls were not measured'}, {during}"
+    else:
+        yield f"{count_text(summary.stalls, 'stall')}, {during}"
+    if summary.probes:
+        yield from probes_lines(summary.probes, width=width)
+    if not summary.statistics:
         return
-    yield f"{count_text(summary.stalls, 'stall')}, {during}"
     yield ""
     ordered = sorted(summary.statistics, key=lambda s: (KIND_ORDER.get(s.kind, 99), s.kind))
     yield from _table(ordered, width)
     if charts:
         yield from _chart(ordered, width, unicode=unicode)
+
+
+def probes_lines(probes: Sequence[ProbeState], *, width: int = 80) -> Iterator[str]:
+    """What measured, in a line; why the others did not, in short, below."""
+    lines = [f"measured by: {', '.join(p.name for p in probes if p.active) or 'nobody'}"]
+    without = [f"{p.name} ({p.reason or 'not asked for'})" for p in probes if not p.active]
+    if without:
+        lines.append(f"  without {', '.join(without)}")
+    for line in lines:
+        indent = " " * (len(line) - len(line.lstrip()) + 2)
+        yield from textwrap.wrap(line, width, subsequent_indent=indent, break_on_hyphens=False)
 
 
 def histogram_lines(

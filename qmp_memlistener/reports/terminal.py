@@ -151,9 +151,9 @@ class Narrator:
 
 
 def _is_minor(stall: StallRecord) -> bool:
-    """A slot update, whose operation has a line already; or a short stall that nothing explains."""
+    """A short stall that nothing explains."""
     unknown = stall.cause is None or stall.cause.type == "unknown"
-    return stall.kind == "slot_update" or (unknown and stall.at_most_ns < MINOR_NS)
+    return unknown and stall.at_most_ns < MINOR_NS
 
 
 def _time_of(record: Record) -> int:

@@ -12,8 +12,7 @@ from ..timeline.summary import Statistics
 from ..updates.model import Outcome, Phase, Placed
 from ..updates.steps import mib
 from .lengths import count_text, duration_text
-from .stalls import probes_lines
-from .summary import summary_lines
+from .summary import probes_lines, summary_lines
 
 __all__ = ["outcome_lines"]
 
@@ -54,7 +53,7 @@ def outcome_lines(outcome: Outcome, what: str, *, width: int = 80) -> Iterator[s
         f"{' (predicted)' if predicted else ''} on {count_text(len(slots), 'slot')}, "
         f"{count_text(outcome.transitions, 'transition')}"
     )
-    for line in probes_lines(outcome.probes) if outcome.probes else ():
+    for line in probes_lines(outcome.probes, width=width - 2) if outcome.probes else ():
         yield f"  {line}"
     if outcome.stalls:
         yield ""

@@ -70,7 +70,7 @@ class Tracker:
         self._by_slots: dict[
             tuple[int, tuple[LiveSlot, ...]], tuple[MemoryMap, MemoryMap, Transition]
         ] = {}
-        self._reported: list[str] = []
+        self._reported: list[str] | None = None  # nothing was compared yet
         self._records: list[Record] = []
         self._changes: list[Change] = []
         self._records.append(map_record(self.map, t_ns))
@@ -317,11 +317,14 @@ class Tracker:
         *,
         alone: bool,
     ) -> None:
-        """Compare what QEMU's rules give with what was traced, and say so when it differs."""
+        """Compare what QEMU's rules give with what was traced; say so the first time, and when what
+        is found changes."""
         found = live.compare(maps)
         if alone and pending[0].changes_slots:
             found += self._compare_order(maps, pending[0], live.ids_known)
-        if found != self._reported:
+        # without an operation the slots are what was predicted: that compares nothing
+        first = self._reported is None and (found or any(c.ops for c in pending))
+        if first or (self._reported is not None and found != self._reported):
             self._records.append(
                 Reconciled(t_ns=t_ns, slots=len(live), equal=not found, differences=found)
             )

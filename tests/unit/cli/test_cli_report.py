@@ -34,12 +34,13 @@ from tests.unit.cli.cli_support import check_types, process, run
 START = 7_000_000_000
 DOCUMENT = {
     "schema": int, "recording": str, "header": dict, "truncated": bool, "transitions": int,
-    "slot_ops": int, "lost": int, "probes": list, "failures": list, "resets": list,
+    "slot_ops": int, "lost": int, "probes": list, "compared": bool,
+    "differences": (int, type(None)), "failures": list, "resets": list,
     "violations": list, "possible_violations": list, "summary": dict,
 }  # fmt: skip
 SUMMARY = {
     "type": str, "schema": int, "start_ns": int, "end_ns": int, "transitions": int, "stalls": int,
-    "statistics": list,
+    "statistics": list, "probes": list,
 }  # fmt: skip
 STATISTICS = {
     "kind": str, "cause": str, "count": int, "total_ns": int, "p50_ns": int, "p90_ns": int,
@@ -141,6 +142,7 @@ def test_what_people_read(capsys: pytest.CaptureFixture[str], tmp_path: Path) ->
         f"{path}: 20.0 ms, 1 transition, 2 slot operations, 1 loss",
         "probes: ping",
         "without pulse: the guest has none",
+        "traced slots were not compared with those that QEMU's rules predict",
         "",
         "guest failures",
         "  0.020000  GUEST FAILED (internal-error): KVM gave up on a vCPU",

@@ -6,10 +6,11 @@ import math
 import random
 import re
 
+import msgspec
 import pytest
 
 from qmp_memlistener.probes import Kind
-from qmp_memlistener.recording import StallStatistics, SummaryRecord
+from qmp_memlistener.recording import ProbeState, StallStatistics, SummaryRecord
 from qmp_memlistener.reports.lengths import kind_text
 from qmp_memlistener.reports.stalls import measured_lines
 from qmp_memlistener.reports.summary import histogram_lines, summary_lines
@@ -140,6 +141,23 @@ def test_one_stall_is_seen_beside_many() -> None:
 def test_nothing_was_seen() -> None:
     assert list(summary_lines(summary(Statistics()))) == ["no stall, 200 transitions in 60.2 s"]
     assert list(histogram_lines(summary(Statistics()))) == []
+
+
+def test_no_stall_and_nobody_who_measured_are_told_apart() -> None:
+    ping = ProbeState("ping", ["main_loop"], True, None, None, 0, "-")
+    counters = ProbeState("kvmstats", [], True, None, None, 0, "-")
+    reason = "no free monitor is left, and this is said at some length " * 2
+    none = ProbeState("ping", ["main_loop"], False, reason, None, 0, "-")
+    calm = msgspec.structs.replace(summary(Statistics()), probes=[ping, counters])
+    assert list(summary_lines(calm)) == [
+        "no stall, 200 transitions in 60.2 s",
+        "measured by: ping, kvmstats",
+    ]
+    blind = msgspec.structs.replace(calm, probes=[counters, none])
+    lines = list(summary_lines(blind, width=48))
+    assert lines[0] == "stalls were not measured, 200 transitions in 60.2 s"[: len(lines[0])]
+    assert lines[1:3][0] == "measured by: kvmstats"
+    assert max(map(len, lines[1:])) <= 48
 
 
 def test_statistics_without_a_histogram_do_no_harm() -> None:

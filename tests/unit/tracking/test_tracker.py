@@ -108,7 +108,17 @@ def test_one_commit_between_two_snapshots_is_known_in_full() -> None:
     ]
     assert {o.transition for o in ops} == {1}
     assert not any(o.predicted for o in ops)
-    assert rest == []
+    assert rest == [Reconciled(t_ns=100, slots=2, equal=True, differences=[])]
+
+
+def test_that_traced_slots_are_as_predicted_is_said_once() -> None:
+    """So that "equal" differs from "never compared"."""
+    t, kvm = tracker(), Kvm()
+    for number, holes in enumerate(((0xA0000,), (), (0xC0000,))):
+        commit(t, kvm.apply(make_map(*holes)))
+        t.snapshot({0: make_map(*holes)}, 100 * (number + 1))
+    _, _, rest = taken(t)
+    assert [(r.t_ns, r.equal) for r in rest if isinstance(r, Reconciled)] == [(100, True)]
 
 
 def test_several_commits_between_two_snapshots_keep_their_own_operations() -> None:
@@ -133,7 +143,8 @@ def test_lines_behind_the_mark_wait_for_the_next_snapshot() -> None:
     t.snapshot({0: make_map(0xA0000)}, 100)
     transitions, _, rest = taken(t)
     assert [x.detail for x in transitions] == ["full"]
-    assert rest == []  # compared with the slots at the mark, not with those of now
+    # compared with the slots at the mark, not with those of now
+    assert rest == [Reconciled(t_ns=100, slots=2, equal=True, differences=[])]
     assert t.pending == 1
     t.snapshot({0: make_map()}, 200)
     (transition,), _, rest = taken(t)
