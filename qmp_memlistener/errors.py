@@ -5,6 +5,7 @@
     MemListenerError                  exit 1
      +- OperationFailed               1   a check or an operation on the guest failed
      |   +- CommandFailed             1   QEMU refused a command
+     |   +- CommandNotAllowed         1   a command that is not known to be harmless was not sent
      |   +- GuestFrozen               1   real-time work runs, nobody may touch the guest
      |   +- GuestMigrating            1   a migration has the guest, it may not be paused
      +- InputError                    2   bad usage or bad input
@@ -13,6 +14,7 @@
      +- TargetError                   3   the target ...
      |   +- TargetUnreachable         3   ... cannot be connected to
      |   +- MonitorBusy               3   ... has a monitor, and somebody else uses it
+     |   +- WrongGuest                3   ... is another guest than the one that was meant
      |   +- TargetLost                3   ... went away while we were attached
      |   +- DeadlineExceeded          3   ... did not answer in time
      |   +- ProtocolViolation         3   ... does not speak QMP
@@ -26,6 +28,7 @@ from __future__ import annotations
 
 __all__ = [
     "CommandFailed",
+    "CommandNotAllowed",
     "DeadlineExceeded",
     "GuestFrozen",
     "GuestMigrating",
@@ -40,6 +43,7 @@ __all__ = [
     "TargetError",
     "TargetLost",
     "TargetUnreachable",
+    "WrongGuest",
 ]
 
 
@@ -71,6 +75,10 @@ class CommandFailed(OperationFailed):
         self.command = command
         self.error_class = error_class
         self.desc = desc
+
+
+class CommandNotAllowed(OperationFailed):
+    """Nothing was sent: the command is not on the list of those known to be harmless."""
 
 
 class GuestFrozen(OperationFailed):
@@ -127,6 +135,10 @@ class TargetUnreachable(TargetError):
 
 class MonitorBusy(TargetError):
     """The monitor exists but serves another client (a QMP monitor serves one at a time)."""
+
+
+class WrongGuest(TargetError):
+    """Another guest answers than the one that was meant; it was told and asked nothing more."""
 
 
 class TargetLost(TargetError):

@@ -219,6 +219,13 @@ class Agent:
         """An async iterator over the records from now on; it ends with the attachment."""
         return self._outlet.records.stream(limit)
 
+    def driver_taken(self, device: str) -> tuple[int | None, int] | None:
+        """When a driver of the guest took the PCI device: last seen without, first seen with one.
+
+        In ns; None when none has, or where that is not known.
+        """
+        return self._attached.source.masters.taken(device)
+
     # -- operating -------------------------------------------------------------------------
 
     @asynccontextmanager

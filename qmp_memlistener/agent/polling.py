@@ -10,7 +10,7 @@ import asyncio
 from ..errors import DeadlineExceeded
 from ..monitor import IdleRoundTrip, Monitor, take_snapshot
 from ..tracking import Tracker
-from .mapping import maps_of
+from .mapping import BusMasters, maps_of
 from .source import MakeTracker, Patience, Publish, snapshot_deadline
 
 __all__ = ["PollSource"]
@@ -39,6 +39,7 @@ class PollSource:
         self._publish = publish
         self._make_tracker = make_tracker
         self.tracker: Tracker | None = None
+        self.masters = BusMasters()
         self.snapshots = 0
         self.snapshot_ns = 0
         self._patience = Patience(publish)
@@ -79,6 +80,7 @@ class PollSource:
             shot = await take_snapshot(self._monitor, self._idle, deadline=snapshot_deadline())
             self.snapshots += 1
             self.snapshot_ns += shot.duration_ns
+            self.masters.take(shot.text, shot.t_start_ns, shot.t_end_ns)
             if shot.text != self._text:
                 self._text = shot.text
                 maps = maps_of(shot.text)

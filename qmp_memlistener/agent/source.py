@@ -10,6 +10,7 @@ from ..errors import DeadlineExceeded
 from ..recording import Note, Record
 from ..topology import MemoryMap
 from ..tracking import Tracker
+from .mapping import BusMasters
 
 __all__ = ["MakeTracker", "OwnCommand", "Patience", "Publish", "Source", "snapshot_deadline"]
 
@@ -35,6 +36,7 @@ class Source(Protocol):
 
     name: str
     tracker: Tracker | None
+    masters: BusMasters
     snapshots: int
     snapshot_ns: int
 

@@ -29,7 +29,7 @@ from ..monitor.trace_records import (
 )
 from ..recording import Cause, GuestState, Lost, Note, Record
 from ..tracking import RawOp, Tracker
-from .mapping import maps_of
+from .mapping import BusMasters, maps_of
 from .source import MakeTracker, OwnCommand, Patience, Publish, snapshot_deadline
 
 __all__ = ["TraceSource"]
@@ -73,6 +73,7 @@ class TraceSource:
         self._publish = publish
         self._make_tracker = make_tracker
         self.tracker: Tracker | None = None
+        self.masters = BusMasters()
         self.snapshots = 0
         self.snapshot_ns = 0
         self._patience = Patience(publish)
@@ -195,6 +196,7 @@ class TraceSource:
                     remedy="has somebody redirected QEMU's log? attach again",
                 ) from None
             maps = maps_of(reply.value)
+            self.masters.take(reply.value, reply.t_start_ns, reply.t_end_ns)
             first = replies[0]
             start = first.t_start_ns if not isinstance(first, CommandFailed) else reply.t_start_ns
             took = reply.t_end_ns - start

@@ -177,11 +177,13 @@ async def _fetch(target: str, unsafe_flatview: bool) -> _Live:
         read_facts,
         take_snapshot,
     )
+    from ..monitor.allowed import Permit
 
     admission = await refuse_if_frozen(target)
     for remark in admission.remarks:
         say(remark, err=True)
-    async with await Monitor.connect(admission.target) as monitor:
+    permits = (Permit.FLAT_VIEW,) if unsafe_flatview else ()
+    async with await Monitor.connect(admission.target, permits=permits) as monitor:
         facts = await read_facts(monitor)
         if unsafe_flatview:
             return _Live(await hmp(monitor, "info mtree", Flag("f"), Flag("o")), facts, None)

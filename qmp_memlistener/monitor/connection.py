@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from types import TracebackType
@@ -31,6 +31,7 @@ from ..errors import (
     TargetUnreachable,
 )
 from ..waits import waiting
+from . import allowed
 from .client import RawReply, TimedClient
 from .dial import (
     dial,
@@ -95,8 +96,9 @@ class Monitor:
     when the session ends, whoever ended it.
     """
 
-    def __init__(self, target: SocketTarget) -> None:
+    def __init__(self, target: SocketTarget, *, permits: Iterable[allowed.Permit] = ()) -> None:
         self.target = target
+        self._permits = frozenset(permits)
         self.version = QemuVersion(0, 0, 0)
         self.oob = False
         self.peer_pid: int | None = None
@@ -110,15 +112,22 @@ class Monitor:
         self._closing = False
 
     @classmethod
-    async def connect(cls, target: Target, *, deadline: float = CONNECT_DEADLINE) -> Monitor:
+    async def connect(
+        cls,
+        target: Target,
+        *,
+        deadline: float = CONNECT_DEADLINE,
+        permits: Iterable[allowed.Permit] = (),
+    ) -> Monitor:
         """Connect and negotiate, within `deadline` seconds.
 
         A `pid:N` target means the first of that QEMU's monitors that is free.  Raises
         TargetUnreachable, MonitorBusy, ProtocolViolation, DeadlineExceeded or TargetLost (the
-        peer hung up before it greeted).
+        peer hung up before it greeted).  `permits` are what the user asked for although it does
+        harm.
         """
         with waiting(f"for {target} to answer"):
-            monitor = cls(await resolve(target))
+            monitor = cls(await resolve(target), permits=permits)
             await monitor._open(deadline)
         return monitor
 
@@ -159,7 +168,8 @@ class Monitor:
         """Run one command and return its value with its times.
 
         In-band commands of one Monitor are sent one after the other; `oob` ones overtake them.
-        Raises CommandFailed (QEMU refused), DeadlineExceeded, TargetLost, ProtocolViolation.
+        Raises CommandNotAllowed (nothing was sent), CommandFailed (QEMU refused), DeadlineExceeded,
+        TargetLost, ProtocolViolation.
         After DeadlineExceeded the command may still run in QEMU; its reply is dropped.
         """
         if oob:
@@ -258,6 +268,8 @@ class Monitor:
     async def _run(
         self, commands: Sequence[Command], deadline: float | None, *, oob: bool = False
     ) -> list[Reply | CommandFailed]:
+        for command in commands:
+            self._check(command)
         if not self.is_connected:
             raise self._lost_error()
         verb = "exec-oob" if oob else "execute"
@@ -278,6 +290,10 @@ class Monitor:
         except QMPError as error:
             raise _session_error(self.target, error) from error
         return [self._result(c, r) for c, r in zip(commands, raw, strict=True)]
+
+    def _check(self, command: Command) -> None:
+        """Everything that leaves passes here.  Raises CommandNotAllowed."""
+        allowed.check(command.name, command.arguments, self._permits)
 
     def _result(self, command: Command, raw: RawReply) -> Reply | CommandFailed:
         if "error" not in raw.message:

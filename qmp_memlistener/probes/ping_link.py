@@ -15,6 +15,7 @@ import time
 
 from ..errors import DeadlineExceeded, ProtocolViolation, TargetLost
 from ..monitor import SocketTarget
+from ..monitor.allowed import names
 from ..monitor.dial import no_answer
 from .ping_brackets import Ping
 
@@ -24,10 +25,11 @@ __all__ = ["PingLink", "Stopped"]
 # byte, and sees the end of a command at its closing brace: hence no spaces, ids or line ends where
 # they can be spared, and the short name.  query-kvm returns two flags; of the harmless commands it
 # was the cheapest on 7.2, 10.0 and 11.1.
-_IN_BAND = b'{"execute":"query-kvm"}'
+_COMMAND, _OOB_COMMAND, _NEGOTIATE = names("query-kvm", "query-yank", "qmp_capabilities")
+_IN_BAND = b'{"execute":"%s"}' % _COMMAND.encode()
 # The one out-of-band command that changes nothing (qapi/yank.json; the others are yank,
 # migrate-pause and migrate-recover, qapi/migration.json).
-_OUT_OF_BAND = b'{"exec-oob":"query-yank","id":0}'
+_OUT_OF_BAND = b'{"exec-oob":"%s","id":0}' % _OOB_COMMAND.encode()
 _OOB_ID = 0
 _LINE_MAX = 1 << 20
 _GREETING_S = 1.0
@@ -86,7 +88,7 @@ class PingLink:
             raise ProtocolViolation(f"{self.target} does not greet as QMP does")
         self.oob = "oob" in offered
         wanted = ["oob"] if self.oob else []
-        command = {"execute": "qmp_capabilities", "arguments": {"enable": wanted}}
+        command = {"execute": _NEGOTIATE, "arguments": {"enable": wanted}}
         self._send(json.dumps(command).encode())
         answer = self._message(_ANSWER_S)
         if answer is None:

@@ -33,6 +33,7 @@ from ..errors import (
     TargetLost,
 )
 from ..monitor import SocketTarget, find_owner
+from ..monitor.allowed import names
 from ..monitor.dial import dial, explain_silence, no_answer, peer_pid
 from ..monitor.freeze import freeze_key
 from .guard_notes import NoteForm, new_note
@@ -42,6 +43,7 @@ from .model import UpdateRefused
 __all__ = ["ResumeGuard", "Settled"]
 
 MAX_PAUSE_S = 2.0
+_COMMANDS = ("qmp_capabilities", "query-migrate", "query-status", "stop", "cont")
 _CONNECT_S = 1.0
 _ARM_S = 2.0
 _RELEASE_S = 1.0
@@ -319,6 +321,7 @@ def _spawn(
         "control": control.fileno(),
         "monitor": monitor.fileno(),
         "agent": os.getpid(),
+        "commands": names(*_COMMANDS),
         "max_pause_ns": int(max_pause_s * 1e9),
         "note_path": note.path,
         "note": note.content,

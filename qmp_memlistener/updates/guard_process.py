@@ -46,8 +46,9 @@ _OVER = b"\n"
 class Guard:
     """Carries out what `Promise` says is due, between the agent and QEMU.
 
-    `settings` (JSON): `agent` its process id, `max_pause_ns`, `note_path` (empty: no notes) and
-    `note`, the part of the note that is known beforehand.
+    `settings` (JSON): `agent` its process id, `commands` those that it may send to QEMU,
+    `max_pause_ns`, `note_path` (empty: no notes) and `note`, the part of the note that is known
+    beforehand.
     """
 
     def __init__(
@@ -56,6 +57,8 @@ class Guard:
         self._control = control
         self._monitor = monitor
         self._agent = int(str(settings["agent"]))
+        commands = settings["commands"]
+        self._commands = frozenset(commands) if isinstance(commands, list) else frozenset()
         self._note_path = str(settings["note_path"])
         note = settings["note"]
         self._note: dict[str, object] = note if isinstance(note, dict) else {}
@@ -135,6 +138,9 @@ class Guard:
     def _send(self, due: Due | None) -> None:
         """None: the negotiation."""
         commands = (b"qmp_capabilities",) if due is None else due.value
+        for command in commands:
+            if command.decode() not in self._commands:
+                raise RuntimeError(f"{command!r} is not among the commands that it may send")
         try:
             self._monitor.sendall(b"".join(b'{"execute":"%s"}\n' % c for c in commands))
         except OSError:

@@ -102,6 +102,7 @@ class Host(Protocol):
     def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]: ...
     async def probes_started(self) -> None: ...
     async def probes_ready(self, timeout_s: float) -> tuple[str, ...]: ...
+    def driver_taken(self, device: str) -> tuple[int | None, int] | None: ...
 
 
 async def perform(
@@ -207,7 +208,7 @@ class _Operation:
     async def _carry_out(
         self, plan: UpdatePlan, ops: Monitor, guard: ResumeGuard | None
     ) -> Outcome:
-        reaction = Reaction(plan, self._marks, self._host.monitor)
+        reaction = Reaction(plan, self._marks, self._host.monitor, self._host.driver_taken)
         async with AsyncExitStack() as stack:
             stack.callback(self._host.subscribe(reaction.record))
             stack.callback(self._host.monitor.subscribe(reaction.event))

@@ -2,17 +2,16 @@
 
 Fed with QMP events and with records of transitions while `operation` waits; asks QEMU only for
 what no event tells: the sizes of virtio-mem devices (MEMORY_DEVICE_SIZE_CHANGE comes once a second
-at most) and whether a virtio driver has taken its device.
+at most).  Whether a driver has taken a PCI device is seen in the agent's snapshots.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ..errors import CommandFailed
 from ..monitor import Monitor, QmpEvent
 from ..recording import Cause, Record, TransitionRecord
 from .guest_facts import read_devices
@@ -33,7 +32,8 @@ FIRST_SIGN_S = 3.0
 _POLL_S = 0.05
 _LOOK_S = 0.2  # between two looks at BARs
 _DRIVER_S = 2.0  # how long a driver is waited for after the last sign of the guest
-_ASK_DEADLINE = 5.0
+_DRIVERS = ("virtio-", "vhost-")
+"""Device types that a guest's driver is waited for; one with a driver for it takes it soon."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,8 +50,15 @@ class Verdict:
 class Reaction:
     """Collects signs from the moment it is made.  `event` and `record` are callbacks."""
 
-    def __init__(self, plan: UpdatePlan, marks: Marks, monitor: Monitor) -> None:
+    def __init__(
+        self,
+        plan: UpdatePlan,
+        marks: Marks,
+        monitor: Monitor,
+        driver_taken: Callable[[str], tuple[int | None, int] | None],
+    ) -> None:
         self._plan = plan
+        self._driver_taken = driver_taken
         self._marks = marks
         self._monitor = monitor
         self._news = asyncio.Event()
@@ -306,7 +313,7 @@ class Reaction:
         """Until nothing has come for `QUIET_S`; looks after the driver meanwhile."""
         while self._left(end):
             last = self._marks.last_sign or self._marks.accepted or self._marks.begun
-            bound = self._marks.bound is not None or not await self._look_for_driver()
+            bound = self._marks.bound is not None or not self._look_for_driver()
             bound = bound or self._marks.bound is not None
             # a guest that is busy takes its time between the last BAR and the driver
             quiet = (QUIET_S if bound else _DRIVER_S) - (time.monotonic_ns() - last) / 1e9
@@ -315,26 +322,21 @@ class Reaction:
             nap = quiet if bound else min(quiet, _POLL_S)
             await self._until(min(end, time.monotonic() + nap))
 
-    async def _look_for_driver(self) -> bool:
-        """Whether there is a driver to wait for.  DRIVER_OK: virtio 1.2, 2.1; QEMU 7.2 and later
-        tell it by x-query-virtio-status, on a path below the device."""
-        if self._plan.awaited is not Awaited.REACTION or self._marks.first_sign is None:
+    def _look_for_driver(self) -> bool:
+        """Whether there is a driver to wait for."""
+        marks = self._marks
+        if self._plan.awaited is not Awaited.REACTION or marks.first_sign is None:
             return False
-        path = f"/machine/peripheral/{self._plan.devices[0]}/virtio-backend"
-        asked = time.monotonic_ns()
-        try:
-            found = await self._monitor.execute(
-                "x-query-virtio-status", {"path": path}, deadline=_ASK_DEADLINE
-            )
-        except CommandFailed:
-            return False
-        if "DRIVER_OK" not in repr(found.get("status") if isinstance(found, Mapping) else ""):
-            self._marks.unbound = asked
-        elif self._marks.unbound is not None:
-            self._marks.bound = time.monotonic_ns()
-        else:
-            self._marks.unbound, self._marks.bound = self._marks.first_sign, time.monotonic_ns()
-        return True
+        taken = self._driver_taken(self._plan.devices[0])
+        sent = marks.sent or 0  # what was seen before was another device of that id
+        if taken is not None and taken[1] >= sent:
+            since, marks.bound = taken
+            first = marks.first_sign if since is None or since < sent else since
+            marks.unbound = min(marks.bound, first)
+        return any(
+            step.addition is not None and step.addition.type.startswith(_DRIVERS)
+            for step in self._plan.update
+        )
 
     async def _until(self, end: float) -> None:
         """Until something comes, or `end`."""

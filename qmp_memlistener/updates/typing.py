@@ -26,6 +26,7 @@ import msgspec
 
 from ..errors import CommandFailed, DeadlineExceeded, InputError, ProtocolViolation
 from ..monitor import Monitor
+from ..monitor.allowed import may_be_examined
 from .model import Addition, Role, UpdateRefused, Value
 from .options import shown
 
@@ -50,11 +51,6 @@ _ALIASES = {
 
 _NO_PROPERTIES = frozenset({"driver", "id", "bus"})
 """Of device_add itself (qdev_device_add_from_qdict in system/qdev-monitor.c)."""
-
-_NEVER_HOTPLUGGED = ("virtio-gpu", "virtio-vga", "vhost-user-gpu", "vhost-user-vga")
-"""What these names begin with is no hotpluggable device (hw/display/virtio-gpu-pci.c and others),
-and to ask for its properties is dangerous: parts of some are in modules of their own, and a QEMU
-that lacks one aborts (`missing object type 'virtio-gpu-gl-device'`, Debian's 7.2)."""
 
 _BACKEND_SIZES = frozenset({"size", "align", "offset"})
 """What is a size in every memory-backend-* that has it (MemoryBackendProperties and
@@ -171,7 +167,7 @@ async def _device_types(
     monitor: Monitor, driver: str, deadline: float
 ) -> tuple[str, Mapping[str, str]]:
     """The driver's real name, and the types of its properties (`ObjectPropertyInfo.type`)."""
-    if driver.startswith(_NEVER_HOTPLUGGED):
+    if not may_be_examined(driver):
         raise UpdateRefused(
             f"{shown(driver)} cannot be plugged into a running guest, QEMU's display devices "
             "cannot; nothing was touched",

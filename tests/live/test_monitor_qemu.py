@@ -39,6 +39,7 @@ from qmp_memlistener.monitor import (
     read_facts,
     take_snapshot,
 )
+from tests.support.any_monitor import AnyMonitor
 from tests.support.bare_qemu import NEW_MOUNTS, can_unshare, moved, running
 from tests.support.live import NO_QEMU, QEMUS, best_accel, builds
 
@@ -215,7 +216,7 @@ async def test_snapshot_and_facts(build: QemuBuild, tmp_path: Path) -> None:
 async def test_human_monitor_arguments_stay_single_arguments(
     build: QemuBuild, tmp_path: Path
 ) -> None:
-    async with running(build, tmp_path) as qemu, await Monitor.connect(qemu.a) as monitor:
+    async with running(build, tmp_path) as qemu, await AnyMonitor.connect(qemu.a) as monitor:
         for name in ('a" b', "a b", "-f", "back\\slash", "new\nline", "d\u00e9j\u00e0", "%s%n"):
             with pytest.raises(CommandFailed) as error:
                 await hmp(monitor, "device_del", name)
@@ -325,7 +326,7 @@ async def test_a_stopped_qemu_neither_answers_nor_blocks_us(tmp_path: Path) -> N
 
 @pytest.mark.asyncio
 async def test_out_of_band_overtakes(tmp_path: Path) -> None:
-    async with running(QEMUS[0], tmp_path) as qemu, await Monitor.connect(qemu.a) as monitor:
+    async with running(QEMUS[0], tmp_path) as qemu, await AnyMonitor.connect(qemu.a) as monitor:
         assert monitor.oob
         slow = asyncio.create_task(monitor.timed("query-qmp-schema"))
         await asyncio.sleep(0)

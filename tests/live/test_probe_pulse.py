@@ -40,6 +40,7 @@ from qmp_memlistener.monitor import (
 )
 from qmp_memlistener.probes import CommandSpan, Context, Kind, Measurement, Observation
 from qmp_memlistener.probes.pulse import PulseProbe
+from tests.support.any_monitor import AnyMonitor
 from tests.support.live import Vm, best_accel, booted, builds, cases
 
 pytestmark = pytest.mark.qemu
@@ -141,7 +142,7 @@ async def probing(
     vm: Vm, *, started: bool = True
 ) -> AsyncIterator[tuple[PulseProbe, Told, Monitor]]:
     target = UnixTarget(str(vm.guest.monitors[0]))
-    async with await Monitor.connect(target) as monitor:
+    async with await AnyMonitor.connect(target) as monitor:
         probe, told = PulseProbe(await context_of(vm.guest.pid, monitor)), Told()
         assert (await probe.check()).usable
         if started:
@@ -412,7 +413,7 @@ async def test_memory_of_any_kind_is_found(build: QemuBuild, tmp_path: Path) -> 
         )
         async with (
             launch(spec.on(build)) as guest,
-            await Monitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor,
+            await AnyMonitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor,
         ):
             probe, told = PulseProbe(await context_of(guest.pid, monitor)), Told()
             async with asyncio.timeout(30):
@@ -439,7 +440,7 @@ async def test_a_guest_without_a_pulse_is_told_of_with_a_remedy(build: QemuBuild
     ):
         async with (
             launch(spec.on(build)) as guest,
-            await Monitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor,
+            await AnyMonitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor,
         ):
             context = await context_of(guest.pid, monitor)
             verdict = await PulseProbe(context).check()

@@ -19,6 +19,7 @@ from qmp_memlistener.guests import PciAddress, QemuBuild
 from qmp_memlistener.guests.linux import LinuxGuest, LinuxImage, LinuxSpec, boot_linux
 from qmp_memlistener.guests.linux_views import Bar, PciDevice
 from qmp_memlistener.monitor import Monitor, UnixTarget
+from tests.support.any_monitor import AnyMonitor
 
 __all__ = ["LinuxVm", "booted_linux", "image"]
 
@@ -128,6 +129,6 @@ async def booted_linux(
 ) -> AsyncIterator[LinuxVm]:
     async with (
         boot_linux(image(label), spec, build) as guest,
-        await Monitor.connect(UnixTarget(str(guest.guest.monitors[0]))) as monitor,
+        await AnyMonitor.connect(UnixTarget(str(guest.guest.monitors[0]))) as monitor,
     ):
         yield LinuxVm(guest, monitor)

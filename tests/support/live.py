@@ -43,6 +43,7 @@ from qmp_memlistener.recording import (
     TransitionRecord,
 )
 from qmp_memlistener.topology import Transition
+from tests.support.any_monitor import AnyMonitor
 
 __all__ = [
     "Commits",
@@ -186,7 +187,7 @@ async def booted(
 @asynccontextmanager
 async def qmp(path: Path) -> AsyncIterator[Monitor]:
     """A connection of the test's own."""
-    async with await Monitor.connect(UnixTarget(str(path))) as monitor:
+    async with await AnyMonitor.connect(UnixTarget(str(path))) as monitor:
         yield monitor
 
 

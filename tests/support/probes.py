@@ -19,6 +19,7 @@ from qmp_memlistener.monitor import (
     read_facts,
 )
 from qmp_memlistener.probes import CommandSpan, Context, Kind, Measurement, Observation, Probe
+from tests.support.any_monitor import AnyMonitor
 
 __all__ = ["NO_FACTS", "Recorder", "at_work", "context_of", "guest_context"]
 
@@ -98,7 +99,7 @@ def context_of(monitor: Monitor, ping: SocketTarget | None = None) -> Context:
 @asynccontextmanager
 async def guest_context(guest: Guest) -> AsyncIterator[Context]:
     """As an attachment has it: the observer on the first monitor, the second one for pings."""
-    async with await Monitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor:
+    async with await AnyMonitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor:
         ping = UnixTarget(str(guest.monitors[1])) if len(guest.monitors) > 1 else None
         yield replace(
             context_of(monitor, ping),

@@ -113,9 +113,10 @@ def test_every_error_has_an_exit_code_of_the_contract() -> None:
     errors = import_module("qmp_memlistener.errors")
     expected = {
         "MemListenerError": 1, "OperationFailed": 1, "CommandFailed": 1,
-        "GuestFrozen": 1, "GuestMigrating": 1,
+        "CommandNotAllowed": 1, "GuestFrozen": 1, "GuestMigrating": 1,
         "InputError": 2, "MtreeError": 2, "RecordingError": 2,
         "TargetError": 3, "TargetUnreachable": 3, "MonitorBusy": 3, "TargetLost": 3,
+        "WrongGuest": 3,
         "DeadlineExceeded": 3, "ProtocolViolation": 3,
         "MissingPrerequisite": 4,
     }  # fmt: skip

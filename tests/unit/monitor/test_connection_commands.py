@@ -37,7 +37,7 @@ async def test_commands_events_and_errors(tmp_path: Path) -> None:
         stop = monitor.subscribe(lambda e: called.append(e.name))
         with monitor.events() as events:
             before = time.monotonic_ns()
-            reply = await monitor.timed("one")
+            reply = await monitor.timed("query-name")
             assert reply.value == {"x": 1}
             assert before <= reply.t_start_ns <= reply.t_end_ns <= time.monotonic_ns()
             got = await anext(events)
@@ -45,7 +45,7 @@ async def test_commands_events_and_errors(tmp_path: Path) -> None:
             assert reply.t_start_ns <= got.t_ns <= reply.t_end_ns
             stop()
             with pytest.raises(CommandFailed) as error:
-                await monitor.execute("two")
+                await monitor.execute("query-uuid")
             assert error.value.error_class == "CommandNotFound"
             assert error.value.remedy is not None
             assert (await anext(events)).stamp_ns is None
@@ -53,11 +53,11 @@ async def test_commands_events_and_errors(tmp_path: Path) -> None:
         with pytest.raises(StopAsyncIteration):
             await anext(events)
         with pytest.raises(ProtocolViolation):
-            await hmp(monitor, "info version")
+            await hmp(monitor, "info network")
         await monitor.close()
         assert isinstance(monitor.lost.result(), TargetLost)
         with pytest.raises(TargetLost):
-            await monitor.execute("three")
+            await monitor.execute("query-kvm")
 
 
 @pytest.mark.asyncio
@@ -68,7 +68,7 @@ async def test_a_stream_that_nobody_reads_counts_what_it_drops(tmp_path: Path) -
         await Monitor.connect(target) as monitor,
     ):
         stream = monitor.events(limit=10)
-        await monitor.execute("one")
+        await monitor.execute("query-name")
         assert stream.dropped == 90
         assert (await anext(stream)).name == "E90"
 
@@ -95,7 +95,7 @@ async def test_replies_that_are_none(
         await Monitor.connect(target) as monitor,
     ):
         with pytest.raises(error):
-            await monitor.execute("one", deadline=0.3)
+            await monitor.execute("query-name", deadline=0.3)
 
 
 @pytest.mark.asyncio
@@ -116,7 +116,7 @@ async def test_the_peer_goes_away_in_the_middle_of_a_command(tmp_path: Path, res
     ):
         events = monitor.events()
         with pytest.raises((TargetLost, ProtocolViolation)):
-            await monitor.execute("one")
+            await monitor.execute("query-name")
         assert isinstance(await monitor.lost, TargetError)
         with pytest.raises(TargetError):
             await anext(events)
@@ -137,8 +137,8 @@ async def test_a_late_reply_does_not_answer_the_next_command(tmp_path: Path) -> 
 
     async with serving(tmp_path, serve) as target, await Monitor.connect(target) as monitor:
         with pytest.raises(DeadlineExceeded):
-            await monitor.execute("one", deadline=0.05)
-        assert await monitor.execute("two") == "right"
+            await monitor.execute("query-name", deadline=0.05)
+        assert await monitor.execute("query-uuid") == "right"
 
 
 @pytest.mark.asyncio
@@ -155,14 +155,14 @@ async def test_pipelined_commands_leave_in_one_write(tmp_path: Path) -> None:
         while text:
             request, end = decoder.raw_decode(text)
             text = text[end:].lstrip()
-            kind = "error" if request["execute"] == "two" else "return"
+            kind = "error" if request["execute"] == "query-uuid" else "return"
             value = {"class": "GenericError", "desc": "no"} if kind == "error" else {}
             writer.write(message({kind: value, "id": request["id"]}))
         await reader.read()
 
     async with serving(tmp_path, serve) as target, await Monitor.connect(target) as monitor:
         one, two, three = await monitor.pipeline(
-            [Command("one"), Command("two", {"x": 1}), Command("three")]
+            [Command("query-name"), Command("query-uuid", {"x": 1}), Command("query-kvm")]
         )
     assert sizes == [3]
     assert isinstance(two, CommandFailed)
@@ -184,7 +184,7 @@ async def test_closing_a_peer_that_does_not_read(tmp_path: Path) -> None:
     async with serving(tmp_path, serve) as target:
         monitor = await Monitor.connect(target)
         with pytest.raises(DeadlineExceeded):
-            await monitor.execute("big", {"x": "y" * (8 << 20)}, deadline=0.1)
+            await monitor.execute("query-status", {"x": "y" * (8 << 20)}, deadline=0.1)
         async with within(2):
             await monitor.close(deadline=0.3)
             await monitor.close()
@@ -196,10 +196,10 @@ async def test_reconnect_keeps_streams(tmp_path: Path) -> None:
     serve = replying(message({"event": "STOP"}) + b'{"return": {}, "id": ID}\n')
     async with serving(tmp_path, serve) as target, await Monitor.connect(target) as monitor:
         stream = monitor.events()
-        await monitor.execute("one")
+        await monitor.execute("query-name")
         await monitor.reconnect()
         assert not monitor.lost.done()
-        await monitor.execute("one")
+        await monitor.execute("query-name")
         assert [(await anext(stream)).name for _ in range(2)] == ["STOP", "STOP"]
 
 
@@ -223,7 +223,7 @@ async def test_reconnect_after_the_peer_hung_up(tmp_path: Path) -> None:
     async with serving(tmp_path, serve) as target, await Monitor.connect(target) as monitor:
         stream = monitor.events()
         with pytest.raises(TargetLost):
-            await monitor.execute("one")
+            await monitor.execute("query-name")
         with pytest.raises(TargetLost):
             await anext(stream)
         await monitor.reconnect()
