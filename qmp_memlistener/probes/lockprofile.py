@@ -2,8 +2,9 @@
 
 QEMU's synchronization profiler is off as a rule.  It is switched on around bursts, or for the whole
 attachment when the user named the probe, and put back afterwards; when somebody else has it on it
-stays on.  It knows sums for each call site, not single waits: what follows from two snapshots is
-stated in `LockProfileProbe`.  The text is `lockprofile_text`'s business.
+stays on, and when somebody else switches it off it stays off.  It knows sums for each call site,
+not single waits: what follows from two snapshots is stated in `LockProfileProbe`.  The text is
+`lockprofile_text`'s business.
 """
 
 from __future__ import annotations
@@ -234,10 +235,11 @@ class LockProfileProbe:
         still_on = await self._is_on()
         self._deliver(before, after)
         if not still_on:
-            self._on_ns = time.monotonic_ns()
-            await self._say("sync-profile on")
             if self._sink is not None:
-                self._sink.lost(self.info.name, "somebody had switched the lock profiler off")
+                what = "somebody switched the lock profiler off: it is left so"
+                self._sink.lost(self.info.name, what)
+            self._undo = False  # what is put back already may be somebody else's by the end
+            await self._switch_off()
 
     def _deliver(self, before: _Snapshot, after: _Snapshot) -> None:
         sink = self._sink

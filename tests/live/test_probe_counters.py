@@ -134,7 +134,7 @@ async def test_what_another_user_had_on_stays_on(build: QemuBuild) -> None:
 @builds(QEMUS[-1:])
 @pytest.mark.asyncio
 async def test_others_that_reset_it_or_switch_it_off_are_noticed(build: QemuBuild) -> None:
-    async with watched(build) as (_, context, monitor):
+    async with watched(build) as (vm, context, monitor):
         probe = LockProfileProbe(context)
         async with at_work(probe) as recorder:
             await probe.burst(True)
@@ -148,10 +148,14 @@ async def test_others_that_reset_it_or_switch_it_off_are_noticed(build: QemuBuil
             await hmp(monitor, "sync-profile off", quiet=True)
             await probe.flush()
             assert len(recorder.losses) == 2
-            assert await profiler(monitor) == "on"
-            await probe.burst(False)
+            # it is left as they have it, also when they change their mind
             assert await profiler(monitor) == "off"
-        assert len(recorder.measurements) == 4
+            assert left_behind(vm.guest.pid) == []
+            await hmp(monitor, "sync-profile on", quiet=True)
+            await probe.burst(False)
+            assert await profiler(monitor) == "on"
+        assert await profiler(monitor) == "on"
+        assert len(recorder.measurements) == 3
 
 
 @builds()

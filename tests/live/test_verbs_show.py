@@ -84,7 +84,7 @@ async def test_list(build: QemuBuild) -> None:
 
     def expected(vm: Vm, *states: str) -> dict[str, object]:
         monitors = [
-            {"target": f"unix:{path}", "state": state}
+            {"target": f"unix:{path}", "state": state, "why": None}
             for path, state in zip(vm.guest.monitors, states, strict=True)
         ]
         return {
@@ -94,6 +94,8 @@ async def test_list(build: QemuBuild) -> None:
             "machine": "q35",
             "accel": accel,
             "monitors": monitors,
+            "visible": True,
+            "notes": [],
             "frozen": None,
         }
 
