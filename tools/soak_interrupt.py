@@ -186,11 +186,11 @@ async def one_round(bench: Bench, verb: str, *, interrupt: bool = True) -> Found
         wrong.append(f"exit code {code}")
     if "Traceback" in err.decode():
         wrong.append("a traceback")
-    if as_json and verb != "compare" and code in (0, 1, INTERRUPTED) and not out:
+    if as_json and verb != "compare" and code in (0, 1) and not out:
         wrong.append("no document")
     changed = "changed" if _changes(before, after) else "as before"
-    shown = [f"{w}: {arguments[:-1]} {number.name} {code} {out.decode()!r} {err.decode()!r}"
-             for w in wrong]  # fmt: skip
+    said = f"{out.decode()!r} {err.decode()[-500:]!r}"
+    shown = [f"{w}: {' '.join(arguments)} {number.name} {code} {said}" for w in wrong]
     return Found(f"{code}, {changed}", shown)
 
 
