@@ -68,6 +68,12 @@ def main(argv: list[str] | None = None) -> int:
     except (click.Abort, KeyboardInterrupt, Interrupted):
         say("interrupted", err=True)
         return EXIT_CODE
+    except RuntimeError as exc:
+        # Python before 3.12 wraps what comes while a class of a module is made
+        if not isinstance(exc.__cause__, Interrupted | KeyboardInterrupt):
+            raise
+        say("interrupted", err=True)
+        return EXIT_CODE
     except (SystemExit, OSError) as exc:
         return _end_of_output(exc)
     return result if isinstance(result, int) else 0

@@ -12,7 +12,7 @@ from __future__ import annotations
 import asyncio
 import random
 import time
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import msgspec
@@ -38,6 +38,7 @@ __all__ = [
 CONTROL = "control"
 INTERRUPTED = "interrupted"
 """Why a comparison ended early that was cancelled; the guest was put back."""
+_LOOK_S = 2.0
 PROBES_S = 30.0
 """How long probes may take to be at work; what only those measure that do not is missing."""
 
@@ -156,6 +157,7 @@ class _Comparing:
             await self._carry_out(await self._warm_up(strategies))
         except asyncio.CancelledError:
             if not self._rounds:
+                self._progress("interrupted: the guest is as it was")
                 raise
             ended = _Interrupted(INTERRUPTED)
         except NotPutBack as exc:
@@ -237,7 +239,7 @@ class _Comparing:
                 self._rounds.append(made)
         finally:
             if strategy is not None:
-                await _to_the_end(self._guest.put_back())
+                await _to_the_end(self._guest)
         return found
 
     async def _until(self, end: int) -> None:
@@ -311,9 +313,10 @@ def _within(seen: Sequence[Record], start: int, end: int) -> list[StallRecord]:
     return [r for r in seen if isinstance(r, StallRecord) and r.start_ns < end and r.end_ns > start]
 
 
-async def _to_the_end(work: Coroutine[None, None, None]) -> None:
-    """Cancelled meanwhile, finish all the same; cancelled twice, say what that means."""
-    task = asyncio.ensure_future(work)
+async def _to_the_end(guest: ComparedGuest) -> None:
+    """Put the guest back.  Cancelled meanwhile, finish all the same; cancelled twice, say what
+    that leaves."""
+    task = asyncio.ensure_future(guest.put_back())
     cancelled = False
     while not task.done():
         try:
@@ -325,8 +328,13 @@ async def _to_the_end(work: Coroutine[None, None, None]) -> None:
             task.cancel()
             await asyncio.wait((task,))
     if task.cancelled():
+        try:
+            async with asyncio.timeout(_LOOK_S):
+                left = await guest.left()
+        except (TimeoutError, MemListenerError):
+            left = "what is left over is not known"
         raise NotPutBack(
-            "interrupted again while the guest was being put back",
+            f"interrupted again while the guest was being put back: {left or 'it is as it was'}",
             remedy="look what is left over in the guest (`show`), and undo it by hand",
         )
     task.result()

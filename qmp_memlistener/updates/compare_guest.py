@@ -79,6 +79,9 @@ class ComparedGuest(Protocol):
     async def put_back(self) -> None:
         """Make the guest as it was.  Raises NotPutBack, TargetError."""
 
+    async def left(self) -> str:
+        """How the guest differs from what it was, in words; empty when it does not."""
+
 
 async def read_state(monitor: Monitor, intent: Intent) -> GuestState:
     """Only what `intent` may touch.  Raises TargetError."""
@@ -205,6 +208,9 @@ class HostGuest:
             await asyncio.sleep(min(_AGAIN_S, left) if why else 0)
         if is_resized:
             await asyncio.sleep(QUIET_S)  # as `perform` gives every other update
+
+    async def left(self) -> str:
+        return self._differences(await self._read(self._host.monitor, self._intent))
 
     def _is_back(self, now: GuestState) -> bool:
         """Devices that somebody else has added meanwhile are none of our business."""

@@ -155,6 +155,9 @@ class FakeGuest:
         self.log.append("control")
         self.emit(transition(time.monotonic_ns()))
 
+    async def left(self) -> str:
+        return "device d0 is there" if self.is_changed else ""
+
     async def put_back(self) -> None:
         self.log.append("back")
         if self.stuck_at == self.changes - 1:

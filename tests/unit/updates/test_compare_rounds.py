@@ -193,6 +193,7 @@ async def test_interrupted_while_it_puts_back(times: int) -> None:
         assert not guest.is_changed
     else:
         assert "interrupted again" in found.ended_early
+        assert "device d0 is there" in found.ended_early
         assert guest.is_changed
 
 
