@@ -56,7 +56,7 @@ def _transition(stall: Stall) -> None:
 def _commit(stall: Stall, evidence: Evidence) -> Stall | None:
     _transition(stall)
     if stall.transition is None and stall.logs:
-        stall.cause = StallCause("slot_op", "dirty logging", stall.length_ns)
+        stall.cause = StallCause("slot_op", stall.why_logs, stall.length_ns)
     elif stall.transition is None and stall.seen.thread == MAIN:
         _by_command(stall, evidence)
     return None
@@ -78,6 +78,8 @@ def _part_of_commit(stall: Stall, evidence: Evidence) -> Stall | None:
             if stall.transition is None and commit.transition is not None:
                 stall.transition = commit.transition
                 _transition(stall)
+            elif stall.transition is None and stall.logs and commit.logs:
+                stall.cause = StallCause("slot_op", commit.why_logs, stall.length_ns)
             return commit
     return None
 

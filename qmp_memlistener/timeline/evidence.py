@@ -40,6 +40,7 @@ class Stall:
     transition: int | None = None
     deleted_size: int | None = None
     logs: bool = False  # its ioctl is traced, and is no part of a transition
+    why_logs: str = "dirty logging"  # of a commit that does nothing else, in words
     cause: StallCause = _UNKNOWN
     incident: int = 0
 

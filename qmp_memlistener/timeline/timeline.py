@@ -20,6 +20,7 @@ from ..probes import CommandSpan, Kind, Observation
 from ..recording import (
     CommandRecord,
     GuestState,
+    QmpEvent,
     Record,
     SlotOp,
     StallCause,
@@ -27,6 +28,7 @@ from ..recording import (
     TransitionRecord,
 )
 from .causes import decide
+from .dirty_logging import DirtyLogging
 from .evidence import KEEP_NS, Evidence, Stall, overlap
 from .pairing import Pairing, TracedOp, Updates, twins, uncertainty
 from .windows import TimedOp, missing_window, trace_windows
@@ -67,6 +69,7 @@ class Timeline:
         self._open: list[tuple[int, int, Stall]] = []  # a heap: what ended first comes first
         self._order = count()
         self._evidence = Evidence()
+        self._logging = DirtyLogging()
         self._pairing = Pairing()
         self._transitions: deque[TransitionRecord] = deque()
         self._ops_of: dict[int, list[TracedOp]] = {}
@@ -109,6 +112,7 @@ class Timeline:
             for other in self._evidence.commands(*_span(span))
         )
         self._evidence.add_command(span)
+        self._logging.command(span)
         if span.probe != "agent" and not ours:
             self._records.append(
                 CommandRecord(
@@ -131,6 +135,8 @@ class Timeline:
                 if record.transition is not None:
                     self._ops_of.setdefault(record.transition, []).append(traced)
                 self._pairing.traced(traced)
+            case QmpEvent():
+                self._logging.event(record)
             case GuestState(running=False):
                 self._stops.append(record)
 
@@ -262,6 +268,9 @@ class Timeline:
             if len(known) == 1:
                 commit.transition = known.pop()
             commit.logs = bool(mine) and all(u.logs for u in mine)
+            if commit.logs:
+                changed = [u.seen.update for u in mine if u.seen.update is not None]
+                commit.why_logs = self._logging.words(commit.seen.start_ns, changed)
             for update in mine:
                 commit.witnesses |= update.witnesses
         self._match_silent(commits, horizon)

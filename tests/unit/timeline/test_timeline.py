@@ -310,8 +310,35 @@ def test_dirty_logging_is_named() -> None:
     timeline.observe([window(Kind.COMMIT, 0, MS, thread="main"), ioctl(200_000, 400_000, SIZE)])
     timeline.record(slot_op(None, 450_000, "add"))
     records = timeline.finish()
-    assert only(records, Kind.SLOT_UPDATE).cause == StallCause("slot_op", "0:3", 200_000)
-    assert only(records, Kind.COMMIT).cause == StallCause("slot_op", "dirty logging", MS)
+    why = "dirty logging switched off"
+    assert only(records, Kind.SLOT_UPDATE).cause == StallCause("slot_op", why, 200_000)
+    assert only(records, Kind.COMMIT).cause == StallCause("slot_op", why, MS)
+
+
+@pytest.mark.parametrize(
+    ("command", "slots", "why"),
+    [
+        ("migrate", (3, 4), "dirty logging (migration)"),
+        ("calc-dirty-rate", (3, 4), "dirty logging (dirty-rate measurement)"),
+        ("migrate", (3,), "dirty logging switched off"),  # a display does that for its memory
+        ("query-status", (3, 4), "dirty logging switched off"),
+    ],
+)
+def test_who_asked_for_dirty_logging_is_said_where_it_was_seen(
+    command: str, slots: tuple[int, ...], why: str
+) -> None:
+    timeline = new()
+    timeline.command(CommandSpan(command, 0, MS, MS, "uprobes"))
+    at = 20 * MS
+    seen = [window(Kind.COMMIT, at, at + MS, thread="tid 9")]
+    for n, slot in enumerate(slots):
+        start = at + 200_000 * (n + 1)
+        seen.append(ioctl(start, start + 100_000, SIZE, slot=slot))
+        timeline.record(slot_op(None, start + 150_000, "flags", slot=slot))
+    timeline.observe(seen)
+    records = timeline.finish()
+    assert only(records, Kind.COMMIT).cause == StallCause("slot_op", why, MS)
+    assert {s.cause.ref for s in stalls(records, Kind.SLOT_UPDATE) if s.cause} == {why}
 
 
 def test_nothing_is_decided_before_every_probe_has_spoken() -> None:
