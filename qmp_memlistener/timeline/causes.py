@@ -67,8 +67,7 @@ def _part_of_commit(stall: Stall, evidence: Evidence) -> Stall | None:
     seen = stall.seen
     _transition(stall)
     if stall.transition is None and stall.logs and seen.update is not None:
-        ref = f"{seen.update.as_id}:{seen.update.slot}"
-        stall.cause = StallCause("slot_op", ref, stall.length_ns)
+        stall.cause = StallCause("slot_op", stall.why_logs, stall.length_ns)
     for commit in evidence.overlapping(Kind.COMMIT, seen.start_ns, seen.end_ns):
         # the BQL admits one commit at a time: what concerns all vCPUs is of the one it lies in
         same = seen.tid in (commit.seen.tid, None) or (
@@ -78,8 +77,6 @@ def _part_of_commit(stall: Stall, evidence: Evidence) -> Stall | None:
             if stall.transition is None and commit.transition is not None:
                 stall.transition = commit.transition
                 _transition(stall)
-            elif stall.transition is None and stall.logs and commit.logs:
-                stall.cause = StallCause("slot_op", commit.why_logs, stall.length_ns)
             return commit
     return None
 

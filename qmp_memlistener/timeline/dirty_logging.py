@@ -8,11 +8,12 @@ their own.  A display switches it for its own memory alone: one slot is never ta
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from operator import itemgetter
 
 from ..probes import CommandSpan, SlotUpdate
 from ..recording import QmpEvent
+from .evidence import Stall
 
 __all__ = ["DirtyLogging"]
 
@@ -44,8 +45,22 @@ class DirtyLogging:
         self._asked.sort(key=itemgetter(0))
         del self._asked[:-_KEPT]
 
-    def words(self, t_ns: int, updates: Sequence[SlotUpdate]) -> str:
-        """What a commit at `t_ns` did that changed nothing but the flags of these slots."""
+    def explain(self, stalls: Iterable[Stall]) -> None:
+        """Tell those that only change flags why; what one thread does at once belongs together.
+
+        The commit itself may not have been seen: QEMU makes a thread for each of these.
+        """
+        of_thread: dict[int | None, list[Stall]] = {}
+        for stall in stalls:
+            if stall.logs and stall.seen.update is not None:
+                of_thread.setdefault(stall.seen.tid, []).append(stall)
+        for mine in of_thread.values():
+            changed = [s.seen.update for s in mine if s.seen.update is not None]
+            why = self._words(mine[0].seen.start_ns, changed)
+            for stall in mine:
+                stall.why_logs = why
+
+    def _words(self, t_ns: int, updates: Sequence[SlotUpdate]) -> str:
         slots = {(u.as_id, u.slot) for u in updates}
         at = bisect_right(self._asked, t_ns, key=itemgetter(0))
         if at and len(slots) >= _GLOBAL:

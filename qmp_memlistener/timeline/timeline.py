@@ -192,6 +192,7 @@ class Timeline:
         for stall in sorted(ready, key=_start):
             by_kind[stall.seen.kind].append(stall)
         updates = Updates(by_kind[Kind.SLOT_UPDATE])
+        self._logging.explain(by_kind[Kind.SLOT_UPDATE])
         decided: list[Stall] = []
         for kind in _ORDER:
             stalls = by_kind[kind]
@@ -269,8 +270,7 @@ class Timeline:
                 commit.transition = known.pop()
             commit.logs = bool(mine) and all(u.logs for u in mine)
             if commit.logs:
-                changed = [u.seen.update for u in mine if u.seen.update is not None]
-                commit.why_logs = self._logging.words(commit.seen.start_ns, changed)
+                commit.why_logs = mine[0].why_logs
             for update in mine:
                 commit.witnesses |= update.witnesses
         self._match_silent(commits, horizon)
