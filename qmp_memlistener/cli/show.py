@@ -74,7 +74,7 @@ def command(
         print_json(document(result, address_space) | (live.document() if live else {}))
         return
     if live is not None:
-        say(live.title())
+        say(live.title(), "")
     _print(result, address_space)
     if live is not None:
         live.print(live.text)
@@ -110,7 +110,7 @@ class _Live:
         ) else ""  # fmt: skip
         machine, accel = f.machine or "not known", f.accel or "not known"
         status = f.status or "status not known"
-        return f"QEMU {f.version}, machine {machine}, accelerator {accel}, {status}{cost}\n"
+        return f"QEMU {f.version}, machine {machine}, accelerator {accel}, {status}{cost}"
 
     def document(self) -> dict[str, object]:
         f = self.facts
@@ -210,9 +210,10 @@ def _print(result: MemoryMap, address_space: str) -> None:
         ),
     )
     say(
-        "* under KVM a memslot fits exactly this range\n"
+        "* under KVM a memslot fits exactly this range"
         if result.rendered
-        else "* an accelerator slot fits exactly this range\n"
+        else "* an accelerator slot fits exactly this range",
+        "",
     )
     rows = []
     for b in result.ram_blocks:
