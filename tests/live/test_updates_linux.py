@@ -76,6 +76,15 @@ async def test_parts_of_a_device_and_memory_that_the_kernel_keeps(
         assert kept.guest_state.after == "running"
         assert (await vm.guest.memory_blocks()).online_bytes == blocks + 256 * MIB
 
+        # Linux takes whole blocks only, and its _OST says success
+        odd = parse_addition(Role.OBJECT, "memory-backend-ram,id=b1,size=100M")
+        plug = Plug(parse_addition(Role.DEVICE, "pc-dimm,id=d1,memdev=b1"), (odd,))
+        refused = await agent.update(plug, Strategy.DIRECT, PATIENT)
+        assert refused.outcome == "partial"
+        assert "100 MiB" in str(refused.reason)
+        assert seen.of(QmpEvent)[-1].data["info"]["status"] == 0
+        assert (await vm.guest.memory_blocks()).online_bytes == blocks + 256 * MIB
+
 
 @builds(QEMUS[:1])
 @pytest.mark.asyncio
