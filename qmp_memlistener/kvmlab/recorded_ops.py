@@ -12,15 +12,14 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..memslots import OpKind, Order
-from ..memslots.slots import LAST_SLOT
+from ..memslots.slots import LAST_SLOT, MOST_PAGES
 
 __all__ = ["Backing", "Recorded", "RecordedOp", "RecordedSlot", "Remarks"]
 
 PAGE = 4096
 """What gpa, size and host address of a slot are multiples of: the smallest page KVM knows."""
 
-_MOST_BYTES = ((1 << 31) - 1) * PAGE
-"""Of a slot: KVM_MEM_MAX_NR_PAGES (Linux, include/linux/kvm_host.h)."""
+_MOST_BYTES = MOST_PAGES * PAGE
 
 Backing = tuple[str, str | None, int]
 """RAM block, its owner, and the offset in it of a slot's first byte."""

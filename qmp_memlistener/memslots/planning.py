@@ -6,13 +6,14 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 
+from ..errors import InputError
 from ..topology.model import FlatView
 from ..topology.transition import Transition
 from .dirty_log import LogChange
 from .exposure import DirtyBytes, Exposure, Missing, Step, expose
 from .ops import Op
 from .rules import Rules, name_backing, slot_table, views_by_as
-from .slots import SlotTable
+from .slots import MOST_PAGES, SlotTable
 from .strategies import (
     DEFAULT_MAX_HOLES,
     Change,
@@ -103,7 +104,8 @@ def plan(
     dirty logs start or stop.  `hand_back`: batches return the bitmaps of removed slots instead
     of dropping them.  `max_holes` bounds the holes of a slot (`hole`; None: no bound).
 
-    Raises InputError when the table does not go with the views, ValueError for no strategy.
+    Raises InputError when the table does not go with the views or a range has more pages than a
+    slot may have, ValueError for no strategy.
     """
     change = _change(before, after, table, rules or Rules(), log)
     return _carry_out(change, Strategy(strategy), hand_back, max_holes)
@@ -146,6 +148,14 @@ def _change(
         mine = name_backing(table, old, rules)
         if mine is table:
             mine = table.copy()  # the plan keeps it, the caller may go on changing theirs
+    for slot in (*mine, *slot_table(new, rules)):
+        if slot.size > MOST_PAGES * rules.page_size:
+            # kvm_set_phys_mem (accel/kvm/kvm-all.c) splits on s390x alone
+            raise InputError(
+                f"{slot} has more than {MOST_PAGES} pages: KVM refuses such a slot (EINVAL), and "
+                "QEMU aborts",
+                remedy="no guest has it: give memory of that size as several DIMMs",
+            )
     return Change(old, new, mine, rules, log)
 
 

@@ -35,6 +35,9 @@ AS_SHIFT = 16
 
 LAST_SLOT = (1 << AS_SHIFT) - 1
 
+MOST_PAGES = (1 << 31) - 1
+"""Of a slot: KVM_MEM_MAX_NR_PAGES (Linux, include/linux/kvm_host.h)."""
+
 BlockKey = tuple[str, str | None, int, int]
 """What a slot that follows its RAM block stands for: the block's name and owner, gpa minus offset
 in the block, and the flags that no live slot can change (READONLY, GUEST_MEMFD)."""

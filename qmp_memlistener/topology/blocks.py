@@ -2,13 +2,16 @@
 
 A RAM block may be mapped several times (below and above 4 GiB, SMRAM aliases); mappings are told
 apart by the distance between guest address and block offset.  With a region tree a mapping
-reaches as far as the block would be visible if nothing were in front of it; with a flat view
-alone, from its first to its last visible byte: then a hole at the very end is not seen.
+reaches as far as the block would be visible if nothing were in front of it.  With a flat view alone
+it reaches from its first to its last visible byte, and on to where the block's next mapping goes on
+in it, as far as that is covered: RAM below 4 GiB ends where RAM above it begins (`_proven`).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from itertools import zip_longest
 
 from .model import FlatRange, FlatView, Hole, Mapping, RamBlock
 from .render import Extent
@@ -28,7 +31,7 @@ def ram_blocks(view: FlatView, extents: Iterable[Extent] | None = None) -> tuple
         if r.kind.backed:
             visible.setdefault((r.name, r.owner, r.start - r.offset), []).append(r)
     spans: dict[_Key, list[tuple[int, int]]] = {}
-    for e in shared_extents(view) if extents is None else extents:
+    for e in _proven(view) if extents is None else extents:
         spans.setdefault((e.name, e.owner, e.start - e.offset), []).append(
             (e.start, e.start + e.size)
         )
@@ -67,6 +70,34 @@ def shared_extents(*views: FlatView) -> list[Extent]:
         Extent(lo, hi - lo, name, owner, lo - delta)
         for (name, owner, delta), (lo, hi) in spans.items()
     ]
+
+
+def _proven(view: FlatView) -> list[Extent]:
+    """The extents that a flat view shows, with the holes at their ends that offsets prove.
+
+    Of a block with several mappings each goes up to the offset at which the next one begins, where
+    something else lies there in front of it: TSEG at the end of RAM below 4 GiB, say.  Where
+    nothing is, or where the first byte of another RAM block is, the block was never mapped.
+    """
+    shown = sorted(shared_extents(view), key=lambda e: (e.name, e.owner or "", e.offset))
+    out: list[Extent] = []
+    for extent, following in zip_longest(shown, shown[1:]):
+        size = extent.size
+        same = following is not None and (following.name, following.owner) == (
+            extent.name,
+            extent.owner,
+        )
+        gap = following.offset - extent.offset - size if same and following is not None else 0
+        if gap > 0:
+            end = extent.start + size
+            for r in view.between(end, end + gap):
+                if r.start > end or r.kind.backed:
+                    break
+                end = min(r.end, extent.start + size + gap)
+            if end == extent.start + size + gap:
+                size += gap
+        out.append(replace(extent, size=size))
+    return out
 
 
 def holes_in(

@@ -26,8 +26,8 @@ _ANSWERING_PARENTS = frozenset(
     {
         "ahci", "aspeed.i2c", "aspeed.sdhci", "aspeed.smc.flash", "astro", "bochs-display-mmio",
         "dino", "elroy", "gpex_ioport_window", "gpex_mmio_window", "gt64120-isd", "io", "iocsr",
-        "pcie.0.mmio_window", "rtc", "sabre-config", "vga.mmio", "via-pm", "xlnx.versal-canfd",
-        "xtfpga.io",
+        "megasas-mmio", "pcie.0.mmio_window", "rtc", "sabre-config", "vga.mmio", "via-pm",
+        "xlnx.versal-canfd", "xtfpga.io",
     }
 )  # fmt: skip
 # hw/vfio/pci.c ("... base BAR 0"), hw/vfio/helpers.c (mmapped parts are ramd children),
@@ -58,16 +58,18 @@ _NUMBERED_CONTAINER = re.compile(r"vtd-[0-9a-f.]+|pec-.*-mmio\d*|pci@\d+\.(?:mmi
 # The same, seen with children only: without any they may be something else of that name.
 _CONTAINING_PARENTS = frozenset(
     {
-        "a15mp-priv-container", "a9mp-priv-container", "aspeed.adc", "aspeed.i3c.container",
-        "aspeed.intc.container", "aspeed.spi_boot_container", "aux-io", "bcm2835-gpu",
-        "bcm2835-mbox", "bcm2835-peripherals", "bic-memory", "bm-dino", "bm-raven", "bmc-memory",
-        "cadence.sdhci-container", "container", "designware-i2c", "dma", "e500-ccsr",
-        "exynos4210-cpu-container", "exynos4210-dist-container", "ftgmac100.container", "icp-0",
-        "imx6.ccm", "imx6ul.ccm", "imx7.analog", "imx8mp.analog", "isa-fw", "lpc-opb",
-        "mchp.pfsoc.ioscb", "memory", "mmio", "mpcore-priv-container",
-        "mps2-tz-eth-usb-container", "mr-ps-switch", "musca-device-container", "next.scsi",
-        "npcm7xx.sdhci-container", "omap-gpmc-file", "onenand", "openpic", "pci-container",
-        "pci1-io", "pcie-bus-memory", "pcie.0.iommu_root", "realview-gic-container",
+        "a15mp-priv-container", "a9mp-priv-container", "apu-mr", "arm-sse-cpu-container0",
+        "arm-sse-cpu-container1", "armsse-container", "armv7m-container", "aspeed.adc",
+        "aspeed.i3c.container", "aspeed.intc.container", "aspeed.spi_boot_container", "aux-io",
+        "bcm2835-gpu", "bcm2835-mbox", "bcm2835-peripherals", "bic-memory", "bm-dino",
+        "bm-raven", "bmc-memory", "cadence.sdhci-container", "container", "designware-i2c",
+        "dma", "e500-ccsr", "exynos4210-cpu-container", "exynos4210-dist-container",
+        "ftgmac100.container", "icp-0", "imx6.ccm", "imx6ul.ccm", "imx7.analog", "imx8mp.analog",
+        "isa-fw", "lpc-opb", "mchp.pfsoc.ioscb", "memory", "mmio", "mpcore-priv-container",
+        "mps2-tz-eth-usb-container", "mr-apu", "mr-ps-switch", "musca-device-container",
+        "next.scsi", "npcm7xx.sdhci-container", "nrf51-container", "omap-gpmc-file", "onenand",
+        "openpic", "pci-container", "pci1-io", "pcie-bus-address-space-root", "pcie-bus-memory",
+        "pcie.0.iommu_root", "ps-alias-for-rpu", "realview-gic-container", "rpu-mr",
         "sabre-pci-ioport", "sm501.mmio", "usb_dwc3", "xlnx-cframe-reg", "xlnx-versal-cfu-apb",
         "xlnx-zynmp.rtc", "xlnx.csu_dma", "xlnx.pmu_io_intc", "xlnx.v-dp", "xlnx.versal-ospi",
         "xlnx.versal-pmc-iou-slcr", "xlnx.versal-usb2-ctrl-regs", "xlnx.zynqmp-can",
@@ -75,22 +77,20 @@ _CONTAINING_PARENTS = frozenset(
     }
 )  # fmt: skip
 
-# Without children, and they answer, though they look as containers do (`_LIKE_CONTAINERS`).
+# Without children, and they answer, though they look as containers do.
 _ANSWERING_LEAVES = frozenset(
     {
-        "a53_dap", "apm-io", "aspeed.io", "ast2700.io", "ast2700.ltpi", "audio_dsp", "bitband",
-        "caam_mem", "cache-and-tlb", "dbg-leds", "ddr-mem", "ddr_phy", "ddrc_cfg", "dwc2-io",
-        "empty-slot", "espdma-mmio", "extioi_system_mem", "homer-main-memory", "intc", "io",
-        "lan9118-mmio", "lance-mmio", "ledma-mmio", "loongarch_virt_pm", "lpcm", "lqspi",
-        "mchp.pfsoc.ioscb.ccc", "msi_window", "next.mmio", "npcm8xx.rootc", "nrf51_soc.io",
-        "nrf51_soc.private", "omap-id", "omap-mpui-io", "omap-ulpd-pm", "pci-isa-mmio",
-        "pci-vpb-config", "pci-vpb-selfconfig", "pci0-conf", "pci0-iack", "PCI_2",
-        "pcie-mmcfg-mmio", "pcie1_mem", "pnv-pnor", "port92", "ports", "PSRAM",
-        "pxa2xx-pcmcia-attribute", "pxa2xx-pcmcia-common", "pxa2xx-pcmcia-io", "pxa2xx-pm",
-        "qspi1_rx_buffer", "qspi_mem", "r_pio", "ram-empty", "rc4030.dma", "riscv.aplic",
-        "riscv.sifive.plic", "ROMCS", "sabre-pci-config", "sh_pci", "smc91c111-mmio",
-        "tz-mpc-upstream", "unin-pci-isa-mmio", "vga-mmio", "virtio-mmio",
-        "xlnx.versal-ospi-dac",
+        "a53_dap", "aspeed.io", "ast2700.io", "ast2700.ltpi", "audio_dsp", "bcm2835-dbus",
+        "bitband", "cache-and-tlb", "dbg-leds", "ddr-mem", "ddr_phy", "ddrc_cfg", "e1000-mmio",
+        "e1000e-mmio", "edu-mmio", "empty-slot", "gpio", "gpio2", "gpio3", "homer-main-memory",
+        "intc", "io", "lpcm", "lqspi", "mchp.pfsoc.ioscb.ccc", "msi_window", "next.mmio",
+        "npcm7xx.ahbpci", "npcm8xx.ahbpci", "npcm8xx.rootc", "nrf51_soc.io", "nrf51_soc.private",
+        "omap-id", "pci-isa-mmio", "pci-vpb-config", "pci-vpb-selfconfig", "pci0-conf",
+        "pci0-iack", "PCI_2", "pcie-mmcfg-mmio", "pcie1_mem", "pciio", "pm-smbus", "pnv-pnor",
+        "PSRAM", "pxa2xx-pcmcia-attribute", "pxa2xx-pcmcia-common", "pxa2xx-pcmcia-io",
+        "qspi1_rx_buffer", "qspi_mem", "ram-empty", "rc4030.dma", "riscv.aplic",
+        "riscv.sifive.plic", "ROMCS", "sabre-pci-config", "tz-mpc-upstream", "unin-pci-isa-mmio",
+        "vga-lowmem", "vga-mmio", "xlnx.versal-ospi-dac", "xps_gpio",
     }
 )  # fmt: skip
 _ANSWERING_LEAF = re.compile(
@@ -108,12 +108,11 @@ _ANSWERING_LEAF = re.compile(
     r"|[cdp]chip\d"
 )
 
-_WORDS = (
-    *("as", "bar", "bus", "container", "flash", "io", "isa", "mem", "memory", "mmio", "msix"),
-    *("pci", "pio", "pm", "port", "ports", "root", "space", "window"),
-)
+_WORDS = ("bus", "container", "msix", "root", "space", "window")
+# What a whole bus is mapped through has 64 KiB of ports, or more; a device's own ports are fewer.
+_BUS_WORDS = (*_WORDS, "io", "isa", "mem", "memory", "mmio", "pci", "pio")
+_BUS_SIZE = 64 << 10
 _NUMBER = "0123456789"
-_LIKE_CONTAINERS = re.compile(rf"(?:.*[^a-z])?(?:{'|'.join(_WORDS)})(?:[-_. ]?\d+)?", re.IGNORECASE)
 _BUS_WINDOW = re.compile(r"(?:.*[^a-z])?(?:pci\w?|isa|bus)\d*[-_. ](?:mem|memory|mmio|io|pio)\d*")
 _LIKE_A_CONTAINER = 16 << 20  # bytes; registers take less
 
@@ -156,11 +155,10 @@ def _parent(name: str) -> Answer:
 def _leaf(name: str, size: int) -> Answer:
     if _is_container(name):
         return _NO
-    if size < _LIKE_A_CONTAINER and not (
-        name.rstrip(_NUMBER).rstrip("-_. ").lower().endswith(_WORDS)  # quick, and mostly not
-        and _LIKE_CONTAINERS.fullmatch(name)
-    ):
-        return _YES
+    if size < _LIKE_A_CONTAINER:
+        words = _WORDS if size < _BUS_SIZE else _BUS_WORDS
+        if not name.rstrip(_NUMBER).rstrip("-_. ").lower().endswith(words):
+            return _YES
     if name in _ANSWERING_LEAVES or _ANSWERING_LEAF.fullmatch(name):
         return _YES
     return _HARDLY if _BUS_WINDOW.fullmatch(name) else _PERHAPS

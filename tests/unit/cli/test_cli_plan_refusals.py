@@ -104,3 +104,15 @@ def test_a_map_without_memory(
     other.write_text(tree("0000000000000000-0000000000000fff (prio 0, i/o): x", space="I/O"))
     err = run(capsys, "plan", "--before", other, "--after", pair[1]).refused()
     assert "memory" in err
+
+
+def test_a_slot_above_kvms_page_limit(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    """KVM_MEM_MAX_NR_PAGES: one page more than 2**31 - 1 is refused, as in a replay."""
+    for size, refused in (((1 << 31) << 12, True), (((1 << 31) - 1) << 12, False)):
+        path = tmp_path / "m.txt"
+        path.write_text(tree(f"{0:016x}-{size - 1:016x} (prio 0, ram): big"))
+        ran = run(capsys, "plan", "--before", path, "--after", path)
+        if refused:
+            assert "more than 2147483647 pages" in ran.refused()
+        else:
+            assert ran.code == 0

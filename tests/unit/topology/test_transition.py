@@ -135,3 +135,23 @@ def test_the_inverse_swaps_punched_and_filled(a: Mr, b: Mr) -> None:
     assert set(there.holes_punched) == set(back.holes_filled)
     assert set(there.holes_filled) == set(back.holes_punched)
     assert there.ram_appeared == back.ram_vanished
+
+
+def test_a_flat_view_has_the_hole_that_offsets_prove() -> None:
+    """RAM above 4 GiB begins at the offset where that below ends: TSEG is in front of its last."""
+    flat = (
+        'FlatView #0\n AS "memory", root: system\n Root memory region: system\n'
+        "  0000000000000000-000000003fbfffff (prio 0, ram): pc.ram KVM\n"
+        "  000000003fc00000-000000003fffffff (prio 1, i/o): tseg-blackhole\n"
+        "  0000000100000000-000000013fffffff (prio 0, ram): pc.ram @0000000040000000 KVM\n\n"
+    )
+    (block,) = read_map(flat).ram_blocks
+    assert [(m.start, m.size) for m in block.mapped] == [(0, 1 << 30), (1 << 32, 1 << 30)]
+    assert [(h.start, h.size, h.covered_by) for h in block.holes] == [
+        (0x3FC00000, 0x400000, "tseg-blackhole")
+    ]
+    # where nothing is in front, nobody knows that RAM was mapped there
+    (block,) = read_map(
+        flat.replace("000000003fffffff (prio 1", "000000003fdfffff (prio 1")
+    ).ram_blocks
+    assert block.holes == ()
