@@ -15,7 +15,7 @@ from .common import json_option, print_json, run_async, say, terminal_shape
 if TYPE_CHECKING:
     from ..guests import PciAddress, Pulse, QemuBuild
     from ..memslots import Rules, SlotTable
-    from ..recording import Record
+    from ..recording import Record, SlotOp
     from ..topology import Transition
 
 MEMORY = 512 << 20
@@ -60,7 +60,9 @@ class _Demo:
         self._quiet = False
         self.first: Transition | None = None
         self._rules: Rules | None = None
-        self._table: SlotTable | None = None
+        self.after: SlotTable | None = None
+        self._first_seq: int | None = None
+        self._first_ops: list[SlotOp] = []
         self._facts: dict[str, object] = {}
         self._transitions = 0
         self._slot_ops = 0
@@ -100,6 +102,7 @@ class _Demo:
             def commit(self, transition: Transition) -> None:
                 if demo.first is None and transition and len(transition.before):
                     demo.first = transition
+                    demo.after = agent.slots
 
         async with launch(spec.on(build)) as guest:
             assert guest.ram is not None
@@ -108,7 +111,7 @@ class _Demo:
             self._say(f"attaching to {guest.monitors[0]}", "")
             async with attach(f"unix:{guest.monitors[0]}", on_record=self._on_record) as agent:
                 agent.register(FirstTransition())
-                self._rules, self._table = agent.rules, agent.slots
+                self._rules = agent.rules
                 for title, writes in self._steps():
                     self._say("", f"-- the guest {title}")
                     before = self._transitions
@@ -223,15 +226,38 @@ class _Demo:
             return
         self._say("", "-- the first transition under every strategy (`qmp-memlistener plan`)")
         print_plans(
-            plan_all(self.first.before, self.first.after, table=self._table, rules=self._rules)
+            plan_all(self.first.before, self.first.after, table=self._before(), rules=self._rules)
         )
+
+    def _before(self) -> SlotTable | None:
+        """The slots before the first transition: its traced operations, taken back.
+
+        They told the ids of the slots that they are about; at attach nobody knew them.
+        """
+        from ..memslots import Slot
+
+        if self.after is None:
+            return None
+        table = self.after.copy()
+        for op in reversed(self._first_ops):
+            if op.ret or op.as_id:
+                continue
+            if op.op == "add":
+                table.remove(op.as_id, op.slot)
+            elif op.op == "delete":
+                table.add(Slot(op.as_id, op.slot, op.gpa, op.size))
+        return table
 
     def _on_record(self, record: Record) -> None:
         from ..recording import SlotOp, TransitionRecord
 
         if isinstance(record, TransitionRecord):
             self._transitions += 1
+            if self._first_seq is None and (record.removed or record.added):
+                self._first_seq = record.seq
         elif isinstance(record, SlotOp):
+            if record.transition == self._first_seq and record.transition is not None:
+                self._first_ops.append(record)
             self._slot_ops += 1
             self._predicted += record.predicted
         if not self._quiet:
