@@ -143,9 +143,9 @@ class Watcher:
 
 
 @asynccontextmanager
-async def watched(build: QemuBuild, accel: str) -> AsyncIterator[Watcher]:
+async def watched(build: QemuBuild, accel: str, *args: str) -> AsyncIterator[Watcher]:
     """A guest with three monitors: for agents, for their guards, for us."""
-    spec = GuestSpec(accel=accel, memory=32 << 20, shared_memory=False, monitors=3)
+    spec = GuestSpec(accel=accel, memory=32 << 20, shared_memory=False, monitors=3, args=args)
     async with (
         launch(spec.on(build)) as guest,
         await Monitor.connect(UnixTarget(str(guest.monitors[2]))) as monitor,

@@ -52,6 +52,7 @@ from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition, parse_resize
 from qmp_memlistener.updates.pausing import paused_guest
 from qmp_memlistener.updates.slot_backend import ModelBackend
+from tests.support.any_monitor import AnyMonitor
 
 __all__ = ["KINDS", "Pair", "Round", "migrated_pair", "one_round", "status_of", "wrong_of"]
 
@@ -190,7 +191,7 @@ async def migrated_pair(
         source = await stack.enter_async_context(launch(spec))
         destination = await stack.enter_async_context(launch(waiting))
         monitors = [
-            await stack.enter_async_context(await Monitor.connect(UnixTarget(str(path))))
+            await stack.enter_async_context(await AnyMonitor.connect(UnixTarget(str(path))))
             for path in (source.monitors[-1], destination.monitors[0])
         ]
         assert source.ram is not None

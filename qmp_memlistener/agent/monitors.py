@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from ..errors import InputError
+from ..errors import CommandFailed, InputError
 from ..monitor import (
     CONNECT_DEADLINE,
     Companions,
@@ -20,10 +20,18 @@ from ..monitor import (
     parse_target,
 )
 from ..monitor.dial import resolve
-from ..monitor.freeze import check_not_frozen, freeze_key, hold_freeze
+from ..monitor.freeze import FreezeKey, check_not_frozen, freeze_key, hold_freeze
 from ..updates.guard_notes import take_notes
+from ..updates.left_behind import REMEDY, confirmed, left_behind
 
-__all__ = ["Admission", "Monitors", "as_target", "connect_monitors", "refuse_if_frozen"]
+__all__ = [
+    "Admission",
+    "Monitors",
+    "as_target",
+    "connect_monitors",
+    "left_remarks",
+    "refuse_if_frozen",
+]
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +63,7 @@ class Admission:
     """The monitor behind a target that may be talked to; `remarks` are for the user."""
 
     target: SocketTarget
+    key: FreezeKey
     remarks: tuple[str, ...]
 
 
@@ -68,7 +77,8 @@ async def refuse_if_frozen(target: str | Target) -> Admission:
     key = freeze_key(found, owner)
     await asyncio.to_thread(check_not_frozen, key)
     notes = await asyncio.to_thread(take_notes, key)
-    return Admission(found, tuple(t for n in notes for t in (n.text, n.remedy) if t is not None))
+    told = tuple(t for n in notes for t in (n.text, n.remedy) if t is not None)
+    return Admission(found, key, told)
 
 
 async def connect_monitors(
@@ -100,6 +110,7 @@ async def connect_monitors(
         remarks += (await stack.enter_async_context(hold_freeze(key, freeze))).remarks
     else:
         await asyncio.to_thread(check_not_frozen, key)
+    remarks += await left_remarks(observer, key)
     used = [observer.target]
     operator = None
     if operations is not None:
@@ -119,6 +130,22 @@ async def connect_monitors(
     )
     remarks += companions.without
     return Monitors(observer, operator or observer, companions, owner, tuple(remarks))
+
+
+async def left_remarks(monitor: Monitor, key: FreezeKey) -> list[str]:
+    """What an agent of ours that was killed has left in the guest by an update, if it is so still.
+
+    Raises TargetError.
+    """
+    found = []
+    for left in await asyncio.to_thread(left_behind, key):
+        try:
+            text = await confirmed(monitor, left)
+        except CommandFailed as exc:
+            text = f"{left.text} (whether that is so is not known: {exc.message})"
+        if text is not None:
+            found += [text, f"to put that right: {REMEDY}"]
+    return found
 
 
 async def _connect_named(

@@ -59,11 +59,11 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
     from ..updates.guard_notes import all_notes
 
     notes = all_notes()  # to examine a target takes those about it
-    leftovers = _find()
+    leftovers = [*_find(), *run_async(_find_behind())]
     cleaned: list[str] = []
     if clean and leftovers:
         cleaned = run_async(_clean(leftovers))
-        leftovers = _find()
+        leftovers = [*_find(), *run_async(_find_behind())]
     probes, checks = run_async(_probes(target))
     checks += _checks()
     if as_json:
@@ -151,8 +151,40 @@ def _find() -> list[Left]:
     ]
 
 
+async def _find_behind() -> list[Left]:
+    """What updates left that did not come to their end: the guests are asked whether it is so."""
+    from ..errors import MemListenerError, OperationFailed
+    from ..monitor import Monitor, PidTarget, find_guest
+    from ..updates.left_behind import LeftBehind, confirmed, left_behind, take_away
+
+    async def away(left: LeftBehind, pid: int) -> bool:
+        async with await Monitor.connect(PidTarget(pid)) as monitor:
+            return await take_away(monitor, left)
+
+    async def unknown() -> bool:
+        raise OperationFailed(
+            "the QEMU that was paused is not visible here",
+            remedy="send `cont` to one of its monitors if it is to run",
+        )
+
+    found = []
+    for left in left_behind():
+        pid = left.pid
+        if pid is None:
+            found.append(Left(left.text, left.path, None, unknown))
+            continue
+        try:
+            async with await Monitor.connect(PidTarget(pid)) as monitor:
+                text = await confirmed(monitor, left)
+        except MemListenerError as exc:
+            text = f"{left.text} (whether that is so still is not known: {exc.message})"
+        if text is not None:
+            found.append(Left(text, left.path, find_guest(pid), partial(away, left, pid)))
+    return found
+
+
 async def _clean(leftovers: list[Left]) -> list[str]:
-    from ..errors import CommandFailed, GuestFrozen, TargetError
+    from ..errors import OperationFailed, TargetError
     from ..monitor.freeze import check_not_frozen, process_key
 
     done = []
@@ -162,8 +194,10 @@ async def _clean(leftovers: list[Left]) -> list[str]:
                 check_not_frozen(process_key(left.guest.process))
             if await left.take_away():
                 done.append(left.what)
-        except (CommandFailed, GuestFrozen, TargetError) as exc:
+        except (OperationFailed, TargetError) as exc:
             say(f"not cleaned: {exc.message}", err=True)
+            if exc.remedy:
+                say(f"  remedy: {exc.remedy}", err=True)
     return done
 
 

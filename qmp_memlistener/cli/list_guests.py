@@ -24,10 +24,12 @@ def command(as_json: bool) -> None:
     from ..host import bounded
     from ..monitor import find_guests, list_document
     from ..monitor.freeze import freeze_document, frozen_by, process_key
+    from ..updates.left_behind import REMEDY, left_behind
 
     found = find_guests()
     document = list_document(found)
     guests = document["guests"]
+    left = left_behind()
     holders = {}
     looked = bounded.each(lambda g: frozen_by(process_key(g.process)), found, soft=0.1, hard=2)
     for (guest, holder), shown in zip(looked, guests, strict=True):
@@ -35,8 +37,15 @@ def command(as_json: bool) -> None:
         if isinstance(holder, Exception):
             shown["notes"].append(f"whether it is frozen cannot be seen: {holder}")
     if as_json:
-        frozen = [{**g, "frozen": freeze_document(holders[g["pid"]])} for g in guests]
-        print_json({**document, "guests": frozen})
+        more = [
+            {
+                **g,
+                "frozen": freeze_document(holders[g["pid"]]),
+                "left_behind": [x.text for x in left if x.pid == g["pid"]],
+            }
+            for g in guests
+        ]
+        print_json({**document, "guests": more})
         return
     if not guests:
         say("no QEMU is running on this host (or none that your user may see)")
@@ -54,6 +63,8 @@ def command(as_json: bool) -> None:
     for g in guests:
         for note in g["notes"]:
             say(f"{g['pid']}: {note}")
+    for each in left:
+        say(f"{each.text}; {REMEDY} puts that right, if it is so still")
     for pid, holder in holders.items():
         if holder is not None:
             say(f"{pid} is frozen for real-time work by {holder}")

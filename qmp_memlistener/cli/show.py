@@ -168,7 +168,7 @@ class _Live:
 
 
 async def _fetch(target: str, unsafe_flatview: bool) -> _Live:
-    from ..agent.monitors import refuse_if_frozen
+    from ..agent.monitors import left_remarks, refuse_if_frozen
     from ..monitor import (
         Flag,
         Monitor,
@@ -184,6 +184,8 @@ async def _fetch(target: str, unsafe_flatview: bool) -> _Live:
         say(remark, err=True)
     permits = (Permit.FLAT_VIEW,) if unsafe_flatview else ()
     async with await Monitor.connect(admission.target, permits=permits) as monitor:
+        for remark in await left_remarks(monitor, admission.key):
+            say(remark, err=True)
         facts = await read_facts(monitor)
         if unsafe_flatview:
             return _Live(await hmp(monitor, "info mtree", Flag("f"), Flag("o")), facts, None)

@@ -32,6 +32,10 @@ class HeldFile:
         self._handle = handle
         self._unlink = unlink
 
+    def fileno(self) -> int:
+        """A process that gets this descriptor holds the file, too."""
+        return self._handle
+
     def read(self) -> bytes:
         """What it says; its writer may have been killed half-way.  Nothing if it is too long."""
         if os.fstat(self._handle).st_size > LONGEST:

@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from enum import StrEnum
 from itertools import count
 from pathlib import Path
@@ -43,7 +44,7 @@ from .model import UpdateRefused
 __all__ = ["ResumeGuard", "Settled"]
 
 MAX_PAUSE_S = 2.0
-_COMMANDS = ("qmp_capabilities", "query-migrate", "query-status", "stop", "cont")
+_COMMANDS = ("qmp_capabilities", "query-cpus-fast", "query-migrate", "query-status", "stop", "cont")
 _CONNECT_S = 1.0
 _ARM_S = 2.0
 _RELEASE_S = 1.0
@@ -72,6 +73,7 @@ class _Message(msgspec.Struct):
     phase: str = ""
     status: str = ""
     migration: str = ""
+    looked_ns: int = 0
     acted: bool = False
     refused: bool = False
     why: str = ""
@@ -111,7 +113,10 @@ class ResumeGuard:
         self._waiting: dict[int, asyncio.Future[_Message]] = {}
         self._ready: asyncio.Future[_Message] = asyncio.get_running_loop().create_future()
         self._failure = ""
+        self.looked_ns = 0
+        """When it asked (CLOCK_MONOTONIC) what `arm` returned."""
         self._closed = False
+        self._note_path = ""
         self._listening = asyncio.create_task(self._listen(), name=f"guard {target}")
 
     @classmethod
@@ -153,7 +158,11 @@ class ResumeGuard:
                 process = _spawn(theirs, sock, note, max_pause_s)
         except BaseException:
             ours.close()
+            if note.held is not None:
+                note.held.remove()
             raise
+        if note.held is not None:
+            note.held.close()  # the guard's process holds it from now on
         try:
             streams = await asyncio.open_unix_connection(sock=ours)
         except BaseException:
@@ -161,6 +170,7 @@ class ResumeGuard:
             _reap_later(process)
             raise
         guard = cls(process, target, peer, streams, max_pause_s)
+        guard._note_path = note.path
         try:
             async with asyncio.timeout(deadline):
                 await guard._ready
@@ -214,6 +224,7 @@ class ResumeGuard:
                 remedy="QEMU's main loop is stalled; try again when it answers",
             )
         check_not_migrating(answer.status, answer.migration)
+        self.looked_ns = answer.looked_ns
         return answer.status
 
     async def release(self) -> None:
@@ -223,8 +234,11 @@ class ResumeGuard:
         """
         try:
             self._take(await self._ask("release", _RELEASE_S))
-        except (TimeoutError, OperationFailed):
+        except TimeoutError:
             pass
+        except OperationFailed:
+            with suppress(OSError):
+                os.unlink(self._note_path)
 
     async def hand_over(self, *, deadline: float = 5.0) -> Settled:
         """We cannot resume the guest, or do not know whether it runs: the guard shall see to it.
@@ -324,8 +338,10 @@ def _spawn(
         "commands": names(*_COMMANDS),
         "max_pause_ns": int(max_pause_s * 1e9),
         "note_path": note.path,
+        "note_file": -1 if note.held is None else note.held.fileno(),
         "note": note.content,
     }
+    handed = [settings["control"], settings["monitor"], settings["note_file"]]
     script = Path(__file__).with_name("guard_process.py")
     try:
         return subprocess.Popen(
@@ -334,7 +350,7 @@ def _spawn(
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
             cwd="/",
-            pass_fds=(control.fileno(), monitor.fileno()),
+            pass_fds=[int(str(number)) for number in handed if number != -1],
             # Ctrl-C and the end of our terminal are not for it.
             start_new_session=True,
         )

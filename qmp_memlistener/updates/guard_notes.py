@@ -1,58 +1,65 @@
-"""Notes of the resume guard: a guest was resumed, or could not be, and nobody was there to tell.
+"""Notes of the resume guard: that a guest may be paused by us, and what the guard did alone.
 
-One file for each, KEY.resumed-TOKEN in our directory (`host.state`), written by `guard_process`.
-KEY is the guest (`freeze.freeze_key`: pid and start time, or its address).  A note is read once,
-by the next verb for that guest, and goes with its QEMU.  The guard removes it itself when its
-agent turns out to be alive and tells its user.
+One note (`host.notes`) for each guard, KEY.guard-TOKEN, KEY as in `freeze.freeze_key`.  The guard's
+process holds and rewrites it (`guard_process`), so that a pause costs two small writes, before
+`stop` and after `cont`.  When it is stale and the agent is dead as well, it tells what they left:
+
+- `armed`, `stopped`: both were killed while the guest was paused, or about to be;
+- `over`: the guard resumed the guest, or could not, and nobody was there to tell.  Such a note is
+  read once, by the next verb for that guest.
 """
 
 from __future__ import annotations
 
-import secrets
+import os
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import msgspec
 
 from ..errors import MissingPrerequisite
-from ..host.processes import Process, boot_id
-from ..host.state import StateDirectory, decoded, directories, own_directory
+from ..host import notes
+from ..host.locks import HeldFile
+from ..host.processes import Process
 from ..monitor.freeze import FreezeKey
 from ..text import valid_text
 
-__all__ = ["GuardNote", "NoteForm", "all_notes", "new_note", "take_notes"]
+__all__ = ["GuardNote", "NoteForm", "all_notes", "new_note", "take_notes", "unfinished"]
 
-_MARK = ".resumed-"
-_SCHEMA = 1
+_WHAT = "guard"
 
 
-class GuardNote(msgspec.Struct, frozen=True):
-    """What a guard did without its agent.
+class GuardNote(notes.Note, frozen=True, kw_only=True):
+    """What a guard promised, and what it did without its agent.
 
-    `guest` is for people; `pid` and `start_ticks` are QEMU's, None where its process is not
-    visible.  `t_ns` (CLOCK_MONOTONIC) is when, `why` what made it act.  Unless `resumed` the guest
-    was left paused, and `obstacle` says why.
+    `guest` is for people; `agent` and `agent_start` tell who started it.  `t_ns` (CLOCK_MONOTONIC)
+    is when it came to this `state` (idle, armed, stopped, over), `why` what made the guard act.
+    Unless `resumed` the guest was left paused, and `obstacle` says why.  `vcpus` is how often
+    each thread of a vCPU had been put on a CPU when the guest was stopped (/proc/PID/task/TID/
+    schedstat).
     """
 
-    schema: int
-    boot: str
     guest: str
-    pid: int | None
-    start_ticks: int | None
-    t_ns: int
-    why: str
-    resumed: bool
-    obstacle: str
+    agent: int
+    agent_start: int
+    state: str = "idle"
+    t_ns: int = 0
+    why: str = ""
+    resumed: bool = False
+    obstacle: str = ""
+    vcpus: dict[str, int] = msgspec.field(default_factory=dict)
+
+    @property
+    def ago(self) -> str:
+        return f"{max(0, time.monotonic_ns() - self.t_ns) // 1_000_000_000} s ago"
 
     @property
     def text(self) -> str:
-        """For people."""
-        ago = max(0, time.monotonic_ns() - self.t_ns) // 1_000_000_000
+        """What the guard did, for people."""
         if self.resumed:
-            return f"{ago} s ago the resume guard resumed {self.guest} in an update: {self.why}"
+            return f"{self.ago} the resume guard resumed {self.guest} in an update: {self.why}"
         return (
-            f"{ago} s ago the resume guard could not resume {self.guest} in an update: "
+            f"{self.ago} the resume guard could not resume {self.guest} in an update: "
             f"{self.why}, but {self.obstacle}"
         )
 
@@ -65,71 +72,62 @@ class GuardNote(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class NoteForm:
-    """Where a guard's note goes (empty: nowhere), and what it says already."""
+    """The note of a guard that starts: the file (None: there is none) and what it says already."""
 
-    path: str
+    held: HeldFile | None
     content: dict[str, object]
+
+    @property
+    def path(self) -> str:
+        return self.held.path if self.held is not None else ""
 
 
 def new_note(key: FreezeKey) -> NoteForm:
-    """For a guard that starts; nothing is written yet, but the directory is made.
+    """For a guard that starts.
 
     Without a directory that is ours alone there will be no note: the guest is guarded all the same.
     """
-    process = key.process
-    content: dict[str, object] = {
-        "schema": _SCHEMA,
-        "boot": boot_id(),
-        "guest": valid_text(key.who),
-        "pid": None if process is None else process.pid,
-        "start_ticks": None if process is None else process.start_ticks,
-    }
+    agent = Process.read(os.getpid())
+    started = agent.start_ticks if agent is not None else 0
+    note = GuardNote.about(
+        key.process, guest=valid_text(key.who), agent=os.getpid(), agent_start=started
+    )
+    content = {name: getattr(note, name) for name in note.__struct_fields__}
     try:
-        path = f"{own_directory().path}/{key.name}{_MARK}{secrets.token_hex(8)}"
-    except MissingPrerequisite:
-        path = ""
-    return NoteForm(path, content)
+        held = notes.hold(notes.new_name(key.name, _WHAT))
+    except (MissingPrerequisite, OSError):
+        held = None
+    return NoteForm(held, content)
 
 
 def take_notes(key: FreezeKey) -> list[GuardNote]:
-    """The notes about this guest, oldest first; they are gone afterwards."""
-    found = []
-    for directory, name, note in _notes():
-        if name.startswith(f"{key.name}{_MARK}"):
-            found.append(note)
-            directory.remove(name)
-    return found
+    """What guards did alone to this guest, oldest first; told once."""
+    found = _left("over", key=key.name)
+    for left in found:
+        left.remove()
+    return [left.note for left in found]
 
 
 def all_notes() -> list[GuardNote]:
-    """Every note of this user, oldest first; they stay."""
-    return [note for _, _, note in _notes()]
+    """The same of all guests of this user; they stay."""
+    return [left.note for left in _left("over")]
 
 
-def _notes() -> Iterator[tuple[StateDirectory, str, GuardNote]]:
-    """Notes about guests that still run.  Others, and what is no note, are removed on the way."""
+def unfinished(key: FreezeKey | None = None) -> list[notes.Stale[GuardNote]]:
+    """Pauses (of this guest) whose agent and guard are dead, oldest first."""
+    return _left("armed", "stopped", key=key.name if key is not None else None)
+
+
+def _left(*states: str, key: str | None = None) -> list[notes.Stale[GuardNote]]:
     found = []
-    for directory in directories():
-        for name in directory.names():
-            if _MARK not in name or name.endswith(".new"):
-                continue
-            try:
-                note = _read(directory, name)
-            except OSError:
-                continue
-            if note is None:
-                directory.remove(name)
-            else:
-                found.append((directory, name, note))
-    yield from sorted(found, key=lambda item: item[2].t_ns)
-
-
-def _read(directory: StateDirectory, name: str) -> GuardNote | None:
-    note = decoded(directory.read(name), GuardNote)
-    if note is None or note.schema != _SCHEMA or note.boot != boot_id():
-        return None
-    if note.pid is not None:
-        process = Process.read(note.pid)
-        if process is None or process.start_ticks != note.start_ticks:
-            return None
-    return note
+    for left in notes.stale(_WHAT, GuardNote, key=key):
+        agent = Process.read(left.note.agent)
+        if left.note.state == "idle":
+            left.remove()  # nothing was promised when the guard was killed
+        elif left.note.state not in states:
+            continue
+        elif (
+            left.note.state == "over" or agent is None or agent.start_ticks != left.note.agent_start
+        ):
+            found.append(left)
+    return sorted(found, key=lambda left: left.note.t_ns)

@@ -40,15 +40,17 @@ _LINGER_NS = 600_000_000_000
 _LOOK_EVERY_MS = 1000
 """A child that the agent forked may keep the socket open: look whether the agent is our parent."""
 _LINE_MAX = 1 << 20
+_READS = 16
 _OVER = b"\n"
+_NEGOTIATION = (b"qmp_capabilities", b"query-cpus-fast")
 
 
 class Guard:
     """Carries out what `Promise` says is due, between the agent and QEMU.
 
     `settings` (JSON): `agent` its process id, `commands` those that it may send to QEMU,
-    `max_pause_ns`, `note_path` (empty: no notes) and `note`, the part of the note that is known
-    beforehand.
+    `max_pause_ns`; `note_file`, an open file (-1: none) that is called `note_path`, and `note`,
+    what it is to say (`guard_notes.GuardNote`).
     """
 
     def __init__(
@@ -62,6 +64,10 @@ class Guard:
         self._note_path = str(settings["note_path"])
         note = settings["note"]
         self._note: dict[str, object] = note if isinstance(note, dict) else {}
+        self._note_file = int(str(settings["note_file"]))
+        self._note_size = 0
+        self._vcpus: list[int] = []
+        self._is_fresh = False
         self._promise = Promise(int(str(settings["max_pause_ns"])))
         self._buffers = {control.fileno(): b"", monitor.fileno(): b""}
         self._on_its_way: tuple[Due | None, int] | None = None
@@ -70,7 +76,6 @@ class Guard:
         self._gone_at = 0
         self._ended_at = 0
         self._is_deaf = False
-        self._noted = False
         self._qemu_is_gone = False
 
     def run(self) -> None:
@@ -90,6 +95,8 @@ class Guard:
                     self._on_agent(line)
             self._look_for_the_agent(poller)
             self._step()
+        if self._qemu_is_gone or not self._is_noted:
+            self._remove_note()
 
     def _look_for_the_agent(self, poller: select.poll) -> None:
         """A process gets another parent after its own has closed all files (exit_notify,
@@ -137,7 +144,7 @@ class Guard:
 
     def _send(self, due: Due | None) -> None:
         """None: the negotiation."""
-        commands = (b"qmp_capabilities",) if due is None else due.value
+        commands = _NEGOTIATION if due is None else due.value
         for command in commands:
             if command.decode() not in self._commands:
                 raise RuntimeError(f"{command!r} is not among the commands that it may send")
@@ -154,7 +161,7 @@ class Guard:
         elif self._on_its_way is not None:
             self._answers.append(message)
             (due, sent) = self._on_its_way
-            if len(self._answers) == (1 if due is None else len(due.value)):
+            if len(self._answers) == len(_NEGOTIATION if due is None else due.value):
                 self._on_its_way = None
                 self._on_answers(due, sent, time.monotonic_ns())
                 self._note_if_settled()
@@ -167,8 +174,13 @@ class Guard:
                 self._promise.release()
                 self._promise.status = "paused"
             self._promise.stopped(now)
+            if self._promise.phase is Phase.STOPPED and self._note.get("state") == "armed":
+                self._write("stopped", vcpus=self._have_run())
+                self._is_fresh = True
         elif name == "RESUME":
             self._promise.resumed()
+            if self._promise.phase is Phase.KEPT:
+                self._write("idle")
         elif name == "MIGRATION":
             self._promise.migrating(now, _member(message.get("data"), "status"))
 
@@ -179,22 +191,29 @@ class Guard:
         if due is Due.LOOK:
             migration, status = (_member(answer, "status") for answer in answers)
             self._promise.told(sent, now, status, migration)
+            if self._is_fresh and self._note.get("state") == "stopped" and status == "paused":
+                # by now the threads that have just been stopped are asleep
+                self._is_fresh = False
+                self._write("stopped", again=True, vcpus=self._have_run())
         elif due is Due.CONT:
             self._promise.continued(now, refusal)
         elif due is Due.STOP:
             self._promise.stopped_again()
-        elif refusal is None:
-            self._say({"ready": True})
+        elif isinstance(refused := self._answers[0].get("error"), dict):
+            raise RuntimeError(f"QEMU refused qmp_capabilities: {_member(refused, 'desc')}")
         else:
-            raise RuntimeError(f"QEMU refused qmp_capabilities: {refusal}")
+            cpus = answers[1] if isinstance(answers[1], list) else []
+            numbers = [cpu.get("thread-id") for cpu in cpus if isinstance(cpu, dict)]
+            self._vcpus = [number for number in numbers if isinstance(number, int)]
+            self._say({"ready": True})
 
     def _note_if_settled(self) -> None:
         promise = self._promise
         if promise.phase is Phase.DOUBTED:
             return
-        if promise.acted and not self._noted:
+        if promise.acted and not self._is_noted:
             self._leave_note("")
-        elif promise.phase is Phase.LEFT and not self._noted:
+        elif promise.phase is Phase.LEFT and not self._is_noted:
             self._leave_note(promise.obstacle or f"the guest is {promise.status}")
 
     # -- the agent -------------------------------------------------------------------------------
@@ -223,12 +242,15 @@ class Guard:
         if question == "lost" and not promise.phase.is_settled:
             return
         self._question = None
-        noted = self._note if self._noted else {}
+        if question == "arm" and promise.phase is Phase.ARMED:
+            self._write("armed", sync=True)
+        noted = self._note if self._is_noted else {}
         answer: dict[str, object] = {
             "n": number,
             "phase": promise.phase.value,
             "status": promise.status,
             "migration": promise.migration,
+            "looked_ns": promise.looked_ns,
             "acted": promise.acted,
             "why": str(noted.get("why", "")),
             "obstacle": str(noted.get("obstacle", "")),
@@ -236,7 +258,7 @@ class Guard:
         if question != "arm":
             # The agent is there to tell it.
             promise.release()
-            self._remove_note()
+            self._write("idle")
         self._say(answer)
 
     def _say(self, message: dict[str, object]) -> None:
@@ -247,40 +269,65 @@ class Guard:
 
     # -- notes -----------------------------------------------------------------------------------
 
+    @property
+    def _is_noted(self) -> bool:
+        return self._note.get("state") == "over"
+
     def _leave_note(self, obstacle: str) -> None:
-        self._noted = True
-        self._note["why"] = self._promise.why
-        self._note["obstacle"] = obstacle
-        self._note["resumed"] = not obstacle
-        self._note["t_ns"] = time.monotonic_ns()
-        if not self._note_path:
+        why = self._promise.why
+        self._write("over", sync=True, why=why, obstacle=obstacle, resumed=not obstacle)
+
+    def _write(
+        self, state: str, *, sync: bool = False, again: bool = False, **more: object
+    ) -> None:
+        """In place and in one write, which leaves no half of a note; never shorter than before."""
+        if not again:
+            if state == self._note.get("state"):
+                return
+            self._note["t_ns"] = time.monotonic_ns()
+        self._note.update(more, state=state)
+        if self._note_file < 0:
             return
+        content = json.dumps(self._note).encode().ljust(self._note_size)
+        self._note_size = len(content)
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_NOFOLLOW | os.O_CLOEXEC
-            handle = os.open(f"{self._note_path}.new", flags, 0o600)
-            try:
-                os.write(handle, json.dumps(self._note).encode())
-            finally:
-                os.close(handle)
-            os.rename(f"{self._note_path}.new", self._note_path)
+            os.pwrite(self._note_file, content, 0)
+            if sync:
+                os.fsync(self._note_file)
         except OSError:
             pass  # the guest matters more than its note
 
-    def _remove_note(self) -> None:
-        if self._noted and self._note_path:
+    def _have_run(self) -> dict[str, int]:
+        """How often the thread of each vCPU was put on a CPU: since once more, it may have run.
+
+        One that is stopped sleeps, however often QEMU is asked for its state.  Nothing where
+        threads cannot be seen by the ids that QEMU knows them by.
+        """
+        found = {}
+        for number in self._vcpus:
             try:
-                os.unlink(self._note_path)
+                with open(f"/proc/{self._note.get('pid')}/task/{number}/schedstat") as f:
+                    found[str(number)] = int(f.read().split()[2])
+            except (OSError, ValueError, IndexError):
+                return {}
+        return found
+
+    def _remove_note(self) -> None:
+        if self._note_file >= 0:
+            try:
+                os.unlink(str(self._note_path))
             except OSError:
                 pass
-        self._noted = False
 
     # -- both ------------------------------------------------------------------------------------
 
     def _read(self, sock: socket.socket) -> list[dict[str, object]]:
-        """All whole messages that have arrived; notes the end of file."""
+        """Whole messages that have arrived, at most `_READS` pieces of them at a time: a peer that
+        never stops keeps us neither from the other one nor from the clock.  Notes the end of file.
+        """
         number = sock.fileno()
         data = self._buffers[number]
-        while True:
+        for _ in range(_READS):
             try:
                 more = sock.recv(65536)
             except BlockingIOError:
@@ -294,7 +341,8 @@ class Guard:
                     self._gone_at = time.monotonic_ns()
                 break
             data += more
-        *lines, rest = data.split(b"\n")
+        whole, _, rest = data.rpartition(b"\n")
+        lines = whole.split(b"\n")
         if len(rest) > _LINE_MAX:
             raise RuntimeError("a message that does not end")
         self._buffers[number] = rest
@@ -314,6 +362,10 @@ def main(argument: str) -> None:
     for number in (signal.SIGINT, signal.SIGHUP, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     settings = json.loads(argument)
+    try:
+        os.nice(-10)  # nobody waits for it longer than it must; for root only
+    except OSError:
+        pass
     control = socket.socket(fileno=settings["control"])
     monitor = socket.socket(fileno=settings["monitor"])
     try:

@@ -5,7 +5,7 @@ The state that concerns every update is in `guest_view`.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import msgspec
 
@@ -16,7 +16,7 @@ from .model import Addition, Intent, Plug, Role
 from .pci_buses import read_buses
 from .steps import Facts
 
-__all__ = ["backends_of", "read_devices", "read_facts"]
+__all__ = ["backends_of", "read_devices", "read_facts", "read_ids"]
 
 
 class _Child(msgspec.Struct):
@@ -42,16 +42,9 @@ class _Memdev(msgspec.Struct):
 
 async def read_facts(monitor: Monitor, intent: Intent) -> Facts:
     """Raises TargetError."""
-    devices = await read_devices(monitor)
-    objects = await _children(monitor, "/objects")
     memdevs = await ask(monitor, "query-memdev", list[_Memdev], [])
-    used = {Role.DEVICE: devices, Role.OBJECT: objects}
-    if isinstance(intent, Plug):
-        roles = {b.role for b in intent.backends}
-        if Role.NETDEV in roles:
-            used[Role.NETDEV] = await _netdevs(monitor)
-        if Role.BLOCKDEV in roles:
-            used[Role.BLOCKDEV] = await _nodes(monitor)
+    roles = {b.role for b in intent.backends} if isinstance(intent, Plug) else set()
+    used = await read_ids(monitor, roles)
     backends = {m.id: m.size for m in memdevs if m.id}
     if not isinstance(intent, Plug):
         return Facts(backends, used=used)
@@ -71,6 +64,19 @@ async def read_facts(monitor: Monitor, intent: Intent) -> Facts:
         slot=dimm and "slot" in types,
         buses=await read_buses(monitor) if pci else (),
     )
+
+
+async def read_ids(monitor: Monitor, roles: Collection[Role]) -> dict[Role, frozenset[str]]:
+    """The ids that are in use, of devices and objects and what else is among `roles`."""
+    used = {
+        Role.DEVICE: await read_devices(monitor),
+        Role.OBJECT: await _children(monitor, "/objects"),
+    }
+    if Role.NETDEV in roles:
+        used[Role.NETDEV] = await _netdevs(monitor)
+    if Role.BLOCKDEV in roles:
+        used[Role.BLOCKDEV] = await _nodes(monitor)
+    return used
 
 
 async def read_devices(monitor: Monitor) -> frozenset[str]:

@@ -25,8 +25,8 @@ __all__ = [
 LOOK = (Command("query-migrate"), Command("query-status"))
 """In this order: a migration that completes between the two leaves a guest that does not run."""
 RAN_TWICE = (
-    "a migration completed while the guest was paused, before it was resumed: it was stopped here "
-    "again, and is paused at the destination until `cont` is sent there"
+    "a migration completed before our `cont`, and the guest was stopped here again; if it is "
+    "paused at the destination, it is so until `cont` is sent there"
 )
 _SETUP_S = 10.0
 _SETUP_POLL_S = 0.005
@@ -49,9 +49,9 @@ def check_not_migrating(status: str, migration: str, done: str = "it was not pau
     raise GuestMigrating(f"{why}; {done}", remedy=remedy)
 
 
-async def refuse_if_migrating(monitor: Monitor, done: str) -> None:
+async def refuse_if_migrating(monitor: Monitor, done: str, *, deadline: float = 10.0) -> None:
     """Raises GuestMigrating, and as `Monitor.pipeline`."""
-    look = Look.of(*await monitor.pipeline(LOOK))
+    look = Look.of(*await monitor.pipeline(LOOK, deadline=deadline))
     check_not_migrating(look.status, look.migration, done)
 
 

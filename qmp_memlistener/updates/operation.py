@@ -37,6 +37,7 @@ from .guard_targets import guard_targets
 from .guest_facts import read_facts
 from .guest_view import read_guest, read_status
 from .journal import Journal
+from .made_notes import noted
 from .migrating import await_set_up, refuse_if_migrating
 from .model import (
     GuestStates,
@@ -215,7 +216,7 @@ class _Operation:
             if plan.awaited is Awaited.GONE:
                 reaction.look(await self._look())
             try:
-                async with self._undone_on_failure(ops):
+                async with noted(ops, plan), self._undone_on_failure(ops):
                     await self._prepare(plan, ops)
                     await self._update(plan.update, ops, guard)
             except _Ended:

@@ -37,12 +37,14 @@ from ..errors import (
     CommandFailed,
     DeadlineExceeded,
     GuestMigrating,
+    MemListenerError,
     OperationFailed,
     TargetError,
+    TargetLost,
 )
 from ..monitor import Command, Monitor, QmpEvent, Reply
 from .guard import ResumeGuard, Settled
-from .migrating import LOOK, Look
+from .migrating import LOOK, Look, refuse_if_migrating
 from .promise import LOOK_EVERY_NS
 from .resuming import End, lost, note_guard, stop_again
 
@@ -51,6 +53,8 @@ __all__ = ["Pause", "PausedRun", "paused_guest", "run_paused"]
 T = TypeVar("T")
 
 _RUNNING = "running"
+_LOOKS = 3
+"""On a host that is always too slow the last answer has to do."""
 _STOP, _CONT = Command("stop"), Command("cont")
 
 
@@ -166,6 +170,7 @@ async def paused_guest(
 async def _run_pipelined(
     monitor: Monitor, guard: ResumeGuard, commands: Sequence[Command], deadline: float
 ) -> PausedRun:
+    await _look_again(monitor, guard, deadline)
     with _Seen(monitor) as seen:
         try:
             replies = await monitor.pipeline(
@@ -223,6 +228,25 @@ async def _run_unpaused(
     )
 
 
+async def _look_again(monitor: Monitor, guard: ResumeGuard, deadline: float) -> None:
+    """The guard has looked; but on a busy host that may be long ago when we come to know it.
+
+    Raises GuestMigrating, or that QEMU does not answer: then the guard has nothing to guard.
+    """
+    at = guard.looked_ns
+    for _ in range(_LOOKS):
+        if time.monotonic_ns() - at < LOOK_EVERY_NS:
+            return
+        at = time.monotonic_ns()
+        try:
+            await refuse_if_migrating(monitor, "it was not paused", deadline=deadline)
+        except TargetLost as error:
+            raise lost(error, await guard.hand_over(deadline=deadline)) from error
+        except MemListenerError:
+            await guard.release()
+            raise
+
+
 # -- one after the other -----------------------------------------------------------------------
 
 
@@ -247,6 +271,11 @@ async def _one_by_one(
 
 async def _stop(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: float) -> None:
     """Raises CommandFailed when QEMU refuses; then there is nothing to resume."""
+    try:
+        await _look_again(monitor, guard, deadline)
+    except MemListenerError:
+        pause.paused_before = True
+        raise
     *looked, stop = await monitor.pipeline([*LOOK, _STOP], deadline=deadline)
     look = Look.of(*looked)
     pause.status_before = look.status
@@ -280,7 +309,8 @@ async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: 
             if not guard.acted:
                 end.notes.append("somebody else resumed the guest meanwhile")
             note_guard(end.notes, guard)
-        elif asked and look.status != "paused":
+        elif asked and (look.status != "paused" or look.is_migrating):
+            # one of us sends `cont`, and the guard is at it already
             await end.hand_over(guard, f"the guest became {look.status}", deadline)
         else:
             cont, *looked = await monitor.pipeline([_CONT, *LOOK], deadline=deadline)

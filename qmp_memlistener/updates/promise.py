@@ -99,7 +99,8 @@ class Promise:
     """What is owed to the guest, and which command is due.  Times are CLOCK_MONOTONIC ns.
 
     `why` says why the guard acts, empty while it need not; `acted` that its `cont` was accepted;
-    `status` and `migration` are what QEMU told last, `obstacle` what keeps the guest from running.
+    `status` and `migration` are what QEMU told last, to a question that was sent at `looked_ns`;
+    `obstacle` is what keeps the guest from running.
     """
 
     def __init__(self, max_pause_ns: int) -> None:
@@ -108,6 +109,7 @@ class Promise:
         self.acted = False
         self.status = ""
         self.migration = ""
+        self.looked_ns = 0
         self.obstacle = ""
         self._max_pause_ns = max_pause_ns
         self._held = False
@@ -187,7 +189,7 @@ class Promise:
         """QEMU's answers to a look that was sent at `sent`."""
         if self.phase is Phase.ASKED and sent < self._since:
             return  # it was about the pause before
-        self.status, self.migration = status, migration
+        self.status, self.migration, self.looked_ns = status, migration, sent
         if self.phase is Phase.ASKED:
             free = status == "running" and not is_migrating(migration)
             self.phase = Phase.ARMED if free else Phase.IDLE

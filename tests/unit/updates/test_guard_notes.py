@@ -12,7 +12,7 @@ import pytest
 from qmp_memlistener.host import state
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.monitor.freeze import FreezeKey, process_key
-from qmp_memlistener.updates.guard_notes import all_notes, new_note, take_notes
+from qmp_memlistener.updates.guard_notes import all_notes, new_note, take_notes, unfinished
 from tests.support.own_state import keep_state_in
 
 
@@ -34,10 +34,11 @@ def key() -> FreezeKey:
 def write(key: FreezeKey, **changes: object) -> Path:
     """A note as the guard's process writes it."""
     form = new_note(key)
-    done = {"why": "the agent ended", "resumed": True, "obstacle": "", "t_ns": time.monotonic_ns()}
-    path = Path(form.path)
-    path.write_bytes(msgspec.json.encode({**form.content, **done, **changes}))
-    return path
+    assert form.held is not None
+    done = {"state": "over", "why": "the agent ended", "resumed": True, "t_ns": time.monotonic_ns()}
+    with form.held as held:
+        held.write(msgspec.json.encode({**form.content, **done, **changes}))
+    return Path(form.path)
 
 
 def test_a_note_is_taken_once(key: FreezeKey) -> None:
@@ -113,10 +114,10 @@ def test_without_a_directory_there_is_no_note(
 @pytest.mark.timeout(20)
 def test_odd_files_are_no_notes_and_do_not_make_us_wait(key: FreezeKey, directory: Path) -> None:
     kept = write(key)
-    os.mkfifo(directory / f"{key.name}.resumed-fifo")
-    with (directory / f"{key.name}.resumed-huge").open("wb") as file:
+    os.mkfifo(directory / f"{key.name}.guard-fifo")
+    with (directory / f"{key.name}.guard-huge").open("wb") as file:
         file.truncate(40 << 30)
-    (directory / f"{key.name}.resumed-null").symlink_to("/dev/zero")
+    (directory / f"{key.name}.guard-null").symlink_to("/dev/zero")
     assert len(all_notes()) == 1
     assert list(directory.iterdir()) == [kept]
 
@@ -131,4 +132,44 @@ def test_notes_in_another_directory_of_ours_are_found(key: FreezeKey, directory:
 
 
 def test_each_note_has_a_name_of_its_own(key: FreezeKey) -> None:
-    assert new_note(key).path != new_note(key).path
+    forms = [new_note(key), new_note(key)]
+    assert len({form.path for form in forms}) == 2
+    assert not all_notes(), "they are held"
+    assert not unfinished()
+    for form in forms:
+        assert form.held is not None
+        form.held.remove()
+
+
+DEAD = {"agent": 1 << 30, "agent_start": 1}
+
+
+@pytest.mark.parametrize("state", ["armed", "stopped"])
+def test_a_pause_is_unfinished_when_agent_and_guard_are_dead(key: FreezeKey, state: str) -> None:
+    write(key, state=state, **DEAD)
+    (left,) = unfinished()
+    assert [x.note for x in unfinished(key)] == [left.note]
+    assert left.note.state == state
+    assert all_notes() == take_notes(key) == []
+    assert len(unfinished()) == 1, "it stays"
+
+
+@pytest.mark.parametrize(
+    ("state", "agent"), [("stopped", {}), ("armed", {}), ("idle", DEAD), ("over", DEAD)]
+)
+def test_other_notes_are_no_unfinished_pauses(
+    key: FreezeKey, state: str, agent: dict[str, object]
+) -> None:
+    """The agent lives and resumes the guest itself, or nothing is promised."""
+    path = write(key, state=state, **agent)
+    assert unfinished() == []
+    assert path.exists() == (state != "idle")
+
+
+def test_what_a_guard_holds_is_nobody_elses(key: FreezeKey) -> None:
+    form = new_note(key)
+    assert form.held is not None
+    with form.held as held:
+        held.write(msgspec.json.encode({**form.content, **DEAD, "state": "stopped"}))
+        assert unfinished() == []
+    assert len(unfinished()) == 1
