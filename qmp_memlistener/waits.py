@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
-__all__ = ["TELL_S", "Wait", "on_wait", "waiting", "waits"]
+__all__ = ["TELL_S", "Wait", "begin", "end", "on_wait", "waiting", "waits"]
 
 TELL_S = 2.0
 """A wait that lasts longer is told to the user."""
@@ -35,14 +35,25 @@ _begun: list[Callable[[], None]] = []
 @contextmanager
 def waiting(what: str) -> Iterator[None]:
     """`what` completes "waiting"."""
+    wait = begin(what)
+    try:
+        yield
+    finally:
+        end(wait)
+
+
+def begin(what: str) -> Wait:
+    """The same where no block can be: `end` it in any case."""
     wait = Wait(what)
     _waits[wait] = None
     for tell in _begun:
         tell()
-    try:
-        yield
-    finally:
-        del _waits[wait]
+    return wait
+
+
+def end(wait: Wait) -> None:
+    """It is over.  Idempotent."""
+    _waits.pop(wait, None)
 
 
 def waits() -> list[Wait]:

@@ -45,7 +45,8 @@ _ENDLESS = 1 << 31
 class Burst:
     """`writes` of the guest, transitions `written` and told to be `lost`, the greatest `seq`.
 
-    `rss` is the resident memory of the process, once a second, in bytes.
+    `cut_short`: at the end there was more than could be read in time.  `rss` is the resident
+    memory of the process, once a second, in bytes.
     """
 
     writes: int
@@ -53,17 +54,22 @@ class Burst:
     written: int
     seq: int
     lost: int
+    cut_short: bool
     end_s: float
     code: int | None
     rss: list[int]
     err: str
+    signal_first: bool
 
-    def faults(self) -> list[str]:
+    def faults(self, end_s: float = END_S) -> list[str]:
         """What is wrong; nothing when all is well."""
         found = []
-        if self.written != self.seq or (self.lost == 0 and abs(self.writes - self.written) > 1):
-            found.append(f"{self.writes} writes, {self.written} transitions, {self.lost} lost")
-        if self.end_s > END_S:
+        missing = self.seq - self.written if self.signal_first else self.writes - self.written
+        if self.written < self.seq or (missing > 1 and not self.cut_short):
+            found.append(f"{self.writes} writes, {self.written} transitions, last #{self.seq}")
+        if self.cut_short and not self.signal_first:
+            found.append("the log was not read to its end in time")
+        if self.end_s > end_s:
             found.append(f"it ended {self.end_s:.1f} s after the signal")
         if self.code != 0:
             found.append(f"exit code {self.code}: {self.err[-300:]}")
@@ -132,7 +138,14 @@ async def _run(
     if signal_first:
         writes = await toggle.stop()
     return Burst(
-        writes, took, *_counted(file), end_s, process.returncode, rss, err.decode(errors="replace")
+        writes,
+        took,
+        *_counted(file),
+        end_s,
+        process.returncode,
+        rss,
+        err.decode(errors="replace"),
+        signal_first,
     )
 
 
@@ -140,8 +153,8 @@ def _attached(file: Path) -> bool:
     return file.exists() and b'"type":"probes"' in file.read_bytes()
 
 
-def _counted(file: Path) -> tuple[int, int, int]:
-    """Transitions in a recording, the number of the last one, and losses."""
+def _counted(file: Path) -> tuple[int, int, int, bool]:
+    """Transitions in a recording, the last one's number, losses, and one at the very end."""
     import msgspec
 
     from qmp_memlistener.recording import Lost, TransitionRecord
@@ -149,6 +162,7 @@ def _counted(file: Path) -> tuple[int, int, int]:
     kinds = TransitionRecord | Lost
     decode = msgspec.json.Decoder(kinds).decode
     written = seq = lost = 0
+    cut_short = False
     with file.open("rb") as lines:
         for line in lines:
             if b'"type":"transition"' in line[:64]:
@@ -158,7 +172,8 @@ def _counted(file: Path) -> tuple[int, int, int]:
                 seq = record.seq
             elif b'"type":"lost"' in line[:64]:
                 lost += 1
-    return written, seq, lost
+                cut_short |= b"not read to its end" in line
+    return written, seq, lost, cut_short
 
 
 def _rss(pid: int) -> int:

@@ -42,6 +42,7 @@ START_S = 0.5
 """So long an attachment waits for its probes."""
 RELEASE_S, IDLE_S = 0.05, 0.25
 """So often the timeline is asked for stalls that are decided, and so often while it has none."""
+FINISH_S = 0.5
 LATE_NS = 50_000_000
 """QEMU may be interrupted for so long between an ioctl and the line that tells of it."""
 _STOP_DEADLINE = 5.0
@@ -306,8 +307,16 @@ class Measuring:
                 log.error("probe %s: %r", probe.info.name, task.exception())
 
     async def finish(self) -> None:
-        """Everything is reported: publish the stalls that are left, and the summary."""
-        await self._hand_out_all(self._timeline.finish)
+        """Everything is reported: publish the stalls that are left, and the summary.
+
+        Whoever ends does not wait longer than `FINISH_S` for stalls: the rest is told as lost.
+        """
+        try:
+            async with asyncio.timeout(FINISH_S):
+                await self._hand_out_all(self._timeline.finish)
+        except TimeoutError:
+            left = self._timeline.waiting
+            self._tell_loss("stalls that were not decided in time at the end", left)
         self._compare_witnesses()
         self._publish([self.summary()])
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
@@ -18,7 +17,6 @@ if TYPE_CHECKING:
     from ..agent import Agent
     from ..updates.model import Intent, Outcome, Plug
     from ..updates.operation import UpdateOptions
-    from ..updates.waiting import Waiting
 
 __all__ = [
     "Attaching",
@@ -29,8 +27,6 @@ __all__ = [
     "strategy_option",
     "update_options",
 ]
-
-_PATIENCE_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,14 +242,8 @@ async def _update(
 ) -> Outcome:
     from ..updates.model import Strategy
 
-    waiting = options.waiting
-    assert waiting is not None
     async with attaching.attached(guarded=strategy == Strategy.PAUSE) as agent:
-        told = asyncio.create_task(_tell(waiting))
-        try:
-            return await agent.update(await intend(agent), Strategy(strategy), options)
-        finally:
-            told.cancel()
+        return await agent.update(await intend(agent), Strategy(strategy), options)
 
 
 async def _told(work: Awaitable[Outcome], tell: _Tell) -> int:
@@ -277,25 +267,3 @@ def _untouched(strategy: str) -> Outcome:
         guest_state=GuestStates("unknown", "unknown"),
         interrupted=True,
     )
-
-
-async def _tell(waiting: Waiting) -> None:
-    """Who waits for long wants to know what for."""
-    ending = asyncio.ensure_future(_tell_end(waiting))
-    try:
-        await waiting.begun.wait()
-        await asyncio.sleep(_PATIENCE_S)
-        if waiting.begun.is_set():
-            say("waiting for the guest to do its part; Ctrl-C ends that", err=True)
-        await ending
-    finally:
-        ending.cancel()
-
-
-async def _tell_end(waiting: Waiting) -> None:
-    """What QEMU was asked for cannot be called back."""
-    await waiting.enough.wait()
-    await asyncio.sleep(_PATIENCE_S)
-    if waiting.command is not None:
-        text = f"waiting for QEMU's answer to {waiting.command}; Ctrl-C again gives up"
-        say(text, err=True)

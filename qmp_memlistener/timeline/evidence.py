@@ -58,8 +58,8 @@ def overlap(one_start: int, one_end: int, start: int, end: int) -> int:
 class Spans(Generic[T]):
     """Things with a beginning and an end; `find` gives those that share time with a span.
 
-    They are kept by order of length (powers of two), each sorted by beginning: whatever overlaps a
-    span then begins at most twice its order before it.
+    They are kept by order of length (powers of four), each sorted by beginning: whatever overlaps a
+    span then begins at most four times its shortest length before it.
     """
 
     def __init__(self) -> None:
@@ -67,7 +67,7 @@ class Spans(Generic[T]):
 
     def add(self, start_ns: int, end_ns: int, what: T) -> None:
         """Remember one; the earliest of its order go when there are too many."""
-        order = max(0, end_ns - start_ns).bit_length()
+        order = (max(0, end_ns - start_ns).bit_length() + 1) & ~1
         found = self._orders.get(order)
         if found is None:
             found = self._orders[order] = ([], [])
@@ -84,7 +84,10 @@ class Spans(Generic[T]):
         """Those that share time with `[start_ns, end_ns)`, the one that ended first first."""
         found: list[tuple[int, T]] = []
         for order, (starts, spans) in self._orders.items():
-            low = bisect_left(starts, start_ns - (1 << order))
+            earliest = start_ns - (1 << order)
+            if starts[-1] < earliest:
+                continue
+            low = bisect_left(starts, earliest)
             high = bisect_left(starts, end_ns, low)
             if low < high:
                 found += [span for span in spans[low:high] if span[0] > start_ns]

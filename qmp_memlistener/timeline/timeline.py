@@ -156,6 +156,11 @@ class Timeline:
         """Something has come in that is not handed out yet."""
         return bool(self._open or self._records or self._transitions)
 
+    @property
+    def waiting(self) -> int:
+        """Windows that are not decided yet."""
+        return len(self._open)
+
     def release(self, now_ns: int) -> list[Record]:
         """The commands and stalls that are decided by now, stalls in order of their beginning.
 
@@ -342,7 +347,15 @@ class Timeline:
                 continue
             twin = None
             if several:
-                twin = next((k for k in reversed(kept[-32:]) if twins(k, stall)), None)
+                probe, start_ns = stall.seen.probe, stall.seen.start_ns
+                twin = next(
+                    (
+                        k
+                        for k in reversed(kept[-32:])
+                        if k.seen.probe != probe and k.seen.end_ns > start_ns and twins(k, stall)
+                    ),
+                    None,
+                )
             if twin is None:
                 kept.append(stall)
                 continue

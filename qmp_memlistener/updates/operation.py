@@ -122,6 +122,8 @@ async def perform(
     except asyncio.CancelledError:
         waiting.outcome = operation.cut_short()
         raise
+    finally:
+        waiting.answered()
     return waiting.outcome
 
 
@@ -284,11 +286,11 @@ class _Operation:
 
     def _ask(self, *steps: Step) -> None:
         self._journal.ask(*steps)
-        self._waiting.command = " and ".join(s.command.name for s in steps)
+        self._waiting.ask(" and ".join(s.command.name for s in steps))
 
     def _answered(self, steps: Sequence[Step]) -> None:
         self._journal.answered(steps)
-        self._waiting.command = None
+        self._waiting.answered()
 
     async def _update(self, steps: Sequence[Step], ops: Monitor, guard: ResumeGuard | None) -> None:
         commands = [step.command for step in steps]

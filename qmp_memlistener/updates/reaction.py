@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from .. import waits
 from ..monitor import Monitor, QmpEvent
 from ..recording import Cause, Record, TransitionRecord
 from .guest_facts import read_devices
@@ -169,11 +170,8 @@ class Reaction:
         if waiting is None:
             return await self._wait(time.monotonic() + wait_s)
         self._enough = waiting.enough
-        waiting.begun.set()
-        try:
+        with waits.waiting("for the guest to do its part; Ctrl-C ends that"):
             return await self._wait(time.monotonic() + wait_s)
-        finally:
-            waiting.begun.clear()
 
     async def still(self) -> Verdict:
         """How things are with a guest that does not run: it does nothing."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 
+from .. import waits
 from .model import Outcome
 
 __all__ = ["Waiting"]
@@ -16,21 +17,29 @@ __all__ = ["Waiting"]
 class Waiting:
     """Who carries out an update, and who may end it, share one of these.
 
-    `begun` is set while the guest is waited for; `enough` ends the update early.  `command` is what
-    QEMU is asked for just now, which is waited for all the same.  `outcome` is what came of the
-    update, also of one that was cancelled.
+    `enough` ends the update early.  `outcome` is what came of it, also when it was cancelled.
     """
 
     def __init__(self) -> None:
-        self.begun = asyncio.Event()
         self.enough = asyncio.Event()
-        self.command: str | None = None
+        self._answer: waits.Wait | None = None
         self.outcome: Outcome | None = None
         self._under_way = False
 
     def start(self) -> None:
         """The update is under way, and ends in order from now on."""
         self._under_way = True
+
+    def ask(self, command: str) -> None:
+        """QEMU is asked for this now; its answer is waited for whatever happens meanwhile."""
+        self.answered()
+        self._answer = waits.begin(f"for QEMU's answer to {command}, which cannot be called back")
+
+    def answered(self) -> None:
+        """It has answered, or is not waited for any more."""
+        if self._answer is not None:
+            waits.end(self._answer)
+            self._answer = None
 
     def end(self) -> bool:
         """End it; False when it has not begun, or was ended so before."""

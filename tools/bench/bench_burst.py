@@ -117,7 +117,7 @@ def fold(count: int, step: int | None) -> Agent:
 
 def run(quick: bool) -> list[Figure]:
     """Print a table a case; the cost per transition at the ends is the figure."""
-    runs = 1 if quick else 3
+    runs = 1 if quick else 2
     figures = []
     for name, step in (("in step", _STEP), ("all at once", None)):
         cases = {str(n): partial(fold, n, step) for n in sizes(quick)}
