@@ -30,6 +30,7 @@ sys.path.insert(0, str(ROOT))
 
 from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, find_qemus, launch  # noqa: E402
 from qmp_memlistener.monitor import Monitor, UnixTarget, hmp  # noqa: E402
+from tests.support.any_monitor import AnyMonitor  # noqa: E402
 
 __all__ = ["VERBS", "Bench", "Found", "bench", "one_round"]
 
@@ -147,7 +148,7 @@ async def bench(build: QemuBuild, machine: str, seed: int) -> AsyncIterator[Benc
     spec = GuestSpec(machine=machine, accel="tcg", shared_memory=False, monitors=4, args=args)
     async with (
         launch(spec.on(build)) as guest,
-        await Monitor.connect(UnixTarget(str(guest.monitors[3]))) as monitor,
+        await AnyMonitor.connect(UnixTarget(str(guest.monitors[3]))) as monitor,
     ):
         yield Bench(guest, monitor, random.Random(seed))
 
