@@ -10,9 +10,10 @@ from the rules below.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
-from ..topology.model import FlatRange, Kind
+from ..topology.model import FlatRange, FlatView, Kind, VirtioMemory
 from .slots import SlotTable
 
 __all__ = ["DISPLAY_RAM", "DirtyLog", "LogChange", "migratable"]
@@ -40,8 +41,8 @@ guest points them at.  A table of slots shows such a state, a `LogChange` its ch
 def migratable(r: FlatRange) -> bool:
     """Whether a migration logs the range's RAM block (`qemu_ram_is_migratable`).
 
-    Blocks are migratable from `vmstate_register_ram` on: machine RAM, ROMs, DIMMs, virtio-mem,
-    ivshmem, video RAM.  Device RAM is not (vfio and vhost map it with
+    Blocks are migratable from `vmstate_register_ram` on: machine RAM, ROMs, DIMMs (see
+    `DirtyLog`), virtio-mem, ivshmem, video RAM.  Device RAM is not (vfio and vhost map it with
     `memory_region_init_ram_device_ptr`) but for tpm-ppi (tpm_ppi.c), nor are virtio-gpu's blobs
     (`memory_region_init_ram_ptr`).
     """
@@ -72,11 +73,20 @@ class DirtyLog:
     applied.  Two states cannot be told apart in slots: a display that logs main RAM looks like a
     migration, and display RAM that only a migration logs (qxl, vmware) like any other; for these
     name what changes.
+
+    `views_before` and `views_after` tell which slots are a memory device's: a DIMM's is added
+    without the flag and gets it with the next commit, whatever that changes (`_Plugged`).
     """
 
-    __slots__ = ("_change", "_migration_after", "_migration_before", "_seen")
+    __slots__ = ("_change", "_migration_after", "_migration_before", "_plugged", "_seen")
 
-    def __init__(self, table: SlotTable, change: LogChange | None = None) -> None:
+    def __init__(
+        self,
+        table: SlotTable,
+        change: LogChange | None = None,
+        views_before: Iterable[FlatView] = (),
+        views_after: Iterable[FlatView] = (),
+    ) -> None:
         self._change = change = change or LogChange()
         self._seen: dict[tuple[str, str | None], bool] = {}
         migration = False
@@ -90,12 +100,17 @@ class DirtyLog:
                 migration = True
         self._migration_before = migration
         self._migration_after = migration if change.migration is None else change.migration
+        self._plugged = _Plugged(views_before, views_after, self._seen)
 
     @property
     def changes(self) -> bool:
         """Some region may start or stop being logged."""
         c = self._change
-        return bool(c.start or c.stop) or self._migration_before != self._migration_after
+        return (
+            bool(c.start or c.stop)
+            or self._migration_before != self._migration_after
+            or bool(self._plugged.due)
+        )
 
     def before(self, r: FlatRange) -> bool:
         """The range's region is logged before the transition."""
@@ -108,6 +123,10 @@ class DirtyLog:
         """The range's region is logged after the transition."""
         if r.name in self._change.start:
             return True
+        if r.region in self._plugged.unlogged:
+            return False
+        if r.region in self._plugged.due and r.name not in self._change.stop:
+            return self._migration_after
         seen = self._seen.get(r.region)
         stops = r.name in self._change.stop
         if seen is not None and not stops and self._migration_before == self._migration_after:
@@ -118,3 +137,56 @@ class DirtyLog:
         if self._migration_before and seen is False:
             return False  # a migration runs and leaves it out
         return migratable(r)
+
+
+class _Plugged:
+    """Regions of memory devices whose slot has another flag than that of migratable RAM.
+
+    `unlogged` are added without LOG_DIRTY_PAGES although all migratable RAM is logged: pc-dimm and
+    nvdimm map their memory before they register it (`pc_dimm_plug`, hw/mem/pc-dimm.c), which no
+    listener is told; virtio-pmem never registers it; virtio-mem does so first (`realize`).  `due`
+    are DIMMs that were added so before: the commit after finds them migratable.
+
+    All lie in the machine's device memory.  An nvdimm's is non-volatile; the others look alike, and
+    are told apart by how many virtio devices came with them.  Where that leaves it open (both kinds
+    between two maps, or a DIMM due beside a virtio-pmem) they are taken for virtio-mem, and for
+    virtio-pmem.
+    """
+
+    __slots__ = ("due", "unlogged")
+
+    def __init__(
+        self,
+        before: Iterable[FlatView],
+        after: Iterable[FlatView],
+        seen: dict[tuple[str, str | None], bool],
+    ) -> None:
+        old, old_virtio = _device_memory(before)
+        new, virtio = _device_memory(after)
+        came = {region for region in new if region not in old and region not in seen}
+        nvdimms = {region for region, r in new.items() if r.nonvolatile}
+        self.unlogged = came & nvdimms
+        self.due = {region for region in nvdimms & old.keys() if seen.get(region) is False}
+        if virtio is None:
+            return
+        if virtio.pmem == 0:
+            self.due = {region for region in old if region in new and seen.get(region) is False}
+        if old_virtio is not None:
+            plain = came - nvdimms
+            mem, pmem = virtio.mem - old_virtio.mem, virtio.pmem - old_virtio.pmem
+            if mem == 0 and pmem in (0, len(plain)):
+                self.unlogged |= plain
+
+
+def _device_memory(
+    views: Iterable[FlatView],
+) -> tuple[dict[tuple[str, str | None], FlatRange], VirtioMemory | None]:
+    """Regions that memory devices show whole, and the virtio devices that are there."""
+    regions: dict[tuple[str, str | None], FlatRange] = {}
+    virtio = None
+    for view in views:
+        virtio = virtio or view.virtio_memory
+        for r in view:
+            if r.device_memory and r.kind.backed and not r.unmergeable:
+                regions[r.region] = r
+    return regions, virtio

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from .blocks import ram_blocks
 from .link import link
-from .model import FlatView, RamBlock
+from .model import FlatView, RamBlock, VirtioMemory
 from .mtree import Dump, parse
 from .render import render
 
@@ -63,9 +63,13 @@ def _read(dump: Dump, address_spaces: Sequence[str]) -> dict[str, MemoryMap]:
                 maps[name] = MemoryMap(view, ram_blocks(view), rendered=False)
         return maps
     link(dump)
+    # each PCI device is an address space (bus master), with its type for a name (do_pci_register_
+    # device, hw/pci/pci.c); a text that was cut tells nothing of that
+    count = dump.address_space_counts
+    devices = VirtioMemory(count["virtio-mem-pci"], count["virtio-pmem-pci"]) if count else None
     for name in address_spaces:
         if name in dump.address_spaces:
-            r = render(dump.address_spaces[name], name)
+            r = render(dump.address_spaces[name], name, devices)
             blocks = ram_blocks(r.view, r.extents)
             maps[name] = MemoryMap(r.view, blocks, True, r.ambiguous, r.unresolved)
     return maps

@@ -10,7 +10,7 @@ from bisect import bisect_right
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import overload
+from typing import NamedTuple, overload
 
 __all__ = [
     "ADDRESS_SPACE_SIZE",
@@ -21,6 +21,7 @@ __all__ = [
     "Mapping",
     "RamBlock",
     "Region",
+    "VirtioMemory",
 ]
 
 ADDRESS_SPACE_SIZE = 1 << 64
@@ -81,7 +82,8 @@ class FlatRange:
     region itself is: KVM's READONLY flag follows the region, not the alias (`kvm_mem_flags`,
     accel/kvm/kvm-all.c).  `memslot` says that an accelerator slot backs exactly this range: read
     from `info mtree -f`, predicted otherwise.  `unmergeable` keeps QEMU from joining neighbours
-    (8.2, commit 533f5d6679).
+    (8.2, commit 533f5d6679).  `device_memory` says that a memory device shows it there: it lies in
+    the machine's region of that name, which only a tree tells.
     """
 
     start: int
@@ -94,6 +96,7 @@ class FlatRange:
     nonvolatile: bool = False
     unmergeable: bool = False
     memslot: bool = False
+    device_memory: bool = field(default=False, compare=False)
 
     @property
     def end(self) -> int:
@@ -111,18 +114,33 @@ class FlatRange:
         return self.kind is Kind.RAM or self.kind is Kind.RAMD
 
 
+class VirtioMemory(NamedTuple):
+    """How many virtio-mem and virtio-pmem devices a guest has."""
+
+    mem: int
+    pmem: int
+
+
 class FlatView(Sequence[FlatRange]):
     """What an address space looks like to a CPU: disjoint ranges in address order.
+
+    `virtio_memory` counts devices of the guest; None when that is not known.
 
     Raises ValueError when the ranges overlap, are empty or out of order.
     """
 
-    __slots__ = ("_ranges", "_starts", "address_space")
+    __slots__ = ("_ranges", "_starts", "address_space", "virtio_memory")
 
-    def __init__(self, ranges: Sequence[FlatRange], address_space: str = "memory") -> None:
+    def __init__(
+        self,
+        ranges: Sequence[FlatRange],
+        address_space: str = "memory",
+        virtio_memory: VirtioMemory | None = None,
+    ) -> None:
         self._ranges = tuple(ranges)
         self._starts = [r.start for r in self._ranges]
         self.address_space = address_space
+        self.virtio_memory = virtio_memory
         end = 0
         for r in self._ranges:
             if r.start < end or r.size <= 0:

@@ -16,6 +16,7 @@ What the text cannot carry, and what is done about it:
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass, field
 
 from ..errors import MtreeError
@@ -47,13 +48,15 @@ class Dump:
     """One parsed `info mtree` text.
 
     `address_spaces` maps the name of each address space to its root region; several names may
-    share one root.  `regions` lists the aliased regions in the order in which QEMU printed them
+    share one root, and devices of one type share a name: `address_space_counts` says how many.
+    `regions` lists the aliased regions in the order in which QEMU printed them
     (names repeat).  With -f both are empty and `flat_views` maps address-space names to views.
     """
 
     address_spaces: dict[str, Region | None] = field(default_factory=dict)
     regions: list[Region] = field(default_factory=list)
     flat_views: dict[str, FlatView] = field(default_factory=dict)
+    address_space_counts: Counter[str] = field(default_factory=Counter)
     shows_disabled: bool = False
     shows_owners: bool = False
 
@@ -182,6 +185,7 @@ def _parse_trees(lines: list[str], first_line: int) -> Dump:
                 in_region = False
                 names.append(name)
                 dump.address_spaces[name] = None
+                dump.address_space_counts[name] += 1
             have_root = False
             builder = _TreeBuilder()
             continue

@@ -29,7 +29,7 @@ from typing import NamedTuple
 
 from ..errors import MtreeError
 from .containers import answers
-from .model import ADDRESS_SPACE_SIZE, FlatRange, FlatView, Kind, Region
+from .model import ADDRESS_SPACE_SIZE, FlatRange, FlatView, Kind, Region, VirtioMemory
 
 __all__ = ["NOTHING", "Extent", "Rendering", "render"]
 
@@ -43,6 +43,8 @@ _MAX_VISITS = 1_000_000
 # ten.  What is beyond is named without a closer look.
 _MAX_PAIRS = 256
 _MAX_LOOKS = 200_000
+
+DEVICE_MEMORY = "device-memory"  # machine_memory_devices_init, and boards before 8.2
 
 # virtio-mem and hv-balloon slots must not merge (QEMU 8.2, commit 533f5d6679)
 _UNMERGEABLE_ALIAS = re.compile(r"memslot-\d+")
@@ -82,6 +84,7 @@ class _Inherited(NamedTuple):
     readonly: bool = False
     nonvolatile: bool = False
     unmergeable: bool = False
+    device_memory: bool = False
 
 
 @dataclass(slots=True)
@@ -95,7 +98,11 @@ class _Piece:
     flags: _Inherited
 
 
-def render(root: Region | None, address_space: str = "memory") -> Rendering:
+def render(
+    root: Region | None,
+    address_space: str = "memory",
+    virtio_memory: VirtioMemory | None = None,
+) -> Rendering:
     """Render the linked tree below `root` (None: an address space with nothing in it).
 
     Raises MtreeError when an alias contains itself or aliases multiply without an end.
@@ -105,7 +112,7 @@ def render(root: Region | None, address_space: str = "memory") -> Rendering:
     if root is not None:
         collector.visit(root, 0, 0, ADDRESS_SPACE_SIZE, _Inherited(), 0)
     visible = list(_sweep(collector.pieces))
-    view = FlatView(list(_simplify(iter(visible))), address_space)
+    view = FlatView(list(_simplify(iter(visible))), address_space, virtio_memory)
     extents = tuple(
         Extent(p.start, p.end - p.start, p.region.name, p.region.owner, p.offset)
         for p in collector.pieces
@@ -214,6 +221,8 @@ class _Collector:
             self.visit(target, base - target.addr - region.offset, lo, hi, flags, depth + 1)
             return
         if region.children:
+            if region.name == DEVICE_MEMORY and region.kind is Kind.IO:
+                flags = flags._replace(device_memory=True)
             order = self._order.get(id(region))
             if order is None:
                 order = self._order[id(region)] = self._render_order(region)
@@ -467,6 +476,7 @@ def _simplify(visible: Iterator[tuple[int, int, int, _Piece]]) -> Iterator[FlatR
             nonvolatile=p.flags.nonvolatile,
             unmergeable=p.flags.unmergeable,
             memslot=kind is not Kind.IO and start % HOST_PAGE == 0 and size % HOST_PAGE == 0,
+            device_memory=p.flags.device_memory,
         )
     if last is not None:
         yield last

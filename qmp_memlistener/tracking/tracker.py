@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
-from ..memslots import DirtyLog, LogChange, Op, OpKind, Rules, SlotTable, qemu_ops, slot_table
+from ..memslots import DirtyLog, Op, OpKind, QemuOps, Rules, SlotTable, qemu_ops, slot_table
 from ..recording import (
     Reconciled,
     Record,
@@ -298,15 +298,15 @@ class Tracker:
 
     def _predict(self, maps: Maps) -> tuple[Op, ...]:
         """The operations QEMU would issue; the predicted table moves on."""
-        done = qemu_ops(
-            _views(self.maps),
-            _views(maps),
-            self._predicted,
-            self.rules,
-            DirtyLog(self._predicted, LogChange()),
-        )
+        done = self._planned(maps)
         self._predicted = done.after
         return done.ops
+
+    def _planned(self, maps: Maps) -> QemuOps:
+        """What QEMU's rules give for the way from the last snapshot to `maps`."""
+        before, after = _views(self.maps), _views(maps)
+        log = DirtyLog(self._predicted, None, before.values(), after.values())
+        return qemu_ops(before, after, self._predicted, self.rules, log)
 
     def _reconcile(
         self,
@@ -333,8 +333,7 @@ class Tracker:
 
     def _compare_order(self, maps: Maps, commit: Commit, with_ids: bool) -> list[str]:
         """The operations of one commit against the planned ones, ids where they are known."""
-        log = DirtyLog(self._predicted)
-        planned = qemu_ops(_views(self.maps), _views(maps), self._predicted, self.rules, log).ops
+        planned = self._planned(maps).ops
 
         def shape(what: str, as_id: int, gpa: int, size: int, slot: int) -> tuple[object, ...]:
             return (what, as_id, gpa, size, slot if with_ids and what == "delete" else None)

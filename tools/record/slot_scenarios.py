@@ -11,6 +11,7 @@ from tools.record._guest import Action, Guest, GuestError, Step, config, outb, q
 __all__ = ["TRACE", "Scenario", "nothing", "scenarios"]
 
 MIB = 1 << 20
+LOGGED_S = 8
 TRACE = "-D {tmp}/trace -trace kvm_set_user_memory -trace flatview_new"
 
 
@@ -234,6 +235,55 @@ def migration_steps(pam: int) -> tuple[Step, ...]:
     )
 
 
+def measuring(g: Guest) -> None:
+    """Log all migratable RAM for some seconds (7.2 knows no other unit)."""
+    g.execute("calc-dirty-rate", **{"calc-time": LOGGED_S, "mode": "dirty-bitmap"})
+    dirty_rate(g, "measuring")
+
+
+def measured(g: Guest) -> None:
+    dirty_rate(g, "measured")
+
+
+def dirty_rate(g: Guest, status: str) -> None:
+    end = time.monotonic() + 3 * LOGGED_S
+    while True:
+        told = g.execute("query-dirty-rate")
+        if isinstance(told, dict) and told.get("status") == status:
+            return
+        if time.monotonic() > end:
+            raise GuestError(f"the dirty rate is not {status}")
+        time.sleep(0.02)
+
+
+def logged_steps() -> Iterator[Step]:
+    """RAM comes while a dirty-rate measurement runs (QEMU plugs nothing while it migrates).
+
+    A write to PAM follows each plug, for the commit that it makes.
+    """
+    devices: tuple[dict[str, object], ...] = (
+        {"driver": "pc-dimm"},
+        {"driver": "nvdimm"},
+        {"driver": "nvdimm", "label-size": 128 << 10},
+        {"driver": "virtio-mem-pci", "requested-size": 64 * MIB},
+        {"driver": "pc-dimm"},
+        {"driver": "virtio-pmem-pci"},
+        {"driver": "ivshmem-plain", "addr": "10"},
+    )
+    yield "cont", qmp("cont")
+    for i in range(len(devices)):
+        yield f"backend{i}", backend(f"m{i}", 128 * MIB)
+    yield "measure", measuring
+    for i, device in enumerate(devices):
+        name = f"plug{i}-{device['driver']}"
+        yield name, qmp("device_add", id=f"d{i}", memdev=f"m{i}", **device)
+        if device["driver"] == "ivshmem-plain":
+            bar2 = ((0x18, 0xE000000C), (0x1C, 0), (4, 2))
+            yield f"bar2-map{i}", config(0x10, *bar2, width=4)
+        yield f"pam{i}", config(0, (0x5A, 0x00 if i % 2 else 0x33))
+    yield "measured", measured
+
+
 def pc_and_q35(machine: str) -> Iterator[Scenario]:
     pam, smram = {"pc": (0x59, 0x72), "q35": (0x90, 0x9D)}[machine]
     opened = writes(0, iter([(pam + 1, 0x33), (pam + 2, 0x31)]))
@@ -304,5 +354,10 @@ def q35_only() -> Iterator[Scenario]:
     yield Scenario("q35", "smbase", (*writes(0, iter(smbase)), ("reset", reset)))
 
 
+def pc_only() -> Iterator[Scenario]:
+    args = "-bios {tmp}/quiet.bin -m 128,slots=4,maxmem=8G"
+    yield Scenario("pc", "logged", tuple(logged_steps()), args, ",nvdimm=on")
+
+
 def scenarios() -> list[Scenario]:
-    return [*pc_and_q35("pc"), *pc_and_q35("q35"), *q35_only()]
+    return [*pc_and_q35("pc"), *pc_only(), *pc_and_q35("q35"), *q35_only()]

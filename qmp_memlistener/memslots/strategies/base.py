@@ -32,7 +32,7 @@ class Change:
     @cached_property
     def log(self) -> DirtyLog:
         """Which regions are logged before and after."""
-        return DirtyLog(self.table, self.log_change)
+        return DirtyLog(self.table, self.log_change, self.before.values(), self.after.values())
 
     @cached_property
     def qemu(self) -> QemuOps:

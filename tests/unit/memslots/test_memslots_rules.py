@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from qmp_memlistener.errors import InputError
@@ -18,7 +20,7 @@ from qmp_memlistener.memslots import (
     plan,
     slot_table,
 )
-from qmp_memlistener.topology.model import FlatRange, FlatView, Kind
+from qmp_memlistener.topology.model import FlatRange, FlatView, Kind, VirtioMemory
 from tests.unit.memslots.memslots_model import io, pam_rom, ram, rom, view_of
 
 OLD, NEW = Rules(Order.V7_2), Rules(Order.V8_0)
@@ -432,3 +434,61 @@ def test_traced_form_of_an_op() -> None:
     assert Op(OpKind.FLAGS, 0, 6, 0, 4096, 1).traced == TracedOp(0, 6, 0, 4096, 1)
     assert Op(OpKind.PARK).traced is None
     assert Op(OpKind.SET_HOLE, 0, 6, 0, 4096).traced is None
+
+
+class TestMemoryPluggedWhileLogging:
+    """pc-dimm and nvdimm map their memory before it is migratable (`pc_dimm_plug`)."""
+
+    MEMORY = ram(0, GIB, "pc.ram")
+    TABLE = SlotTable([Slot(0, 0, 0, GIB, 1, "pc.ram", None, 0)])
+
+    def plan(
+        self, before: FlatView, after: FlatView, table: SlotTable = TABLE
+    ) -> tuple[list[tuple[str, int, int]], SlotTable]:
+        done = plan(before, after, table=table, rules=NEW)
+        return [(o.op.value, o.gpa, o.flags) for o in done.ops], done.after
+
+    def view(self, *blocks: FlatRange, mem: int = 0, pmem: int = 0) -> FlatView:
+        return FlatView([self.MEMORY, *blocks], virtio_memory=VirtioMemory(mem, pmem))
+
+    def device(
+        self, at: int, *, nonvolatile: bool = False, device_memory: bool = True
+    ) -> FlatRange:
+        block = ram(at * GIB, GIB, f"m{at}")
+        return replace(block, nonvolatile=nonvolatile, device_memory=device_memory)
+
+    @pytest.mark.parametrize("nonvolatile", [False, True])
+    def test_a_dimm_is_logged_one_commit_late(self, nonvolatile: bool) -> None:
+        dimm = self.device(4, nonvolatile=nonvolatile)
+        before, after = self.view(), self.view(dimm)
+        ops, table = self.plan(before, after)
+        assert ops == [("add", 4 * GIB, 0)]
+        then = self.view(dimm, self.device(5, device_memory=False))
+        ops, table = self.plan(after, then, table)
+        assert ops == [("flags", 4 * GIB, 1), ("add", 5 * GIB, 1)]
+        assert self.plan(then, then, table)[0] == []
+
+    def test_virtio_mem_is_logged_at_once(self) -> None:
+        ops, _ = self.plan(self.view(mem=1), self.view(self.device(4), mem=2))
+        assert ops == [("add", 4 * GIB, 1)]
+
+    def test_an_nvdimm_is_known_beside_virtio_mem(self) -> None:
+        both = self.view(self.device(4), self.device(5, nonvolatile=True), mem=1)
+        assert self.plan(self.view(), both)[0] == [("add", 4 * GIB, 1), ("add", 5 * GIB, 0)]
+
+    def test_virtio_pmem_is_never_logged(self) -> None:
+        after = self.view(self.device(4), pmem=1)
+        ops, table = self.plan(self.view(), after)
+        assert ops == [("add", 4 * GIB, 0)]
+        assert self.plan(after, after, table)[0] == []
+
+    def test_memory_outside_of_device_memory_is_logged_at_once(self) -> None:
+        after = self.view(self.device(4, device_memory=False))
+        assert self.plan(self.view(), after)[0] == [("add", 4 * GIB, 1)]
+
+    def test_without_logging_nothing_follows(self) -> None:
+        table = SlotTable([Slot(0, 0, 0, GIB, 0, "pc.ram", None, 0)])
+        after = self.view(self.device(4))
+        ops, table = self.plan(self.view(), after, table)
+        assert ops == [("add", 4 * GIB, 0)]
+        assert self.plan(after, after, table)[0] == []
