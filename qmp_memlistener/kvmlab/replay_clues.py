@@ -32,10 +32,11 @@ def counts_from_zero(ops: Sequence[RecordedOp]) -> bool:
 def log_switches(ops: Sequence[RecordedOp]) -> set[int]:
     """Lines where logging of all slots seems to begin or end, although they look like adds.
 
-    A migration goes through the slots upwards in address and changes the flags of each.  A commit's
-    adds go upwards too, but with ids that go up as well, and among them those that it has freed;
-    logged from the beginning they are only while a migration runs, but for a display's, which
-    come alone.
+    A migration goes through the slots upwards in address and changes the flags of each, all on or
+    all off; a DIMM that is plugged meanwhile comes without, and has its own change after.  A
+    commit's adds go upwards too, but with ids that go up as well, and among them those that it has
+    freed; logged from the beginning they are only while a migration runs, but for a display's,
+    which come alone.
     """
     switches: set[int] = set()
     free: set[tuple[int, int]] = set()
@@ -54,7 +55,12 @@ def log_switches(ops: Sequence[RecordedOp]) -> set[int]:
         if op.ret != 0:
             continue
         last = run[-1] if run else op
-        if not op.size or (last.mark, last.as_id) != (op.mark, op.as_id) or op.gpa < last.gpa:
+        same = (last.mark, last.as_id, last.flags & LOG_DIRTY_PAGES) == (
+            op.mark,
+            op.as_id,
+            op.flags & LOG_DIRTY_PAGES,
+        )
+        if not op.size or not same or (run and op.gpa <= last.gpa):
             finish()
         if op.size:
             run.append(op)
