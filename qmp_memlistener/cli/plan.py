@@ -216,18 +216,21 @@ class _Tables:
         self._tables = read_slot_tables(path)
         self._now = next(self._tables, None)
 
-    def before(self, seq: int, view: FlatView) -> SlotTable | None:
-        """None when the operations that were recorded do not lead to the slots of `view`."""
+    def before(self, seq: int, view: FlatView) -> tuple[SlotTable | None, LogChange | None]:
+        """The slots, and what logs the transition starts or stops.
+
+        None when the operations that were recorded do not lead to the slots of `view`.
+        """
         while self._now is not None and (self._now[0] is None or self._now[0] < seq):
             following = next(self._tables, None)
             if following is None:
                 break  # the slots that remained
             self._now = following
-        table = self._now[1] if self._now is not None else None
-        fits = table is not None and all(
-            table.exact(0, r.start, r.size) is not None for r in view if r.memslot
-        )
-        return table if fits else None
+        if self._now is None:
+            return None, None
+        number, table, log = self._now
+        fits = all(table.exact(0, r.start, r.size) is not None for r in view if r.memslot)
+        return (table, log if number == seq else None) if fits else (None, None)
 
 
 def _of_recording(
@@ -246,18 +249,18 @@ def _of_recording(
         by = Rules.parse(rules if rules is not None else recording.header.qemu_version or "8.0")
         tables = _Tables(path)
         for step in replay(recording):
-            table = tables.before(step.seq, step.before)
+            table, log = tables.before(step.seq, step.before)
             if wanted is None or step.seq == wanted:
-                plans = planned({0: step.before}, {0: step.after}, table, by, None)
+                plans = planned({0: step.before}, {0: step.after}, table, by, log)
                 results.append((step.seq, plans))
     else:
         from ..kvmlab.replay_input import read_replay
 
-        log = read_replay(path)
-        by = Rules.parse(rules) if rules is not None else log.rules
-        for note in log.notes:
+        traced = read_replay(path)
+        by = Rules.parse(rules) if rules is not None else traced.rules
+        for note in traced.notes:
             say(f"note: {note}", err=True)
-        for t in log.transitions:
+        for t in traced.transitions:
             if wanted is None or t.seq == wanted:
                 plans = planned(t.view_before, t.view_after, t.before, by, t.log)
                 results.append((t.seq, plans))

@@ -157,8 +157,9 @@ def read_replay(path: str, *, page_size: int = 4096, most: int | None = None) ->
     )
 
 
-def read_slot_tables(path: str) -> Iterator[tuple[int | None, SlotTable]]:
-    """The slots before each commit of a recording, with its transition; at last those that remain.
+def read_slot_tables(path: str) -> Iterator[tuple[int | None, SlotTable, LogChange | None]]:
+    """The slots before each commit of a recording, with its transition and what logs it starts or
+    stops; at last those that remain.
 
     The transition is None for a commit that belongs to none, and at the end.  Ids are those that
     the operations tell; where none does, QEMU's rules.  Raises as `read_replay`; nothing comes
@@ -170,11 +171,11 @@ def read_slot_tables(path: str) -> Iterator[tuple[int | None, SlotTable]]:
     _, behind = back(history.lives, recorded.spans)
     table = _initial(history, behind)
     for commit in history.commits:
-        yield commit.seq, table
-        table = table.copy()
+        before, table = table, table.copy()
         for done in commit.done:
             _carry_out(done, table, behind)
-    yield None, table
+        yield commit.seq, before, _log_change(before, table)
+    yield None, table, None
 
 
 def _read(path: str, rules: Rules) -> tuple[Recorded, History | None]:
