@@ -15,6 +15,7 @@ from math import ceil, floor
 __all__ = ["Anchor", "BeatClock", "BeatSampler", "Bounds", "Window"]
 
 _RECENT = 16  # anchors of a line that take part in mapping
+_STRAIGHT = 3  # so many at least tell that a line is one
 _MUCH = 5
 _BASES = 8  # older ones, for the rate
 _BASE_EVERY_NS = 4_000_000_000
@@ -100,14 +101,19 @@ class _Line:
     def add(self, anchor: Anchor) -> None:
         if not self.bases or anchor.at.low - self.bases[-1].at.high > _BASE_EVERY_NS:
             self.bases.append(anchor)
-        if len(self.recent) > 1 and self.recent[-1].at.width > _MUCH * self.recent[-2].at.width:
+        elif self.bases[-1].at.width > _MUCH * anchor.at.width:
+            self.bases[-1] = anchor  # a wide one, as on a busy host, tells the rate after long only
+        if (
+            len(self.recent) > _STRAIGHT
+            and self.recent[-1].at.width > _MUCH * self.recent[-2].at.width
+        ):
             self.recent.pop()  # it tells little beside its neighbours, which should last
         self.recent.append(anchor)
 
     @property
     def straight(self) -> bool:
         """Three anchors or more, and all agree with a line through the first and the last."""
-        if len(self.recent) < 3:
+        if len(self.recent) < _STRAIGHT:
             return False
         first, last = self.recent[0], self.recent[-1]
         slack = (last.at.high - first.at.low) * _DRIFT
@@ -123,7 +129,7 @@ class _Line:
         """Bounds of the ticks per ns: those of the pair of anchors that tells most."""
         last = self.recent[-1]
         best: tuple[float, float] | None = None
-        for first in (*self.bases, self.recent[0]):
+        for first in (*self.bases, *self.recent):
             ticks = last.tsc - first.tsc
             least = last.at.low - first.at.high
             if ticks <= 0 or least <= 0:
@@ -192,7 +198,7 @@ class BeatClock:
             rate = line.rate()
             if rate is not None and _error(rate) <= limit:
                 self._rate = rate
-        elif self._rate is None and len(line.recent) >= 3:
+        elif self._rate is None and len(line.recent) >= _STRAIGHT:
             self._lines.clear()  # it broke before it was known
         return step
 

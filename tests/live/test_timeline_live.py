@@ -50,7 +50,7 @@ async def test_gap_operations_and_commit_of_each_toggle_are_tied(
         await vm.pulse.reset(threshold=clock.ticks(150_000))
         async with attach(vm.target, probes=("trace", "pulse", "uprobes"), on_record=seen) as agent:
             await needs_uprobes(agent, seen)
-            await seen.wait_for(lambda: bool(seen.of(StallRecord)))  # the pulse is being read
+            assert await agent.probes_ready(10.0) == ()  # the pulse's clock is known
             await vm.toggle(TOGGLES, period_ms=5)
             await agent.settle()
     transitions = {t.seq for t in seen.transitions}
@@ -81,7 +81,7 @@ async def test_a_write_that_changes_nothing_is_tied_to_nothing(
         await vm.open_pam()
         async with attach(vm.target, probes=("trace", "pulse", "uprobes"), on_record=seen) as agent:
             await needs_uprobes(agent, seen)
-            await seen.wait_for(lambda: bool(seen.of(StallRecord)))
+            assert await agent.probes_ready(10.0) == ()
             toggle = await vm.pulse.toggle(
                 HOST_BRIDGE, vm.bridge.pam, (PAM_RAM << 4, PAM_RAM << 4), TOGGLES
             )

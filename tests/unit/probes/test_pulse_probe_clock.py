@@ -101,6 +101,17 @@ def test_it_is_not_ready_before_it_knows_the_rate() -> None:
             use()
 
 
+@given(wide_ms=st.integers(0, 100), step_ms=st.integers(3, 40), seed=st.integers(0, 1 << 32))
+def test_a_wide_first_anchor_costs_no_time(wide_ms: int, step_ms: int, seed: int) -> None:
+    """On a busy host the first look may be far from the second."""
+    truth = Truth(2.6)
+    clock = BeatClock()
+    clock.add(next(anchors(truth, 0, 1, 1, 1 + wide_ms * MS, seed)))
+    for anchor in anchors(truth, 100, 600, step_ms, 100_000, seed):
+        assert clock.add(anchor) == 0
+    assert clock.ready
+
+
 def test_a_gap_is_enclosed_and_its_length_known() -> None:
     truth = Truth(2.6)
     clock = fed(truth)
