@@ -5,10 +5,11 @@ the resume guard with the names that it is given from here (`names`).  What is n
 sent, and nothing whose name begins with `x-` is: QEMU promises nothing about those, and one of them
 ended guests (`x-query-virtio-status`, 11.1.3: an assertion of its visitor).
 
-"seen" stands for: sent to QEMU 7.2.22, 10.0.2 and 11.1.3 by the verbs, and the guest lived
-(tests/live/test_allowed.py).  Files are those of QEMU's source tree.  What one of these versions
-does not bear is listed for none.  A QEMU outside `TRIED` gets the same commands: all but the
-human-monitor ones are stable interface, and what it does not have it refuses.
+"seen" at the end stands for: sent to QEMU 7.2.22, 10.0.2 and 11.1.3 by the verbs, and the guest
+lived; tests/live/test_allowed.py fails where one is not.  Files are those of QEMU's source tree,
+tests those that send the command.  What one of these versions does not bear is listed for none.  A
+QEMU outside `TRIED` gets the same commands: all but the human-monitor ones are stable interface,
+and what it does not have it refuses.
 """
 
 from __future__ import annotations
@@ -99,7 +100,6 @@ QMP = (
     # reading: state
     Qmp("query-status", "returns two fields of the run state; seen"),
     Qmp("query-name", "returns a string of the command line; seen"),
-    Qmp("query-uuid", "returns a string of the command line; seen"),
     Qmp("query-kvm", "returns two flags; the cheapest there is, 0.2 ms; seen"),
     Qmp("query-accelerators", "10.2 and later; reads QOM classes; seen"),
     Qmp("query-migrate", "migration/migration.c, fill_source_migration_info: reads; seen"),
@@ -125,8 +125,12 @@ QMP = (
         _is_examinable,
     ),
     # tracing
-    Qmp("getfd", "monitor/fds.c: keeps a descriptor under a name; our log for a QEMU; seen"),
-    Qmp("closefd", "monitor/fds.c: drops that descriptor; seen"),
+    Qmp(
+        "getfd",
+        "monitor/fds.c: keeps a descriptor under a name; our log for a QEMU; "
+        "tests/live/test_monitor_trace_lending.py",
+    ),
+    Qmp("closefd", "monitor/fds.c: drops that descriptor; sent after the former"),
     Qmp("trace-event-get-state", "trace/qmp.c: reads; seen"),
     Qmp("trace-event-set-state", "trace/qmp.c: sets the flag of an event; seen"),
     # what a user asks for
@@ -166,7 +170,11 @@ HMP = (
     Hmp(
         _form("print 0x[0-9a-f]+"), "evaluates a number; its line in the log is what we want; seen"
     ),
-    Hmp(_form("logfile .+"), "util/log.c: opens a file of ours, or what was there before; seen"),
+    Hmp(
+        _form("logfile .+"),
+        "util/log.c: opens a file of ours, or what was there before; "
+        "tests/live/test_monitor_trace.py",
+    ),
     Hmp(_form("info sync-profile 0x[0-9a-f]+"), "util/qsp.c: sorts counters, 0.1 ms; seen"),
     Hmp(_form("sync-profile(?: on| off)?"), "util/qsp.c: exchanges the functions that lock; seen"),
 )

@@ -45,7 +45,7 @@ async def test_commands_events_and_errors(tmp_path: Path) -> None:
             assert reply.t_start_ns <= got.t_ns <= reply.t_end_ns
             stop()
             with pytest.raises(CommandFailed) as error:
-                await monitor.execute("query-uuid")
+                await monitor.execute("query-status")
             assert error.value.error_class == "CommandNotFound"
             assert error.value.remedy is not None
             assert (await anext(events)).stamp_ns is None
@@ -138,7 +138,7 @@ async def test_a_late_reply_does_not_answer_the_next_command(tmp_path: Path) -> 
     async with serving(tmp_path, serve) as target, await Monitor.connect(target) as monitor:
         with pytest.raises(DeadlineExceeded):
             await monitor.execute("query-name", deadline=0.05)
-        assert await monitor.execute("query-uuid") == "right"
+        assert await monitor.execute("query-status") == "right"
 
 
 @pytest.mark.asyncio
@@ -155,14 +155,14 @@ async def test_pipelined_commands_leave_in_one_write(tmp_path: Path) -> None:
         while text:
             request, end = decoder.raw_decode(text)
             text = text[end:].lstrip()
-            kind = "error" if request["execute"] == "query-uuid" else "return"
+            kind = "error" if request["execute"] == "query-status" else "return"
             value = {"class": "GenericError", "desc": "no"} if kind == "error" else {}
             writer.write(message({kind: value, "id": request["id"]}))
         await reader.read()
 
     async with serving(tmp_path, serve) as target, await Monitor.connect(target) as monitor:
         one, two, three = await monitor.pipeline(
-            [Command("query-name"), Command("query-uuid", {"x": 1}), Command("query-kvm")]
+            [Command("query-name"), Command("query-status", {"x": 1}), Command("query-kvm")]
         )
     assert sizes == [3]
     assert isinstance(two, CommandFailed)
