@@ -240,7 +240,9 @@ class Agent:
             yield self.operations
             return
         try:
-            monitor = await Monitor.connect(free, deadline=self._options.deadline)
+            monitor = await Monitor.connect(
+                free, meant=self.monitor.identity, deadline=self._options.deadline
+            )
         except TargetError:
             yield self.monitor  # somebody else was quicker
             return

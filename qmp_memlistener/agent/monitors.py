@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from ..errors import CommandFailed, InputError
+from ..errors import CommandFailed, InputError, WrongGuest
 from ..monitor import (
     CONNECT_DEADLINE,
     Companions,
@@ -21,6 +21,7 @@ from ..monitor import (
 )
 from ..monitor.dial import resolve
 from ..monitor.freeze import FreezeKey, check_not_frozen, freeze_key, hold_freeze
+from ..monitor.identity import GuestIdentity
 from ..updates.guard_notes import take_notes
 from ..updates.left_behind import REMEDY, confirmed, left_behind
 
@@ -50,7 +51,7 @@ class Monitors:
     @property
     def pid(self) -> int | None:
         """QEMU's process, where that is known."""
-        return self.owner.pid if self.owner is not None else self.observer.peer_pid
+        return self.owner.pid if self.owner is not None else None
 
 
 def as_target(target: str | Target) -> Target:
@@ -60,9 +61,11 @@ def as_target(target: str | Target) -> Target:
 
 @dataclass(frozen=True, slots=True)
 class Admission:
-    """The monitor behind a target that may be talked to; `remarks` are for the user."""
+    """A target that may be talked to, and the guest that is meant by it where that is known before
+    anybody answers; `remarks` are for the user."""
 
-    target: SocketTarget
+    target: Target
+    meant: GuestIdentity | None
     key: FreezeKey
     remarks: tuple[str, ...]
 
@@ -72,13 +75,14 @@ async def refuse_if_frozen(target: str | Target) -> Admission:
 
     Raises GuestFrozen before anything is sent to it.
     """
-    found = await resolve(as_target(target))
-    owner = await asyncio.to_thread(find_owner, found, None)
-    key = freeze_key(found, owner)
+    named = as_target(target)
+    (first, *_), meant = await resolve(named)
+    owner = await asyncio.to_thread(find_owner, first, meant)
+    key = freeze_key(first, owner)
     await asyncio.to_thread(check_not_frozen, key)
     notes = await asyncio.to_thread(take_notes, key)
     told = tuple(t for n in notes for t in (n.text, n.remedy) if t is not None)
-    return Admission(found, key, told)
+    return Admission(named, meant, key, told)
 
 
 async def connect_monitors(
@@ -102,9 +106,9 @@ async def connect_monitors(
     admission = await refuse_if_frozen(target)
     remarks = list(admission.remarks)
     observer = await stack.enter_async_context(
-        await Monitor.connect(admission.target, deadline=deadline)
+        await Monitor.connect(admission.target, meant=admission.meant, deadline=deadline)
     )
-    owner = await asyncio.to_thread(find_owner, observer.target, observer.peer_pid)
+    owner = await asyncio.to_thread(find_owner, observer.target, observer.identity)
     key = freeze_key(observer.target, owner)
     if freeze is not None:
         remarks += (await stack.enter_async_context(hold_freeze(key, freeze))).remarks
@@ -129,6 +133,8 @@ async def connect_monitors(
         guarded=guarded,
     )
     remarks += companions.without
+    if observer.identity.remark is not None:
+        remarks.append(observer.identity.remark)
     return Monitors(observer, operator or observer, companions, owner, tuple(remarks))
 
 
@@ -161,12 +167,8 @@ async def _connect_named(
             f"{name} is in use by this agent already",
             remedy="name another monitor of the same QEMU; each serves one client",
         )
-    monitor = await stack.enter_async_context(await Monitor.connect(target, deadline=deadline))
-    pid = observer.peer_pid
-    if pid is not None and monitor.peer_pid is not None and monitor.peer_pid != pid:
-        raise InputError(
-            f"{monitor.target} is a monitor of pid {monitor.peer_pid}, "
-            f"{observer.target} of pid {pid}",
-            remedy="name two monitors of the same QEMU",
-        )
-    return monitor
+    try:
+        monitor = await Monitor.connect(target, meant=observer.identity, deadline=deadline)
+    except WrongGuest as error:
+        raise InputError(error.message, remedy="name two monitors of the same QEMU") from error
+    return await stack.enter_async_context(monitor)

@@ -132,6 +132,7 @@ class Left:
 
 def _find() -> list[Left]:
     from ..monitor import Monitor, PidTarget, find_guest
+    from ..monitor.identity import GuestIdentity
     from ..monitor.leftovers import clean_leftovers, find_leftovers
     from ..probes import leftover_notes
 
@@ -139,7 +140,8 @@ def _find() -> list[Left]:
         return await clean_leftovers(left) is not None
 
     async def switched(left: leftover_notes.LeftoverNote) -> bool:
-        async with await Monitor.connect(PidTarget(left.pid)) as monitor:
+        meant = GuestIdentity(left.pid, left.start_ticks, True)
+        async with await Monitor.connect(PidTarget(left.pid), meant=meant) as monitor:
             return await leftover_notes.restore(monitor, left)
 
     return [
@@ -158,7 +160,7 @@ async def _find_behind() -> list[Left]:
     from ..updates.left_behind import LeftBehind, confirmed, left_behind, take_away
 
     async def away(left: LeftBehind, pid: int) -> bool:
-        async with await Monitor.connect(PidTarget(pid)) as monitor:
+        async with await Monitor.connect(PidTarget(pid), meant=left.guest) as monitor:
             return await take_away(monitor, left)
 
     async def unknown() -> bool:
@@ -174,7 +176,7 @@ async def _find_behind() -> list[Left]:
             found.append(Left(left.text, left.path, None, unknown))
             continue
         try:
-            async with await Monitor.connect(PidTarget(pid)) as monitor:
+            async with await Monitor.connect(PidTarget(pid), meant=left.guest) as monitor:
                 text = await confirmed(monitor, left)
         except MemListenerError as exc:
             text = f"{left.text} (whether that is so still is not known: {exc.message})"

@@ -183,7 +183,9 @@ async def _fetch(target: str, unsafe_flatview: bool) -> _Live:
     for remark in admission.remarks:
         say(remark, err=True)
     permits = (Permit.FLAT_VIEW,) if unsafe_flatview else ()
-    async with await Monitor.connect(admission.target, permits=permits) as monitor:
+    async with await Monitor.connect(
+        admission.target, meant=admission.meant, permits=permits
+    ) as monitor:
         for remark in await left_remarks(monitor, admission.key):
             say(remark, err=True)
         facts = await read_facts(monitor)

@@ -100,6 +100,11 @@ QMP = (
     # reading: state
     Qmp("query-status", "returns two fields of the run state; seen"),
     Qmp("query-name", "returns a string of the command line; seen"),
+    Qmp(
+        "query-uuid",
+        "returns a string of the command line; where QEMU's process is not visible; "
+        "tests/live/test_wrong_guest.py",
+    ),
     Qmp("query-kvm", "returns two flags; the cheapest there is, 0.2 ms; seen"),
     Qmp("query-accelerators", "10.2 and later; reads QOM classes; seen"),
     Qmp("query-migrate", "migration/migration.c, fill_source_migration_info: reads; seen"),

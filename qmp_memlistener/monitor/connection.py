@@ -12,7 +12,6 @@ Sources: docs/interop/qmp-spec.rst; monitor/qmp.c for the in-band queue and OOB.
 from __future__ import annotations
 
 import asyncio
-import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,18 +28,14 @@ from ..errors import (
     TargetError,
     TargetLost,
     TargetUnreachable,
+    WrongGuest,
 )
 from ..waits import waiting
 from . import allowed
 from .client import RawReply, TimedClient
-from .dial import (
-    dial,
-    explain_silence,
-    no_answer,
-    peer_pid,
-    resolve,
-)
+from .dial import answered, resolve
 from .events import EventStream, QmpEvent, decode_event
+from .identity import ASKED, GuestIdentity, same_answers
 from .targets import SocketTarget, Target
 
 __all__ = ["CONNECT_DEADLINE", "Command", "Monitor", "QemuVersion", "Reply"]
@@ -92,6 +87,7 @@ class Reply:
 class Monitor:
     """A connected QMP monitor.  Use `connect`; the constructor does not connect.
 
+    `identity` is the guest that answers: it is fixed by the first connection, or by `meant`.
     `lost` is a future that gets the error (a TargetLost or ProtocolViolation) as its *result*
     when the session ends, whoever ended it.
     """
@@ -101,7 +97,8 @@ class Monitor:
         self._permits = frozenset(permits)
         self.version = QemuVersion(0, 0, 0)
         self.oob = False
-        self.peer_pid: int | None = None
+        self.identity = GuestIdentity()
+        self._meant: GuestIdentity | None = None
         self.lost: asyncio.Future[TargetError] = asyncio.get_running_loop().create_future()
         self._client = self._new_client()
         self._ended = asyncio.Event()
@@ -116,25 +113,37 @@ class Monitor:
         cls,
         target: Target,
         *,
+        meant: GuestIdentity | None = None,
         deadline: float = CONNECT_DEADLINE,
         permits: Iterable[allowed.Permit] = (),
     ) -> Monitor:
         """Connect and negotiate, within `deadline` seconds.
 
-        A `pid:N` target means the first of that QEMU's monitors that is free.  Raises
+        A `pid:N` target means the first of that QEMU's monitors that is free.  Raises WrongGuest
+        when another guest answers than `meant` (without: whoever does is meant from then on),
         TargetUnreachable, MonitorBusy, ProtocolViolation, DeadlineExceeded or TargetLost (the
         peer hung up before it greeted).  `permits` are what the user asked for although it does
         harm.
         """
+        permits = frozenset(permits)
         with waiting(f"for {target} to answer"):
-            monitor = cls(await resolve(target), permits=permits)
-            await monitor._open(deadline)
-        return monitor
+            found, meant = await resolve(target, meant)
+            for one, more in zip(found, (*found[1:], None), strict=True):
+                monitor = cls(one, permits=permits)
+                monitor._meant = meant
+                try:
+                    await monitor._open(deadline)
+                except WrongGuest:
+                    if more is None:
+                        raise
+                else:
+                    return monitor
+        raise AssertionError("resolve finds at least one")
 
     async def reconnect(self, *, deadline: float = CONNECT_DEADLINE) -> None:
-        """Connect again to the same target.  Event streams and callbacks stay registered.
+        """Connect again to the same guest.  Event streams and callbacks stay registered.
 
-        Raises as `connect` does.
+        Raises as `connect` does: WrongGuest when another guest answers there now.
         """
         await self._shut(_CLOSE_DEADLINE)
         self.lost = asyncio.get_running_loop().create_future()
@@ -236,19 +245,21 @@ class Monitor:
 
     async def _open(self, deadline: float) -> None:
         client = self._client
-        sock: socket.socket | None = None
+        until = asyncio.get_running_loop().time() + deadline
+        found = await answered(self.target, self._meant, deadline)
         try:
-            async with asyncio.timeout(deadline) as limit:
-                sock = await dial(self.target)
-                self.peer_pid = peer_pid(sock)
+            async with asyncio.timeout_at(until):
                 try:
-                    async with explain_silence(self.target, sock, limit):
-                        await client.open(sock)
+                    await client.open(found.sock)
                 except BaseException:
-                    sock.close()
+                    found.sock.close()
                     raise
         except TimeoutError:
-            raise no_answer(self.target, deadline, connected=sock is not None) from None
+            raise DeadlineExceeded(
+                f"{self.target} began to answer, but did not greet and negotiate within "
+                f"{deadline:g} s",
+                remedy="QEMU hangs, or this is no QMP monitor",
+            ) from None
         except ConnectError as error:
             raise _session_error(self.target, error.exc) from error
         except (EOFError, OSError, QMPError) as error:
@@ -264,6 +275,24 @@ class Monitor:
                 await client.disconnect()
             raise _session_error(self.target, ProtocolError(f"odd greeting: {error}")) from error
         self._reaper = asyncio.create_task(self._reap(client), name=f"reap {self.target}")
+        self.identity = found.identity
+        if not self.identity.certain:
+            try:
+                self.identity = same_answers(self.target, self.identity, await self._asked(until))
+            except BaseException:
+                await self._shut(_CLOSE_DEADLINE)
+                raise
+        self._meant = self.identity
+
+    async def _asked(self, until: float) -> dict[str, object]:
+        """What the guest says of itself; a command that it refuses counts as no answer."""
+        left = max(0.1, until - asyncio.get_running_loop().time())
+        replies = await self.pipeline([Command(name) for name in ASKED], deadline=left)
+        return {
+            name: reply.value
+            for name, reply in zip(ASKED, replies, strict=True)
+            if isinstance(reply, Reply)
+        }
 
     async def _run(
         self, commands: Sequence[Command], deadline: float | None, *, oob: bool = False

@@ -9,14 +9,15 @@ import asyncio
 import errno
 import os
 import socket
-import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 
-from ..errors import DeadlineExceeded, MonitorBusy, TargetError, TargetUnreachable
+from ..errors import DeadlineExceeded, MonitorBusy, TargetError, TargetUnreachable, WrongGuest
 from ..host.files import locate
 from ..host.processes import Process
 from .discovery import find_guest
+from .identity import GuestIdentity, identify, peer_pid
 from .sockets import MonitorState, listener_state, listening_pids
 from .targets import (
     PidTarget,
@@ -27,27 +28,33 @@ from .targets import (
 )
 from .unix_diag import unix_sockets
 
-__all__ = ["dial", "explain_silence", "no_answer", "peer_pid", "resolve"]
+__all__ = ["Answered", "answered", "dial", "no_answer", "resolve"]
 
 # How long a monitor may take to greet before the kernel is asked whether it serves another.
 _PATIENCE = 0.4
 
 
-async def resolve(target: Target) -> SocketTarget:
-    """The socket that `target` stands for; for `pid:N` a free QMP monitor of that QEMU.
+async def resolve(
+    target: Target, meant: GuestIdentity | None = None
+) -> tuple[tuple[SocketTarget, ...], GuestIdentity | None]:
+    """The sockets that `target` stands for, and the guest that is meant by it: for `pid:N` the free
+    QMP monitors of that QEMU, and itself; for an address `meant`, None when whoever answers is.
 
-    Raises TargetUnreachable or MonitorBusy.
+    Raises TargetUnreachable, MonitorBusy, and WrongGuest when `pid:N` is no longer `meant`.
     """
     if not isinstance(target, PidTarget):
-        return target
+        return (target,), meant
     guest = await asyncio.to_thread(find_guest, target.pid)
     if guest is None:
         raise TargetUnreachable(
             f"{target} is no running QEMU", remedy="`qmp-memlistener list` shows those on this host"
         )
+    found = GuestIdentity.of(guest.process)
+    if meant is not None and found != meant:
+        raise WrongGuest(f"{target} is {found} now, and not the one that was meant: it has ended")
     free = guest.free_targets()
     if free:
-        return free[0]
+        return free, found
     if any(m.state is MonitorState.BUSY for m in guest.qmp_monitors):
         raise await asyncio.to_thread(_stopped, target, [guest.pid]) or _busy(target)
     reasons = [f"{m.label}: {m.why}" for m in guest.qmp_monitors if m.why]
@@ -125,14 +132,47 @@ async def _dial_tcp(target: TcpTarget) -> socket.socket:
     raise _unreachable(target, last) from last
 
 
-def peer_pid(sock: socket.socket) -> int | None:
-    """The process that listens at the other end (SO_PEERCRED), None for TCP or when it is not
-    visible here.  With a socket that libvirt opened for QEMU this is libvirt's id."""
-    if sock.family != socket.AF_UNIX:
-        return None
-    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    pid: int = struct.unpack("3i", raw)[0]
-    return pid if pid > 0 else None
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """A connected socket on which the greeting has arrived, not yet read, and who sent it."""
+
+    sock: socket.socket
+    identity: GuestIdentity
+
+
+async def answered(target: SocketTarget, meant: GuestIdentity | None, deadline: float) -> Answered:
+    """Connect, wait for the greeting, see who sent it; nothing is sent.
+
+    Raises WrongGuest when that is not the guest `meant`, TargetUnreachable, MonitorBusy,
+    DeadlineExceeded, TargetLost.
+    """
+    sock: socket.socket | None = None
+    try:
+        async with asyncio.timeout(deadline) as limit:
+            sock = await dial(target)
+            async with explain_silence(target, sock, limit):
+                await _readable(sock)
+            return Answered(sock, await identify(sock, target, meant))
+    except TimeoutError:
+        error = no_answer(target, deadline, connected=sock is not None)
+        if sock is not None:
+            sock.close()
+        raise error from None
+    except BaseException:
+        if sock is not None:
+            sock.close()
+        raise
+
+
+async def _readable(sock: socket.socket) -> None:
+    """Until there is something to read, or the other end has hung up; nothing is taken."""
+    loop = asyncio.get_running_loop()
+    ready = asyncio.Event()
+    loop.add_reader(sock, ready.set)
+    try:
+        await ready.wait()
+    finally:
+        loop.remove_reader(sock)
 
 
 @asynccontextmanager

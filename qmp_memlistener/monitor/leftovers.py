@@ -11,6 +11,8 @@ from dataclasses import dataclass
 from ..errors import MonitorBusy
 from .connection import Monitor
 from .discovery import Guest, find_guest
+from .identity import GuestIdentity
+from .targets import PidTarget
 from .trace_control import Restored, restore_stale
 from .trace_errors import TraceUnavailable
 from .trace_notes import Place, noted, sweep
@@ -64,5 +66,6 @@ async def clean_leftovers(leftover: Leftover) -> Restored | None:
             f"no monitor of QEMU (pid {leftover.guest.pid}) is free",
             remedy="disconnect the other client; the next attach restores it, too",
         )
-    async with await Monitor.connect(free[0]) as monitor:
+    meant = GuestIdentity.of(leftover.guest.process)
+    async with await Monitor.connect(PidTarget(leftover.guest.pid), meant=meant) as monitor:
         return await restore_stale(monitor, guest=leftover.guest)

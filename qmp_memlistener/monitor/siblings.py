@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from .discovery import Guest, find_guest, find_guests
+from .identity import GuestIdentity, owner_of
 from .sockets import listening_pids
 from .targets import SocketTarget, TcpTarget, UnixTarget
 
@@ -32,17 +33,14 @@ class Companions:
     guard: SocketTarget | None = None
 
 
-def find_owner(target: SocketTarget, peer_pid: int | None) -> Guest | None:
-    """The QEMU on this host that serves `target`; None when it is elsewhere or not visible.
+def find_owner(target: SocketTarget, identity: GuestIdentity | None) -> Guest | None:
+    """The QEMU on this host behind a connection that has this identity; None when not visible.
 
-    `peer_pid` (SO_PEERCRED) decides when it is a QEMU.  A socket that libvirt opened for its
-    QEMU shows libvirt there, and TCP shows nobody: then those who hold the listening socket are
-    asked, or, where that cannot be seen, all command lines are searched.
+    Without an identity, before anything is connected, the one that holds the listening socket, or,
+    where that cannot be seen, on whose command line `target` is: who answers may be another.
     """
-    if peer_pid is not None:
-        guest = find_guest(peer_pid)
-        if guest is not None:
-            return guest
+    if identity is not None:
+        return owner_of(identity)
     holders = listening_pids(target)
     found = map(find_guest, holders) if holders else iter(find_guests())
     for guest in found:

@@ -156,7 +156,7 @@ async def _accel(monitor: Monitor, kvm: bool) -> str | None:
     enabled = _text(accelerators.get("enabled"))
     if enabled is not None:
         return enabled
-    guest = await asyncio.to_thread(find_owner, monitor.target, monitor.peer_pid)
+    guest = await asyncio.to_thread(find_owner, monitor.target, monitor.identity)
     # an answer of QEMU's is worth more than a guess: it said that it is not KVM
     return guest.accel if guest is not None and guest.accel != "kvm" else None
 

@@ -32,6 +32,7 @@ __all__ = [
     "listener_state",
     "listening_at",
     "listening_pids",
+    "tcp_peer_inode",
 ]
 
 _UNIX_LINE = re.compile(
@@ -200,6 +201,28 @@ def _tcp_state(target: TcpTarget, base: str, inodes: Collection[int] | None) -> 
             accepted += bool(inode)
             waiting += not inode
     return ListenerState(listening, accepted, waiting)
+
+
+def tcp_peer_inode(sock: socket.socket) -> int | None:
+    """The socket at the other end of a TCP connection, when that is in our network namespace."""
+    try:
+        ours, theirs = _end(sock.getsockname()), _end(sock.getpeername())
+        for table in ("tcp", "tcp6"):
+            with open(f"/proc/self/net/{table}") as f:
+                for fields in (line.split() for line in f.read().splitlines()[1:]):
+                    local, remote = (a.split(":") for a in fields[1:3])
+                    ends = [_end((_kernel_address(a), int(p, 16))) for a, p in (local, remote)]
+                    if ends == [theirs, ours] and int(fields[9]):
+                        return int(fields[9])
+    except OSError:
+        return None
+    return None
+
+
+def _end(address: tuple[object, ...]) -> tuple[str, int]:
+    """An IPv4 client of a dual-stack listener shows up as a mapped address."""
+    host, port = str(address[0]), int(str(address[1]))
+    return host.removeprefix("::ffff:") if "." in host else host, port
 
 
 def _tcp_rows(base: str) -> Iterator[tuple[str, int, int, int]]:

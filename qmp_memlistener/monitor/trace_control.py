@@ -29,7 +29,9 @@ import msgspec
 from ..errors import TargetError, TargetUnreachable
 from .connection import Monitor
 from .discovery import Guest, find_guest
+from .identity import GuestIdentity
 from .siblings import find_owner
+from .targets import PidTarget
 from .trace_errors import TraceReason, TraceUnavailable
 from .trace_log import open_log
 from .trace_notes import Lease, Note, Place, sweep
@@ -187,7 +189,8 @@ class TraceSession:
             return Restored()
         if not free:
             raise TargetUnreachable(f"no monitor of QEMU (pid {guest.pid}) is free")
-        async with await Monitor.connect(free[0]) as monitor:
+        meant = GuestIdentity.of(guest.process)
+        async with await Monitor.connect(PidTarget(guest.pid), meant=meant) as monitor:
             return await _leave(monitor, place, guest, note, others)
 
     def _release(self, offset: int) -> int:
@@ -205,7 +208,7 @@ async def start_tracing(
     on cancellation everything is put back.  Raises TraceUnavailable (with a TraceReason) and as
     `Monitor.timed` does.
     """
-    guest = guest or await asyncio.to_thread(find_owner, monitor.target, monitor.peer_pid)
+    guest = guest or await asyncio.to_thread(find_owner, monitor.target, monitor.identity)
     if guest is None:
         raise TraceUnavailable(
             TraceReason.NO_PROCESS, f"the QEMU behind {monitor.target} is not visible on this host"
@@ -252,7 +255,7 @@ async def restore_stale(monitor: Monitor, *, guest: Guest | None = None) -> Rest
 
     Raises as `Monitor.timed` does, and TraceUnavailable when another user's agent is at work.
     """
-    guest = guest or await asyncio.to_thread(find_owner, monitor.target, monitor.peer_pid)
+    guest = guest or await asyncio.to_thread(find_owner, monitor.target, monitor.identity)
     if guest is None:
         return None
     place = await asyncio.to_thread(Place, guest.process)

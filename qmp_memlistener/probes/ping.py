@@ -20,7 +20,8 @@ from typing import ParamSpec
 
 from ..errors import TargetError
 from ..monitor import CONNECT_DEADLINE, MonitorState, SocketTarget
-from ..monitor.dial import dial, no_answer
+from ..monitor.dial import answered
+from ..monitor.identity import GuestIdentity
 from ..monitor.sockets import listener_state
 from .inbox import Inbox
 from .model import Context, Kind, Observation, ProbeInfo, ProbeUnavailable, Sink, Verdict
@@ -107,7 +108,8 @@ class PingProbe:
             raise ProbeUnavailable(_NO_MONITOR, remedy=_ONE_MORE)
         loop = asyncio.get_running_loop()
         self._inbox = Inbox(loop)
-        self._link = PingLink(await _connect(target), target)
+        meant = self._context.monitor.identity
+        self._link = PingLink(await _connect(target, meant), target, meant)
         self._sink = sink
         self._ready = loop.create_future()
         self._ended = loop.create_future()
@@ -313,13 +315,9 @@ class PingProbe:
         self._inbox.post(0, function, *args, **kwargs)
 
 
-async def _connect(target: SocketTarget) -> socket.socket:
+async def _connect(target: SocketTarget, meant: GuestIdentity) -> socket.socket:
     """Raises ProbeUnavailable."""
     try:
-        async with asyncio.timeout(CONNECT_DEADLINE):
-            return await dial(target)
-    except TimeoutError:
-        error: TargetError = no_answer(target, CONNECT_DEADLINE, connected=False)
-    except TargetError as refused:
-        error = refused
-    raise ProbeUnavailable(error.message, remedy=error.remedy) from error
+        return (await answered(target, meant, CONNECT_DEADLINE)).sock
+    except TargetError as error:
+        raise ProbeUnavailable(error.message, remedy=error.remedy) from error

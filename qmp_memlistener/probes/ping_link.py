@@ -17,6 +17,7 @@ from ..errors import DeadlineExceeded, ProtocolViolation, TargetLost
 from ..monitor import SocketTarget
 from ..monitor.allowed import names
 from ..monitor.dial import no_answer
+from ..monitor.identity import ASKED, GuestIdentity, same_answers
 from .ping_brackets import Ping
 
 __all__ = ["PingLink", "Stopped"]
@@ -51,10 +52,13 @@ class PingLink:
     `wake` and `stop` may be called from any thread, at any time.
     """
 
-    def __init__(self, sock: socket.socket, target: SocketTarget) -> None:
+    def __init__(
+        self, sock: socket.socket, target: SocketTarget, meant: GuestIdentity | None = None
+    ) -> None:
         sock.setblocking(False)
         self.target = target
         self.oob = False
+        self._meant = meant
         self.unanswered: Ping | None = None
         self._sock = sock
         self._lock = threading.Lock()
@@ -98,6 +102,20 @@ class PingLink:
             )
         if "return" not in answer:
             raise ProtocolViolation(f"{self.target} refused qmp_capabilities: {answer!r:.200}")
+        if self._meant is not None and not self._meant.certain:
+            self._check_guest(self._meant)
+
+    def _check_guest(self, meant: GuestIdentity) -> None:
+        """It says of itself what it said on the first connection.  Raises WrongGuest."""
+        told = {}
+        for name in names(*ASKED):
+            self._send(json.dumps({"execute": name}).encode())
+            answer = self._message(_ANSWER_S)
+            if answer is None:
+                raise DeadlineExceeded(f"{self.target} did not answer {name} in {_ANSWER_S:g} s")
+            if "return" in answer:
+                told[name] = answer["return"]
+        same_answers(self.target, meant, told)
 
     def ping(self) -> Ping:
         """Send one and wait for its answer, however long that takes.

@@ -35,8 +35,9 @@ from ..errors import (
 )
 from ..monitor import SocketTarget, find_owner
 from ..monitor.allowed import names
-from ..monitor.dial import dial, explain_silence, no_answer, peer_pid
+from ..monitor.dial import answered
 from ..monitor.freeze import freeze_key
+from ..monitor.identity import ASKED, GuestIdentity, same_answers
 from .guard_notes import NoteForm, new_note
 from .migrating import check_not_migrating
 from .model import UpdateRefused
@@ -70,6 +71,7 @@ class _Message(msgspec.Struct):
 
     n: int | None = None
     ready: bool = False
+    told: dict[str, object] = {}
     phase: str = ""
     status: str = ""
     migration: str = ""
@@ -96,12 +98,12 @@ class ResumeGuard:
         self,
         process: subprocess.Popen[bytes],
         target: SocketTarget,
-        peer: int | None,
+        identity: GuestIdentity,
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         max_pause_s: float,
     ) -> None:
         self.target = target
-        self.peer_pid = peer
+        self.identity = identity
         self.max_pause_s = max_pause_s
         self.acted = False
         self.why = ""
@@ -123,39 +125,47 @@ class ResumeGuard:
     async def start(
         cls,
         targets: Sequence[SocketTarget],
+        meant: GuestIdentity | None = None,
         *,
         max_pause_s: float = MAX_PAUSE_S,
         deadline: float = 2.0,
     ) -> ResumeGuard:
-        """A guard on the first of `targets` that is free, ready within `deadline` seconds.
+        """A guard on the first of `targets` that is free and the guest's that is `meant` (without:
+        whoever answers there), ready within `deadline` seconds.
 
         It lets no pause last longer than `max_pause_s`.  Raises UpdateRefused when none is free,
-        TargetUnreachable, TargetLost or ProtocolViolation when none works, OperationFailed when the
-        guard's process does not come up.
+        WrongGuest, TargetUnreachable, TargetLost or ProtocolViolation when none works,
+        OperationFailed when the guard's process does not come up.
         """
         until = time.monotonic() + deadline
         failures: list[TargetError] = []
         for target in targets:
             try:
-                sock = await _greeted(target, min(_CONNECT_S, max(0.1, until - time.monotonic())))
+                left = min(_CONNECT_S, max(0.1, until - time.monotonic()))
+                sock, identity = await _greeted(target, meant, left)
             except TargetError as error:
                 failures.append(error)
                 continue
             with sock:
-                return await cls._on(sock, target, max_pause_s, max(0.5, until - time.monotonic()))
+                left = max(0.5, until - time.monotonic())
+                return await cls._on(sock, target, identity, max_pause_s, left)
         raise _no_monitor(failures)
 
     @classmethod
     async def _on(
-        cls, sock: socket.socket, target: SocketTarget, max_pause_s: float, deadline: float
+        cls,
+        sock: socket.socket,
+        target: SocketTarget,
+        identity: GuestIdentity,
+        max_pause_s: float,
+        deadline: float,
     ) -> ResumeGuard:
-        peer = peer_pid(sock)
-        owner = await asyncio.to_thread(find_owner, target, peer)
+        owner = await asyncio.to_thread(find_owner, target, identity)
         note = new_note(freeze_key(target, owner))
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                process = _spawn(theirs, sock, note, max_pause_s)
+                process = _spawn(theirs, sock, identity, note, max_pause_s)
         except BaseException:
             ours.close()
             if note.held is not None:
@@ -169,11 +179,13 @@ class ResumeGuard:
             ours.close()
             _reap_later(process)
             raise
-        guard = cls(process, target, peer, streams, max_pause_s)
+        guard = cls(process, target, identity, streams, max_pause_s)
         guard._note_path = note.path
         try:
             async with asyncio.timeout(deadline):
-                await guard._ready
+                ready = await guard._ready
+            if not identity.certain:
+                same_answers(target, identity, ready.told)
         except TimeoutError:
             await guard.close()
             raise OperationFailed(
@@ -329,13 +341,18 @@ class ResumeGuard:
 
 
 def _spawn(
-    control: socket.socket, monitor: socket.socket, note: NoteForm, max_pause_s: float
+    control: socket.socket,
+    monitor: socket.socket,
+    identity: GuestIdentity,
+    note: NoteForm,
+    max_pause_s: float,
 ) -> subprocess.Popen[bytes]:
     settings = {
         "control": control.fileno(),
         "monitor": monitor.fileno(),
         "agent": os.getpid(),
-        "commands": names(*_COMMANDS),
+        "commands": names(*_COMMANDS, *ASKED),
+        "questions": [*(identity.told or ())],
         "max_pause_ns": int(max_pause_s * 1e9),
         "note_path": note.path,
         "note_file": -1 if note.held is None else note.held.fileno(),
@@ -361,39 +378,39 @@ def _spawn(
         ) from error
 
 
-async def _greeted(target: SocketTarget, deadline: float) -> socket.socket:
-    """A connected socket whose QEMU has sent its greeting.  Raises as `Monitor.connect` does."""
+async def _greeted(
+    target: SocketTarget, meant: GuestIdentity | None, deadline: float
+) -> tuple[socket.socket, GuestIdentity]:
+    """A connected socket whose QEMU has sent its greeting, and who it is.  Raises as
+    `Monitor.connect` does."""
     loop = asyncio.get_running_loop()
-    sock: socket.socket | None = None
+    until = loop.time() + deadline
+    found = await answered(target, meant, deadline)
     greeting = b""
     try:
-        async with asyncio.timeout(deadline) as limit:
-            sock = await dial(target)
-            async with explain_silence(target, sock, limit):
-                while b"\n" not in greeting and len(greeting) < 1 << 16:
-                    data = await loop.sock_recv(sock, 4096)
-                    if not data:
-                        raise TargetLost(f"{target} hung up before it greeted")
-                    greeting += data
+        async with asyncio.timeout_at(until):
+            while b"\n" not in greeting and len(greeting) < 1 << 16:
+                data = await loop.sock_recv(found.sock, 4096)
+                if not data:
+                    raise TargetLost(f"{target} hung up before it greeted")
+                greeting += data
         if not greeting.startswith(b'{"QMP"'):
             raise ProtocolViolation(
                 f"{target} does not speak QMP",
                 remedy="is this a QMP monitor (-qmp, or -mon mode=control)?",
             )
     except TimeoutError:
-        error = no_answer(target, deadline, connected=sock is not None)
-        if sock is not None:
-            sock.close()
-        raise error from None
+        found.sock.close()
+        raise DeadlineExceeded(
+            f"{target} did not greet within {deadline:g} s", remedy="QEMU hangs; try again"
+        ) from None
     except OSError as cause:
-        if sock is not None:
-            sock.close()
+        found.sock.close()
         raise TargetLost(f"the connection to {target} broke: {cause}") from cause
     except BaseException:
-        if sock is not None:
-            sock.close()
+        found.sock.close()
         raise
-    return sock
+    return found.sock, found.identity
 
 
 def _no_monitor(failures: Sequence[TargetError]) -> UpdateRefused | TargetError:

@@ -49,8 +49,9 @@ class Guard:
     """Carries out what `Promise` says is due, between the agent and QEMU.
 
     `settings` (JSON): `agent` its process id, `commands` those that it may send to QEMU,
-    `max_pause_ns`; `note_file`, an open file (-1: none) that is called `note_path`, and `note`,
-    what it is to say (`guard_notes.GuardNote`).
+    `questions` those whose answers the agent wants, to know the guest by; `max_pause_ns`;
+    `note_file`, an open file (-1: none) that is called `note_path`, and `note`, what it is to say
+    (`guard_notes.GuardNote`).
     """
 
     def __init__(
@@ -61,6 +62,8 @@ class Guard:
         self._agent = int(str(settings["agent"]))
         commands = settings["commands"]
         self._commands = frozenset(commands) if isinstance(commands, list) else frozenset()
+        questions = settings["questions"]
+        self._questions = list(map(str, questions)) if isinstance(questions, list) else []
         self._note_path = str(settings["note_path"])
         note = settings["note"]
         self._note: dict[str, object] = note if isinstance(note, dict) else {}
@@ -144,7 +147,7 @@ class Guard:
 
     def _send(self, due: Due | None) -> None:
         """None: the negotiation."""
-        commands = _NEGOTIATION if due is None else due.value
+        commands = self._commands_of(due)
         for command in commands:
             if command.decode() not in self._commands:
                 raise RuntimeError(f"{command!r} is not among the commands that it may send")
@@ -155,13 +158,18 @@ class Guard:
         self._answers = []
         self._on_its_way = (due, time.monotonic_ns())
 
+    def _commands_of(self, due: Due | None) -> tuple[bytes, ...]:
+        begin = (*_NEGOTIATION, *(name.encode() for name in self._questions))
+        commands: tuple[bytes, ...] = begin if due is None else due.value
+        return commands
+
     def _on_qemu(self, message: dict[str, object]) -> None:
         if "event" in message:
             self._on_event(str(message["event"]), message)
         elif self._on_its_way is not None:
             self._answers.append(message)
             (due, sent) = self._on_its_way
-            if len(self._answers) == len(_NEGOTIATION if due is None else due.value):
+            if len(self._answers) == len(self._commands_of(due)):
                 self._on_its_way = None
                 self._on_answers(due, sent, time.monotonic_ns())
                 self._note_if_settled()
@@ -205,7 +213,8 @@ class Guard:
             cpus = answers[1] if isinstance(answers[1], list) else []
             numbers = [cpu.get("thread-id") for cpu in cpus if isinstance(cpu, dict)]
             self._vcpus = [number for number in numbers if isinstance(number, int)]
-            self._say({"ready": True})
+            told = dict(zip(self._questions, answers[2:], strict=True))
+            self._say({"ready": True, "told": told})
 
     def _note_if_settled(self) -> None:
         promise = self._promise

@@ -19,7 +19,7 @@ async def guard_targets(
     Raises UpdateRefused when there is none: without a guard nothing is paused.
     """
     if named is not None:
-        return [await resolve(parse_target(named))]
+        return list((await resolve(parse_target(named)))[0])
     known = companions.guest
     guest = await asyncio.to_thread(find_guest, known.process.pid) if known is not None else None
     free = [t for t in guest.free_targets() if t != used] if guest is not None else []

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from ..errors import CommandFailed, OperationFailed
 from ..host import notes
-from ..host.processes import process_of
 from ..monitor import Command, Monitor
 from ..monitor.freeze import FreezeKey
+from ..monitor.identity import GuestIdentity
 from .guard_notes import GuardNote, unfinished
 from .made_notes import MadeNote, left_made, still_there
 from .migrating import LOOK, Look, await_set_up
@@ -31,6 +31,11 @@ class LeftBehind:
     @property
     def pid(self) -> int | None:
         return self.note.note.pid
+
+    @property
+    def guest(self) -> GuestIdentity:
+        """That QEMU, and no other that has its process id by now."""
+        return _meant(self.note.note)
 
     @property
     def path(self) -> str:
@@ -101,10 +106,13 @@ async def take_away(monitor: Monitor, left: LeftBehind) -> bool:
     return True
 
 
+def _meant(note: notes.Note) -> GuestIdentity:
+    return GuestIdentity(note.pid, note.start_ticks or 0, note.pid is not None)
+
+
 def _check_process(monitor: Monitor, note: notes.Note) -> None:
     """The monitor is of the very QEMU that the note is about."""
-    key = f"{note.pid}-{note.start_ticks}"
-    if note.pid is None or monitor.peer_pid != note.pid or process_of(key) is None:
+    if note.pid is None or monitor.identity != _meant(note):
         raise OperationFailed(
             f"{monitor.target} is not known to be a monitor of the QEMU (pid {note.pid or '?'}) "
             "that the note is about; nothing was touched",

@@ -18,6 +18,7 @@ from ..host import notes
 from ..host.locks import HeldFile
 from ..host.processes import Process
 from ..monitor import Monitor
+from ..monitor.identity import GuestIdentity
 from .guest_facts import backends_of, read_devices, read_ids
 from .guest_view import ask
 from .model import Addition, Role
@@ -74,7 +75,7 @@ async def noted(monitor: Monitor, plan: UpdatePlan) -> AsyncIterator[None]:
     What could not be removed again stays noted.  Without a QEMU that can be told apart, or a
     directory that is ours alone, there is no note.
     """
-    held = _write(monitor.peer_pid, plan) if plan.prepare else None
+    held = _write(monitor.identity, plan) if plan.prepare else None
     if held is None:
         yield
         return
@@ -112,9 +113,9 @@ async def still_there(monitor: Monitor, note: MadeNote) -> list[Addition]:
     ]
 
 
-def _write(pid: int | None, plan: UpdatePlan) -> HeldFile | None:
-    process = Process.read(pid) if pid is not None else None
-    if process is None:
+def _write(guest: GuestIdentity, plan: UpdatePlan) -> HeldFile | None:
+    process = Process.read(guest.pid) if guest.pid is not None else None
+    if process is None or guest != GuestIdentity.of(process):
         return None
     made = [step.addition for step in plan.prepare if step.addition is not None]
     things = [Made(str(a.role), a.id, a.type) for a in made]

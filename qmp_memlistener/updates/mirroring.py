@@ -115,7 +115,7 @@ async def _pauser(
     targets = await guard_targets(agent.companions, agent.monitor.target, named)
     # the one that `operating` would take is left to it, where there is another
     targets.sort(key=lambda target: target == agent.companions.operations)
-    guard = await ResumeGuard.start(targets, max_pause_s=max_pause_s)
+    guard = await ResumeGuard.start(targets, agent.monitor.identity, max_pause_s=max_pause_s)
     await stack.enter_async_context(guard)
     monitor = await stack.enter_async_context(agent.operating())
     return lambda: paused_guest(monitor, guard, deadline=_PAUSE_DEADLINE)

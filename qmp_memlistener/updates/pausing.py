@@ -388,7 +388,7 @@ async def _to_the_end(work: Coroutine[object, object, T]) -> T:
 
 
 def _check_same_guest(monitor: Monitor, guard: ResumeGuard) -> None:
-    if None not in (monitor.peer_pid, guard.peer_pid) and monitor.peer_pid != guard.peer_pid:
+    if monitor.identity.differs(guard.identity):
         raise OperationFailed(
             f"{guard.target} is a monitor of another process than {monitor.target}: its guard "
             "could not resume this guest; nothing was touched",

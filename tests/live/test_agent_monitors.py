@@ -18,7 +18,7 @@ async def test_a_free_monitor_is_found_for_operations() -> None:
         assert not any("operations" in remark for remark in agent.remarks)
         async with agent.operating() as monitor:
             assert monitor is not agent.monitor
-            assert monitor.peer_pid == guest.pid
+            assert monitor.identity.pid == guest.pid
             assert await monitor.execute("query-status")
         async with agent.operating() as again:
             assert again.target == monitor.target
@@ -56,6 +56,6 @@ async def test_the_observers_own_monitor_or_another_qemus_is_refused() -> None:
         with pytest.raises(InputError, match="in use by this agent"):
             async with attach(target, ops_monitor=target):
                 pass
-        with pytest.raises(InputError, match="of pid"):
+        with pytest.raises(InputError, match=f"pid {other.pid}.*pid {guest.pid}"):
             async with attach(target, ping_monitor=str(other.monitors[0])):
                 pass

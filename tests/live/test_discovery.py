@@ -112,7 +112,7 @@ async def test_sockets_bound_before_a_chroot(tmp_path: Path) -> None:
         guest = await listed(pid, 1)
         assert guest.free_targets()[0] == UnixTarget(f"{tmp_path}/q")
         async with await Monitor.connect(guest.free_targets()[0]) as monitor:
-            assert monitor.peer_pid == pid
+            assert monitor.identity.pid == pid
 
 
 async def test_a_path_that_another_qemu_has_bound_again(tmp_path: Path) -> None:

@@ -219,7 +219,7 @@ async def test_it_takes_the_first_monitor_that_is_free(build: QemuBuild) -> None
             await ResumeGuard.start(targets) as guard,
         ):
             assert guard.target == targets[1]
-            assert guard.peer_pid == guest.pid
+            assert guard.identity.pid == guest.pid
             owner = find_guest(guest.pid)
             assert owner is not None
             assert owner.free_targets() == ()

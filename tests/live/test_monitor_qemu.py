@@ -100,7 +100,7 @@ async def test_discovery_reads_everything_and_disturbs_nothing(
         for target in (qemu.a, UnixTarget(f"{tmp_path}/relative"), TcpTarget("127.0.0.1", port)):
             async with await Monitor.connect(target) as monitor:
                 assert str(monitor.version) == build.version
-                owner = find_owner(monitor.target, monitor.peer_pid)
+                owner = find_owner(monitor.target, monitor.identity)
                 assert owner is not None
                 assert owner.pid == qemu.pid
     assert find_guest(qemu.pid) is None
@@ -147,7 +147,7 @@ async def test_discovery_in_another_mount_namespace(tmp_path: Path) -> None:
         expected = UnixTarget(f"/proc/{qemu.pid}/root{hidden}/qmp")
         assert qemu.guest().free_targets()[-1] == expected
         async with await Monitor.connect(expected) as monitor:
-            assert monitor.peer_pid == qemu.pid
+            assert monitor.identity.pid == qemu.pid
 
 
 @pytest.mark.asyncio
@@ -167,9 +167,9 @@ async def test_a_listener_that_qemu_inherited(tmp_path: Path) -> None:
         )
     try:
         async with await Monitor.connect(UnixTarget(path), deadline=20) as monitor:
-            # The kernel names whoever called listen(): here it is not QEMU.
-            assert monitor.peer_pid == os.getpid()
-            owner = find_owner(monitor.target, monitor.peer_pid)
+            # SO_PEERCRED names whoever called listen(), which QEMU did not
+            assert monitor.identity.pid == process.pid
+            owner = find_owner(monitor.target, monitor.identity)
             assert owner is not None
             assert owner.pid == process.pid
             assert [str(m.target) for m in owner.qmp_monitors] == [f"unix:{path}"]
@@ -270,7 +270,7 @@ async def test_a_busy_tcp_monitor(tmp_path: Path) -> None:
 @pytest.mark.asyncio
 async def test_companions(tmp_path: Path) -> None:
     async with running(QEMUS[0], tmp_path) as qemu, await Monitor.connect(qemu.a) as monitor:
-        one = companions_of(find_owner(monitor.target, monitor.peer_pid), [monitor.target])
+        one = companions_of(find_owner(monitor.target, monitor.identity), [monitor.target])
         assert (one.operations, one.ping) == (qemu.b, None)
         assert len(one.without) == 1
         named = companions_of(qemu.guest(), [qemu.a], ping=UnixTarget("/elsewhere"))

@@ -10,8 +10,9 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from qmp_memlistener.monitor import UnixTarget
+from qmp_memlistener.monitor.identity import ASKED
 
-__all__ = ["GREETING", "Serve", "message", "replying", "serving", "within"]
+__all__ = ["GREETING", "Serve", "message", "negotiated", "replying", "serving", "within"]
 
 GREETING: dict[str, object] = {
     "QMP": {
@@ -57,12 +58,23 @@ async def within(seconds: float) -> AsyncIterator[None]:
     assert time.monotonic() - start < seconds
 
 
+async def negotiated(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    """Greets, accepts the capabilities, and says who it is: we are no QEMU, and so are asked."""
+    writer.write(message(GREETING))
+    await reader.readuntil(b"}}")
+    writer.write(b'{"return": {}}\n')
+    for _ in ASKED:
+        asked = json.loads(await reader.readuntil(b"}"))
+        writer.write(message({"return": {}, "id": asked["id"]}))
+
+
 def replying(*replies: bytes, greeting: bytes = message(GREETING)) -> Serve:
-    """Greets, accepts the capabilities, then answers each line with the next of `replies`."""
+    """As `negotiated`, then answers each line with the next of `replies`."""
+    good = b'{"return": {}, "id": ID}\r\n'
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(greeting)
-        for reply in (b'{"return": {}, "id": ID}\r\n', *replies):
+        for reply in (good, *[good] * len(ASKED), *replies):
             request = await reader.readuntil(b"}")
             while request.count(b"{") != request.count(b"}"):
                 request += await reader.readuntil(b"}")

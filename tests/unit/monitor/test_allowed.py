@@ -20,6 +20,7 @@ from qmp_memlistener.monitor.allowed import (
     may_be_examined,
     names,
 )
+from qmp_memlistener.monitor.identity import ASKED
 from tests.unit.monitor.fake_qmp import GREETING, message, serving, within
 
 EVIDENCE = sorted((Path(__file__).parents[2] / "conformance" / "introspection").glob("*.json"))
@@ -146,4 +147,4 @@ async def test_nothing_is_sent_when_one_of_several_is_not_listed(tmp_path: Path)
         with pytest.raises(CommandNotAllowed):
             await monitor.execute("quit", oob=True)
         await monitor.execute("query-status")
-    assert requests == ["qmp_capabilities", "query-name", "query-status"]
+    assert requests == ["qmp_capabilities", *ASKED, "query-name", "query-status"]

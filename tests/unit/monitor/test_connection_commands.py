@@ -17,7 +17,7 @@ from qmp_memlistener.errors import (
     TargetLost,
 )
 from qmp_memlistener.monitor import Command, Monitor, hmp
-from tests.unit.monitor.fake_qmp import GREETING, message, replying, serving, within
+from tests.unit.monitor.fake_qmp import message, negotiated, replying, serving, within
 
 
 @pytest.mark.asyncio
@@ -102,9 +102,7 @@ async def test_replies_that_are_none(
 @pytest.mark.parametrize("rest", [b"", b'{"return": {"x"'])
 async def test_the_peer_goes_away_in_the_middle_of_a_command(tmp_path: Path, rest: bytes) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(message(GREETING))
-        await reader.readuntil(b"}}")
-        writer.write(b'{"return": {}}\n')
+        await negotiated(reader, writer)
         await reader.readuntil(b"}")
         writer.write(rest)
         writer.close()
@@ -126,9 +124,7 @@ async def test_the_peer_goes_away_in_the_middle_of_a_command(tmp_path: Path, res
 @pytest.mark.asyncio
 async def test_a_late_reply_does_not_answer_the_next_command(tmp_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(message(GREETING))
-        await reader.readuntil(b"}}")
-        writer.write(b'{"return": {}}\n')
+        await negotiated(reader, writer)
         first = json.loads(await reader.readuntil(b"}"))["id"]
         second = json.loads(await reader.readuntil(b"}"))["id"]
         writer.write(message({"return": "late", "id": first}))
@@ -146,9 +142,7 @@ async def test_pipelined_commands_leave_in_one_write(tmp_path: Path) -> None:
     sizes: list[int] = []
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(message(GREETING))
-        await reader.readuntil(b"}}")
-        writer.write(b'{"return": {}}\n')
+        await negotiated(reader, writer)
         data = await reader.read(1 << 16)
         sizes.append(data.count(b'"execute"'))
         decoder, text = json.JSONDecoder(), data.decode()
@@ -176,9 +170,7 @@ async def test_closing_a_peer_that_does_not_read(tmp_path: Path) -> None:
     stuck = asyncio.Event()
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(message(GREETING))
-        await reader.readuntil(b"}}")
-        writer.write(b'{"return": {}}\n')
+        await negotiated(reader, writer)
         await stuck.wait()
 
     async with serving(tmp_path, serve) as target:
@@ -210,9 +202,7 @@ async def test_reconnect_after_the_peer_hung_up(tmp_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         nonlocal greeted
         greeted += 1
-        writer.write(message(GREETING))
-        await reader.readuntil(b"}}")
-        writer.write(b'{"return": {}}\n')
+        await negotiated(reader, writer)
         if greeted == 1:
             await reader.readuntil(b"}")
             writer.close()

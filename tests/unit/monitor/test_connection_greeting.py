@@ -15,7 +15,7 @@ from qmp_memlistener.errors import (
     TargetLost,
     TargetUnreachable,
 )
-from qmp_memlistener.monitor import Monitor, TcpTarget, UnixTarget, connection
+from qmp_memlistener.monitor import Monitor, TcpTarget, UnixTarget, dial
 from tests.unit.monitor.fake_qmp import GREETING, message, replying, serving, within
 
 GARBAGE = [
@@ -195,7 +195,7 @@ async def test_a_connection_that_is_never_accepted(monkeypatch: pytest.MonkeyPat
         await asyncio.Event().wait()
         raise AssertionError
 
-    monkeypatch.setattr(connection, "dial", never)
+    monkeypatch.setattr(dial, "dial", never)
     with pytest.raises(TargetUnreachable):
         await Monitor.connect(TcpTarget("192.0.2.1", 4444), deadline=0.05)
 

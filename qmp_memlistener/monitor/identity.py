@@ -1,0 +1,227 @@
+"""Which guest answers at the other end of a connection, and whether it is the one that was meant.
+
+A path says nothing about who answers there: a second QEMU may have bound it again, a symbolic link
+may lead elsewhere, a process id may have another owner.  So the guest that is meant is fixed once
+(`GuestIdentity`), and each connection is compared with it before anything is sent.
+
+- The socket at the other end of ours is known by its inode (sock_diag; /proc/net/tcp for TCP within
+  this network namespace), and the process that holds it open is who answers.  That is so as well
+  where somebody else listened: libvirt opens the socket of its QEMU, and SO_PEERCRED shows libvirt.
+- SO_PEERCRED tells who called listen().  It counts where we may not look into the process.  The
+  number alone could be another's by now: SO_PEERPIDFD (Linux 6.5) shows that its process lives.
+- A process is its id and its start time.
+- Where no QEMU is to be seen (another host, another container, a forwarder) nothing is certain: the
+  guest is asked for its UUID and name at each connection, and these must be the same.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import select
+import socket
+import struct
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+from ..errors import WrongGuest
+from ..host.processes import Process, socket_inodes
+from .discovery import Guest, find_guest, find_guests
+from .sockets import tcp_peer_inode
+from .targets import SocketTarget
+from .unix_diag import unix_sockets
+
+__all__ = [
+    "ASKED",
+    "GuestIdentity",
+    "identify",
+    "owner_of",
+    "peer_pid",
+    "same_answers",
+]
+
+ASKED = ("query-uuid", "query-name")
+"""What is asked of a guest whose process is not seen."""
+_SO_PEERPIDFD = 77  # include/uapi/asm-generic/socket.h
+_REMEDY = "name a monitor that only the guest you mean has; `qmp-memlistener list` shows them"
+
+
+@dataclass(frozen=True, slots=True)
+class GuestIdentity:
+    """A guest that is meant, or that answers.
+
+    `pid` and `start_ticks` are those of QEMU when `is_qemu`; otherwise of whoever listens in its
+    place (a forwarder), or None.  `told` are then the answers to `ASKED`.
+    """
+
+    pid: int | None = None
+    start_ticks: int = 0
+    is_qemu: bool = False
+    told: Mapping[str, object] | None = None
+
+    @classmethod
+    def of(cls, process: Process) -> GuestIdentity:
+        """The guest that this QEMU process runs."""
+        return cls(process.pid, process.start_ticks, True)
+
+    @property
+    def certain(self) -> bool:
+        """Another guest would be noticed; otherwise only one of another UUID or name."""
+        return self.is_qemu
+
+    def differs(self, other: GuestIdentity) -> bool:
+        """They are two processes for certain."""
+        return self.certain and other.certain and self != other
+
+    @property
+    def remark(self) -> str | None:
+        """For the user, where it is not certain."""
+        if self.certain:
+            return None
+        return (
+            "QEMU's process is not visible behind this monitor: that each connection leads to the "
+            "same guest is known by its UUID and name only"
+        )
+
+    def __str__(self) -> str:
+        if self.pid is not None:
+            return _named(self.pid, self.start_ticks)
+        answers = [a for a in (self.told or {}).values() if isinstance(a, Mapping)]
+        found = " ".join(str(value) for answer in answers for value in answer.values())
+        return f"the guest {found}" if found else "a guest that is not visible here"
+
+
+def peer_pid(sock: socket.socket) -> int | None:
+    """The process that called listen() at the other end (SO_PEERCRED), None for TCP or when it is
+    not visible here."""
+    if sock.family != socket.AF_UNIX:
+        return None
+    raw = sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
+    pid: int = struct.unpack("3i", raw)[0]
+    return pid if pid > 0 else None
+
+
+async def identify(
+    sock: socket.socket, target: SocketTarget, meant: GuestIdentity | None
+) -> GuestIdentity:
+    """Who answers on a connected socket that has been greeted on: before that nobody has accepted
+    it.  With `meant` the result is `meant`, and WrongGuest is raised when somebody else answers."""
+    return await asyncio.to_thread(_identify, sock, target, meant)
+
+
+def _identify(
+    sock: socket.socket, target: SocketTarget, meant: GuestIdentity | None
+) -> GuestIdentity:
+    far_end = _far_end(sock)
+    listener = _listener(sock)
+    if meant is None:
+        return _who(listener, far_end)
+    if meant.pid is None:
+        who = _who(listener, far_end)
+        if who.is_qemu:
+            raise wrong_guest(target, meant, who)
+        return meant
+    held = None if far_end is None else _holds(meant.pid, meant.start_ticks, far_end)
+    listens = listener == (meant.pid, meant.start_ticks)
+    if held or (listens and (held is None or not meant.is_qemu)):
+        return meant
+    raise wrong_guest(target, meant, _who(listener, far_end))
+
+
+def wrong_guest(target: SocketTarget, meant: GuestIdentity, who: GuestIdentity) -> WrongGuest:
+    """The error that names both."""
+    return WrongGuest(f"{target} is answered by {who}, and {meant} is meant", remedy=_REMEDY)
+
+
+def same_answers(
+    target: SocketTarget, identity: GuestIdentity, told: Mapping[str, object]
+) -> GuestIdentity:
+    """The identity with what the guest told; WrongGuest when it told something else before."""
+    if identity.told is not None and dict(identity.told) != dict(told):
+        raise wrong_guest(target, GuestIdentity(told=identity.told), GuestIdentity(told=told))
+    return replace(identity, told=told)
+
+
+def owner_of(identity: GuestIdentity) -> Guest | None:
+    """The QEMU process, where it is known."""
+    if identity.pid is None or not identity.is_qemu:
+        return None
+    guest = find_guest(identity.pid)
+    same = guest is not None and guest.process.start_ticks == identity.start_ticks
+    return guest if same else None
+
+
+def _who(listener: tuple[int, int] | None, far_end: int | None) -> GuestIdentity:
+    """The QEMU that holds the other end; else who listens there."""
+    if listener is not None:
+        guest = find_guest(listener[0])
+        holds = None if far_end is None else _holds(*listener, far_end)
+        if guest is not None and guest.process.start_ticks == listener[1] and holds is not False:
+            return GuestIdentity.of(guest.process)
+    if far_end is not None:
+        for guest in find_guests():
+            if _holds(guest.pid, guest.process.start_ticks, far_end):
+                return GuestIdentity.of(guest.process)
+    return GuestIdentity(*listener) if listener is not None else GuestIdentity()
+
+
+def _listener(sock: socket.socket) -> tuple[int, int] | None:
+    """Process id and start time of who called listen(), if it lives and is visible."""
+    pid = peer_pid(sock)
+    process = Process.read(pid) if pid is not None else None
+    if process is None:
+        return None
+    try:
+        raw = sock.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4)
+    except OSError:
+        # Without it the number alone is known, as before Linux 6.5; a process that is gone has
+        # none either, and then its number may be another's.
+        return None if _has_peerpidfd() else (process.pid, process.start_ticks)
+    handle = struct.unpack("i", raw)[0]
+    try:
+        poll = select.poll()
+        poll.register(handle, select.POLLIN)
+        # it lives now, after its start time was read: so that was its own
+        return None if poll.poll(0) else (process.pid, process.start_ticks)
+    finally:
+        os.close(handle)
+
+
+def _has_peerpidfd() -> bool:
+    one, other = socket.socketpair()
+    with one, other:
+        try:
+            os.close(struct.unpack("i", one.getsockopt(socket.SOL_SOCKET, _SO_PEERPIDFD, 4))[0])
+        except OSError:
+            return False
+    return True
+
+
+def _far_end(sock: socket.socket) -> int | None:
+    """The inode of the socket at the other end, where the kernel tells."""
+    if sock.family != socket.AF_UNIX:
+        return tcp_peer_inode(sock)
+    known = (unix_sockets() or {}).get(os.fstat(sock.fileno()).st_ino)
+    return known.peer or None if known is not None else None
+
+
+def _holds(pid: int, start_ticks: int, inode: int) -> bool | None:
+    """The process holds this socket open; None when we may not look."""
+    process = Process.read(pid)
+    if process is None or process.start_ticks != start_ticks:
+        return False
+    inodes = socket_inodes(pid)
+    if inodes is None:
+        return None
+    return inode in inodes.values() and process.is_alive()
+
+
+def _named(pid: int, start_ticks: int) -> str:
+    process = Process.read(pid)
+    if process is None or process.start_ticks != start_ticks:
+        return f"a process that has ended (pid {pid})"
+    guest = find_guest(pid)
+    if guest is None:
+        name = os.path.basename(process.exe or (process.argv or ("a process",))[0])
+        return f"{name} (pid {pid})"
+    return f"QEMU {guest.name!r} (pid {pid})" if guest.name else f"QEMU (pid {pid})"
