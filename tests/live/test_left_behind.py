@@ -44,6 +44,19 @@ asyncio.run(main(*sys.argv[1:]))
 PAUSED = "was paused by an agent of ours"
 
 
+async def noted_as_stopped(agent: int) -> None:
+    """The guard has seen that the vCPUs sleep: its note says so, and stays as it is."""
+    before: list[bytes] = []
+    async with asyncio.timeout(10):
+        while True:
+            notes = [place.read(name) for place in directories() for name in place.names()]
+            now = [n for n in notes if n and b'"stopped"' in n and b"%d" % agent in n]
+            if now and now == before:
+                return
+            before = now
+            await asyncio.sleep(0.05)
+
+
 @asynccontextmanager
 async def killed_in_a_pause(build: QemuBuild) -> AsyncIterator[Watcher]:
     """A guest that an agent has paused; agent and guard have been killed."""
@@ -55,6 +68,7 @@ async def killed_in_a_pause(build: QemuBuild) -> AsyncIterator[Watcher]:
         assert agent.stdout is not None
         guard = int(await asyncio.wait_for(agent.stdout.readline(), 20))
         assert await watcher.status() == "paused"
+        await noted_as_stopped(agent.pid)
         for pid in (agent.pid, guard):
             os.kill(pid, signal.SIGSTOP)  # neither sees the other's end
         for pid in (agent.pid, guard):

@@ -323,7 +323,7 @@ async def test_a_log_that_nobody_reads_has_a_bound(
         assert left_behind(qemu.pid) == []
 
 
-HMP = Command("human-monitor-command", {"command-line": "print 1"})
+HMP = Command("human-monitor-command", {"command-line": "print 0x1"})
 
 
 async def batches_until_loss(tail: TraceTail) -> list[TraceBatch]:
