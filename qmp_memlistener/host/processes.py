@@ -7,6 +7,7 @@ facts are None, never a guess.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import stat
@@ -113,6 +114,14 @@ class Process:
         """The same process still runs."""
         now = Process.read(self.pid)
         return now is not None and now.start_ticks == self.start_ticks
+
+    async def has_ended(self) -> bool:
+        """It is gone, or will be within half a second: a monitor often hangs up before."""
+        for _ in range(10):
+            if not self.is_alive():
+                return True
+            await asyncio.sleep(0.05)
+        return False
 
     def started_at(self) -> float:
         """When it began, in seconds since the epoch, to about a second."""

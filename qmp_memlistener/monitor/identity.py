@@ -11,7 +11,8 @@ may lead elsewhere, a process id may have another owner.  So the guest that is m
   number alone could be another's by now: SO_PEERPIDFD (Linux 6.5) shows that its process lives.
 - A process is its id and its start time.
 - Where no QEMU is to be seen (another host, another container, a forwarder) nothing is certain: the
-  guest is asked for its UUID and name at each connection, and these must be the same.
+  guest is asked for its UUID and name at each connection, and these must be the same.  One that has
+  either may then be reached past the forwarder as well.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ __all__ = [
 
 ASKED = ("query-uuid", "query-name")
 """What is asked of a guest whose process is not seen."""
+_NO_UUID = "00000000-0000-0000-0000-000000000000"
 _SO_PEERPIDFD = 77  # include/uapi/asm-generic/socket.h
 _REMEDY = "name a monitor that only the guest you mean has; `qmp-memlistener list` shows them"
 
@@ -68,6 +70,13 @@ class GuestIdentity:
     def certain(self) -> bool:
         """Another guest would be noticed; otherwise only one of another UUID or name."""
         return self.is_qemu
+
+    @property
+    def can_be_told(self) -> bool:
+        """It is no process that is seen, but has a UUID or a name: no guest without has these."""
+        answers = [a for a in (self.told or {}).values() if isinstance(a, Mapping)]
+        given = [v for a in answers for v in a.values() if v not in ("", _NO_UUID)]
+        return not self.is_qemu and bool(given)
 
     def differs(self, other: GuestIdentity) -> bool:
         """They are two processes for certain."""
@@ -116,6 +125,8 @@ def _identify(
     listener = _listener(sock)
     if meant is None:
         return _who(listener, far_end)
+    if meant.can_be_told:
+        return meant  # by what it answers, which is compared next
     if meant.pid is None:
         who = _who(listener, far_end)
         if who.is_qemu:

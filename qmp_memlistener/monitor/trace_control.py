@@ -184,7 +184,7 @@ class TraceSession:
             return await _leave(self.monitor, place, guest, note, others)
         again = await asyncio.to_thread(find_guest, guest.pid)
         free = again.free_targets() if again is not None else ()
-        if not free and await _died(guest):
+        if not free and await guest.process.has_ended():
             place.clear()
             return Restored()
         if not free:
@@ -315,15 +315,6 @@ async def _back_out(monitor: Monitor, place: Place, guest: Guest) -> None:
                 await _leave(monitor, place, guest, note, place.live_events())
     except (TargetError, TimeoutError):
         return
-
-
-async def _died(guest: Guest) -> bool:
-    """A monitor that hung up is often the first sign of a QEMU that is about to be gone."""
-    for _ in range(10):
-        if not guest.process.is_alive():
-            return True
-        await asyncio.sleep(0.05)
-    return False
 
 
 def _open(guest: Guest, note: Note) -> tuple[int, str]:

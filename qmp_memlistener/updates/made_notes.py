@@ -131,9 +131,12 @@ def _write(guest: GuestIdentity, plan: UpdatePlan) -> HeldFile | None:
 
 
 async def _is_left(monitor: Monitor, held: HeldFile) -> bool:
-    """What was made has not all been removed, as far as QEMU tells."""
+    """What was made has not all been removed, as far as QEMU tells; nothing outlives it."""
     note = msgspec.json.decode(held.read(), type=MadeNote)
     try:
         return bool(await still_there(monitor, note))
     except MemListenerError:
-        return True
+        process = Process.read(note.pid) if note.pid is not None else None
+        if process is None or process.start_ticks != note.start_ticks:
+            return False
+        return not await process.has_ended()

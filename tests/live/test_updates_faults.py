@@ -44,6 +44,8 @@ ARGS = (
     *("-m", "slots=250,maxmem=64G", "-device", "qemu-xhci,id=xhci"),
     *("-object", "memory-backend-ram,id=vm0-ram,size=1G"),
     *("-device", "virtio-mem-pci,id=vm0,memdev=vm0-ram,requested-size=0"),
+    # behind the proxy it is known by that
+    *("-uuid", "6f1d3e2a-0d3b-4c55-9d0f-0a3f5f1f7a11"),
 )
 MEMORY: dict[str, object] = {"qom-type": "memory-backend-ram", "id": "m0", "size": MIB}
 NETDEV: dict[str, object] = {"type": "hubport", "id": "n0", "hubid": 1}
@@ -305,7 +307,6 @@ async def all_of(
 def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deadlines of a fraction of a second, but for taking back what was made."""
     monkeypatch.setattr(operation, "UPDATE_DEADLINE", PATIENCE_S)
-    monkeypatch.setattr(reaction, "_ASK_DEADLINE", PATIENCE_S)
     monkeypatch.setattr(source, "SNAPSHOT_DEADLINE_S", PATIENCE_S)
     for function in (Monitor.execute, Monitor.timed, Monitor.pipeline, type_arguments, hmp):
         defaults = function.__kwdefaults__

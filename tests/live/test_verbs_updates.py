@@ -22,6 +22,8 @@ pytestmark = pytest.mark.qemu
 
 MIB = 1 << 20
 DIMMS = ("-m", "slots=8,maxmem=8G")
+NAMED = ("-uuid", "6f1d3e2a-0d3b-4c55-9d0f-0a3f5f1f7a11")
+"""For a guest behind a proxy, which is known by that."""
 VIRTIO_MEM = (
     *("-object", "memory-backend-ram,id=vm0-ram,size=1G"),
     *("-device", "virtio-mem-pci,id=vm0,memdev=vm0-ram,requested-size=0"),
@@ -271,7 +273,7 @@ async def test_qemu_killed_in_the_middle(build: QemuBuild, tmp_path: Path) -> No
 @pytest.mark.asyncio
 async def test_a_command_that_fails(build: QemuBuild, fault: Fault, code: int) -> None:
     async with (
-        booted(build, best_accel(build), "pc", *DIMMS) as vm,
+        booted(build, best_accel(build), "pc", *DIMMS, *NAMED) as vm,
         qmp(vm.guest.monitors[1]) as monitor,
         QmpProxy.on(vm.guest.monitors[0]) as proxy,
     ):

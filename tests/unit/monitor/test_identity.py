@@ -83,3 +83,14 @@ def test_two_processes_differ_for_certain_only_where_both_are_seen() -> None:
     assert qemu.differs(GuestIdentity(10, 6, True))
     assert not qemu.differs(GuestIdentity(10, 5, True))
     assert not qemu.differs(GuestIdentity())
+
+
+def test_a_guest_that_is_not_seen_is_known_by_what_only_it_has() -> None:
+    nobody = {"query-uuid": {"UUID": "00000000-0000-0000-0000-000000000000"}, "query-name": {}}
+    named = nobody | {"query-name": {"name": "web1"}}
+    given = nobody | {"query-uuid": {"UUID": "6f1d3e2a-0d3b-4c55-9d0f-0a3f5f1f7a11"}}
+    assert not GuestIdentity(told=nobody).can_be_told
+    assert not GuestIdentity().can_be_told
+    assert GuestIdentity(told=named).can_be_told
+    assert GuestIdentity(told=given).can_be_told
+    assert not GuestIdentity(1, 2, is_qemu=True, told=given).can_be_told
