@@ -28,7 +28,7 @@ from qmp_memlistener.guests import (
     launch,
 )
 from qmp_memlistener.recording import GuestFailure, GuestReset, Record
-from tests.support.live import QEMUS, Seen, Vm, booted, cases, skip_without_kvm
+from tests.support.live import QEMUS, Seen, Vm, booted, cases, qmp, skip_without_kvm
 
 pytestmark = pytest.mark.qemu
 
@@ -202,7 +202,8 @@ async def test_resets_that_have_nothing_to_do_with_memory(
             await qtest.outb(0x71, 0xAA)
             fault = await found.reset()
             found.resets.clear()
-            await agent.monitor.execute("system_reset")
+            async with qmp(guest.monitors[1]) as monitor:
+                await monitor.execute("system_reset")
             asked = await found.reset()
     assert (fault.reason, fault.guest, fault.possible) == ("guest-reset", True, None)
     assert (asked.reason, asked.guest, asked.possible) == ("host-qmp-system-reset", False, None)

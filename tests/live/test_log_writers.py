@@ -12,6 +12,7 @@ import pytest
 
 from qmp_memlistener.guests import QTest
 from qmp_memlistener.monitor import Monitor, TraceReason, TraceUnavailable, start_tracing
+from tests.support.any_monitor import AnyMonitor
 from tests.support.bare_qemu import Running, running
 from tests.support.leftovers import left_behind
 from tests.support.live import NO_QEMU, QEMUS
@@ -77,7 +78,7 @@ async def test_a_console_on_the_standard_output_that_is_the_log(tmp_path: Path) 
 async def test_a_console_that_is_plugged_in_later(tmp_path: Path) -> None:
     log = tmp_path / "log"
     async with running(QEMUS[0], tmp_path, "-D", "log", "-d", "guest_errors") as qemu:
-        async with await Monitor.connect(qemu.b) as monitor:
+        async with await AnyMonitor.connect(qemu.b) as monitor:
             data = {"out": str(log), "append": True}
             backend = {"type": "file", "data": data}
             await monitor.execute("chardev-add", {"id": "late", "backend": backend})

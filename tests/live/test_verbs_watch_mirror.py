@@ -14,6 +14,7 @@ from typing import BinaryIO
 
 import pytest
 
+from qmp_memlistener.cli.signals import SAME_S
 from qmp_memlistener.errors import MissingPrerequisite
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.kvmlab import Kvm
@@ -40,14 +41,13 @@ LAB_KEYS = {
     *("differences", "wrong_logs"),
 }
 LIE = """
-import sys
 from qmp_memlistener.kvmlab.backend import KvmBackend
 from qmp_memlistener.kvmlab.backend_real import RealSlot
 from qmp_memlistener.kvmlab.device import Kvm
 from qmp_memlistener.kvmlab.vm import LabVm
 {lie}
-from qmp_memlistener.cli.main import main
-sys.exit(main(sys.argv[1:]))
+from qmp_memlistener.cli.main import run
+run()
 """
 FORGETS = """
 held = KvmBackend.slots
@@ -297,7 +297,9 @@ async def test_ctrl_c_in_the_middle_of_changes(build: QemuBuild, strategy: str) 
             toggling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await toggling
-        assert (ran.code, ran.err) == (0, "")
+        assert ran.code == 0
+        # attempts at a comparison may take long enough to be told
+        assert ran.err == "" or ran.err.startswith("ending, but waiting")
         assert any(
             line.startswith(f"mirror on /dev/kvm, strategy {strategy}: ") for line in ran.lines
         )
@@ -310,12 +312,12 @@ async def test_ctrl_c_in_the_middle_of_changes(build: QemuBuild, strategy: str) 
 async def test_a_second_ctrl_c_does_without_the_comparison(build: QemuBuild) -> None:
     async with (
         booted(build, best_accel(build), monitors=4) as vm,
-        mirroring(vm, "kvm", "--strategy", "direct", *BARE) as watch,
+        mirroring(vm, "kvm", "--strategy", "pause", *BARE) as watch,
     ):
         toggling = asyncio.create_task(vm.toggle(30_000, period_ms=5))
         await watch.until("#20 ")
         watch.process.send_signal(signal.SIGINT)
-        await watch.until("#40 ")  # it goes on for the comparison
+        await asyncio.sleep(SAME_S + 0.05)  # it goes on for the comparison; sooner it is the same
         watch.process.send_signal(signal.SIGINT)
         ran = await watch.end(40)
         toggling.cancel()
