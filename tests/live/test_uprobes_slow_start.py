@@ -10,6 +10,7 @@ import pytest
 from qmp_memlistener import attach
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.recording import ProbesRecord
+from qmp_memlistener.waits import waits
 from tests.support.live import QEMUS, Seen, best_accel, booted, builds
 
 pytestmark = pytest.mark.qemu
@@ -36,17 +37,20 @@ async def test_leaving_while_uprobes_are_still_being_opened(build: QemuBuild, se
 @builds(QEMUS[-1:])
 @pytest.mark.asyncio
 async def test_one_attachment_after_another(build: QemuBuild, seen: Seen) -> None:
-    """Each waits for one closing of those before, not for all of them."""
+    """The agent is there at once; what its probes wait for is told."""
     async with booted(build, best_accel(build)) as vm:
         for _ in range(ROUNDS):
             start = time.monotonic()
             async with attach(vm.target, probes=("uprobes",), on_record=seen) as agent:
-                await agent.probes_started()
-                took = time.monotonic() - start
+                assert time.monotonic() - start < PATIENCE_S
+                started = asyncio.create_task(agent.probes_started())
+                await asyncio.sleep(0)
+                told = [wait.what for wait in waits()]
+                assert started.done() or "for probes to be at work: uprobes" in told
+                await started
                 uprobes = next(p for p in agent.probes() if p.name == "uprobes")
                 if not uprobes.active:
                     pytest.skip(f"uprobes: {uprobes.reason}")
-            assert took < PATIENCE_S
 
 
 @builds(QEMUS[:1])
