@@ -142,7 +142,8 @@ def test_recorded_texts_with_accidents() -> None:
 
 @pytest.mark.timeout(60)
 def test_what_is_read_can_be_planned() -> None:
-    """Two damaged maps are still two maps: their transition has a plan under every strategy."""
+    """Two damaged maps are still two maps: their transition has a plan under every strategy, unless
+    a slot would be too large for KVM."""
     rng = random.Random(8)
     spaces = list(ADDRESS_SPACES)
     planned = 0
@@ -156,10 +157,15 @@ def test_what_is_read_can_be_planned() -> None:
                 break
             pair.append({ADDRESS_SPACES[name]: m.view for name, m in maps.items()})
         if len(pair) == 2:
-            for plan in plan_all(*pair):
+            try:
+                plans = plan_all(*pair)
+            except InputError as exc:
+                assert "pages: KVM refuses such a slot" in exc.message  # noqa: PT017
+                continue
+            for plan in plans:
                 assert plan.after.mapped(0) is not None
             planned += 1
-    assert planned
+    assert planned > 50
 
 
 @given(st.text(max_size=300))
