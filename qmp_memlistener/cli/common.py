@@ -164,20 +164,24 @@ def run_async(
     """Run to the end; a signal cancels `main`, which cleans up, and raises Interrupted.
 
     Unless `signalled`, which is asked first, says that it has seen to it.  Only the first `cancels`
-    signals cancel; one more ends the process at once.
+    signals cancel, those counted that a block inside `main` has seen to; one more ends the process
+    at once.
     """
 
     import asyncio
 
     loop: asyncio.AbstractEventLoop | None = None
     task: asyncio.Future[T] | None = None
-    asked = done = 0
+    asked = done = taken = 0
+    before = signals.taken
 
     def end() -> bool:
-        nonlocal asked
+        nonlocal asked, taken
         asked += 1
-        if done == cancels or asked > cancels + 1:
+        inside = signals.taken - before - taken
+        if done == cancels or asked > cancels + 1 or inside >= cancels:
             return False
+        taken += 1
         if loop is not None and not loop.is_closed():
             loop.call_soon_threadsafe(stop)
         return True

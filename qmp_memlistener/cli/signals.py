@@ -45,6 +45,8 @@ class Signals:
     """What this process does when it is told to end; `install` once, in the main thread."""
 
     def __init__(self) -> None:
+        self.taken = 0
+        """Signals that a block has seen to."""
         self._asked: list[Callable[[], bool]] = []
         self._first: float | None = None
         self._last = 0.0
@@ -103,6 +105,7 @@ class Signals:
         self._last = now
         self._poke()
         if self._asked and self._asked[-1]():
+            self.taken += 1
             return
         if not self._asked and not self._raised:
             self._raised = True
