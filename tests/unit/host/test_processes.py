@@ -15,7 +15,11 @@ from qmp_memlistener.host.processes import Process, Sketch, is_key, process_of, 
 
 def test_as_many_arguments_as_the_kernel_takes() -> None:
     arguments = ["x" * 100_000] * 10 + ["y"] * 10_000 + [os.fsdecode(b"\xff")]
-    with subprocess.Popen(["sh", "-c", "read x", *arguments], stdin=subprocess.PIPE) as child:
+    pipe = subprocess.PIPE
+    command = ["sh", "-c", "echo; read x", *arguments]
+    with subprocess.Popen(command, stdin=pipe, stdout=pipe) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline()  # in the middle of execve(2) a process has no arguments
         found = Process.read(child.pid)
         assert found is not None
         assert found.argv[3:] == tuple(arguments)
