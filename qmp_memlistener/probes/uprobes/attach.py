@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -27,7 +28,7 @@ from .perf import (
 __all__ = ["Attachment", "ThreadProbes", "thread_ids"]
 
 _SMALLEST = 1 << 17
-_LARGEST = 1 << 20
+_LARGEST = 1 << 22
 _MEMORY = 1 << 25
 """Bytes of rings in all, as long as that leaves each the smallest size."""
 
@@ -52,6 +53,8 @@ class ThreadProbes:
     lost: int = 0
     """Records of these events lost that the ring has told of."""
     ended: bool = False
+    calls: re.Pattern[bytes] | None = None
+    """What finds runs of short commits in the ring."""
 
     @property
     def descriptors(self) -> list[int]:
@@ -79,6 +82,7 @@ class Attachment:
         roles: Mapping[Role, tuple[str, int]],
         ring_bytes: int | None = None,
         given_up: Callable[[], bool] = lambda: False,
+        floor_ns: int = 0,
     ) -> None:
         self.threads: dict[int, ThreadProbes] = {}
         self._arch = arch
@@ -88,7 +92,7 @@ class Attachment:
         self._roles = roles
         self._ring_bytes = ring_bytes
         self._given_up = given_up
-        self._decoder = Decoder(arch)
+        self._decoder = Decoder(arch, floor_ns)
         self._points: dict[int, Point] = {}
 
     def attach(self, tids: Sequence[int], groups: Sequence[Group]) -> list[int]:
@@ -136,7 +140,8 @@ class Attachment:
         for thread in self.threads.values():
             data = thread.ring.read()
             if data:
-                decoded = self._decoder.decode(data, thread.tid, self._points, time.monotonic_ns())
+                now = time.monotonic_ns()
+                decoded = self._decoder.decode(data, thread.tid, self._points, now, thread.calls)
                 thread.lost += decoded.lost
                 thread.ended |= thread.tid in decoded.ended
                 found.append((thread, decoded))
@@ -159,6 +164,7 @@ class Attachment:
         if group in thread.groups or (group in _MAIN_ONLY and thread.tid != self._pid):
             return
         fds = thread.groups[group] = []
+        returns = 0  # of the event that was opened before: a function's return comes first
         for point in points_of(self._roles, group):
             if self._given_up():
                 raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
@@ -179,6 +185,10 @@ class Attachment:
             fds.append(fd)
             set_output(fd, thread.owner)
             self._points[ident] = point
+            if point.role is Role.COMMIT:
+                if not point.is_return:
+                    thread.calls = self._decoder.calls_of(ident, returns)
+                returns = ident
 
     def _switch(self, thread: ThreadProbes, group: Group, on: bool) -> None:
         fds = thread.groups.get(group, [])

@@ -6,6 +6,7 @@ opens events with.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,6 +21,7 @@ _LOST, _EXIT, _THROTTLE, _FORK, _SAMPLE, _LOST_SAMPLES = 2, 4, 5, 7, 9, 13
 _HEADER = struct.Struct("<IHH")
 _TASK = struct.Struct("<IIIIQ")  # pid, ppid, tid, ptid, time
 _TWO = struct.Struct("<QQ")
+_NO_ARGS = (0, 0, 0, 0, 0)
 
 
 class Hit(NamedTuple):
@@ -28,7 +30,8 @@ class Hit(NamedTuple):
     `args` of a return mean nothing, nor does `result` of an entry.  `sp` is the stack pointer: at
     an entry it points to the return address, at the return that belongs to it one word above.
     `stack` is what lies from `sp` on, where that was asked for.  With `point` None it is no hit but
-    a gap: hits of this thread are missing right before the next one.
+    a gap: hits of this thread are missing right before the next one.  With `calls` it stands for
+    so many short calls one after the other, which took `result` ns in all.
     """
 
     t_ns: int
@@ -38,6 +41,7 @@ class Hit(NamedTuple):
     sp: int
     result: int
     stack: bytes
+    calls: int = 0
 
 
 @dataclass(slots=True)
@@ -52,20 +56,52 @@ class Decoded:
 
 
 class Decoder:
-    """Decodes what events of one architecture's registers give."""
+    """Decodes what events of one architecture's registers give.
 
-    def __init__(self, arch: Architecture) -> None:
+    A guest that changes its map makes some thirty calls of memory_region_transaction_commit within
+    transactions for one that ends a transaction.  Those are runs of an entry and its return, and
+    are found as such: calls shorter than `floor_ns`, with no other hit inside, become one.
+    """
+
+    def __init__(self, arch: Architecture, floor_ns: int = 0) -> None:
         # identifier, pid, tid, time, ABI, registers
         self._sample = struct.Struct(f"<QIIQQ{len(arch.registers)}Q")
         self._args = [5 + place for place in arch.arguments]
         self._sp = 5 + arch.sp
         self._result = 5 + arch.result
         self._plain = _HEADER.size + self._sample.size
+        self._floor_ns = floor_ns
+        self._popped = arch.popped
+        # of an entry and its return: time and stack pointer
+        before, between = 8 + 16, (arch.sp + 1) * 8
+        after = self._plain - before - 8 - between - 8
+        self._call = struct.Struct("<" + f"{before}xQ{between}xQ{after}x" * 2)
 
-    def decode(self, data: bytes, tid: int, points: Mapping[int, Point], read_ns: int) -> Decoded:
+    def calls_of(self, entry: int, back: int) -> re.Pattern[bytes] | None:
+        """What finds runs of calls by the event ids of a function's entry and return."""
+        if not self._floor_ns:
+            return None
+        records = (
+            re.escape(_SAMPLE.to_bytes(4, "little"))
+            + b".."
+            + re.escape(self._plain.to_bytes(2, "little") + ident.to_bytes(8, "little"))
+            + b".{%d}" % (self._plain - _HEADER.size - 8)
+            for ident in (entry, back)
+        )
+        return re.compile(b"(?:" + b"".join(records) + b")+", re.DOTALL)
+
+    def decode(
+        self,
+        data: bytes,
+        tid: int,
+        points: Mapping[int, Point],
+        read_ns: int,
+        calls: re.Pattern[bytes] | None = None,
+    ) -> Decoded:
         """Every record in `data`, read at `read_ns` from the ring of thread `tid`.
 
         `points` are by event id; records of events that are not (any more) there are left out.
+        `calls` finds those that may become one.
         """
         found = Decoded()
         gap = False
@@ -84,6 +120,12 @@ class Decoder:
                         if gap:
                             append(_gap(f[3], tid))
                             gap = False
+                        if calls is not None and (run := calls.match(data, at)) is not None:
+                            count, last, total = self._short(run[0])
+                            if count:
+                                append(hit(last, f[2], point, _NO_ARGS, f[sp], total, b"", count))
+                                at += count * self._call.size
+                                continue
                         stack = b"" if size == plain else _stack(data[at + plain : at + size])
                         args = (f[a], f[b], f[c], f[d], f[e])
                         append(hit(f[3], f[2], point, args, f[sp], f[result], stack))
@@ -93,6 +135,17 @@ class Decoder:
         if gap:
             append(_gap(read_ns, tid))
         return found
+
+    def _short(self, run: bytes) -> tuple[int, int, int]:
+        """How many calls a run begins with that are short, when the last ended, and ns in all."""
+        count = last = total = 0
+        for start_ns, sp, end_ns, top in self._call.iter_unpack(run):
+            if end_ns - start_ns >= self._floor_ns or top - sp != self._popped:
+                break
+            count += 1
+            total += end_ns - start_ns
+            last = end_ns
+        return count, last, total
 
 
 def _other(found: Decoded, kind: int, data: bytes, body: int) -> bool:
@@ -113,7 +166,7 @@ def _other(found: Decoded, kind: int, data: bytes, body: int) -> bool:
 
 
 def _gap(t_ns: int, tid: int) -> Hit:
-    return Hit(t_ns, tid, None, (0, 0, 0, 0, 0), 0, 0, b"")
+    return Hit(t_ns, tid, None, _NO_ARGS, 0, 0, b"")
 
 
 def _stack(data: bytes) -> bytes:

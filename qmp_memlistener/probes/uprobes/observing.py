@@ -46,6 +46,17 @@ class Observer:
         """The windows that are worth telling; commits inside others never are."""
         return [self._observation(w, strings) for w in windows if not w.inner and self._long(w)]
 
+    @property
+    def floor_ns(self) -> int:
+        """Shorter commits without slot updates are not told."""
+        return min(FLOOR_NS, self.must_see.get(Kind.COMMIT, FLOOR_NS))
+
+    def add_short_commits(self, count: int, total_ns: int) -> None:
+        """The reader has counted some and made no windows of them."""
+        short = self._short[Kind.COMMIT]
+        short.count += count
+        short.total_ns += total_ns
+
     def commands(self, commands: list[Command], strings: Strings) -> list[CommandSpan]:
         """The commands that are worth telling, and whose name can be read."""
         found = []

@@ -102,6 +102,7 @@ class UprobesProbe:
             """In the reader's thread."""
             for tid in batch.threads:
                 self._names.forget(tid)
+            self._observer.add_short_commits(*batch.short)
             observations = self._observer.observe(batch.windows, reader.strings)
             commands = self._observer.commands(batch.commands, reader.strings)
             if inbox.full:
@@ -109,7 +110,7 @@ class UprobesProbe:
                 observations, commands = [], []
             inbox.post(len(observations) + len(commands), self._take, batch, observations, commands)
 
-        reader = UprobeReader(pid, deliver)
+        reader = UprobeReader(pid, deliver, floor_ns=self._observer.floor_ns)
         starting = asyncio.ensure_future(asyncio.to_thread(reader.start))
         try:
             await asyncio.shield(starting)

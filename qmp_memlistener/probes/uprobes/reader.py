@@ -66,6 +66,7 @@ class Batch:
     commands: list[Command] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     hits: dict[Group, int] = field(default_factory=dict)
+    short: tuple[int, int] = (0, 0)
     threads: list[int] = field(default_factory=list)
     undecoded: int = 0
     contradictions: int = 0
@@ -77,7 +78,8 @@ class UprobeReader:
     """Everything that uprobes tell of one QEMU.
 
     `deliver` is called with a `Batch` in the reader's own thread, about every 10 ms.  `ring_bytes`
-    is the size of a thread's ring (default: 1 MiB, less for many threads).
+    is the size of a thread's ring (default: 4 MiB, less for many threads).  Commits shorter
+    than `floor_ns` and do nothing are counted only.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class UprobeReader:
         *,
         ring_bytes: int | None = None,
         period: float = PERIOD,
+        floor_ns: int = 0,
     ) -> None:
         self.pid = pid
         self.roles: dict[Role, tuple[str, int]] = {}
@@ -97,6 +100,7 @@ class UprobeReader:
         self._deliver = deliver
         self._ring_bytes = ring_bytes
         self._period = period
+        self._floor_ns = floor_ns
         self._busy_ns = time.monotonic_ns()
         self._requests: deque[tuple[Callable[[], None], Future[None]]] = deque()
         self._wake = threading.Event()
@@ -140,6 +144,7 @@ class UprobeReader:
             self.roles,
             self._ring_bytes,
             given_up=lambda: self._stopping,
+            floor_ns=self._floor_ns,
         )
         try:
             self.strings = Strings(self.pid)
@@ -315,9 +320,10 @@ class UprobeReader:
             if hit.point is not None:
                 self._busy_ns = self._round_ns
                 group = hit.point.group
-                hits[group] = hits.get(group, 0) + 1
+                hits[group] = hits.get(group, 0) + (2 * hit.calls or 1)
         del self._pending[:count]
         batch.windows, batch.commands = windows.take()
+        batch.short = windows.take_short()
         batch.undecoded = windows.undecoded - undecoded
         batch.contradictions = windows.contradictions - contradictions
 

@@ -86,6 +86,7 @@ class Windows:
         self._hit_ns = hit_ns
         self._threads: dict[int, _Thread] = {}
         self._bql_since: int | None = None
+        self._short = self._short_ns = 0
         self._windows: list[Window] = []
         self._commands: list[Command] = []
         self._pauses = Pauses(main)
@@ -170,6 +171,12 @@ class Windows:
         self._windows, self._commands = [], []
         return found
 
+    def take_short(self) -> tuple[int, int]:
+        """How many short commits were not told since the last call, and their ns in all."""
+        found = self._short, self._short_ns
+        self._short = self._short_ns = 0
+        return found
+
     # -- hits --------------------------------------------------------------------------------------
 
     def feed(self, hit: Hit) -> None:
@@ -184,6 +191,9 @@ class Windows:
         role = point.role
         if role in _BQL_ROLES and (self._bql_since is None or hit.t_ns < self._bql_since):
             return
+        if hit.calls:
+            self._short_calls(thread, hit)
+            return
         thread.hits += 1
         if point.is_return:
             frame = _pop(thread, role, hit.sp - self._popped)
@@ -192,6 +202,14 @@ class Windows:
         else:
             self._entries[role](thread, hit)
         thread.last = hit
+
+    def _short_calls(self, thread: _Thread, hit: Hit) -> None:
+        """Commits that did nothing, with nothing in between."""
+        thread.hits += 2 * hit.calls
+        thread.last = None
+        if not any(f.role is Role.COMMIT for f in thread.frames):
+            self._short += hit.calls
+            self._short_ns += hit.result
 
     def _reset(self, thread: _Thread) -> None:
         """Hits of this thread are missing: forget all that they might have ended."""

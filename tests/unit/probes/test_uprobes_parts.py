@@ -31,6 +31,7 @@ from qmp_memlistener.probes.uprobes.names import ThreadNames
 from qmp_memlistener.probes.uprobes.observing import FLOOR_NS, QUERY_FLOOR_NS, Observer
 from qmp_memlistener.probes.uprobes.perf import ARCHITECTURES
 from qmp_memlistener.probes.uprobes.results import Command, Site, Window
+from qmp_memlistener.probes.uprobes.windows import SLOT_IOCTLS, Windows
 
 ENTRY = Point(Role.SLOT_IOCTL, Group.ALWAYS, 0)
 RETURN = Point(Role.SLOT_IOCTL, Group.ALWAYS, 0, True)
@@ -96,6 +97,69 @@ def test_every_record_of_ours_is_decoded(records: list[tuple[int, int, bool]]) -
     assert [(h.t_ns, h.point) for h in found] == [
         (t, POINTS[i]) for i, t, _ in records if i in POINTS
     ]
+
+
+COMMIT = Point(Role.COMMIT, Group.ALWAYS, 4)
+COMMITTED = Point(Role.COMMIT, Group.ALWAYS, 4, True)
+ALL_POINTS = {**POINTS, 3: COMMIT, 4: COMMITTED}
+
+_call = st.tuples(st.just("call"), st.integers(1, 2 * FLOOR_NS), st.integers(0, 3))
+_slot = st.tuples(st.just("slot"), st.integers(1, 1000), st.integers(0, 3))
+_lost = st.tuples(st.just("lost"), st.integers(1, 9), st.integers(0, 3))
+
+
+def _records(steps: list[tuple[str, int, int]]) -> bytes:
+    """Commits `outer` of which enclose what follows, slot updates, and gaps."""
+    data, t, sp, ends = b"", 0, 4096, []
+    for what, length, outer in steps:
+        t += 1
+        if what == "lost":
+            data += record(2, struct.pack("<QQ", 1, length))
+            continue
+        ids, registers = (3, 4), {"sp": sp}
+        slot = b""
+        if what == "slot":
+            ids = (1, 2)
+            registers |= {"si": SLOT_IOCTLS[0], "dx": sp}
+            slot = struct.pack("<IIQQQ", 5, 0, 0, length, 0)
+        data += sample(ids[0], t, registers, slot or None)
+        if what == "call" and outer == 3:
+            ends.append(sp)
+            sp -= 64
+        else:
+            t += length
+            data += sample(ids[1], t, {"sp": sp + 8})
+            if outer == 2 and ends:
+                sp = ends.pop()
+                t += length
+                data += sample(4, t, {"sp": sp + 8})
+    return data
+
+
+@given(st.lists(st.one_of(_call, _call, _slot, _lost), max_size=60))
+def test_short_calls_that_become_one_hit_tell_the_same(steps: list[tuple[str, int, int]]) -> None:
+    data = _records(steps)
+    told = []
+    for floor_ns in (0, FLOOR_NS):
+        decoder = Decoder(ARCHITECTURES["x86_64"], floor_ns)
+        hits = decoder.decode(data, TID, ALL_POINTS, 1 << 40, decoder.calls_of(3, 4)).hits
+        windows = Windows(TID, hit_ns=3)
+        windows.thread(TID, 0)
+        for hit in hits:
+            windows.feed(hit)
+        observer = Observer("uprobes", ThreadNames(0), {})
+        observer.add_short_commits(*windows.take_short())
+        found = observer.observe(windows.take()[0], Strings.__new__(Strings))
+        counted = sum(hit.calls * 2 or 1 for hit in hits if hit.point is not None)
+        told.append((found, observer.counts(), counted))
+    assert told[0] == told[1]
+
+
+def test_thirty_short_commits_are_one_hit() -> None:
+    data = _records([("call", 100, 0)] * 30)
+    decoder = Decoder(ARCHITECTURES["x86_64"], FLOOR_NS)
+    (hit,) = decoder.decode(data, TID, ALL_POINTS, 9, decoder.calls_of(3, 4)).hits
+    assert (hit.calls, hit.result) == (30, 3000)
 
 
 # -- functions -----------------------------------------------------------------------------------
