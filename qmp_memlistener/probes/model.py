@@ -13,6 +13,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Protocol
 
+import msgspec
+
 from ..errors import MissingPrerequisite
 from ..monitor import Companions, Guest, GuestFacts, Monitor
 
@@ -112,8 +114,7 @@ class Context:
     must_see: Mapping[Kind, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True, slots=True)
-class SlotUpdate:
+class SlotUpdate(msgspec.Struct, frozen=True, gc=False):
     """One slot ioctl as it was seen; `size` 0 deletes.  `slot` is without the address space."""
 
     as_id: int
@@ -125,8 +126,7 @@ class SlotUpdate:
     ret: int | None
 
 
-@dataclass(frozen=True, slots=True)
-class Observation:
+class Observation(msgspec.Struct, frozen=True, gc=False):
     """One stall window as one probe saw it.
 
     The stall lies inside `[start_ns, end_ns)` (CLOCK_MONOTONIC) and was at least `at_least_ns` and
@@ -155,8 +155,7 @@ class Observation:
             raise ValueError(f"not a window: {self}")
 
 
-@dataclass(frozen=True, slots=True)
-class CommandSpan:
+class CommandSpan(msgspec.Struct, frozen=True, gc=False):
     """A QMP or HMP command that QEMU's main loop carried out.
 
     It began at `start_ns`, was still running at `busy_until_ns`, and had ended at `end_ns`.

@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 
-class StallCause(msgspec.Struct, frozen=True, omit_defaults=True):
+class StallCause(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What made a stall, where that was seen and not merely near it in time.
 
     `type`: `transition` (`ref` is its `seq`), `slot_op` (slot operations without a transition, such
@@ -39,7 +39,7 @@ class StallCause(msgspec.Struct, frozen=True, omit_defaults=True):
     explained_ns: int | None = None
 
 
-class StallRecord(Record, frozen=True, kw_only=True, tag="stall"):
+class StallRecord(Record, frozen=True, kw_only=True, tag="stall", gc=False):
     """One stall window.
 
     It lies inside `[start_ns, end_ns)` and was at least `at_least_ns`, at most `at_most_ns` long.

@@ -38,7 +38,7 @@ __all__ = [
 SCHEMA = 1
 
 
-class Section(msgspec.Struct, frozen=True):
+class Section(msgspec.Struct, frozen=True, gc=False):
     """A range of a FlatView, as in `show --json`."""
 
     start: int
@@ -58,7 +58,7 @@ class Section(msgspec.Struct, frozen=True):
         return [cls.of(r) for r in view]
 
 
-class HoleInfo(msgspec.Struct, frozen=True):
+class HoleInfo(msgspec.Struct, frozen=True, gc=False):
     """A hole in a RAM block; `covered_by` is None when nothing is there or when it is not known."""
 
     block: str
@@ -130,7 +130,7 @@ class BlockInfo(msgspec.Struct, frozen=True):
         )
 
 
-class Cause(msgspec.Struct, frozen=True, omit_defaults=True):
+class Cause(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """Why a transition happened, as far as it was seen.
 
     `type`: `pci_bar` (QEMU traced a BAR being mapped or unmapped), `memory_device` (plug or unplug
@@ -147,7 +147,11 @@ class Cause(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
-    """Base of all records."""
+    """Base of all records.
+
+    Those that come by the thousand are kept from the garbage collector (`gc=False`), which would
+    look at each again and again: they are frozen and cannot be part of a cycle.
+    """
 
     schema: int = SCHEMA
 
@@ -182,7 +186,7 @@ class MapRecord(Record, frozen=True, kw_only=True, tag="map"):
     ram_blocks: list[BlockInfo]
 
 
-class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition"):
+class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition", gc=False):
     """One change of the map.
 
     A hole that moved or changed size is in `holes_filled` with its old place and in `holes_punched`
@@ -208,7 +212,7 @@ class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition"):
     slot_ops: int = 0
 
 
-class SlotOp(Record, frozen=True, kw_only=True, tag="slot_op"):
+class SlotOp(Record, frozen=True, kw_only=True, tag="slot_op", gc=False):
     """One KVM_SET_USER_MEMORY_REGION; of a delete `size` is that of the slot which went away.
 
     `predicted` operations were never seen: they are what QEMU's rules give for the transition.

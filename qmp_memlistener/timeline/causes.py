@@ -20,7 +20,7 @@ from collections.abc import Iterable
 
 from ..probes import Kind
 from ..recording import StallCause
-from .evidence import Evidence, Stall, overlap
+from .evidence import Evidence, Stall, overlap, together, witness
 
 __all__ = ["decide"]
 
@@ -68,17 +68,23 @@ def _part_of_commit(stall: Stall, evidence: Evidence) -> Stall | None:
     _transition(stall)
     if stall.transition is None and stall.logs and seen.update is not None:
         stall.cause = StallCause("slot_op", stall.why_logs, stall.length_ns)
+    if stall.commit is not None:
+        return _taken_from(stall, stall.commit)
     for commit in evidence.overlapping(Kind.COMMIT, seen.start_ns, seen.end_ns):
         # the BQL admits one commit at a time: what concerns all vCPUs is of the one it lies in
         same = seen.tid in (commit.seen.tid, None) or (
             stall.transition is not None and commit.transition == stall.transition
         )
         if same and _shared(stall, commit) * 2 >= stall.length_ns:
-            if stall.transition is None and commit.transition is not None:
-                stall.transition = commit.transition
-                _transition(stall)
-            return commit
+            return _taken_from(stall, commit)
     return None
+
+
+def _taken_from(stall: Stall, commit: Stall) -> Stall:
+    if stall.transition is None and commit.transition is not None:
+        stall.transition = commit.transition
+        _transition(stall)
+    return commit
 
 
 def _hold(stall: Stall, evidence: Evidence) -> Stall | None:
@@ -158,7 +164,7 @@ def _by_command(stall: Stall, evidence: Evidence) -> bool:
         return False
     kind = "agent" if best.probe == "agent" else "command"
     stall.cause = StallCause(kind, best.name, longest)
-    stall.witnesses.add(best.probe)
+    stall.witnesses = together(stall.witnesses, witness(best.probe))
     return True
 
 

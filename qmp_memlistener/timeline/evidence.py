@@ -8,14 +8,16 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from functools import cache
 from operator import itemgetter
 from typing import Generic, TypeVar
+
+import msgspec
 
 from ..probes import CommandSpan, Kind, Observation
 from ..recording import StallCause
 
-__all__ = ["KEEP_NS", "LIMIT", "Evidence", "Stall", "overlap"]
+__all__ = ["KEEP_NS", "LIMIT", "Evidence", "Stall", "overlap", "together", "witness"]
 
 KEEP_NS = 30_000_000_000
 """A window that ended longer ago than this plays no part in deciding another."""
@@ -27,16 +29,16 @@ _UNKNOWN = StallCause("unknown", None)
 T = TypeVar("T")
 
 
-@dataclass(slots=True, eq=False)
-class Stall:
+class Stall(msgspec.Struct, eq=False, gc=False):
     """A stall window on its way to a record.
 
     `transition` is the transition that it is a part of, `deleted_size` the size of the slot that
-    its ioctl deleted; both where that is known for a fact.
+    its ioctl deleted, `commit` what it lies in; all where that is known for a fact.
     """
 
     seen: Observation
-    witnesses: set[str] = field(default_factory=set)
+    witnesses: frozenset[str] = frozenset()
+    commit: Stall | None = None
     transition: int | None = None
     deleted_size: int | None = None
     logs: bool = False  # its ioctl is traced, and is no part of a transition
@@ -48,6 +50,18 @@ class Stall:
     def length_ns(self) -> int:
         """The estimate that causes are weighed against: the middle of the bracket."""
         return max(1, (self.seen.at_least_ns + self.seen.at_most_ns) // 2)
+
+
+@cache
+def witness(probe: str) -> frozenset[str]:
+    """A single one.  Of these sets there are few, and thousands of stalls have the same."""
+    return frozenset((probe,))
+
+
+@cache
+def together(some: frozenset[str], others: frozenset[str]) -> frozenset[str]:
+    """All of them."""
+    return some | others
 
 
 def overlap(one_start: int, one_end: int, start: int, end: int) -> int:

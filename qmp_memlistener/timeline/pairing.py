@@ -10,12 +10,13 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, MutableMapping
-from dataclasses import dataclass
 from typing import TypeVar
+
+import msgspec
 
 from ..probes import Kind
 from ..recording import SlotOp
-from .evidence import KEEP_NS, Stall, overlap
+from .evidence import KEEP_NS, Stall, overlap, together, witness
 
 __all__ = ["LIMIT", "SLACK_NS", "Pairing", "TracedOp", "Updates", "twins", "uncertainty"]
 
@@ -31,8 +32,7 @@ T = TypeVar("T")
 _Key = tuple[int, int, int, bool]
 
 
-@dataclass(slots=True, eq=False)
-class TracedOp:
+class TracedOp(msgspec.Struct, eq=False, gc=False):
     """An operation that was traced, and its ioctl once it is known."""
 
     op: SlotOp
@@ -211,6 +211,6 @@ def _pair(stall: Stall, traced: TracedOp) -> None:
     traced.ioctl = stall
     stall.transition = op.transition
     stall.logs = op.transition is None
-    stall.witnesses.add(TRACE)
+    stall.witnesses = together(stall.witnesses, witness(TRACE))
     if op.op == "delete":
         stall.deleted_size = op.size

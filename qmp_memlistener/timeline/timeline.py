@@ -29,7 +29,7 @@ from ..recording import (
 )
 from .causes import decide
 from .dirty_logging import DirtyLogging
-from .evidence import KEEP_NS, Evidence, Stall, overlap
+from .evidence import KEEP_NS, Evidence, Stall, overlap, together, witness
 from .pairing import Pairing, TracedOp, Updates, twins, uncertainty
 from .windows import TimedOp, missing_window, trace_windows
 
@@ -100,7 +100,7 @@ class Timeline:
     def observe(self, observations: Iterable[Observation]) -> None:
         """Windows that a probe saw."""
         for seen in sorted(observations, key=attrgetter("start_ns")):
-            stall = Stall(seen, {seen.probe})
+            stall = Stall(seen, witness(seen.probe))
             self._wait(stall)
             if seen.kind is Kind.SLOT_UPDATE and seen.update is not None:
                 self._pairing.ioctl(stall)
@@ -240,8 +240,8 @@ class Timeline:
             stall.cause = self._stop_cause(stall)
         if partner is not None:
             stall.incident = partner.incident
-            partner.witnesses |= stall.witnesses
-            stall.witnesses |= partner.witnesses
+            both = together(partner.witnesses, stall.witnesses)
+            partner.witnesses = stall.witnesses = both
         elif stall.transition in self._incident_of:
             stall.incident = self._incident_of[stall.transition]
         else:
@@ -262,7 +262,7 @@ class Timeline:
                 windows = trace_windows(transition.t_ns, lines, self._stamp_bound_ns)
                 for i, seen in enumerate(windows):
                     if i >= len(ops) or ops[i].ioctl is None:
-                        self._wait(Stall(seen, {TRACE}, transition=transition.seq))
+                        self._wait(Stall(seen, witness(TRACE), transition=transition.seq))
             elif not ops and transition.merged == 1:
                 self._silent.append(transition)
 
@@ -277,7 +277,8 @@ class Timeline:
             if commit.logs:
                 commit.why_logs = mine[0].why_logs
             for update in mine:
-                commit.witnesses |= update.witnesses
+                commit.witnesses = together(commit.witnesses, update.witnesses)
+                update.commit = commit
         self._match_silent(commits, horizon)
 
     def _match_silent(self, commits: list[Stall], horizon: int) -> None:
@@ -298,7 +299,7 @@ class Timeline:
             found = [c for c in fitting.get(at, ()) if c.transition is None]
             if len(found) == 1:
                 found[0].transition = transition.seq
-                found[0].witnesses.add(TRACE)
+                found[0].witnesses = together(found[0].witnesses, witness(TRACE))
             elif not found and horizon < transition.t_ns + PATIENCE_NS:
                 left.append(transition)
         self._silent = left
@@ -330,7 +331,9 @@ class Timeline:
                 )
             window = missing_window(timed, commit.seen.probe)
             if window is not None:
-                found.append(Stall(window, set(commit.witnesses), transition=commit.transition))
+                found.append(
+                    Stall(window, commit.witnesses, commit, transition=commit.transition)
+                )
         return found
 
     # -- several probes, one stall -------------------------------------------------------------
@@ -359,7 +362,7 @@ class Timeline:
             if twin is None:
                 kept.append(stall)
                 continue
-            twin.witnesses |= stall.witnesses
+            twin.witnesses = together(twin.witnesses, stall.witnesses)
             twin.transition = twin.transition if twin.transition is not None else stall.transition
             if uncertainty(stall) < uncertainty(twin):
                 twin.seen = stall.seen

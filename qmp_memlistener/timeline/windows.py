@@ -8,7 +8,8 @@ for a while in between.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+
+import msgspec
 
 from ..probes import Kind, Observation, SlotUpdate
 from ..recording import SlotOp
@@ -16,8 +17,7 @@ from ..recording import SlotOp
 __all__ = ["TimedOp", "missing_window", "trace_windows"]
 
 
-@dataclass(frozen=True, slots=True)
-class TimedOp:
+class TimedOp(msgspec.Struct, frozen=True, gc=False):
     """An `add` or `delete` of a slot of `size` bytes, and the bounds of when it took effect.
 
     It took effect at or after `from_ns` and at or before `to_ns`.  `hva` is the host address of its

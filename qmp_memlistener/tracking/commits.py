@@ -10,14 +10,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
 from ..recording import Cause
 from .live_slots import LiveSlot, LiveSlots, RawOp
 
 __all__ = ["Commit", "CommitGrouper", "SeenOp"]
 
 
-@dataclass(frozen=True, slots=True)
-class SeenOp:
+class SeenOp(msgspec.Struct, frozen=True, gc=False):
     """A traced operation and what it did: `add`, `delete` or `flags`, to a slot of `size`."""
 
     raw: RawOp

@@ -8,10 +8,13 @@ address which RAM block a slot shows.
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from itertools import count
 from operator import attrgetter, itemgetter
+
+import msgspec
+from msgspec.structs import replace
 
 from ..memslots import READONLY, Rules, Slot, SlotTable, slot_table
 from ..topology import FlatRange, FlatView, Kind, MemoryMap
@@ -22,8 +25,7 @@ UNKNOWN_BLOCK = "RAM of slot "
 """What a section of a RAM block that is not known yet is called, with the slot's id behind it."""
 
 
-@dataclass(frozen=True, slots=True)
-class RawOp:
+class RawOp(msgspec.Struct, frozen=True, gc=False):
     """One traced KVM_SET_USER_MEMORY_REGION; `size` 0 deletes."""
 
     t_ns: int
@@ -36,8 +38,7 @@ class RawOp:
     ret: int
 
 
-@dataclass(frozen=True, slots=True)
-class LiveSlot:
+class LiveSlot(msgspec.Struct, frozen=True, gc=False):
     """A slot; `slot` and `hva` are None until an operation told them, so is `block` until known."""
 
     as_id: int
@@ -61,6 +62,7 @@ class LiveSlots:
     def __init__(self, maps: Mapping[int, MemoryMap], rules: Rules) -> None:
         self._rules = rules
         self._slots: dict[tuple[int, int], LiveSlot] = {}
+        self._ids: Counter[tuple[int, int]] = Counter()  # how many of `_slots` have it
         self._taken: dict[int, set[int]] = {}  # ids that slots without a known id must have
         self._bases: list[tuple[int, str, str | None]] = []  # hva of offset 0, block, owner
         self._spans: dict[tuple[str, str | None], int] = {}
@@ -76,13 +78,14 @@ class LiveSlots:
         return len(self._slots)
 
     def __iter__(self) -> Iterator[LiveSlot]:
-        return iter(sorted(self._slots.values(), key=lambda s: (s.as_id, s.gpa)))
+        return map(itemgetter(1), sorted(self._slots.items()))  # no two keys are equal
 
     def copy(self) -> LiveSlots:
         """The slots as they are now; what is known of RAM blocks is shared."""
         new = LiveSlots.__new__(LiveSlots)
         new.__dict__.update(self.__dict__)
         new._slots = dict(self._slots)  # noqa: SLF001 - our own kind
+        new._ids = self._ids.copy()  # noqa: SLF001
         new._taken = {as_id: set(ids) for as_id, ids in self._taken.items()}  # noqa: SLF001
         return new
 
@@ -133,6 +136,7 @@ class LiveSlots:
         if op.size == 0:
             if old is not None and op.ret == 0:
                 del self._slots[key]
+                self._count_id(old, -1)
                 if old.block is not None:
                     self._note_base(op.hva, old.block, old.owner, old.offset)
             return "delete", old.size if old is not None else 0
@@ -141,9 +145,13 @@ class LiveSlots:
             block, owner, offset = self._backing(op.hva, op.size)
             if what == "flags" and old is not None and block is None:
                 block, owner, offset = old.block, old.owner, old.offset
-            self._slots[key] = LiveSlot(
+            new = LiveSlot(
                 op.as_id, op.slot, op.gpa, op.size, op.flags, op.hva, block, owner, offset
             )
+            if old is not None:
+                self._count_id(old, -1)
+            self._count_id(new, 1)
+            self._slots[key] = new
         return what, op.size
 
     def view(self, slots: Iterable[LiveSlot], previous: FlatView) -> FlatView:
@@ -227,14 +235,18 @@ class LiveSlots:
             key: traced[key] if key in traced and traced[key].size == s.size else s
             for key, s in fresh._slots.items()
         }
+        self._ids = Counter((s.as_id, s.slot) for s in self if s.slot is not None)
         self.learn(maps)
+
+    def _count_id(self, slot: LiveSlot, change: int) -> None:
+        if slot.slot is not None:
+            self._ids[slot.as_id, slot.slot] += change
 
     def _learn_ids(self, op: RawOp) -> None:
         """QEMU gives the lowest free id: those below it are in use, by slots we know or not."""
         taken = self._taken.setdefault(op.as_id, set())
-        known = {s.slot for s in self._slots.values() if s.as_id == op.as_id}
-        if op.size and op.slot not in known:
-            taken |= {i for i in range(op.slot) if i not in known}
+        if op.size and not self._ids[op.as_id, op.slot]:
+            taken |= {i for i in range(op.slot) if not self._ids[op.as_id, i]}
         taken.discard(op.slot)
 
     def _backing(self, hva: int, size: int) -> tuple[str | None, str | None, int]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
+from msgspec.structs import replace as replace_record
+
 from ..memslots import Op
 from ..recording import (
     BlockInfo,
@@ -22,7 +24,7 @@ from ..topology import Hole, MemoryMap, RamChange, Transition
 from .commits import Commit
 from .live_slots import UNKNOWN_BLOCK
 
-__all__ = ["map_record", "predicted_records", "traced_records", "transition_record"]
+__all__ = ["map_record", "predicted_records", "told_again", "traced_records", "transition_record"]
 
 
 def transition_record(
@@ -55,6 +57,13 @@ def transition_record(
         merged=merged,
         slot_ops=slot_ops,
     )
+
+
+def told_again(
+    told: TransitionRecord, seq: int, commit: Commit, *, merged: int, slot_ops: int
+) -> TransitionRecord:
+    """The same transition as one that was told before, and nothing else is known of its cause."""
+    return replace_record(told, seq=seq, t_ns=commit.t_ns, merged=merged, slot_ops=slot_ops)
 
 
 def traced_records(commit: Commit, seq: int | None) -> list[SlotOp]:

@@ -21,6 +21,7 @@ from ..memslots import DirtyLog, Op, OpKind, QemuOps, Rules, SlotTable, qemu_ops
 from ..recording import (
     Reconciled,
     Record,
+    TransitionRecord,
 )
 from ..topology import (
     Extent,
@@ -34,7 +35,13 @@ from ..topology import (
 from .changes import Change
 from .commits import Commit, CommitGrouper
 from .live_slots import LiveSlot, LiveSlots
-from .reporting import map_record, predicted_records, traced_records, transition_record
+from .reporting import (
+    map_record,
+    predicted_records,
+    told_again,
+    traced_records,
+    transition_record,
+)
 
 __all__ = ["Maps", "Tracker"]
 
@@ -70,6 +77,7 @@ class Tracker:
         self._by_slots: dict[
             tuple[int, tuple[LiveSlot, ...]], tuple[MemoryMap, MemoryMap, Transition]
         ] = {}
+        self._told: dict[tuple[int, str], tuple[Transition, TransitionRecord]] = {}
         self._reported: list[str] | None = None  # nothing was compared yet
         self._records: list[Record] = []
         self._changes: list[Change] = []
@@ -367,17 +375,28 @@ class Tracker:
     ) -> None:
         self.seq += 1
         ops_count = len(commit.ops) or len(predicted)
-        self._records.append(
-            transition_record(
-                self.seq, transition, commit, detail, merged=merged, slot_ops=ops_count
-            )
-        )
+        self._records.append(self._transition(transition, commit, detail, merged, ops_count))
         ops = [
             *traced_records(commit, self.seq),
             *predicted_records(predicted, commit.t_ns, self.seq),
         ]
         self._records.extend(ops)
         self._changes.append(Change(transition.after, transition, tuple(ops)))
+
+    def _transition(
+        self, transition: Transition, commit: Commit, detail: str, merged: int, ops: int
+    ) -> TransitionRecord:
+        known = self._told.get((id(transition), detail))  # which is kept for its id
+        if known is not None and not commit.causes:
+            return told_again(known[1], self.seq, commit, merged=merged, slot_ops=ops)
+        record = transition_record(
+            self.seq, transition, commit, detail, merged=merged, slot_ops=ops
+        )
+        if not commit.causes:
+            if len(self._told) >= _KNOWN:
+                self._told.clear()
+            self._told[id(transition), detail] = (transition, record)
+        return record
 
     def _report_ops(self, commit: Commit, seq: int | None) -> None:
         """Operations without a transition: dirty logging switched on or off."""
