@@ -112,6 +112,9 @@ class FailureWatch:
     def _kept_out(self) -> bool:
         return self._monitor.version.release >= (8, 0)
 
+    kinds = (TransitionRecord, SlotOp, StallRecord, GuestState)
+    """What `record` wants to be given."""
+
     def record(self, record: Record) -> None:
         """A record of the attachment, in order."""
         self._history.take(record)

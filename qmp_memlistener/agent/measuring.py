@@ -15,13 +15,15 @@ from ..memslots import SlotTable
 from ..probes import CommandSpan, Kind, Measurement, Observation, Probe
 from ..probes.registry import Choice
 from ..recording import (
-    CommandRecord,
+    GuestState,
     Lost,
     MeasurementRecord,
     Note,
     ProbesRecord,
     ProbeState,
+    QmpEvent,
     Record,
+    SlotOp,
     StallRecord,
     SummaryRecord,
     TransitionRecord,
@@ -47,7 +49,6 @@ LATE_NS = 50_000_000
 """QEMU may be interrupted for so long between an ioctl and the line that tells of it."""
 _STOP_DEADLINE = 5.0
 _STARTING = "start "
-_MEASURED = (StallRecord, CommandRecord, MeasurementRecord, ProbesRecord, SummaryRecord)
 
 
 class Measuring:
@@ -207,10 +208,11 @@ class Measuring:
         starting = ("it is being started", None)
         return self._why_not.get(choice.info.name, starting)
 
+    kinds = (TransitionRecord, SlotOp, GuestState, QmpEvent, Lost)
+    """What `take` wants to be given."""
+
     def take(self, record: Record) -> None:
         """A record of the map or the guest, as it is published."""
-        if isinstance(record, _MEASURED):
-            return
         if isinstance(record, TransitionRecord):
             self._transitions += 1
         if isinstance(record, Lost) and not self._telling:

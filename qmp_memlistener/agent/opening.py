@@ -204,7 +204,7 @@ class Opening:
         records = self._outlet.records
         if self._options.record is not None:
             writer = files.enter_context(RecordingWriter(self._options.record, header))
-            records.subscribe(writer.write)
+            records.writer = writer.write_all
         if self._options.on_record is not None:
             self._options.on_record(header)
             records.subscribe(self._options.on_record)
@@ -226,7 +226,7 @@ class Opening:
             pid=monitors.pid,
         )
         self._stack.push_async_callback(failures.close)
-        self._outlet.records.subscribe(failures.record)
+        self._outlet.records.subscribe(failures.record, failures.kinds)
         self._stack.callback(monitor.subscribe(failures.event))
 
     async def _settle(self) -> None:
@@ -287,7 +287,7 @@ class Opening:
             self._upkeep.give_up,
             stamp_bound_ns=header.stamp_bound_ns or 0,
         )
-        records.subscribe(measuring.take)
+        records.subscribe(measuring.take, measuring.kinds)
         self._measuring = measuring
         measuring.prepare(self._stack, _tracker_of(source).slots)
         if self._options.probes_at_once:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import MemListenerError
 from ..recording import Lost, Record
@@ -14,24 +14,31 @@ __all__ = ["RecordStream", "Records"]
 
 log = logging.getLogger(__name__)
 
+Kinds = tuple[type[Record], ...]
+
 
 class Records:
     """Where records are published; subscribers get them in order.
 
     One that raises is dropped and `on_failure` told; only our own errors (a full disk under the
-    recording) reach the publisher.
+    recording) reach the publisher.  A `writer` gets all records that are published at once.
     """
 
     def __init__(self, on_failure: Callable[[Exception], None]) -> None:
         self._on_failure = on_failure
-        self._callbacks: list[Callable[[Record], None]] = []
+        self._callbacks: list[tuple[Callable[[Record], None], Kinds | None]] = []
+        self._wanted_by: dict[type[Record], tuple[Callable[[Record], None], ...]] = {}
+        self.writer: Callable[[Sequence[Record]], None] | None = None
         self._streams: list[RecordStream] = []
         self._closed = False
 
     def publish(self, records: Iterable[Record]) -> None:
         """Hand out records at once; callbacks must be quick."""
+        records = records if isinstance(records, list) else list(records)
+        if self.writer is not None and records:
+            self.writer(records)
         for record in records:
-            for callback in tuple(self._callbacks):
+            for callback in self._wanted_by.get(type(record)) or self._wanting(type(record)):
                 try:
                     callback(record)
                 except MemListenerError:
@@ -43,14 +50,27 @@ class Records:
             for stream in tuple(self._streams):
                 stream.push(record)
 
-    def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]:
-        """Call `callback` with every record from now on; returns the way to stop that."""
-        self._callbacks.append(callback)
+    def subscribe(
+        self, callback: Callable[[Record], None], kinds: Kinds | None = None
+    ) -> Callable[[], None]:
+        """Call `callback` with every record of these kinds from now on; returns the way to stop
+        that."""
+        self._callbacks.append((callback, kinds))
+        self._wanted_by.clear()
         return lambda: self._forget(callback)
 
     def _forget(self, callback: Callable[[Record], None]) -> None:
-        if callback in self._callbacks:
-            self._callbacks.remove(callback)
+        self._callbacks = [known for known in self._callbacks if known[0] != callback]
+        self._wanted_by.clear()
+
+    def _wanting(self, kind: type[Record]) -> tuple[Callable[[Record], None], ...]:
+        found = tuple(
+            callback
+            for callback, kinds in self._callbacks
+            if kinds is None or issubclass(kind, kinds)
+        )
+        self._wanted_by[kind] = found
+        return found
 
     def stream(self, limit: int) -> RecordStream:
         """A new stream of the records from now on, that holds at most `limit` unread ones."""

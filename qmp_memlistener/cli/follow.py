@@ -136,13 +136,14 @@ class Followed:
     error: MemListenerError | None = None
 
     def note(self, record: Record) -> None:
+        if isinstance(record, StallRecord):  # most are
+            self.stalls += 1
+            return
         match record:
             case TransitionRecord():
                 self.transitions += 1
             case SlotOp():
                 self.slot_ops += 1
-            case StallRecord():
-                self.stalls += 1
             case Violation():
                 self.violations += 1
             case PossibleViolation():

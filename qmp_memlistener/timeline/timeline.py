@@ -331,9 +331,7 @@ class Timeline:
                 )
             window = missing_window(timed, commit.seen.probe)
             if window is not None:
-                found.append(
-                    Stall(window, commit.witnesses, commit, transition=commit.transition)
-                )
+                found.append(Stall(window, commit.witnesses, commit, transition=commit.transition))
         return found
 
     # -- several probes, one stall -------------------------------------------------------------
