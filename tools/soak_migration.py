@@ -1,7 +1,7 @@
 """Migrations at random moments of our pauses: do source and destination end as without us?
 
-    python -m tools.soak_migration [--count 200] [--kinds held,mirror,hotplug,resize,none]
-                                   [--qemu 7.2] [--accel tcg]
+    python -m tools.soak_migration [--count 200] [--kinds held,mirror,hotplug,…] [--qemu 7.2]
+                                   [--accel tcg]
 
 Each round starts a pulse guest and a QEMU that waits for it, lets an agent pause the guest over and
 over, and migrates it at a random moment:
@@ -9,7 +9,9 @@ over, and migrates it at a random moment:
     held     a block of code in which the guest is paused, 2 to 150 ms
     mirror   a mirror that pauses the guest for each transition, of which there are many
     hotplug  a plug with a slow backend under the strategy pause; QEMU refuses the device in the end
+    unplug   a device comes again and again, and is unplugged under the strategy pause
     resize   memory is plugged under the strategy pause
+    compare  a device is plugged and unplugged under direct and pause in turn
     none     nothing: how it ends without us
 
 A migration that completed must leave the source in `postmigrate` and the destination running, its
@@ -31,7 +33,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from qmp_memlistener.agent import attach
-from qmp_memlistener.errors import MemListenerError
+from qmp_memlistener.errors import CommandFailed, MemListenerError, TargetLost
 from qmp_memlistener.guests import (
     HOST_BRIDGE,
     I440FX,
@@ -45,9 +47,10 @@ from qmp_memlistener.guests import (
     launch,
 )
 from qmp_memlistener.monitor import Monitor, UnixTarget
+from qmp_memlistener.updates.compare import CompareOptions, compare
 from qmp_memlistener.updates.guard import ResumeGuard
 from qmp_memlistener.updates.mirroring import mirroring
-from qmp_memlistener.updates.model import Intent, Plug, Role, Strategy
+from qmp_memlistener.updates.model import Intent, Plug, Role, Strategy, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition, parse_resize
 from qmp_memlistener.updates.pausing import paused_guest
@@ -63,6 +66,8 @@ _OVER = ("completed", "failed", "cancelled")
 _BACKEND = "memory-backend-ram,id=soak,size=48M,prealloc=on"
 _REFUSED = "pc-dimm,id=soak-dimm,memdev=soak,addr=0x1234"
 """QEMU wants another alignment: so the destination need not have it."""
+_DEVICE = "usb-tablet,port=1,id=soak-usb"
+"""The destination has it: it comes with the guest, or the guest does without."""
 _OPTIONS = UpdateOptions(wait_s=0.2)
 
 
@@ -161,6 +166,29 @@ async def _resize(work: Work) -> None:
     await _updating(work, parse_resize("+128M"))
 
 
+async def _unplug(work: Work) -> None:
+    device = parse_addition(Role.DEVICE, _DEVICE)
+    async with attach(work.pair.target, probes=(), guarded=True) as agent:
+        while True:
+            # refused in a migration, and while it is there
+            with suppress(CommandFailed):
+                await work.pair.at_source.execute("device_add", dict(device.arguments))
+            work.begun.set()
+            outcome = await agent.update(Unplug(device.id), "pause", _OPTIONS)
+            work.say(outcome.reason, *outcome.notes)
+            await asyncio.sleep(random.uniform(0, 0.02))
+
+
+async def _compare(work: Work) -> None:
+    intent = Plug(parse_addition(Role.DEVICE, _DEVICE), ())
+    options = CompareOptions(repeat=1000, window_s=0.02, update=_OPTIONS)
+    strategies = (Strategy.DIRECT, Strategy.PAUSE)
+    async with attach(work.pair.target, probes=(), guarded=True) as agent:
+        work.begun.set()
+        found = await compare(agent, intent, strategies, options)
+        work.say(found.ended_early)
+
+
 async def _none(work: Work) -> None:
     work.begun.set()
     await asyncio.Event().wait()
@@ -170,7 +198,9 @@ KINDS: dict[str, Callable[[Work], Awaitable[None]]] = {
     "held": _held,
     "mirror": _mirror,
     "hotplug": _hotplug,
+    "unplug": _unplug,
     "resize": _resize,
+    "compare": _compare,
     "none": _none,
 }
 
@@ -183,13 +213,14 @@ async def migrated_pair(
     build: QemuBuild, accel: str, memory: int = 16 << 20
 ) -> AsyncIterator[Pair]:
     """Two QEMUs alike, the second one waiting for the guest of the first."""
-    args = (*boot_args(), "-m", "slots=16,maxmem=2G")
+    args = (*boot_args(), "-m", "slots=16,maxmem=2G", "-device", "qemu-xhci")
     spec = GuestSpec(accel=accel, memory=memory, monitors=4, args=args).on(build)
     async with AsyncExitStack() as stack:
         uri = f"unix:{Path(stack.enter_context(TemporaryDirectory())) / 'migration'}"
-        waiting = replace(spec, monitors=2, args=(*spec.args, "-incoming", uri))
-        source = await stack.enter_async_context(launch(spec))
-        destination = await stack.enter_async_context(launch(waiting))
+        waiting = replace(spec, monitors=2, args=(*spec.args, "-device", _DEVICE, "-incoming", uri))
+        async with asyncio.TaskGroup() as group:
+            up = [group.create_task(_launched(stack, each)) for each in (spec, waiting)]
+        source, destination = (task.result() for task in up)
         monitors = [
             await stack.enter_async_context(await AnyMonitor.connect(UnixTarget(str(path))))
             for path in (source.monitors[-1], destination.monitors[0])
@@ -200,6 +231,10 @@ async def migrated_pair(
             yield Pair(source, destination, pulse, uri, *monitors)
 
 
+async def _launched(stack: AsyncExitStack, spec: GuestSpec) -> Guest:
+    return await stack.enter_async_context(launch(spec))
+
+
 async def one_round(build: QemuBuild, accel: str, kind: str) -> Round:
     """Migrate a guest that is being paused, and see what becomes of it on both sides."""
     async with migrated_pair(build, accel) as pair:
@@ -208,7 +243,7 @@ async def one_round(build: QemuBuild, accel: str, kind: str) -> Round:
         try:
             async with asyncio.timeout(_DEADLINE_S):
                 await work.begun.wait()
-            await asyncio.sleep(random.uniform(0, _MOMENT_S))
+            await asyncio.sleep(random.uniform(0, _MOMENT_S * (5 if kind == "compare" else 1)))
             await pair.at_source.execute("migrate", {"uri": pair.uri}, deadline=_DEADLINE_S)
             ended = await _over(pair.at_source)
             await asyncio.sleep(random.uniform(0, _AFTER_S))
@@ -216,8 +251,16 @@ async def one_round(build: QemuBuild, accel: str, kind: str) -> Round:
             task.cancel()
             with suppress(asyncio.CancelledError, MemListenerError):
                 await task
-        wrong = await wrong_of(pair)
+        try:
+            wrong = await wrong_of(pair)
+        except TargetLost as error:
+            wrong = "; ".join((error.message, *_complaints(pair.source, pair.destination)))
     return Round(kind, ended, tuple(work.said), wrong)
+
+
+def _complaints(*guests: Guest) -> list[str]:
+    """What QEMU says beside the trace that was switched on."""
+    return [line for g in guests for line in g.stderr().splitlines() if line.startswith("qemu")]
 
 
 async def status_of(monitor: Monitor) -> str:

@@ -252,13 +252,15 @@ class ResumeGuard:
             with suppress(OSError):
                 os.unlink(self._note_path)
 
-    async def hand_over(self, *, deadline: float = 5.0) -> Settled:
+    async def hand_over(
+        self, why: str = "the agent lost its connection", *, deadline: float = 5.0
+    ) -> Settled:
         """We cannot resume the guest, or do not know whether it runs: the guard shall see to it.
 
         Our own connection must be closed, or all that we sent over it answered.
         """
         try:
-            answer = await self._ask("lost", deadline)
+            answer = await self._ask("lost", deadline, why=why)
         except (TimeoutError, OperationFailed):
             return Settled.UNKNOWN
         self._take(answer)
@@ -297,7 +299,7 @@ class ResumeGuard:
     def _take(self, answer: _Message) -> None:
         self.acted, self.why, self.obstacle = answer.acted, answer.why, answer.obstacle
 
-    async def _ask(self, what: str, deadline: float, **more: bool) -> _Message:
+    async def _ask(self, what: str, deadline: float, **more: bool | str) -> _Message:
         """Raises TimeoutError, and OperationFailed when the guard is gone."""
         if not self.is_alive or self._closed:
             raise self._gone()
@@ -310,7 +312,7 @@ class ResumeGuard:
         finally:
             del self._waiting[number]
 
-    def _tell(self, what: str, **more: bool) -> int:
+    def _tell(self, what: str, **more: bool | str) -> int:
         number = next(self._numbers)
         if not self._writer.is_closing():
             self._writer.write(json.dumps({"do": what, "n": number, **more}).encode() + b"\n")

@@ -76,6 +76,7 @@ class Guard:
         self._on_its_way: tuple[Due | None, int] | None = None
         self._answers: list[dict[str, object]] = []
         self._question: tuple[str, object] | None = None
+        self._is_released = False
         self._gone_at = 0
         self._ended_at = 0
         self._is_deaf = False
@@ -139,6 +140,7 @@ class Guard:
         elif self._gone_at:
             grace = self._gone_at + _PARENT_GRACE_NS
             promise.abandoned(now, f"the agent (pid {self._agent}) closed its guard", grace)
+        self._let_go()
         self._answer()
         if self._on_its_way is None and (due := promise.due(now)) is not None:
             self._send(due)
@@ -230,15 +232,23 @@ class Guard:
     def _on_agent(self, message: dict[str, object]) -> None:
         question = str(message.get("do"))
         self._question = (question, message.get("n"))
+        now = time.monotonic_ns()
         if question == "release":
-            if self._promise.phase is not Phase.DOUBTED:
-                self._promise.release()
+            self._is_released = True
+            self._let_go()
         elif question == "lost":
-            now = time.monotonic_ns()
-            self._promise.abandoned(now, "the agent lost its connection", now)
-        elif not self._promise.arm(time.monotonic_ns(), held=bool(message.get("held"))):
+            self._promise.abandoned(now, str(message.get("why")), now)
+        elif self._is_released or not self._promise.arm(now, held=bool(message.get("held"))):
             self._question = None
             self._say({"n": message.get("n"), "refused": True})
+
+    def _let_go(self) -> None:
+        """The agent has released us; but of a `cont` that is on its way it is to be told why it was
+        sent, and whether it came too late is to be found out."""
+        sent = self._on_its_way[0] if self._on_its_way is not None else None
+        if self._is_released and self._promise.phase is not Phase.DOUBTED and sent is not Due.CONT:
+            self._is_released = False
+            self._promise.release()
 
     def _answer(self) -> None:
         """Answer the agent's last question when it can be answered."""

@@ -63,22 +63,25 @@ class Journal:
         await _bounded(self._take_back(ops))
 
     async def _take_back(self, ops: Monitor) -> None:
-        self.notes += [
-            f"{step.what}: whether QEMU took the command is not known"
-            for step in self.asked
-            if step.undo is None and step.addition is None
-        ]
+        known = False
         try:
             if not ops.is_connected:
                 await ops.reconnect()
-            if await self._was_made(ops):
-                return
-            await await_set_up(ops)
+            known = await self._was_made(ops)
+            if not known:
+                await await_set_up(ops)
         except TargetUnreachable:
             self.made, self.asked = [], ()
             return  # QEMU has gone, and all that was made with it
         except MemListenerError as exc:
             self.notes.append(f"what was changed may not be as it was before: {exc.message}")
+        self.notes += [
+            f"{step.what}: whether QEMU took the command is not known"
+            for step in self.asked
+            if step.undo is None and step.addition is None
+        ]
+        if known:
+            return
         for step in reversed((*self.made, *self.asked)):
             if step.undo is None:
                 continue
@@ -102,15 +105,24 @@ class Journal:
         self.asked = tuple(s for s in self.asked if s is not step)
 
     async def _was_made(self, ops: Monitor) -> bool:
-        """Whether a device is there although the answer to its device_add has not come."""
-        plugged = [s for s in self.asked if s.addition and s.addition.role is Role.DEVICE]
-        if not plugged:
+        """Whether a device has come or gone although the answer to its device_add or device_del has
+        not come.  One that is still there may have been asked for: the guest lets it go, or not.
+        """
+        commands = (Role.DEVICE.add_command, Role.DEVICE.remove_command)
+        changed = [step for step in self.asked if step.command.name in commands]
+        if not changed:
             return False
         there = await read_devices(ops)
-        found = [s for s in plugged if s.addition and s.addition.id in there]
-        self.notes += [f"{s.what} is there all the same, and what it stands on" for s in found]
-        self.answered(found)
-        self.stands = bool(found)
+        for step in changed:
+            is_there = (step.command.arguments or {}).get("id") in there
+            if step.addition is None and is_there:
+                continue
+            self._strike(step)
+            if step.addition is None or is_there:
+                self.made.append(step)
+                how = "there all the same, and what it stands on" if is_there else "gone"
+                self.notes.append(f"{step.what} is {how}")
+                self.stands = True
         return self.stands
 
 

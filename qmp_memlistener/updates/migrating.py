@@ -91,13 +91,24 @@ class Look:
     which: tuple[object, ...]
 
     @classmethod
-    def of(cls, migrate: Reply | CommandFailed, status: Reply | CommandFailed) -> Look:
-        """Raises CommandFailed for a status that QEMU refuses to tell, ProtocolViolation."""
-        if isinstance(status, CommandFailed):
+    def of(
+        cls,
+        migrate: Reply | CommandFailed,
+        status: Reply | CommandFailed,
+        *,
+        untold: str | None = None,
+    ) -> Look:
+        """`untold` is the status when QEMU refuses to tell it; without, that is raised.
+
+        Raises CommandFailed, ProtocolViolation.
+        """
+        state: object = untold
+        if isinstance(status, Reply):
+            state = status.value.get("status") if isinstance(status.value, dict) else None
+        elif untold is None:
             raise status
-        state = status.value.get("status") if isinstance(status.value, dict) else None
         if not isinstance(state, str):
-            raise ProtocolViolation(f"query-status returned {status.value!r:.100}")
+            raise ProtocolViolation(f"query-status returned {status!r:.100}")
         # (a QEMU that does not know the command cannot migrate)
         value = migrate.value if isinstance(migrate, Reply) else None
         told = value if isinstance(value, dict) else {}

@@ -17,6 +17,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Protocol
 
 import msgspec
@@ -290,16 +291,22 @@ class _Operation:
         if not commands:
             return
         run = None
-        self._ask(*steps)
+        sending = partial(self._ask, *steps)
         if guard is not None:
             run = await run_paused(
-                ops, guard, commands, deadline=UPDATE_DEADLINE, pipelined=self._options.pipelined
+                ops,
+                guard,
+                commands,
+                deadline=UPDATE_DEADLINE,
+                pipelined=self._options.pipelined,
+                sending=sending,
             )
             replies = run.replies
             if run.note:
                 self._notes.append(run.note)
             self._migrated = run.migrated
         else:
+            sending()
             replies = await ops.pipeline(commands, deadline=UPDATE_DEADLINE)
         answered = [r for r in replies if isinstance(r, Reply)]
         if answered:

@@ -27,7 +27,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -46,13 +46,14 @@ from ..monitor import Command, Monitor, QmpEvent, Reply
 from .guard import ResumeGuard, Settled
 from .migrating import LOOK, Look, refuse_if_migrating
 from .promise import LOOK_EVERY_NS
-from .resuming import End, lost, note_guard, stop_again
+from .resuming import End, lost, stop_again
 
 __all__ = ["Pause", "PausedRun", "paused_guest", "run_paused"]
 
 T = TypeVar("T")
 
 _RUNNING = "running"
+_UNTOLD = "a guest whose status is not told"
 _LOOKS = 3
 """On a host that is always too slow the last answer has to do."""
 _STOP, _CONT = Command("stop"), Command("cont")
@@ -109,8 +110,11 @@ async def run_paused(
     *,
     deadline: float,
     pipelined: bool = True,
+    sending: Callable[[], None] = lambda: None,
 ) -> PausedRun:
     """Run the commands while the guest is paused; every one, also after one that QEMU refuses.
+
+    `sending` is called when they are about to be sent: what is raised before left them unsent.
 
     A guest that does not run is not stopped and not resumed.  One that somebody stops in the moment
     before our own `stop` would be resumed by our `cont`, which is on its way then: it is stopped
@@ -123,13 +127,14 @@ async def run_paused(
     until that one is over.  Cancelled, it ends when the replies have come.
     """
     if not pipelined:
-        return await _one_by_one(monitor, guard, commands, deadline)
+        return await _one_by_one(monitor, guard, commands, deadline, sending)
     _check_same_guest(monitor, guard)
     async with guard.lock:
         status = await guard.arm(held=False)
         if status != _RUNNING:
+            sending()
             return await _run_unpaused(monitor, commands, deadline, status)
-        return await _to_the_end(_run_pipelined(monitor, guard, commands, deadline))
+        return await _to_the_end(_run_pipelined(monitor, guard, commands, deadline, sending))
 
 
 @asynccontextmanager
@@ -168,9 +173,14 @@ async def paused_guest(
 
 
 async def _run_pipelined(
-    monitor: Monitor, guard: ResumeGuard, commands: Sequence[Command], deadline: float
+    monitor: Monitor,
+    guard: ResumeGuard,
+    commands: Sequence[Command],
+    deadline: float,
+    sending: Callable[[], None],
 ) -> PausedRun:
     await _look_again(monitor, guard, deadline)
+    sending()
     with _Seen(monitor) as seen:
         try:
             replies = await monitor.pipeline(
@@ -181,7 +191,7 @@ async def _run_pipelined(
         except TargetError as error:
             raise lost(error, await guard.hand_over(deadline=deadline)) from error
     stop, *rest, cont = replies[2:-2]
-    before = Look.of(*replies[:2])
+    before, after = (Look.of(*pair, untold=_RUNNING) for pair in (replies[:2], replies[-2:]))
     end = End()
     if isinstance(stop, CommandFailed):
         end.notes.append(f"QEMU refused to stop the guest ({stop.desc}): it ran all the time")
@@ -189,13 +199,12 @@ async def _run_pipelined(
         await end.hand_over(guard, f"QEMU refused cont ({cont.desc})", deadline)
     else:
         if before.status == _RUNNING:
-            await end.check(monitor, before, Look.of(*replies[-2:]), deadline)
+            await end.check(monitor, before, after, deadline)
         else:
             end.runs = not await stop_again(monitor, deadline)
             again = "" if end.runs else "; it is again"
             end.notes.append(f"the guest was {before.status} before our stop{again}")
-        await guard.release()
-        note_guard(end.notes, guard)
+        await end.release(guard)
     start_ns, end_ns = seen.window or (
         _end_of(stop, replies[1]),
         _end_of(cont, *reversed(rest), stop),
@@ -251,10 +260,15 @@ async def _look_again(monitor: Monitor, guard: ResumeGuard, deadline: float) -> 
 
 
 async def _one_by_one(
-    monitor: Monitor, guard: ResumeGuard, commands: Sequence[Command], deadline: float
+    monitor: Monitor,
+    guard: ResumeGuard,
+    commands: Sequence[Command],
+    deadline: float,
+    sending: Callable[[], None],
 ) -> PausedRun:
     replies: list[Reply | CommandFailed] = []
     async with paused_guest(monitor, guard, deadline=deadline) as pause:
+        sending()
         for command in commands:
             replies += await monitor.pipeline([command], deadline=deadline)
     return PausedRun(
@@ -277,7 +291,7 @@ async def _stop(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: fl
         pause.paused_before = True
         raise
     *looked, stop = await monitor.pipeline([*LOOK, _STOP], deadline=deadline)
-    look = Look.of(*looked)
+    look = Look.of(*looked, untold=pause.status_before)
     pause.status_before = look.status
     if isinstance(stop, CommandFailed) or look.status != _RUNNING:
         # In the second case somebody was quicker: QEMU has taken our `stop` for nothing.
@@ -302,13 +316,14 @@ async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: 
         if not pause.is_over and (
             look is None or time.monotonic_ns() - pause.start_ns >= LOOK_EVERY_NS
         ):
-            look, asked = Look.of(*await monitor.pipeline(LOOK, deadline=deadline)), True
+            looked = await monitor.pipeline(LOOK, deadline=deadline)
+            look, asked = Look.of(*looked, untold=_UNTOLD), True
+        # (asked again: it may have been resumed before QEMU answered)
         if look is None or pause.is_over:
             # A `stop` that came after that RESUME is somebody else's: no `cont`.
-            await guard.release()
-            if not guard.acted:
+            await end.release(guard)
+            if end.runs and not guard.acted:
                 end.notes.append("somebody else resumed the guest meanwhile")
-            note_guard(end.notes, guard)
         elif asked and (look.status != "paused" or look.is_migrating):
             # one of us sends `cont`, and the guard is at it already
             await end.hand_over(guard, f"the guest became {look.status}", deadline)
@@ -317,9 +332,8 @@ async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: 
             if isinstance(cont, CommandFailed):
                 await end.hand_over(guard, f"QEMU refused cont ({cont.desc})", deadline)
             else:
-                await end.check(monitor, look, Look.of(*looked), deadline)
-                await guard.release()
-                note_guard(end.notes, guard)
+                await end.check(monitor, look, Look.of(*looked, untold=_RUNNING), deadline)
+                await end.release(guard)
     except DeadlineExceeded:
         pause.resumed = False
         raise

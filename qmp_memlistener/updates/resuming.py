@@ -10,7 +10,7 @@ from .guard import ResumeGuard, Settled
 from .migrating import LOOK, RAN_TWICE, Look
 from .promise import MIGRATED
 
-__all__ = ["End", "lost", "note_guard", "stop_again"]
+__all__ = ["End", "lost", "stop_again"]
 
 
 @dataclass(slots=True)
@@ -26,9 +26,9 @@ class End:
         return "; ".join(self.notes) or None
 
     async def hand_over(self, guard: ResumeGuard, why: str, deadline: float) -> None:
-        settled = await guard.hand_over(deadline=deadline)
+        settled = await guard.hand_over(why, deadline=deadline)
         self.runs = settled in (Settled.RUNS, Settled.RESUMED)
-        self.notes.append(f"{why}; {_sentence(settled, guard)}")
+        self.notes.append(f"{why}; {_sentence(settled, guard, why)}")
         if guard.obstacle == MIGRATED:
             self._is_migrated(MIGRATED)
 
@@ -39,6 +39,20 @@ class End:
             self._is_migrated(RAN_TWICE)
             self.notes.append(RAN_TWICE)
 
+    async def release(self, guard: ResumeGuard) -> None:
+        """The guest has been resumed, by us or by somebody else."""
+        await guard.release()
+        if guard.obstacle == MIGRATED and self.migrated is None:
+            self.runs = False
+            self.notes.append(MIGRATED)
+            self._is_migrated(MIGRATED)
+        if guard.acted:
+            self.notes.append(f"the resume guard resumed the guest: {guard.why}")
+        elif not guard.is_alive:
+            self.notes.append(
+                "the resume guard ended during the update; the guest was resumed without it"
+            )
+
     def _is_migrated(self, why: str) -> None:
         self.migrated = GuestMigrating(
             f"the guest was migrated during our pause: {why}",
@@ -48,7 +62,7 @@ class End:
 
 async def stop_again(monitor: Monitor, deadline: float) -> bool:
     """Our `cont` has resumed a guest that was to stand: true when it does again."""
-    look = Look.of(*await monitor.pipeline(LOOK, deadline=deadline))
+    look = Look.of(*await monitor.pipeline(LOOK, deadline=deadline), untold="running")
     if look.status != "running":
         return True  # it was a status that `cont` does not end
     try:
@@ -58,17 +72,11 @@ async def stop_again(monitor: Monitor, deadline: float) -> bool:
     return True
 
 
-def note_guard(notes: list[str], guard: ResumeGuard) -> None:
-    if guard.acted:
-        notes.append(f"the resume guard resumed the guest: {guard.why}")
-    elif not guard.is_alive:
-        notes.append("the resume guard ended during the update; the guest was resumed without it")
-
-
-def _sentence(settled: Settled, guard: ResumeGuard) -> str:
+def _sentence(settled: Settled, guard: ResumeGuard, known: str) -> str:
+    reason = f": {guard.why}" if guard.why != known else ""
     return {
         Settled.RUNS: "the guest runs",
-        Settled.RESUMED: "the resume guard resumed the guest",
+        Settled.RESUMED: f"the resume guard resumed the guest{reason}",
         Settled.LEFT: f"the guest is still stopped: {guard.obstacle}",
         Settled.UNKNOWN: "whether the guest runs is not known",
     }[settled]

@@ -328,6 +328,21 @@ async def test_what_cannot_be_taken_back_is_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(not QEMUS, reason=NO_QEMU)
+@pytest.mark.parametrize("how", [How.CUT_BEFORE, How.CUT_AFTER])
+@pytest.mark.asyncio
+async def test_what_came_of_a_command_without_an_answer_is_asked(how: How, tmp_path: Path) -> None:
+    async with bench(QEMUS[0], tmp_path) as b:
+        unplug = ("unplug", Unplug("u0", BACKENDS), Strategy.PAUSE)
+        done = await run(b, unplug, Fault("device_del", 1, how))
+        assert b.proxy.hits == 1
+        gone = "u0" in done.before.things - done.after.things
+        assert gone is (how is How.CUT_AFTER)
+        told = "is gone" if gone else "whether QEMU took the command is not known"
+        assert isinstance(done.end, MemListenerError)
+        assert re.search(rf"device u0:? {told}", done.end.message)
+
+
+@pytest.mark.skipif(not QEMUS, reason=NO_QEMU)
 @pytest.mark.parametrize("strategy", [Strategy.DIRECT, Strategy.PAUSE])
 @pytest.mark.asyncio
 async def test_of_two_dimms_one_stays(strategy: Strategy, tmp_path: Path) -> None:

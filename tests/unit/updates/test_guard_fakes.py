@@ -37,7 +37,8 @@ class FakeQemu:
 
     `refuse`: how often a command is refused (-1: always).  `becomes`: the status that a command
     leads to in place of its own.  `migrates`: the status and that of the migration before a command
-    is carried out.  While `open` is not set, no command is answered.
+    is carried out.  While `open` is not set, no command is answered; the answer to the command
+    `late` comes when `told` is set, some time after its event.
     """
 
     def __init__(self) -> None:
@@ -49,6 +50,8 @@ class FakeQemu:
         self.ran: list[str] = []
         self.open = asyncio.Event()
         self.open.set()
+        self.late = ""
+        self.told = asyncio.Event()
         self._clients: list[asyncio.StreamWriter] = []
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -58,7 +61,10 @@ class FakeQemu:
             async for message in _messages(reader):
                 await self.open.wait()
                 number = {"id": message["id"]} if "id" in message else {}
-                self._send(writer, {**self._run(str(message["execute"])), **number})
+                answer = {**self._run(str(message["execute"])), **number}
+                if message["execute"] == self.late:
+                    await self.told.wait()
+                self._send(writer, answer)
         except ConnectionError:
             pass
         except asyncio.CancelledError:
@@ -226,7 +232,7 @@ async def test_a_refused_cont_is_tried_again_by_the_guard(
         result = await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
         assert (result.resumed, fake.status) == (True, "running")
         assert guard.acted
-        assert str(result.note).endswith("the resume guard resumed the guest")
+        assert result.note == "QEMU refused cont (no cont now); the resume guard resumed the guest"
     assert read_note(note_path) is None
 
 
@@ -242,10 +248,41 @@ async def test_a_guest_that_migrates_is_not_paused(
 ) -> None:
     async with faked(tmp_path) as (fake, monitor, guard):
         fake.status, fake.migration = status, migration
+        sent: list[str] = []
         with pytest.raises(GuestMigrating) as caught:
-            await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
+            await run_paused(
+                monitor,
+                guard,
+                UPDATE,
+                deadline=5,
+                pipelined=pipelined,
+                sending=lambda: sent.append("now"),
+            )
         assert caught.value.remedy
+        assert sent == []
         assert set(fake.ran) == {"query-status", "query-migrate"}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+@pytest.mark.parametrize("pipelined", [True, False])
+@pytest.mark.asyncio
+async def test_a_status_that_is_not_told_loses_no_answer(
+    tmp_path: Path, pipelined: bool, times: int
+) -> None:
+    async with faked(tmp_path, Fresh) as (fake, monitor, guard):
+
+        async def armed(*, held: bool = True) -> str:
+            status = await type(guard).arm(guard, held=held)
+            fake.refuse["query-status"] = times
+            return status
+
+        guard.arm = armed  # type: ignore[method-assign]
+        result = await run_paused(monitor, guard, UPDATE, deadline=5, pipelined=pipelined)
+        assert [type(r) for r in result.replies] == [Reply] * len(UPDATE)
+        assert result.status_before == "running"
+        assert (result.resumed, fake.status) == (True, "running")
+        fake.refuse.clear()
+        assert await type(guard).arm(guard) == "running", "the guard was released"
 
 
 @pytest.mark.asyncio
@@ -260,6 +297,30 @@ async def test_a_migration_that_begins_in_a_block_ends_its_pause(tmp_path: Path)
             assert fake.status == "running"
         assert pause.note == "the resume guard resumed the guest: a migration began (active)"
         assert fake.ran.count("cont") == 1
+
+
+@pytest.mark.parametrize("completed", [False, True])
+@pytest.mark.asyncio
+async def test_a_block_that_ends_before_the_guards_cont_is_answered(
+    tmp_path: Path, completed: bool
+) -> None:
+    """The event comes first, and the block may end then."""
+    async with faked(tmp_path) as (fake, monitor, guard):
+        resumed = asyncio.Event()
+        monitor.subscribe(lambda e: resumed.set() if e.name == "RESUME" else None)
+        fake.late = "cont"
+        async with paused_guest(monitor, guard, deadline=5) as pause:
+            if completed:
+                fake.migrates["cont"] = ("postmigrate", "completed")
+            fake.migration = "active"
+            await asyncio.wait_for(resumed.wait(), 5)
+            asyncio.get_running_loop().call_later(0.1, fake.told.set)
+        if completed:
+            assert fake.status == "paused", "it ran here after its migration"
+            assert pause.migrated is not None
+            assert not pause.resumed
+        else:
+            assert pause.note == "the resume guard resumed the guest: a migration began (active)"
 
 
 @pytest.mark.asyncio
