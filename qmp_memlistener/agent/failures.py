@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from ..errors import CommandFailed, MemListenerError, TargetError
+from ..host.bounded import in_thread
 from ..monitor import Flag, Monitor, QmpEvent, hmp
 from ..probes import Kind
 from ..recording import GuestReset, GuestState, Record, SlotOp, StallRecord, TransitionRecord
@@ -218,7 +219,7 @@ async def stopped_vcpus(monitor: Monitor, pid: int | None) -> list[Stopped]:
     try:
         text = await hmp(monitor, "info registers", Flag("a"), deadline=_ASK_S)
         vcpus = parse_registers(text)
-        dumps = await asyncio.to_thread(_dumps_of, pid) if pid is not None else frozenset[str]()
+        dumps = await in_thread(_dumps_of, pid) if pid is not None else frozenset[str]()
         found = []
         until = time.monotonic() + _ASK_S
         for vcpu in vcpus:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
 from ..errors import CommandFailed, InputError, WrongGuest
+from ..host.bounded import in_thread
 from ..monitor import (
     CONNECT_DEADLINE,
     Companions,
@@ -77,10 +77,10 @@ async def refuse_if_frozen(target: str | Target) -> Admission:
     """
     named = as_target(target)
     (first, *_), meant = await resolve(named)
-    owner = await asyncio.to_thread(find_owner, first, meant)
+    owner = await in_thread(find_owner, first, meant)
     key = freeze_key(first, owner)
-    await asyncio.to_thread(check_not_frozen, key)
-    notes = await asyncio.to_thread(take_notes, key)
+    await in_thread(check_not_frozen, key)
+    notes = await in_thread(take_notes, key)
     told = tuple(t for n in notes for t in (n.text, n.remedy) if t is not None)
     return Admission(named, meant, key, told)
 
@@ -108,12 +108,12 @@ async def connect_monitors(
     observer = await stack.enter_async_context(
         await Monitor.connect(admission.target, meant=admission.meant, deadline=deadline)
     )
-    owner = await asyncio.to_thread(find_owner, observer.target, observer.identity)
+    owner = await in_thread(find_owner, observer.target, observer.identity)
     key = freeze_key(observer.target, owner)
     if freeze is not None:
         remarks += (await stack.enter_async_context(hold_freeze(key, freeze))).remarks
     else:
-        await asyncio.to_thread(check_not_frozen, key)
+        await in_thread(check_not_frozen, key)
     remarks += await left_remarks(observer, key)
     used = [observer.target]
     operator = None
@@ -144,7 +144,7 @@ async def left_remarks(monitor: Monitor, key: FreezeKey) -> list[str]:
     Raises TargetError.
     """
     found = []
-    for left in await asyncio.to_thread(left_behind, key):
+    for left in await in_thread(left_behind, key):
         try:
             text = await confirmed(monitor, left)
         except CommandFailed as exc:

@@ -13,6 +13,7 @@ from contextlib import AsyncExitStack, ExitStack
 from dataclasses import dataclass
 from functools import partial
 
+from ..host.bounded import in_thread
 from ..memslots import Rules
 from ..monitor import (
     Guest,
@@ -104,7 +105,7 @@ class Opening:
         monitors = await self._connect()
         with waiting("for QEMU to say what it is"):
             facts = await read_facts(monitors.observer)
-        rules = await asyncio.to_thread(rules_of, facts.version, monitors.pid)
+        rules = await in_thread(rules_of, facts.version, monitors.pid)
         files = stack.enter_context(ExitStack())  # a recording takes everything that follows
         if monitors.owner is not None:
             await self._put_back(monitors.observer, monitors.owner)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING
@@ -10,6 +9,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import MissingPrerequisite
+from ..host.bounded import in_thread
 from .common import json_option, print_json, run_async, say, terminal_shape
 
 if TYPE_CHECKING:
@@ -75,7 +75,7 @@ class _Demo:
 
         build = _choose(version)
         if accel == "auto":
-            probe = await asyncio.to_thread(kvm_usable, build)
+            probe = await in_thread(kvm_usable, build)
             accel = "kvm" if probe else "tcg"
             if not probe:
                 self._say(f"KVM does not work here ({probe.reason}), so the guest runs under TCG")

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable
 
 from ..agent import attach
 from ..errors import MissingPrerequisite
 from ..guests import QemuBuild
 from ..guests.linux import LinuxImage, LinuxSpec, boot_linux
+from ..host.bounded import in_thread
 from ..reports.compare import comparison_lines
 from ..updates.compare import CompareOptions, Comparison, compare
 from ..updates.model import Strategy
@@ -27,7 +27,7 @@ async def compare_strategies(
     say("")
     say(f"-- Linux under QEMU {build.version} gets 256 MiB more, under every strategy")
     try:
-        image = await asyncio.to_thread(LinuxImage.build)
+        image = await in_thread(LinuxImage.build)
     except MissingPrerequisite as exc:
         say(f"{' ' * 12}left out: {exc.message}")
         return None

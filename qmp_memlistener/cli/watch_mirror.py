@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import MemListenerError
+from ..host.bounded import in_thread
 
 if TYPE_CHECKING:
     from ..agent import Agent
@@ -163,7 +164,6 @@ class WatchedMirror:
 
     async def record(self) -> MirrorRecord:
         """What became of it, once `following` was left; the lab is looked at for that."""
-        import asyncio
 
         from ..kvmlab.backend_probe import Verified
         from ..reports.mirror import lab_mirror, mirror_record
@@ -173,7 +173,7 @@ class WatchedMirror:
         if self._lab is not None:
             verified = Verified(0, 0, (), ())
             try:
-                verified = await asyncio.to_thread(self._lab.verify)
+                verified = await in_thread(self._lab.verify)
             except MemListenerError as exc:
                 self.fault = f"the lab could not be looked at: {exc.message}"
             lab = lab_mirror(self._lab.facts(), verified)

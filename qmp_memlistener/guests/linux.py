@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Self, TypeVar
 
 from ..errors import DeadlineExceeded, OperationFailed
+from ..host.bounded import in_thread
 from . import layout, linux_views
 from .launch import Guest, GuestSpec, launch, sized_file
 from .linux_console import Console, Outcome
@@ -326,7 +327,7 @@ async def linux_kvm_usable(
     That KVM works is not enough: where it has no hardware to use it runs kernels in an emulator,
     and a boot takes longer than anybody waits.
     """
-    basic = await asyncio.to_thread(kvm_usable, build or "qemu-system-x86_64")
+    basic = await in_thread(kvm_usable, build or "qemu-system-x86_64")
     if not basic:
         return basic
     spec = LinuxSpec(accel="kvm", pulse_us=None, monitors=1)

@@ -1,14 +1,16 @@
 """The host's side of the pulse guest: heartbeats, gaps, the mailbox, toggles of a register.
 
 The guest (vm-images/pulse, layout in its README.md) beats on every CPU and obeys commands through
-RAM that both sides map.  `boot_args` starts it, `Pulse` reads and commands it.  Reading never
-disturbs the guest.  Times are ticks of the guest's TSC; `Pulse.calibrate` relates them to
-CLOCK_MONOTONIC.  Starting QEMU is `launch`'s business.
+RAM that QEMU shares (`pulse_memory` says how it is read).  `boot_args` starts it, `Pulse` reads and
+commands it.  Reading never disturbs the guest.  Times are ticks of the guest's TSC;
+`Pulse.calibrate` relates them to CLOCK_MONOTONIC.  Starting QEMU is `launch`'s business.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
+import struct
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -32,7 +34,7 @@ __all__ = [
 
 _POLL = 0.0005  # seconds between looks at the mailbox; a spinning guest has no way to wake us
 
-_GOOD_SAMPLE_NS = 20_000  # calibration tries again for a tighter sample than this,
+_GOOD_SAMPLE_NS = 40_000  # calibration tries again for a tighter sample than this,
 _SAMPLE_ROUNDS = 50  # but not for ever
 
 _COMMANDS = {value: name[4:] for name, value in vars(layout).items() if name.startswith("CMD_")}
@@ -184,11 +186,12 @@ class Pulse(PulseMemory):
                 timeout,
                 lambda: "the answer to an earlier command",
             )
-            seq = (self._get32(at + layout.MB_SEQ) + 1) & 0xFFFFFFFF
-            self._u32[(at + layout.MB_COMMAND) // 4] = code
-            for i in range(6):
-                self._u64[(at + layout.MB_ARG0) // 8 + i] = args[i] if i < len(args) else 0
-            self._u32[(at + layout.MB_SEQ) // 4] = seq
+            seq = (self._get32(at + layout.MB_SEQ) + 1) & 0xFF
+            words = [args[i] if i < len(args) else 0 for i in range(6)]
+            self._write(at + layout.MB_COMMAND, struct.pack("<I", code))
+            self._write(at + layout.MB_ARG0, struct.pack("<6Q", *words))
+            # one byte: the guest obeys whatever differs from the last one, also half a number
+            self._write(at + layout.MB_SEQ, bytes([seq]))
             beats = self.heartbeat(0).count
             await self.wait_for(
                 lambda: self._get32(at + layout.MB_ACK) == seq,
@@ -299,6 +302,9 @@ class Pulse(PulseMemory):
             lambda: f"a new generation of CPU {cpu}",
         )
 
+    def _write(self, address: int, data: bytes) -> None:
+        os.pwrite(self._fd, data, address)
+
     def _ready(self) -> bool:
         header = self.header()
         return header is not None and header.ready
@@ -306,18 +312,23 @@ class Pulse(PulseMemory):
     async def _sample(self, cpu: int) -> tuple[int, int, int]:
         """TSC, CLOCK_MONOTONIC and error of one beat: the beat that two looks enclose tightest.
 
-        Looks in quick succession see none while we have taken the vCPU's host CPU; then the beats
-        during a short sleep must do, with the larger error that this gives.
+        A beat reads the TSC and stores it some time later, but not before it has stored the one
+        before: the look that showed the last but one is what encloses it.  Looks in quick
+        succession see none while we have taken the vCPU's host CPU; then the beats during a short
+        sleep must do, with the larger error that this gives.
         """
-        at = self._block(cpu) + layout.HB_LAST_TSC
+        read, clock = self.tsc_reader(cpu), time.monotonic_ns
         best = (0, 0, 1 << 63)
-        last, before = self._get64(at), time.monotonic_ns()
+        shown, last = clock(), read()  # when the latest look at `last` began
+        not_yet: int | None = None
         for _ in range(_SAMPLE_ROUNDS):
             for _ in range(200):
-                tsc, now = self._get64(at), time.monotonic_ns()
-                if tsc > last and now - before < best[2]:
-                    best = (tsc, (before + now) // 2, now - before)
-                last, before = tsc, now
+                began, tsc, now = clock(), read(), clock()
+                if tsc > last:
+                    if not_yet is not None and now - not_yet < best[2]:
+                        best = (tsc, (not_yet + now) // 2, now - not_yet)
+                    not_yet = shown
+                shown, last = began, tsc
             if best[2] < _GOOD_SAMPLE_NS:
                 break
             await asyncio.sleep(0.001)

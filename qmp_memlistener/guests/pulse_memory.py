@@ -1,14 +1,20 @@
-"""The pulse guest's memory as the host maps it: header, heartbeats, gaps, toggle writes.
+"""The pulse guest's memory as the host reads it: header, heartbeats, gaps, toggle writes.
 
 Reading only, and reading never disturbs the guest, which writes while we look: each method says
 how it gets a consistent answer.  Addresses are those of `layout`.  Waiting and commands are in
 `pulse`.
+
+The file that holds the RAM is its owner's, who may truncate it at any time; touching a mapping of
+what is gone ends a process with SIGBUS.  So it is read with pread(2) and never mapped.  One pread
+says nothing of the order in which its words were read, so where the order counts there are two.
+A word of 8 bytes is read in one piece: 0 of 2.2 million were torn where the kernel copies with `rep
+movsb` (FSRM), and otherwise it moves short copies in words (arch/x86/lib/copy_user_64.S).
 """
 
 from __future__ import annotations
 
-import mmap
 import os
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntFlag
@@ -34,6 +40,12 @@ __all__ = [
 ]
 
 MAGIC = b"QMPPULSE"
+
+# up to H_READY_TSC, HB_RESET_TSC; an entry of each ring
+_HEADER = struct.Struct("<8xIIIIIIQQ")
+_BEAT = struct.Struct("<10Q")
+_GAP = struct.Struct("<4Q")
+_WRITE = struct.Struct("<QII")
 
 
 class High(IntFlag):
@@ -137,23 +149,20 @@ class ToggleLog:
 
 
 class PulseMemory:
-    """The first 4 MiB of the RAM file `ram` (`Guest.ram`).  A context manager; closes the mapping.
+    """The first 4 MiB of the RAM file `ram` (`Guest.ram`).  A context manager; closes the file.
 
     `ram` may be an open file, which is closed then.  `offset` is where in the file guest-physical
-    address 0 lies.  The mapping is for reading alone unless `writable`.  Raises InputError when the
-    file is smaller than that, OSError when it cannot be mapped.
+    address 0 lies.  Raises InputError when the file is smaller than that, which each method may
+    find out, and OSError when it cannot be opened or read.
     """
 
     def __init__(self, ram: Path | int, *, offset: int = 0, writable: bool = False) -> None:
-        with open(ram, "r+b" if writable else "rb") as file:
-            if os.fstat(file.fileno()).st_size < offset + layout.RAM_NEEDED:
-                raise InputError(f"{ram} is smaller than the {layout.RAM_NEEDED >> 20} MiB needed")
-            access = mmap.ACCESS_WRITE if writable else mmap.ACCESS_READ
-            self._map = mmap.mmap(file.fileno(), layout.RAM_NEEDED, access=access, offset=offset)
-        self._bytes = memoryview(self._map)
-        # Native casts: an aligned item is loaded and stored in one piece, which the guest needs.
-        self._u32 = self._bytes.cast("I")
-        self._u64 = self._bytes.cast("Q")
+        flags = (os.O_RDWR if writable else os.O_RDONLY) | os.O_CLOEXEC
+        self._fd = os.open(ram, flags) if isinstance(ram, Path) else ram
+        self._offset = offset
+        if os.fstat(self._fd).st_size < offset + layout.RAM_NEEDED:
+            self.close()
+            raise InputError(f"{ram} is smaller than the {layout.RAM_NEEDED >> 20} MiB needed")
 
     def __enter__(self) -> Self:
         return self
@@ -167,26 +176,29 @@ class PulseMemory:
         self.close()
 
     def close(self) -> None:
-        """Give the mapping back.  The guest goes on."""
-        for view in (self._u32, self._u64, self._bytes):
-            view.release()
-        self._map.close()
+        """Close the file, once.  The guest goes on."""
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
 
     def header(self) -> Header | None:
         """None while no pulse guest has come up in this RAM."""
         at = layout.HEADER
-        if self._bytes[at : at + 8] != MAGIC:
+        if self._read(at, 8) != MAGIC:
             return None
-        by_rom = self._get32(at + layout.H_BOOTED_BY) == layout.BY_ROM
+        # what is there once it is ready is read later than that it is
+        ready = self._get32(at + layout.H_STATE) == layout.STATE_READY
+        found = _HEADER.unpack(self._read(at, _HEADER.size))
+        version, _, expected, live, boots, booted_by, entry, ready_tsc = found
         return Header(
-            version=self._get32(at + layout.H_VERSION),
-            ready=self._get32(at + layout.H_STATE) == layout.STATE_READY,
-            expected_cpus=self._get32(at + layout.H_EXPECTED),
-            live_cpus=self._get32(at + layout.H_LIVE),
-            boots=self._get32(at + layout.H_BOOTS),
-            booted_by="rom" if by_rom else "disk",
-            entry_tsc=self._get64(at + layout.H_ENTRY_TSC),
-            ready_tsc=self._get64(at + layout.H_READY_TSC),
+            version=version,
+            ready=ready,
+            expected_cpus=expected,
+            live_cpus=live,
+            boots=boots,
+            booted_by="rom" if booted_by == layout.BY_ROM else "disk",
+            entry_tsc=entry,
+            ready_tsc=ready_tsc,
         )
 
     def cpu_state(self, cpu: int) -> CpuState:
@@ -234,9 +246,9 @@ class PulseMemory:
         """
         block = self._block(cpu, before.state)
         found: list[Gap] = []
+        ring = self._ring(block)
         for number in range(before.gaps, before.gaps + layout.GAP_ENTRIES):
-            at = block + layout.GAP_RING + 32 * (number % layout.GAP_ENTRIES)
-            end, ticks, count, name = (self._get64(at + 8 * i) for i in range(4))
+            end, ticks, count, name = ring[number % layout.GAP_ENTRIES]
             if name != number + 1 or not before.reset_tsc < end <= until_tsc:
                 break
             found.append(Gap(end, ticks, count))
@@ -247,9 +259,15 @@ class PulseMemory:
 
         Once the CPU has moved its data elsewhere, what it reads changes no more.
         """
-        index = (self._block(cpu) + layout.HB_LAST_TSC) // 8
-        words = self._u64
-        return lambda: words[index]
+        at = self._offset + self._block(cpu) + layout.HB_LAST_TSC
+        buffer = bytearray(8)
+        pread, buffers, word = os.preadv, [buffer], memoryview(buffer).cast("Q")
+
+        def read() -> int:
+            pread(self._fd, buffers, at)
+            return word[0]
+
+        return read
 
     def toggles_done(self) -> int:
         """Writes that the latest toggle has finished."""
@@ -261,37 +279,45 @@ class PulseMemory:
         total = self._get64(block + layout.TG_DONE)
         start = max(first, total - layout.TOGGLE_ENTRIES)
         found = []
+        size = layout.TOGGLE_ENTRIES * _WRITE.size
+        ring = tuple(_WRITE.iter_unpack(self._read(block + layout.TOGGLE_RING, size)))
         for index in range(start, total):
-            at = block + layout.TOGGLE_RING + 16 * (index % layout.TOGGLE_ENTRIES)
-            ticks, value = self._get32(at + 8), self._get32(at + 12)
-            found.append(ToggleWrite(index, self._get64(at), ticks, value))
+            begin, ticks, value = ring[index % layout.TOGGLE_ENTRIES]
+            found.append(ToggleWrite(index, begin, ticks, value))
         oldest = self._get64(block + layout.TG_DONE) - layout.TOGGLE_ENTRIES + 1
         kept = tuple(w for w in found if w.index >= oldest)
         return ToggleLog(kept, max(0, total - first) - len(kept))
 
     def _beat(self, cpu: int, state: CpuState) -> Heartbeat:
         at = self._block(cpu, state)
+        words = _BEAT.unpack(self._read(at, _BEAT.size))
+        count, last_tsc, max_gap, max_gap_tsc, threshold, _, _, _, _, reset_tsc = words
         return Heartbeat(
-            count=self._get64(at + layout.HB_COUNT),
-            last_tsc=self._get64(at + layout.HB_LAST_TSC),
-            max_gap=self._get64(at + layout.HB_MAX_GAP),
-            max_gap_tsc=self._get64(at + layout.HB_MAX_GAP_TSC),
-            threshold=self._get64(at + layout.HB_THRESHOLD),
-            gaps=self._get64(at + layout.HB_GAPS),
-            reset_tsc=self._get64(at + layout.HB_RESET_TSC),
+            count=count,
+            last_tsc=last_tsc,
+            max_gap=max_gap,
+            max_gap_tsc=max_gap_tsc,
+            threshold=threshold,
+            gaps=self._get64(at + layout.HB_GAPS),  # later than the beat: it counts all before that
+            reset_tsc=reset_tsc,
             state=state,
         )
 
     def _entries(self, block: int, first: int, total: int) -> tuple[Gap, ...]:
         """Those of the gaps from number `first` up to `total` that the ring still has."""
         first = max(first, total - layout.GAP_ENTRIES)
-        found = []
-        for number in range(first, total):
-            at = block + layout.GAP_RING + 32 * (number % layout.GAP_ENTRIES)
-            found.append(Gap(*(self._get64(at + 8 * i) for i in range(3))))
+        if first >= total:
+            return ()
+        ring = self._ring(block)
+        found = [Gap(*ring[n % layout.GAP_ENTRIES][:3]) for n in range(first, total)]
         # Meanwhile the guest may have gone on, and be writing one that does not count yet.
         oldest = self._get64(block + layout.HB_GAPS) - layout.GAP_ENTRIES + 1
         return tuple(found[max(0, oldest - first) :] if oldest > 0 else found)
+
+    def _ring(self, block: int) -> tuple[tuple[int, int, int, int], ...]:
+        """End, ticks, count and number from 1 of each entry."""
+        size = layout.GAP_ENTRIES * _GAP.size
+        return tuple(_GAP.iter_unpack(self._read(block + layout.GAP_RING, size)))
 
     def _block(self, cpu: int, state: CpuState | None = None) -> int:
         high = (state or self.cpu_state(cpu)).high
@@ -299,10 +325,20 @@ class PulseMemory:
         return low + layout.HIGH_OFFSET if high & High.DATA else low
 
     def _get32(self, address: int) -> int:
-        return self._u32[address // 4]
+        # a copy of less than 8 bytes is one byte by byte
+        return self._get64(address & ~7) >> 8 * (address & 4) & 0xFFFFFFFF
 
     def _get64(self, address: int) -> int:
-        return self._u64[address // 8]
+        return int.from_bytes(self._read(address, 8), "little")
+
+    def _read(self, address: int, size: int) -> bytes:
+        found = os.pread(self._fd, size, self._offset + address)
+        if len(found) < size:
+            raise InputError(
+                "the file that holds the guest's RAM was truncated",
+                remedy="leave the file alone while QEMU runs: QEMU itself ends with SIGBUS",
+            )
+        return found
 
 
 def _state_of(word: int) -> CpuState:

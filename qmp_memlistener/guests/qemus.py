@@ -53,7 +53,7 @@ class KvmProbe:
 def kvm_usable(qemu: str | QemuBuild = "qemu-system-x86_64", *, timeout: float = 10.0) -> KvmProbe:
     """Try it: open /dev/kvm, then let a vCPU of `qemu` run three instructions that end QEMU.
 
-    Blocks for about a tenth of a second; use `asyncio.to_thread` from a running loop.
+    Blocks for about a tenth of a second; use `in_thread` (host.bounded) from a running loop.
     """
     build = qemu if isinstance(qemu, QemuBuild) else QemuBuild("", qemu)
     binary = shutil.which(build.binary)

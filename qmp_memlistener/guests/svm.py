@@ -21,6 +21,7 @@ from typing import Annotated, Self
 import msgspec
 
 from ..errors import MissingPrerequisite, OperationFailed
+from ..host.bounded import in_thread
 from .launch import GuestSpec, launch
 from .linux_images import Description, Images
 from .qemus import QemuBuild, find_qemus
@@ -142,12 +143,12 @@ async def run_python_in_svm(
     when this returns, raises or is cancelled.
     """
     if build is None:
-        build = await asyncio.to_thread(_some_qemu)
+        build = await in_thread(_some_qemu)
     with tempfile.TemporaryDirectory(prefix="qmp-memlistener-", dir=_FILES) as name:
         run = _Run(image, Path(name))
         try:
             async with asyncio.timeout(timeout):
-                added = await asyncio.to_thread(added_files, arguments, image.magic)
+                added = await in_thread(added_files, arguments, image.magic)
                 run.add(added)
                 return await run.boot(build, memory)
         except TimeoutError:

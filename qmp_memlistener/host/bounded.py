@@ -1,20 +1,26 @@
-"""A deadline for what the kernel may keep us waiting for.
+"""Work that the kernel may keep waiting: with a deadline, or at least not in the way of the end.
 
 Reading /proc/PID/cmdline waits for the memory of that process, and opening or reading a file for
 its file system: a stranger with a FUSE mount that does not answer can make that take for ever.  No
 flag prevents it, so such reads happen in a thread that is left behind when they take too long.
+
+The threads are daemons: neither asyncio.run() nor the interpreter's exit waits for them, as both do
+for those of asyncio.to_thread(), which is not used here for that reason.  Waits for FUSE and NFS
+are ended by the signal that ends the process.
 """
 
 from __future__ import annotations
 
+import asyncio
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from queue import Empty, SimpleQueue
-from typing import Generic, TypeVar
+from typing import Generic, ParamSpec, TypeVar
 
-__all__ = ["call", "each"]
+__all__ = ["call", "each", "in_thread"]
 
+P = ParamSpec("P")
 K = TypeVar("K")
 T = TypeVar("T")
 
@@ -22,8 +28,7 @@ T = TypeVar("T")
 def call(function: Callable[[], T], seconds: float) -> T:
     """The function's result.  Raises TimeoutError, and what the function raises.
 
-    A thread that hangs ends with this process: it is a daemon, and waits for FUSE and NFS are ended
-    by the signal that ends the process.
+    A thread that hangs ends with this process.
     """
     results: list[T] = []
     errors: list[BaseException] = []
@@ -42,6 +47,38 @@ def call(function: Callable[[], T], seconds: float) -> T:
     if errors:
         raise errors[0]
     return results[0]
+
+
+async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """The function's result, while the event loop goes on.  Raises what the function raises.
+
+    Who is cancelled goes on at once; the function does so too, and nobody learns its result.
+    """
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[T] = loop.create_future()
+
+    def settle(results: list[T], error: BaseException | None) -> None:
+        if done.done():
+            return
+        if error is not None:
+            done.set_exception(error)
+        else:
+            done.set_result(results[0])
+
+    def run() -> None:
+        results: list[T] = []
+        error: BaseException | None = None
+        try:
+            results.append(function(*args, **kwargs))
+        except BaseException as exc:
+            error = exc
+        try:
+            loop.call_soon_threadsafe(settle, results, error)
+        except RuntimeError:
+            pass  # the loop is closed: nobody waits any more
+
+    threading.Thread(target=run, daemon=True, name="bounded").start()
+    return await done
 
 
 def each(

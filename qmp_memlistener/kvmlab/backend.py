@@ -10,7 +10,6 @@ at in `backend_probe`.  The guest's memory is not here: the lab has RAM blocks o
 
 from __future__ import annotations
 
-import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -19,6 +18,7 @@ from typing import TypeVar
 import msgspec
 
 from ..errors import InputError, MissingPrerequisite, OperationFailed
+from ..host.bounded import in_thread
 from ..memslots import Slot
 from ..memslots.intervals import Range, join, subtract
 from .backend_memory import Blocks
@@ -233,7 +233,7 @@ class KvmBackend(Closing):
                 call()
 
         if slot.size >= _LARGE:
-            return asyncio.to_thread(locked)
+            return in_thread(locked)
         locked()
         return None
 

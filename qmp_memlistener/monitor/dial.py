@@ -14,6 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
 from ..errors import DeadlineExceeded, MonitorBusy, TargetError, TargetUnreachable, WrongGuest
+from ..host.bounded import in_thread
 from ..host.files import locate
 from ..host.processes import Process
 from .discovery import find_guest
@@ -44,7 +45,7 @@ async def resolve(
     """
     if not isinstance(target, PidTarget):
         return (target,), meant
-    guest = await asyncio.to_thread(find_guest, target.pid)
+    guest = await in_thread(find_guest, target.pid)
     if guest is None:
         raise TargetUnreachable(
             f"{target} is no running QEMU", remedy="`qmp-memlistener list` shows those on this host"
@@ -56,7 +57,7 @@ async def resolve(
     if free:
         return free, found
     if any(m.state is MonitorState.BUSY for m in guest.qmp_monitors):
-        raise await asyncio.to_thread(_stopped, target, [guest.pid]) or _busy(target)
+        raise await in_thread(_stopped, target, [guest.pid]) or _busy(target)
     reasons = [f"{m.label}: {m.why}" for m in guest.qmp_monitors if m.why]
     if not guest.visible:
         raise TargetUnreachable(
@@ -86,7 +87,7 @@ async def dial(target: SocketTarget) -> socket.socket:
     except BlockingIOError:
         # unix(7): a full backlog.  Waiting for writability, as asyncio would, reports success.
         sock.close()
-        raise await asyncio.to_thread(_why_backlog, target) from None
+        raise await in_thread(_why_backlog, target) from None
     except OSError as error:
         sock.close()
         raise _unreachable(target, error) from error
@@ -111,7 +112,9 @@ def _connect_unix(sock: socket.socket, target: UnixTarget) -> None:
 async def _dial_tcp(target: TcpTarget) -> socket.socket:
     loop = asyncio.get_running_loop()
     try:
-        infos = await loop.getaddrinfo(target.host, target.port, type=socket.SOCK_STREAM)
+        infos = await in_thread(
+            socket.getaddrinfo, target.host, target.port, type=socket.SOCK_STREAM
+        )
     except OSError as error:
         raise _unreachable(target, error) from error
     last: OSError = OSError(errno.EADDRNOTAVAIL, "no address")

@@ -17,7 +17,6 @@ may lead elsewhere, a process id may have another owner.  So the guest that is m
 
 from __future__ import annotations
 
-import asyncio
 import os
 import select
 import socket
@@ -26,6 +25,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from ..errors import WrongGuest
+from ..host.bounded import in_thread
 from ..host.processes import Process, socket_inodes
 from .discovery import Guest, find_guest, find_guests
 from .sockets import tcp_peer_inode
@@ -115,7 +115,7 @@ async def identify(
 ) -> GuestIdentity:
     """Who answers on a connected socket that has been greeted on: before that nobody has accepted
     it.  With `meant` the result is `meant`, and WrongGuest is raised when somebody else answers."""
-    return await asyncio.to_thread(_identify, sock, target, meant)
+    return await in_thread(_identify, sock, target, meant)
 
 
 def _identify(

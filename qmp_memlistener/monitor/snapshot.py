@@ -7,12 +7,12 @@ whose region sits in a leaked view is never finalised), so nothing here can send
 
 from __future__ import annotations
 
-import asyncio
 import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import CommandFailed
+from ..host.bounded import in_thread
 from .connection import Monitor
 from .hmp import Flag, hmp_timed
 from .siblings import find_owner
@@ -156,7 +156,7 @@ async def _accel(monitor: Monitor, kvm: bool) -> str | None:
     enabled = _text(accelerators.get("enabled"))
     if enabled is not None:
         return enabled
-    guest = await asyncio.to_thread(find_owner, monitor.target, monitor.identity)
+    guest = await in_thread(find_owner, monitor.target, monitor.identity)
     # an answer of QEMU's is worth more than a guess: it said that it is not KVM
     return guest.accel if guest is not None and guest.accel != "kvm" else None
 

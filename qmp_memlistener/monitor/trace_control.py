@@ -27,6 +27,7 @@ from typing import Self
 import msgspec
 
 from ..errors import TargetError, TargetUnreachable
+from ..host.bounded import in_thread
 from .connection import Monitor
 from .discovery import Guest, find_guest
 from .identity import GuestIdentity
@@ -182,7 +183,7 @@ class TraceSession:
         others = place.live_events()
         if self.monitor.is_connected:
             return await _leave(self.monitor, place, guest, note, others)
-        again = await asyncio.to_thread(find_guest, guest.pid)
+        again = await in_thread(find_guest, guest.pid)
         free = again.free_targets() if again is not None else ()
         if not free and await guest.process.has_ended():
             place.clear()
@@ -208,7 +209,7 @@ async def start_tracing(
     on cancellation everything is put back.  Raises TraceUnavailable (with a TraceReason) and as
     `Monitor.timed` does.
     """
-    guest = guest or await asyncio.to_thread(find_owner, monitor.target, monitor.identity)
+    guest = guest or await in_thread(find_owner, monitor.target, monitor.identity)
     if guest is None:
         raise TraceUnavailable(
             TraceReason.NO_PROCESS, f"the QEMU behind {monitor.target} is not visible on this host"
@@ -219,8 +220,8 @@ async def start_tracing(
         raise TraceUnavailable(
             TraceReason.NO_EVENTS, f"QEMU {monitor.version} (pid {guest.pid}) has no trace events"
         )
-    await asyncio.to_thread(sweep)
-    place = await asyncio.to_thread(Place, guest.process)
+    await in_thread(sweep)
+    place = await in_thread(Place, guest.process)
     async with place.locked(_LOCK_DEADLINE):
         others = place.live_events()
         note = place.read_note()
@@ -255,10 +256,10 @@ async def restore_stale(monitor: Monitor, *, guest: Guest | None = None) -> Rest
 
     Raises as `Monitor.timed` does, and TraceUnavailable when another user's agent is at work.
     """
-    guest = guest or await asyncio.to_thread(find_owner, monitor.target, monitor.identity)
+    guest = guest or await in_thread(find_owner, monitor.target, monitor.identity)
     if guest is None:
         return None
-    place = await asyncio.to_thread(Place, guest.process)
+    place = await in_thread(Place, guest.process)
     if place.read_note() is None:
         return None
     async with place.locked(_LOCK_DEADLINE):

@@ -15,7 +15,6 @@ paused (monitor_fdset_cleanup).  Its number is looked up in /proc.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import re
@@ -25,6 +24,7 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
 from ..errors import CommandFailed
+from ..host.bounded import in_thread
 from ..host.files import open_in_root
 from ..host.processes import Process
 from .connection import Command, Monitor
@@ -67,7 +67,7 @@ async def open_to_qemu(
     if isinstance(reply, CommandFailed):
         raise reply
     try:
-        number = await asyncio.to_thread(_number_of, process, handle)
+        number = await in_thread(_number_of, process, handle)
         if number is None:
             raise _no_place(process, "we may not see which descriptors it has")
         yield f"/dev/fd/{number}"

@@ -8,12 +8,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ParamSpec, TypeVar
 
 import msgspec
 
 from ..errors import CommandFailed
+from ..host.bounded import in_thread
 from ..host.files import open_foreign, pieces
 from ..host.limited_file import give_back
 from ..host.processes import Process
@@ -45,8 +47,12 @@ __all__ = [
     "undo",
 ]
 
+P = ParamSpec("P")
+T = TypeVar("T")
+
 MARKER_EVENT = "handle_hmp_command"
 
+_LOOK_DEADLINE = 3.0
 _SEARCHED = 16 * 1024 * 1024
 """How much of a log is looked through for a marker."""
 
@@ -59,6 +65,22 @@ class Restored:
     events: tuple[str, ...] = ()
     log: str | None = None
     remarks: tuple[str, ...] = ()
+
+
+async def _looked(
+    process: Process, function: Callable[P, T], *args: P.args, **kwargs: P.kwargs
+) -> T:
+    """The function's result, from a thread.  Raises TraceUnavailable when a file system on which
+    this QEMU has files does not answer."""
+    try:
+        async with asyncio.timeout(_LOOK_DEADLINE):
+            return await in_thread(function, *args, **kwargs)
+    except TimeoutError:
+        raise TraceUnavailable(
+            TraceReason.LOG_UNREADABLE,
+            f"a file system that QEMU (pid {process.pid}) uses does not answer: where its log goes "
+            "cannot be seen",
+        ) from None
 
 
 async def event_states(monitor: Monitor, names: Sequence[str]) -> dict[str, bool]:
@@ -119,7 +141,7 @@ async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) 
         raise TraceUnavailable(
             TraceReason.LOG_PER_THREAD, f"QEMU (pid {guest.pid}) keeps one log per thread"
         )
-    candidates = await asyncio.to_thread(find_log_files, guest.process, guest.command_line)
+    candidates = await _looked(guest.process, find_log_files, guest.process, guest.command_line)
     if candidates:
         await set_events(monitor, [MARKER_EVENT], True)
         log = await _prove(monitor, guest, candidates)
@@ -132,7 +154,7 @@ async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) 
             return note
         if not note.events[MARKER_EVENT]:
             await set_events(monitor, [MARKER_EVENT], False)
-    target = await asyncio.to_thread(restore_target, guest.process, guest.command_line)
+    target = await _looked(guest.process, restore_target, guest.process, guest.command_line)
     if not target.faithful:
         await _refuse_if_log_in_use(monitor, guest, note, target)
     return await _redirect(monitor, guest, place, note, target)
@@ -141,8 +163,9 @@ async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) 
 async def refuse_other_writers(monitor: Monitor, guest: Guest, path: str) -> str:
     """A remark for the user, or "".  Raises TraceUnavailable when not only QEMU itself writes to
     its log at `path`."""
-    status = await asyncio.to_thread(os.stat, path)
-    return await asyncio.to_thread(
+    status = await _looked(guest.process, os.stat, path)
+    return await _looked(
+        guest.process,
         check_writers,
         status.st_dev,
         status.st_ino,
@@ -165,14 +188,14 @@ async def _prove(monitor: Monitor, guest: Guest, candidates: Sequence[LogFile]) 
     starts = []
     for log in candidates:
         with contextlib.suppress(OSError):
-            starts.append((log, log.size()))
+            starts.append((log, await _looked(guest.process, log.size)))
     number = await send_marker(monitor)
     for log, start in starts:
-        if await asyncio.to_thread(is_logged, log.path, start, number):
+        if await _looked(guest.process, is_logged, log.path, start, number):
             return log
     for log, start in starts:
         before = max(0, start - _SEARCHED)
-        if await asyncio.to_thread(is_logged, log.path, before, number):
+        if await _looked(guest.process, is_logged, log.path, before, number):
             # somebody else made the file longer than QEMU knows: what QEMU logs lies within it
             await refuse_other_writers(monitor, guest, log.path)
             raise TraceUnavailable(
@@ -203,8 +226,8 @@ async def _redirect(
     process = guest.process
     try:
         # a limited file is handed over, and found again, by QEMU's descriptors
-        visible = await asyncio.to_thread(process.file_descriptors) is not None
-        handle, limit = await asyncio.to_thread(place.create_log, limited=visible)
+        visible = await _looked(process, process.file_descriptors) is not None
+        handle, limit = await in_thread(place.create_log, limited=visible)
     except OSError as error:
         raise TraceUnavailable(
             TraceReason.NO_PLACE, f"no log file can be made in {place.path}: {error.strerror}"
@@ -244,7 +267,7 @@ async def _redirect(
 async def _called(process: Process, note: Note) -> str:
     """What our log is called."""
     try:
-        handle, path = await asyncio.to_thread(open_log, process, note)
+        handle, path = await _looked(process, open_log, process, note)
     except OSError as error:
         raise TraceUnavailable(
             TraceReason.NO_PLACE, f"QEMU's log cannot be opened: {error.strerror}"
@@ -290,10 +313,10 @@ async def _still_logs_here(monitor: Monitor, process: Process, note: Note, *, ma
     if log is None or not log.proven:
         return True
     try:
-        handle, _ = await asyncio.to_thread(open_log, process, note)
+        handle, _ = await _looked(process, open_log, process, note)
     except FileNotFoundError:
         return False
-    except OSError:
+    except (OSError, TraceUnavailable):
         return True
     try:
         if not marked:
@@ -312,8 +335,11 @@ async def _restore_log(
     path, why = log.restore_path, log.why
     if path == "/dev/stderr":
         # Looked at again: opening a FIFO that has lost its reader would hang QEMU.
-        now = await asyncio.to_thread(restore_target, guest.process, guest.command_line)
-        path, why = now.path, now.why
+        try:
+            now = await _looked(guest.process, restore_target, guest.process, guest.command_line)
+            path, why = now.path, now.why
+        except TraceUnavailable as error:
+            path, why = "/dev/null", error.message
     try:
         await hmp(monitor, "logfile", path, quiet=True)
     except CommandFailed as error:

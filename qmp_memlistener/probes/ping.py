@@ -19,6 +19,7 @@ from collections.abc import Callable
 from typing import ParamSpec
 
 from ..errors import TargetError
+from ..host.bounded import in_thread
 from ..monitor import CONNECT_DEADLINE, MonitorState, SocketTarget
 from ..monitor.dial import answered
 from ..monitor.identity import GuestIdentity
@@ -96,7 +97,7 @@ class PingProbe:
         target = self._context.companions.ping
         if target is None:
             return Verdict.no(_NO_MONITOR, _ONE_MORE)
-        state = await asyncio.to_thread(listener_state, target)
+        state = await in_thread(listener_state, target)
         if state is not None and state.monitor_state is MonitorState.BUSY:
             return Verdict.no(f"{target} serves another client", _ONE_MORE)
         return Verdict(True)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import ParamSpec
 
 from ..guests import PulseMemory
+from ..host.bounded import in_thread
 from .inbox import Inbox
 from .model import Context, Kind, ProbeInfo, ProbeUnavailable, Sink, Verdict
 from .pulse_guest import GuestFollower, News
@@ -89,7 +90,7 @@ class PulseProbe:
         return Verdict(True)
 
     async def start(self, sink: Sink) -> None:
-        """Map the guest's RAM and follow it from now on.  Raises ProbeUnavailable."""
+        """Open the guest's RAM and follow it from now on.  Raises ProbeUnavailable."""
         self._memory = await self._open()
         self._sink = sink
         self._loop = asyncio.get_running_loop()
@@ -119,13 +120,13 @@ class PulseProbe:
             self._sink.advance(_NAME, flush.asked_ns)
 
     async def stop(self) -> None:
-        """Deliver what is there and give the guest's RAM back."""
+        """Deliver what is there and close the guest's RAM."""
         thread = self._thread
         self._stopping = True
         self._wake.set()
         if thread is not None and thread.is_alive():
             # what it delivers last is called before this wait is over
-            await asyncio.to_thread(thread.join, _JOIN_S)
+            await in_thread(thread.join, _JOIN_S)
 
     async def _open(self) -> PulseMemory:
         guest = self._context.guest
@@ -134,7 +135,7 @@ class PulseProbe:
                 "QEMU's process is not visible here, so its memory cannot be found",
                 remedy="run on QEMU's host, in a PID namespace that shows it",
             )
-        return await asyncio.to_thread(open_pulse, guest.process)
+        return await in_thread(open_pulse, guest.process)
 
     # -- the thread ------------------------------------------------------------------------
 

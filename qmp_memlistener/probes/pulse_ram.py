@@ -67,7 +67,7 @@ class _Place:
 
 
 def open_pulse(process: Process) -> PulseMemory:
-    """The memory of the pulse guest that this QEMU runs, mapped for reading.
+    """The memory of the pulse guest that this QEMU runs, for reading.
 
     Raises ProbeUnavailable, with the remedy, when there is none that can be read.
     """
@@ -88,13 +88,12 @@ def open_pulse(process: Process) -> PulseMemory:
                 memory = PulseMemory(handle, offset=place.offset)
             except PermissionError as exc:
                 refused = exc
+                continue
             except (OSError, ValueError, InputError):
-                pass  # gone, or another file by now, or not one that can be mapped
-            else:
-                if _is_pulse(memory):
-                    return memory
-                memory.close()
-                break
+                continue  # gone, or another file by now, or not one that can be read
+            if _is_pulse(memory):
+                return memory
+            break
     if refused is not None:
         raise ProbeUnavailable(
             f"the guest's RAM may not be read: {refused.strerror}",
@@ -106,15 +105,21 @@ def open_pulse(process: Process) -> PulseMemory:
 
 
 def _is_pulse(memory: PulseMemory) -> bool:
-    header = memory.header()
-    if header is not None and header.version != layout.LAYOUT_VERSION:
-        memory.close()
+    """The memory is closed unless it is."""
+    try:
+        header = memory.header()
+    except (OSError, InputError):
+        header = None  # truncated meanwhile, or a file that cannot be read, only mapped
+    if header is not None and header.version == layout.LAYOUT_VERSION:
+        return True
+    memory.close()
+    if header is not None:
         raise ProbeUnavailable(
             f"the pulse guest has layout {header.version}, "
             f"this library knows {layout.LAYOUT_VERSION}",
             remedy="use the image and the library of the same version",
         )
-    return header is not None
+    return False
 
 
 def parse_maps(text: str) -> list[SharedMapping]:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..errors import InputError, MemListenerError, OperationFailed
+from ..host.bounded import in_thread
 from ..recording import ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .compare_guest import ComparedGuest, HostGuest, NotPutBack
 from .compare_stats import Difference, Measured, Summary, differences, summaries
@@ -175,7 +176,7 @@ class _Comparing:
         while ended is not None and task is not None and task.cancelling():
             task.uncancel()
         # a second or two for many rounds, in which the agent has better things to do
-        return await asyncio.to_thread(self._result, ended)
+        return await in_thread(self._result, ended)
 
     async def _probes_ready(self) -> None:
         """Rounds begin when all that can be measured is."""

@@ -33,6 +33,7 @@ from ..errors import (
     TargetError,
     TargetLost,
 )
+from ..host.bounded import in_thread
 from ..monitor import SocketTarget, find_owner
 from ..monitor.allowed import names
 from ..monitor.dial import answered
@@ -160,7 +161,7 @@ class ResumeGuard:
         max_pause_s: float,
         deadline: float,
     ) -> ResumeGuard:
-        owner = await asyncio.to_thread(find_owner, target, identity)
+        owner = await in_thread(find_owner, target, identity)
         note = new_note(freeze_key(target, owner))
         ours, theirs = socket.socketpair()
         try:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import asyncio
-
+from ..host.bounded import in_thread
 from ..monitor import Companions, SocketTarget, find_guest, parse_target
 from ..monitor.dial import resolve
 from .model import UpdateRefused
@@ -21,7 +20,7 @@ async def guard_targets(
     if named is not None:
         return list((await resolve(parse_target(named)))[0])
     known = companions.guest
-    guest = await asyncio.to_thread(find_guest, known.process.pid) if known is not None else None
+    guest = await in_thread(find_guest, known.process.pid) if known is not None else None
     free = [t for t in guest.free_targets() if t != used] if guest is not None else []
     if companions.guard is not None:
         free = [companions.guard, *(t for t in free if t != companions.guard)]

@@ -52,6 +52,22 @@ async def test_one_process_whose_files_do_not_answer(tmp_path: Path) -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a file system")
+async def test_a_log_whose_file_system_does_not_answer(tmp_path: Path) -> None:
+    """The guest is observed without its log, and nothing waits for the thread that looked at it."""
+    (tmp_path / "silent").mkdir()
+    async with running(QEMUS[0], tmp_path, "-D", str(tmp_path / "silent" / "log")) as qemu:
+        with silent(tmp_path / "silent"):
+            ran = await run_verb("watch", str(qemu.a), "--for", "200ms", "--probes", "ping")
+            assert ran.code == 0, ran.err
+            assert "does not answer: where its log goes cannot be seen" in " ".join(ran.out.split())
+            ran = await run_verb("doctor", str(qemu.a))
+            assert ran.code == 0, ran.err
+            assert ran.seconds < 30
+        assert left_behind(qemu.pid) == []
+
+
+@pytest.mark.asyncio
 async def test_names_that_are_no_text(tmp_path: Path) -> None:
     odd = Path(os.fsdecode(bytes(tmp_path) + b"/a\xff\xe2\x80\xae"))
     os.mkdir(odd)

@@ -41,7 +41,7 @@ from qmp_memlistener.monitor import (
 from qmp_memlistener.probes import CommandSpan, Context, Kind, Measurement, Observation
 from qmp_memlistener.probes.pulse import PulseProbe
 from tests.support.any_monitor import AnyMonitor
-from tests.support.live import Vm, best_accel, booted, builds, cases
+from tests.support.live import QEMUS, Vm, best_accel, booted, builds, cases
 
 pytestmark = pytest.mark.qemu
 
@@ -306,6 +306,26 @@ async def test_more_gaps_than_the_ring_holds_are_counted(build: QemuBuild, accel
         assert told.lost_gaps > 0
         assert len(told.gaps) + told.lost_gaps == counted
         assert all(one.end_ns <= other.end_ns for one, other in pairwise(told.gaps))
+
+
+@cases("tcg", of=QEMUS[:1])
+@pytest.mark.asyncio
+async def test_a_ram_file_that_is_truncated_ends_the_probe_and_not_us(
+    build: QemuBuild, accel: str
+) -> None:
+    """QEMU ends of it too, with SIGBUS, as soon as it touches what is gone."""
+    async with booted(build, accel) as vm:
+        monitor = await AnyMonitor.connect(UnixTarget(str(vm.guest.monitors[0])))
+        async with monitor:
+            probe, told = PulseProbe(await context_of(vm.guest.pid, monitor)), Told()
+            await probe.start(told)
+            await monitor.execute("stop")
+            assert vm.guest.ram is not None
+            os.truncate(vm.guest.ram, 4096)
+            await probe.flush()
+            await probe.stop()
+        (failure,) = told.failures
+        assert "truncated" in str(failure)
 
 
 @cases("kvm")

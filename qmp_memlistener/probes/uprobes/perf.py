@@ -181,7 +181,7 @@ class Ring:
         page = mmap.PAGESIZE
         while True:
             try:
-                self._map = mmap.mmap(fd, page + size)
+                self._map = mmap.mmap(fd, page + size)  # noqa: TID251 - a ring of our own
                 break
             except OSError as error:
                 if error.errno not in (errno.EPERM, errno.ENOMEM) or size <= page:

@@ -12,6 +12,7 @@ from concurrent.futures import Future
 import msgspec
 
 from ...errors import DeadlineExceeded, MemListenerError
+from ...host.bounded import in_thread
 from ..inbox import Inbox
 from ..model import (
     CommandSpan,
@@ -84,7 +85,7 @@ class UprobesProbe:
     async def check(self) -> Verdict:
         """Reads QEMU's program file and asks the kernel; nothing is put into QEMU."""
         try:
-            await asyncio.to_thread(examine, self._pid())
+            await in_thread(examine, self._pid())
         except ProbeUnavailable as error:
             return Verdict.no(error.message, error.remedy)
         return Verdict(True)
@@ -111,7 +112,7 @@ class UprobesProbe:
             inbox.post(len(observations) + len(commands), self._take, batch, observations, commands)
 
         reader = UprobeReader(pid, deliver, floor_ns=self._observer.floor_ns)
-        starting = asyncio.ensure_future(asyncio.to_thread(reader.start))
+        starting = asyncio.ensure_future(in_thread(reader.start))
         try:
             await asyncio.shield(starting)
             self._reader = reader
@@ -125,7 +126,7 @@ class UprobesProbe:
             await asyncio.wait((starting,))
             if not starting.cancelled():
                 starting.exception()  # whatever it was, this attempt is over
-            await asyncio.to_thread(reader.stop)
+            await in_thread(reader.stop)
             self._reader = None
             raise
 
@@ -153,7 +154,7 @@ class UprobesProbe:
             return
         if self._refreshing is not None:
             self._refreshing.cancel()
-        await asyncio.shield(asyncio.to_thread(reader.stop))
+        await asyncio.shield(in_thread(reader.stop))
         if self._looked and not reader.bql_known:
             self._sink.note(
                 "uprobes never learned the BQL's address: holds that a wait ended were not told"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import fcntl
+import os
 import struct
 import time
 from collections.abc import Iterator
@@ -193,11 +195,37 @@ def test_the_tsc_is_read_where_the_cpu_beats(guest: Guest, memory: PulseMemory) 
     assert memory.tsc_reader(0)() == 2000
 
 
-def test_memory_that_is_only_read_cannot_be_written(guest: Guest, memory: PulseMemory) -> None:
+def test_memory_that_is_only_read_is_never_opened_for_writing_nor_mapped(guest: Guest) -> None:
     guest.path.chmod(0o400)
-    with PulseMemory(guest.path) as other:
-        assert other._bytes.readonly
-    assert memory._bytes.readonly
+    with PulseMemory(guest.path) as memory:
+        memory.look(0)
+        flags = fcntl.fcntl(memory._fd, fcntl.F_GETFL)
+        assert flags & os.O_ACCMODE == os.O_RDONLY
+        assert str(guest.path) not in Path("/proc/self/maps").read_text()
+
+
+def test_a_file_that_is_truncated_meanwhile_is_an_error_and_no_signal(
+    guest: Guest, memory: PulseMemory
+) -> None:
+    guest.gap(1000)
+    read = memory.tsc_reader(0)
+    assert memory.look(0) is not None
+    os.truncate(guest.path, layout.HEADER)
+    assert read() in (0, 1000)  # nothing that beats
+    for ask in (
+        memory.header,
+        lambda: memory.look(0),
+        lambda: memory.heartbeat(0),
+        lambda: memory.gaps(0),
+        memory.toggle_writes,
+        GuestFollower(memory, "pulse").poll,
+    ):
+        with pytest.raises(InputError, match="truncated"):
+            ask()
+    os.truncate(guest.path, layout.RAM_NEEDED)
+    assert memory.header() is None
+    memory.close()
+    memory.close()
 
 
 def test_ram_may_begin_later_in_the_file(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
 from pathlib import Path
 
@@ -28,10 +29,11 @@ def test_every_example_compiles_and_imports() -> None:
 
 @pytest.mark.parametrize("strategy", [Strategy.DIRECT, Strategy.HOLE])
 @pytest.mark.asyncio
-async def test_the_backend_reads_what_the_map_shows(strategy: Strategy) -> None:
+async def test_the_backend_reads_what_the_map_shows(strategy: Strategy, tmp_path: Path) -> None:
     names: dict[str, type] = {}
     exec(BLOCKS[1], names)
-    main = bytes(n // PAGE for n in range(8 * PAGE))
+    (tmp_path / "ram").write_bytes(bytes(n // PAGE for n in range(8 * PAGE)))
+    main = os.open(tmp_path / "ram", os.O_RDONLY)
     memory = names["GuestMemory"]({None: main})
     methods = {name for name, _ in inspect.getmembers(SlotBackend, inspect.isfunction)}
     assert {name for name in methods if not name.startswith("_")} <= {*dir(memory)}
@@ -44,3 +46,4 @@ async def test_the_backend_reads_what_the_map_shows(strategy: Strategy) -> None:
         assert memory.read(2 * PAGE, 1) == there
         assert memory.read(5 * PAGE, 2) == b"\x05\x05"
         assert await mirror.check(view) == ()
+    os.close(main)
