@@ -14,7 +14,7 @@ import pytest
 from qmp_memlistener.errors import MissingPrerequisite
 from qmp_memlistener.guests.svm import SvmImage, SvmResult, run_python_in_svm
 
-pytestmark = pytest.mark.timeout(900)
+pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 
 HELD = ("pause", "inhibit")
 HOLES = ("hole", "hole-munmap")

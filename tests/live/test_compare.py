@@ -127,6 +127,7 @@ async def test_a_probe_that_begins_late_measures_from_then_on_and_takes_part_in_
         assert {p.name for p in agent.probes() if p.active} == {"runstate", "ping"}
 
 
+@pytest.mark.full
 @builds(of=QEMUS[:1])
 @pytest.mark.asyncio
 async def test_interrupted_at_any_moment_it_puts_the_guest_back(build: QemuBuild) -> None:
@@ -161,6 +162,7 @@ async def test_interrupted_at_any_moment_it_puts_the_guest_back(build: QemuBuild
                 assert (await read_status(linux.monitor)) == ("running", True)
 
 
+@pytest.mark.full
 @builds(of=QEMUS[:2][-1:])
 @pytest.mark.asyncio
 async def test_less_memory_and_a_device(build: QemuBuild) -> None:

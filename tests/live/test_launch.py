@@ -28,7 +28,7 @@ from qmp_memlistener.guests import (
 )
 from tests.support.live import builds
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.full]
 
 
 def gone(guest: Guest) -> bool:

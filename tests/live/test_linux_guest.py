@@ -15,7 +15,7 @@ from qmp_memlistener.guests.linux_views import MemoryBlocks
 from tests.support.linux import LinuxVm, booted_linux, image
 from tests.support.live import NO_QEMU, QEMUS, builds
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.full]
 
 MIB = 1 << 20
 MAC = "52:54:00:12:34:56"

@@ -22,7 +22,7 @@ from qmp_memlistener.probes.pulse_ram import open_pulse
 from tests.support.linux import booted_linux, image
 from tests.support.live import QEMUS, builds
 
-pytestmark = [pytest.mark.qemu, pytest.mark.asyncio]
+pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.asyncio]
 
 OLDEST = QEMUS[:1]
 STOPPED_S = 0.2

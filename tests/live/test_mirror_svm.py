@@ -14,7 +14,7 @@ from qmp_memlistener.errors import MissingPrerequisite
 from qmp_memlistener.guests.svm import SvmImage, run_python_in_svm
 from tests.support.live import NO_QEMU, QEMUS
 
-pytestmark = [pytest.mark.qemu, pytest.mark.asyncio, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.asyncio, pytest.mark.timeout(400)]
 
 LOOKED_AT = """
 import json

@@ -15,7 +15,7 @@ from qmp_memlistener.topology import Kind
 from tests.live.pulse_support import EVERYTHING, accels, machines, running
 from tests.support.live import builds
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.full]
 
 
 @builds()

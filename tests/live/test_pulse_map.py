@@ -20,7 +20,7 @@ from qmp_memlistener.topology import Kind
 from tests.live.pulse_support import BRIDGES, MEMORY, Vm, accels, kind, machines, running
 from tests.support.live import builds
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.full]
 
 
 @builds()

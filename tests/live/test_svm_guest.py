@@ -21,7 +21,7 @@ from qmp_memlistener.guests import QemuBuild, svm
 from qmp_memlistener.guests.svm import SvmImage, SvmResult, run_in_svm, run_python_in_svm
 from tests.support.live import NO_QEMU, QEMUS
 
-pytestmark = [pytest.mark.qemu, pytest.mark.asyncio, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.asyncio, pytest.mark.timeout(400)]
 
 LABELS = ("6.1", "6.12")
 # Every kernel on the oldest QEMU, and the newer kernel on every QEMU: a boot takes its time.

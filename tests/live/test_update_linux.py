@@ -25,7 +25,9 @@ pytestmark = pytest.mark.qemu
 MIB = 1 << 20
 PATIENT = UpdateOptions(wait_s=30.0)
 PROBES = ("runstate", "trace")
-MACHINES = pytest.mark.parametrize("machine", ["pc", "q35"])
+MACHINES = pytest.mark.parametrize(
+    "machine", [pytest.param("pc", marks=pytest.mark.full), pytest.param("q35")]
+)
 
 
 @dataclass(frozen=True)
@@ -78,6 +80,7 @@ async def sees(linux: LinuxGuest) -> tuple[int, int, int, int]:
     )
 
 
+@pytest.mark.full
 @builds(of=QEMUS[:2])
 @MACHINES
 @pytest.mark.asyncio
@@ -177,6 +180,7 @@ async def test_virtio_mem(build: QemuBuild) -> None:
         assert "cannot grow by 1024 MiB" in too_much.reason
 
 
+@pytest.mark.full
 @builds(of=QEMUS[:2])
 @pytest.mark.asyncio
 async def test_pausing_through_the_guests_part_reports_what_it_gave(build: QemuBuild) -> None:

@@ -17,7 +17,7 @@ from qmp_memlistener.updates.options import parse_addition
 from tests.support.linux import LinuxVm, booted_linux
 from tests.support.live import QEMUS, Seen, attach_bare, builds
 
-pytestmark = pytest.mark.qemu
+pytestmark = [pytest.mark.qemu, pytest.mark.full]
 
 MIB = 1 << 20
 PATIENT = UpdateOptions(wait_s=30.0)

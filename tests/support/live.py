@@ -72,21 +72,37 @@ BRIDGES = {"pc": I440FX, "q35": Q35}
 
 
 def builds(of: Sequence[QemuBuild] = QEMUS) -> pytest.MarkDecorator:
-    """One run on every QEMU `of` those here."""
-    params = [pytest.param(build, id=build.version) for build in of]
+    """One run on every QEMU `of` those here; in the quick tier on the newest one alone."""
+    params = [
+        pytest.param(build, id=build.version, marks=_full_unless(build is of[-1])) for build in of
+    ]
     none = pytest.param(None, marks=pytest.mark.skip(reason=NO_QEMU), id="none")
     return pytest.mark.parametrize("build", params or [none])
 
 
 def cases(*accels: str, of: Sequence[QemuBuild] = QEMUS) -> pytest.MarkDecorator:
-    """One run on every QEMU `of` those here under each of `accels` (default: KVM and TCG)."""
+    """One run on every QEMU `of` those here under each of `accels` (default: KVM and TCG).
+
+    In the quick tier on the newest one alone, under the first of `accels` that works.
+    """
+    accels = accels or ("kvm", "tcg")
+    quick = next((a for a in accels if of and (a != "kvm" or not why_no_kvm(of[-1].binary))), "")
     params = [
-        pytest.param(build, accel, id=f"{build.version}-{accel}", marks=_marks(accel))
+        pytest.param(
+            build,
+            accel,
+            id=f"{build.version}-{accel}",
+            marks=(*_marks(accel), *_full_unless(build is of[-1] and accel == quick)),
+        )
         for build in of
-        for accel in accels or ("kvm", "tcg")
+        for accel in accels
     ]
     none = pytest.param(None, "", marks=pytest.mark.skip(reason=NO_QEMU), id="none")
     return pytest.mark.parametrize(("build", "accel"), params or [none])
+
+
+def _full_unless(quick: bool) -> Sequence[pytest.MarkDecorator]:
+    return () if quick else (pytest.mark.full,)
 
 
 def _marks(accel: str) -> Sequence[pytest.MarkDecorator]:
