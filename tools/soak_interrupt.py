@@ -275,8 +275,9 @@ async def main() -> int:
     print(f"seed {options.seed}", flush=True)
     good = True
     for verb in options.verb or VERBS:
-        for machine in options.machine or ("pc", "q35"):
-            good &= await soak(machine, verb, options.times, options.seed)
+        machines = options.machine or ("pc", "q35")
+        ends = [soak(machine, verb, options.times, options.seed) for machine in machines]
+        good &= all(await asyncio.gather(*ends))
     return 0 if good else 1
 
 

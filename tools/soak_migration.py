@@ -1,7 +1,7 @@
 """Migrations at random moments of our pauses: do source and destination end as without us?
 
     python -m tools.soak_migration [--count 200] [--kinds held,mirror,hotplug,…] [--qemu 7.2]
-                                   [--accel tcg]
+                                   [--accel tcg] [--jobs 1]
 
 Each round starts a pulse guest and a QEMU that waits for it, lets an agent pause the guest over and
 over, and migrates it at a random moment:
@@ -306,21 +306,29 @@ async def wrong_of(pair: Pair) -> str:
 # -- for people -----------------------------------------------------------------------------------
 
 
-async def _soak(build: QemuBuild, accel: str, kind: str, count: int) -> int:
+async def _soak(build: QemuBuild, accel: str, kind: str, count: int, jobs: int) -> int:
     ended: Counter[str] = Counter()
     said: Counter[str] = Counter()
     wrong = 0
     began = time.monotonic()
-    for n in range(count):
-        try:
-            made = await one_round(build, accel, kind)
-        except Exception as error:
-            made = Round(kind, "?", (), f"{type(error).__name__}: {error}")
-        ended[made.ended] += 1
-        said.update(set(made.said))
-        if made.wrong:
-            wrong += 1
-            print(f"  {kind}, round {n}: {made.wrong}; said {made.said[-3:]}", flush=True)
+    rounds = iter(range(count))
+
+    async def job() -> None:
+        nonlocal wrong
+        for n in rounds:
+            try:
+                made = await one_round(build, accel, kind)
+            except Exception as error:
+                made = Round(kind, "?", (), f"{type(error).__name__}: {error}")
+            ended[made.ended] += 1
+            said.update(set(made.said))
+            if made.wrong:
+                wrong += 1
+                print(f"  {kind}, round {n}: {made.wrong}; said {made.said[-3:]}", flush=True)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(jobs):
+            group.create_task(job())
     print(
         f"{build.version} {accel} {kind:8} {count} migrations: {dict(ended)}, wrong {wrong} "
         f"({time.monotonic() - began:.0f} s)",
@@ -338,6 +346,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--kinds", default=",".join(KINDS))
     parser.add_argument("--qemu", default="", help="a version, or its beginning")
     parser.add_argument("--accel", default="tcg")
+    parser.add_argument("--jobs", type=int, default=1, help="pairs at a time")
     options = parser.parse_args(argv)
     builds = [b for b in find_qemus() if b.version.startswith(options.qemu)]
     if not builds:
@@ -345,7 +354,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     wrong = 0
     for build in builds:
         for kind in options.kinds.split(","):
-            wrong += asyncio.run(_soak(build, options.accel, kind, options.count))
+            wrong += asyncio.run(_soak(build, options.accel, kind, options.count, options.jobs))
     return 1 if wrong else 0
 
 
