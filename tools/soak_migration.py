@@ -15,7 +15,9 @@ over, and migrates it at a random moment:
     none     nothing: how it ends without us
 
 A migration that completed must leave the source in `postmigrate` and the destination running, its
-pulse beating; one that failed (the destination lacks what was plugged) a source that runs.
+pulse beating; one that failed (the destination lacks what was plugged) a source that runs.  "Told":
+it was migrated between two looks at QEMU, is paused at the destination, the agent said so, and it
+ran after the `cont` that the agent said to send there.
 """
 
 from __future__ import annotations
@@ -53,7 +55,7 @@ from qmp_memlistener.updates.mirroring import mirroring
 from qmp_memlistener.updates.model import Intent, Plug, Role, Strategy, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition, parse_resize
-from qmp_memlistener.updates.pausing import paused_guest
+from qmp_memlistener.updates.pausing import Pause, paused_guest
 from qmp_memlistener.updates.slot_backend import ModelBackend
 from tests.support.any_monitor import AnyMonitor
 
@@ -91,24 +93,29 @@ class Pair:
 @dataclass(frozen=True, slots=True)
 class Round:
     """`ended` is the migration's status, `said` what the agent said; `wrong` is empty when all was
-    well."""
+    well.
+
+    `told`: what was wrong, the agent said so, and what it said to do about it did help.
+    """
 
     kind: str
     ended: str
     said: tuple[str, ...]
     wrong: str
+    told: str = ""
 
 
 # -- what pauses ----------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Work:
     """What is done to a pair; `begun` once the guest is being paused."""
 
     pair: Pair
     said: list[str] = field(default_factory=list)
     begun: asyncio.Event = field(default_factory=asyncio.Event)
+    pause: Pause | None = None
 
     def say(self, *texts: str | None) -> None:
         self.said.extend(text for text in texts if text)
@@ -123,6 +130,7 @@ async def _held(work: Work) -> None:
         while True:
             try:
                 async with paused_guest(monitor, guard, deadline=_DEADLINE_S) as pause:
+                    work.pause = pause
                     work.begun.set()
                     await asyncio.sleep(random.uniform(0.002, 0.15))
                 work.say(pause.note)
@@ -251,11 +259,17 @@ async def one_round(build: QemuBuild, accel: str, kind: str) -> Round:
             task.cancel()
             with suppress(asyncio.CancelledError, MemListenerError):
                 await task
+        if work.pause is not None:
+            work.say(work.pause.note)
+        told = ""
         try:
             wrong = await wrong_of(pair)
+            if wrong and any("until `cont` is sent there" in text for text in work.said):
+                await pair.at_destination.execute("cont", deadline=_DEADLINE_S)
+                told, wrong = wrong, await _pulse_of(pair)
         except TargetLost as error:
             wrong = "; ".join((error.message, *_complaints(pair.source, pair.destination)))
-    return Round(kind, ended, tuple(work.said), wrong)
+    return Round(kind, ended, tuple(work.said), wrong, told)
 
 
 def _complaints(*guests: Guest) -> list[str]:
@@ -294,6 +308,11 @@ async def wrong_of(pair: Pair) -> str:
         await asyncio.sleep(0.005)
     if (at_source, there) != ("postmigrate", "running"):
         return f"source {at_source}, destination {there}"
+    return await _pulse_of(pair)
+
+
+async def _pulse_of(pair: Pair) -> str:
+    """What is wrong with it at the destination."""
     assert pair.destination.ram is not None
     with Pulse(pair.destination.ram) as pulse:
         try:
@@ -309,12 +328,12 @@ async def wrong_of(pair: Pair) -> str:
 async def _soak(build: QemuBuild, accel: str, kind: str, count: int, jobs: int) -> int:
     ended: Counter[str] = Counter()
     said: Counter[str] = Counter()
-    wrong = 0
+    wrong = told = 0
     began = time.monotonic()
     rounds = iter(range(count))
 
     async def job() -> None:
-        nonlocal wrong
+        nonlocal wrong, told
         for n in rounds:
             try:
                 made = await one_round(build, accel, kind)
@@ -322,16 +341,18 @@ async def _soak(build: QemuBuild, accel: str, kind: str, count: int, jobs: int) 
                 made = Round(kind, "?", (), f"{type(error).__name__}: {error}")
             ended[made.ended] += 1
             said.update(set(made.said))
-            if made.wrong:
-                wrong += 1
-                print(f"  {kind}, round {n}: {made.wrong}; said {made.said[-3:]}", flush=True)
+            wrong += bool(made.wrong)
+            told += bool(made.told)
+            if made.wrong or made.told:
+                how = made.wrong or f"told: {made.told}"
+                print(f"  {kind}, round {n}: {how}; said {made.said[-3:]}", flush=True)
 
     async with asyncio.TaskGroup() as group:
         for _ in range(jobs):
             group.create_task(job())
     print(
-        f"{build.version} {accel} {kind:8} {count} migrations: {dict(ended)}, wrong {wrong} "
-        f"({time.monotonic() - began:.0f} s)",
+        f"{build.version} {accel} {kind:8} {count} migrations: {dict(ended)}, "
+        f"wrong {wrong}, told {told} ({time.monotonic() - began:.0f} s)",
         flush=True,
     )
     for text, times in said.most_common(8):

@@ -14,12 +14,12 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..errors import CommandFailed, OperationFailed
-from ..monitor import Monitor
+from ..monitor import Command, Monitor
 from ..probes import Kind
 from ..recording import ProbeState, Record
 from .guest_facts import backends_of, read_facts
 from .guest_view import read_guest, read_status
-from .migrating import await_set_up
+from .migrating import remove
 from .model import Intent, Outcome, Plug, Resize, Role, Strategy, Unplug, UpdateRefused
 from .operation import Host, UpdateOptions, perform
 from .reaction import QUIET_S
@@ -241,11 +241,9 @@ class HostGuest:
     async def _remove(self, things: Collection[tuple[Role, str]]) -> None:
         """Backends that are left over.  What is still in use stays, and the state tells."""
         async with self._host.operating() as ops:
-            if any(role is Role.OBJECT for role, _ in things):
-                await await_set_up(ops)
             for role, name in sorted(things):
                 try:
-                    await ops.execute(role.remove_command, {role.id_key: name})
+                    await remove(ops, Command(role.remove_command, {role.id_key: name}))
                 except CommandFailed:
                     continue
 

@@ -13,7 +13,7 @@ from collections.abc import Coroutine, Iterable
 from ..errors import CommandFailed, MemListenerError, TargetUnreachable
 from ..monitor import Monitor
 from .guest_facts import read_devices
-from .migrating import await_set_up
+from .migrating import remove
 from .model import Role
 from .steps import Step
 
@@ -68,8 +68,6 @@ class Journal:
             if not ops.is_connected:
                 await ops.reconnect()
             known = await self._was_made(ops)
-            if not known:
-                await await_set_up(ops)
         except TargetUnreachable:
             self.made, self.asked = [], ()
             return  # QEMU has gone, and all that was made with it
@@ -87,7 +85,7 @@ class Journal:
                 continue
             sure = step in self.made
             try:
-                await ops.execute(step.undo.name, step.undo.arguments, deadline=UNDO_DEADLINE)
+                await remove(ops, step.undo, deadline=UNDO_DEADLINE)
             except CommandFailed as exc:
                 if sure:
                     self.notes.append(f"{step.what} is still there: {exc.message}")

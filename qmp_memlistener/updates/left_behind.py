@@ -15,7 +15,8 @@ from ..monitor.freeze import FreezeKey
 from ..monitor.identity import GuestIdentity
 from .guard_notes import GuardNote, unfinished
 from .made_notes import MadeNote, left_made, still_there
-from .migrating import LOOK, Look, await_set_up
+from .migrating import LOOK, Look, remove
+from .steps import removal
 
 __all__ = ["REMEDY", "LeftBehind", "confirmed", "left_behind", "take_away"]
 
@@ -153,11 +154,10 @@ async def _resume(monitor: Monitor, note: GuardNote) -> None:
 
 
 async def _remove(monitor: Monitor, note: MadeNote) -> None:
-    await await_set_up(monitor)
     refused = []
     for thing in await still_there(monitor, note):
         try:
-            await monitor.execute(thing.role.remove_command, {thing.role.id_key: thing.id})
+            await remove(monitor, removal(thing))
         except CommandFailed as exc:
             refused.append(f"{thing.role} {thing.id}: {exc.desc}")
     if refused:

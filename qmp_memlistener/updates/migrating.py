@@ -11,15 +11,16 @@ from dataclasses import dataclass
 
 from ..errors import CommandFailed, DeadlineExceeded, GuestMigrating, ProtocolViolation
 from ..monitor import Command, Monitor, Reply
+from .model import Role
 from .promise import TAKEN, is_migrating
 
 __all__ = [
     "LOOK",
     "RAN_TWICE",
     "Look",
-    "await_set_up",
     "check_not_migrating",
     "refuse_if_migrating",
+    "remove",
 ]
 
 LOOK = (Command("query-migrate"), Command("query-status"))
@@ -55,14 +56,21 @@ async def refuse_if_migrating(monitor: Monitor, done: str, *, deadline: float = 
     check_not_migrating(look.status, look.migration, done)
 
 
-async def await_set_up(monitor: Monitor) -> None:
-    """Call before a memory backend is removed: not while a migration is being set up.
+async def remove(monitor: Monitor, command: Command, *, deadline: float = 10.0) -> None:
+    """Send a command that removes a backend; a memory backend not while a migration is set up.
 
     Under TCG that stops QEMU for good: the thread of the migration has the lock of the list of RAM
     blocks and gives the BQL away meanwhile, and the main loop, with the BQL, waits for that lock
-    (ram_init_bitmaps in migration/ram.c; do_run_on_cpu; qemu_ram_free, 7.2).  Raises
-    DeadlineExceeded after a while, and as `Monitor.execute`.
+    (ram_init_bitmaps in migration/ram.c; do_run_on_cpu; qemu_ram_free and qemu_ram_alloc, 7.2).
+    What begins between the question and the command cannot be excluded.  Raises DeadlineExceeded
+    after a while, and as `Monitor.execute`.
     """
+    if command.name == Role.OBJECT.remove_command:
+        await _await_set_up(monitor)
+    await monitor.execute(command.name, command.arguments, deadline=deadline)
+
+
+async def _await_set_up(monitor: Monitor) -> None:
     until = time.monotonic() + _SETUP_S
     while await _migration(monitor) == "setup":
         if time.monotonic() > until:

@@ -39,7 +39,7 @@ from .guest_facts import read_facts
 from .guest_view import read_guest, read_status
 from .journal import Journal
 from .made_notes import noted
-from .migrating import await_set_up, refuse_if_migrating
+from .migrating import refuse_if_migrating, remove
 from .model import (
     GuestStates,
     Intent,
@@ -349,11 +349,9 @@ class _Operation:
         ]
         backends = await memory_backends(ops, objects) if objects else 0
         blocks = await count_blocks(ops) if backends else None
-        if objects:
-            await await_set_up(ops)
         for step in plan.finish:
             try:
-                await ops.execute(step.command.name, step.command.arguments)
+                await remove(ops, step.command)
             except CommandFailed as exc:
                 return Verdict(
                     False,

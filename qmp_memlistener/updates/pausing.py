@@ -326,7 +326,9 @@ async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: 
                 end.notes.append("somebody else resumed the guest meanwhile")
         elif asked and (look.status != "paused" or look.is_migrating):
             # one of us sends `cont`, and the guard is at it already
-            await end.hand_over(guard, f"the guest became {look.status}", deadline)
+            began = f"a migration began ({look.migration})"
+            why = began if look.status == "paused" else f"the guest became {look.status}"
+            await end.hand_over(guard, why, deadline)
         else:
             cont, *looked = await monitor.pipeline([_CONT, *LOOK], deadline=deadline)
             if isinstance(cont, CommandFailed):
