@@ -74,8 +74,8 @@ def attach(
     update, once it is known not to be refused.  `deadline` is for the connection, in seconds.
 
     Entering the block raises InputError (no such form of target, the recording exists, a monitor
-    of another QEMU, no such probe), GuestFrozen, TargetUnreachable, MonitorBusy,
-    ProtocolViolation, DeadlineExceeded or TargetLost.
+    that is named twice, no such probe), GuestFrozen, TargetUnreachable, MonitorBusy, WrongGuest
+    (also for a monitor of another guest), ProtocolViolation, DeadlineExceeded or TargetLost.
     """
     return Agent(
         AttachOptions(

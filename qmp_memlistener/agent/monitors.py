@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from ..errors import CommandFailed, InputError, WrongGuest
+from ..errors import CommandFailed, InputError
 from ..host.bounded import in_thread
 from ..monitor import (
     CONNECT_DEADLINE,
@@ -62,27 +62,21 @@ def as_target(target: str | Target) -> Target:
 @dataclass(frozen=True, slots=True)
 class Admission:
     """A target that may be talked to, and the guest that is meant by it where that is known before
-    anybody answers; `remarks` are for the user."""
+    anybody answers."""
 
     target: Target
     meant: GuestIdentity | None
     key: FreezeKey
-    remarks: tuple[str, ...]
 
 
 async def refuse_if_frozen(target: str | Target) -> Admission:
-    """The monitor behind a target, and what a resume guard has done to the guest meanwhile.
-
-    Raises GuestFrozen before anything is sent to it.
-    """
+    """The monitor behind a target.  Raises GuestFrozen before anything is sent to it."""
     named = as_target(target)
     (first, *_), meant = await resolve(named)
     owner = await in_thread(find_owner, first, meant)
     key = freeze_key(first, owner)
     await in_thread(check_not_frozen, key)
-    notes = await in_thread(take_notes, key)
-    told = tuple(t for n in notes for t in (n.text, n.remedy) if t is not None)
-    return Admission(named, meant, key, told)
+    return Admission(named, meant, key)
 
 
 async def connect_monitors(
@@ -100,11 +94,11 @@ async def connect_monitors(
 
     With `freeze` (a reason) the guest is frozen as long as `stack` lasts.  A monitor for pinging
     is only tried: the probe connects on its own, from its own thread.  Raises GuestFrozen,
-    InputError for a monitor of another QEMU or one that is named twice, and as `Monitor.connect`
-    does.
+    InputError for a monitor that is named twice, WrongGuest for one of another guest, and as
+    `Monitor.connect` does.
     """
     admission = await refuse_if_frozen(target)
-    remarks = list(admission.remarks)
+    remarks: list[str] = []
     observer = await stack.enter_async_context(
         await Monitor.connect(admission.target, meant=admission.meant, deadline=deadline)
     )
@@ -114,7 +108,6 @@ async def connect_monitors(
         remarks += (await stack.enter_async_context(hold_freeze(key, freeze))).remarks
     else:
         await in_thread(check_not_frozen, key)
-    remarks += await left_remarks(observer, key)
     used = [observer.target]
     operator = None
     if operations is not None:
@@ -135,11 +128,13 @@ async def connect_monitors(
     remarks += companions.without
     if observer.identity.remark is not None:
         remarks.append(observer.identity.remark)
+    remarks[:0] = await left_remarks(observer, key)  # last: what a guard did is told only once
     return Monitors(observer, operator or observer, companions, owner, tuple(remarks))
 
 
 async def left_remarks(monitor: Monitor, key: FreezeKey) -> list[str]:
-    """What an agent of ours that was killed has left in the guest by an update, if it is so still.
+    """What an agent of ours that was killed has left in the guest by an update, if it is so still,
+    and what a resume guard did alone, which is told once: so call it when the guest has answered.
 
     Raises TargetError.
     """
@@ -151,7 +146,8 @@ async def left_remarks(monitor: Monitor, key: FreezeKey) -> list[str]:
             text = f"{left.text} (whether that is so is not known: {exc.message})"
         if text is not None:
             found += [text, f"to put that right: {REMEDY}"]
-    return found
+    notes = await in_thread(take_notes, key)
+    return [t for n in notes for t in (n.text, n.remedy) if t is not None] + found
 
 
 async def _connect_named(
@@ -167,8 +163,5 @@ async def _connect_named(
             f"{name} is in use by this agent already",
             remedy="name another monitor of the same QEMU; each serves one client",
         )
-    try:
-        monitor = await Monitor.connect(target, meant=observer.identity, deadline=deadline)
-    except WrongGuest as error:
-        raise InputError(error.message, remedy="name two monitors of the same QEMU") from error
+    monitor = await Monitor.connect(target, meant=observer.identity, deadline=deadline)
     return await stack.enter_async_context(monitor)

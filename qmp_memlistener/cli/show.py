@@ -180,8 +180,6 @@ async def _fetch(target: str, unsafe_flatview: bool) -> _Live:
     from ..monitor.allowed import Permit
 
     admission = await refuse_if_frozen(target)
-    for remark in admission.remarks:
-        say(remark, err=True)
     permits = (Permit.FLAT_VIEW,) if unsafe_flatview else ()
     async with await Monitor.connect(
         admission.target, meant=admission.meant, permits=permits

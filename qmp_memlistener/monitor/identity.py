@@ -39,13 +39,18 @@ __all__ = [
     "owner_of",
     "peer_pid",
     "same_answers",
+    "wrong_guest",
 ]
 
 ASKED = ("query-uuid", "query-name")
 """What is asked of a guest whose process is not seen."""
 _NO_UUID = "00000000-0000-0000-0000-000000000000"
 _SO_PEERPIDFD = 77  # include/uapi/asm-generic/socket.h
-_REMEDY = "name a monitor that only the guest you mean has; `qmp-memlistener list` shows them"
+_REMEDY = "name monitors that only the guest you mean has; `qmp-memlistener list` shows them"
+_NAMELESS = (
+    "give the guest a name or a UUID (-name, -uuid), by which it is known behind a forwarder; or "
+    "name QEMU's own monitors instead of the forwarder"
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +92,15 @@ class GuestIdentity:
         """For the user, where it is not certain."""
         if self.certain:
             return None
+        hidden = "QEMU's process is not visible behind this monitor"
+        if self.told is not None and not self.can_be_told:
+            return (
+                f"{hidden}, and the guest has neither a UUID nor a name: that each connection "
+                f"leads to the same guest is not known; {_NAMELESS}"
+            )
         return (
-            "QEMU's process is not visible behind this monitor: that each connection leads to the "
-            "same guest is known by its UUID and name only"
+            f"{hidden}: that each connection leads to the same guest is known by its UUID and name "
+            "only"
         )
 
     def __str__(self) -> str:
@@ -141,6 +152,13 @@ def _identify(
 
 def wrong_guest(target: SocketTarget, meant: GuestIdentity, who: GuestIdentity) -> WrongGuest:
     """The error that names both."""
+    if not meant.certain and not meant.can_be_told and who.told is None:
+        one = str(meant) if meant.pid is None else f"the guest behind {meant}"
+        return WrongGuest(
+            f"{target} is answered by {who}, and {one} is meant: that it is the same cannot be "
+            "known, since it has neither a UUID nor a name",
+            remedy=_NAMELESS,
+        )
     return WrongGuest(f"{target} is answered by {who}, and {meant} is meant", remedy=_REMEDY)
 
 

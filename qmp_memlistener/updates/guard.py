@@ -32,6 +32,7 @@ from ..errors import (
     ProtocolViolation,
     TargetError,
     TargetLost,
+    WrongGuest,
 )
 from ..host.bounded import in_thread
 from ..monitor import SocketTarget, find_owner
@@ -417,6 +418,9 @@ async def _greeted(
 
 
 def _no_monitor(failures: Sequence[TargetError]) -> UpdateRefused | TargetError:
+    for failure in failures:
+        if isinstance(failure, WrongGuest):  # whatever is wrong with that guest's other monitors
+            return failure
     if failures and not any(isinstance(e, MonitorBusy | DeadlineExceeded) for e in failures):
         return failures[0]
     why = "; ".join(e.message for e in failures) or "no other monitor of this QEMU is known"

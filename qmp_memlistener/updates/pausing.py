@@ -38,11 +38,11 @@ from ..errors import (
     DeadlineExceeded,
     GuestMigrating,
     MemListenerError,
-    OperationFailed,
     TargetError,
     TargetLost,
 )
 from ..monitor import Command, Monitor, QmpEvent, Reply
+from ..monitor.identity import wrong_guest
 from .guard import ResumeGuard, Settled
 from .migrating import LOOK, Look, refuse_if_migrating
 from .promise import LOOK_EVERY_NS
@@ -404,12 +404,9 @@ async def _to_the_end(work: Coroutine[object, object, T]) -> T:
 
 
 def _check_same_guest(monitor: Monitor, guard: ResumeGuard) -> None:
+    """A guard that was started without saying for which guest."""
     if monitor.identity.differs(guard.identity):
-        raise OperationFailed(
-            f"{guard.target} is a monitor of another process than {monitor.target}: its guard "
-            "could not resume this guest; nothing was touched",
-            remedy="name a monitor of the same QEMU for the guard",
-        )
+        raise wrong_guest(guard.target, monitor.identity, guard.identity)
 
 
 def _end_of(*replies: Reply | CommandFailed) -> int:

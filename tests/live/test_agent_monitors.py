@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qmp_memlistener import attach
-from qmp_memlistener.errors import InputError, MonitorBusy
+from qmp_memlistener.errors import InputError, MonitorBusy, WrongGuest
 from qmp_memlistener.guests import GuestSpec, launch
 from qmp_memlistener.monitor import Monitor, parse_target
 
@@ -56,6 +56,8 @@ async def test_the_observers_own_monitor_or_another_qemus_is_refused() -> None:
         with pytest.raises(InputError, match="in use by this agent"):
             async with attach(target, ops_monitor=target):
                 pass
-        with pytest.raises(InputError, match=f"pid {other.pid}.*pid {guest.pid}"):
-            async with attach(target, ping_monitor=str(other.monitors[0])):
-                pass
+        theirs = str(other.monitors[0])
+        for ping, operations in ((theirs, None), (None, theirs)):
+            with pytest.raises(WrongGuest, match=f"pid {other.pid}.*pid {guest.pid}"):
+                async with attach(target, ping_monitor=ping, ops_monitor=operations):
+                    pass

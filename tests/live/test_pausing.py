@@ -12,7 +12,7 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from qmp_memlistener.errors import CommandFailed, OperationFailed, TargetLost
+from qmp_memlistener.errors import CommandFailed, OperationFailed, TargetLost, WrongGuest
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.monitor import Command, Monitor, Reply, UnixTarget
 from qmp_memlistener.updates.guard import ResumeGuard
@@ -217,7 +217,7 @@ async def test_a_guard_of_another_guest_is_refused(build: QemuBuild) -> None:
     async with ready(build) as (_, monitor, _guard), watched(build, "tcg") as other:
         target = UnixTarget(str(other.guest.monitors[1]))
         async with await ResumeGuard.start([target]) as guard:
-            with pytest.raises(OperationFailed, match="another process"):
+            with pytest.raises(WrongGuest, match=f"pid {other.guest.pid}"):
                 await run(monitor, guard, ADD)
 
 

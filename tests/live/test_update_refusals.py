@@ -212,8 +212,8 @@ async def test_a_monitor_that_is_none_for_a_guard(build: QemuBuild, tmp_path: Pa
             server.listen()
             for name, code, words in (
                 (f"unix:{vm.guest.monitors[2]}", 1, "no free monitor"),  # ours
-                (f"unix:{other.guest.monitors[0]}", 1, "of another process"),
-                (f"pid:{other.guest.pid}", 1, "of another process"),
+                (f"unix:{other.guest.monitors[0]}", 3, f"pid {other.guest.pid}"),
+                (f"pid:{other.guest.pid}", 3, f"pid {other.guest.pid}"),
                 (f"unix:{tmp_path}/gone", 3, "gone"),
                 (f"unix:{deaf}", 1, "no free monitor"),
             ):

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import re
 import signal
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -202,3 +203,78 @@ async def test_behind_a_forwarder(tmp_path: Path) -> None:
                 await ResumeGuard.start([target], monitor.identity)
         expected = {"qmp_capabilities", "query-cpus-fast", "query-uuid", "query-name"}
         assert set(another.received()) <= expected
+
+
+FORWARDER = """
+import os, select, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+print(flush=True)
+while True:
+    ours, _ = listener.accept()
+    if os.fork():
+        ours.close()
+        continue
+    theirs = socket.socket(socket.AF_UNIX)
+    theirs.connect(sys.argv[2])
+    while True:
+        for source in select.select([ours, theirs], [], [])[0]:
+            data = source.recv(65536)
+            if not data:
+                os._exit(0)
+            (theirs if source is ours else ours).sendall(data)
+"""
+
+
+@asynccontextmanager
+async def forwarder(path: Path, to: str) -> AsyncIterator[str]:
+    """As `socat UNIX-LISTEN:path,fork UNIX-CONNECT:to`: a process of its own, QEMU is not seen."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-I", "-c", FORWARDER, str(path), to), stdout=asyncio.subprocess.PIPE
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    try:
+        yield str(path)
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@pytest.mark.parametrize("named", [False, True])
+async def test_a_second_forwarder_or_the_guests_own_monitor(tmp_path: Path, named: bool) -> None:
+    """Of a guest without UUID and name nobody can tell that it is the same: refused, with the way
+    out, which is to give it one."""
+    name = ("-name", "known") if named else ()
+    args = (*name, *listening(tmp_path / "third"), "-device", "pcie-root-port,id=rp0,chassis=1")
+    async with (
+        running(QEMUS[0], tmp_path, *args) as qemu,
+        forwarder(tmp_path / "fa", qemu.a.path) as first,
+        forwarder(tmp_path / "fb", qemu.b.path) as second,
+    ):
+        for monitor in (second, str(tmp_path / "third")):
+            opening = attach(first, probes=("ping",), trace=False, ping_monitor=monitor)
+            if named:
+                async with opening as agent:
+                    assert "ping" in agent.measuring.names
+                    assert any("UUID and name only" in remark for remark in agent.remarks)
+                continue
+            with pytest.raises(WrongGuest, match="neither a UUID nor a name") as error:
+                async with opening:
+                    pass
+            assert "-name, -uuid" in str(error.value.remedy)
+        async with attach(first, probes=(), trace=False) as agent:
+            assert any("neither a UUID" in remark for remark in agent.remarks) != named
+            await agent.monitor.reconnect()
+        ran = await run_verb(
+            *("hotplug", first, "--device", "virtio-rng-pci,id=x", "--strategy", "pause"),
+            *("--guard-monitor", second, "--no-trace", "--probes", "none", "--wait", "100ms"),
+        )
+        if named:
+            assert ran.code == 0, ran
+        else:
+            assert ran.code == 3, ran
+            told = ran.err.partition("error: ")[2]
+            assert "neither a UUID nor a name" in told
+            assert "-name, -uuid" in told.partition("remedy: ")[2]

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
+import socket
 import time
 from pathlib import Path
 
 import msgspec
 import pytest
 
+from qmp_memlistener import attach
+from qmp_memlistener.errors import TargetError, TargetUnreachable
 from qmp_memlistener.host import state
 from qmp_memlistener.host.processes import Process
-from qmp_memlistener.monitor.freeze import FreezeKey, process_key
+from qmp_memlistener.monitor.freeze import FreezeKey, freeze_key, process_key
+from qmp_memlistener.monitor.targets import UnixTarget
 from qmp_memlistener.updates.guard_notes import all_notes, new_note, take_notes, unfinished
 from tests.support.own_state import keep_state_in
 
@@ -50,6 +55,32 @@ def test_a_note_is_taken_once(key: FreezeKey) -> None:
     assert "the agent ended" in note.text
     assert not path.exists()
     assert take_notes(key) == []
+
+
+@pytest.mark.asyncio
+async def test_a_note_stays_until_the_guest_has_answered(tmp_path: Path) -> None:
+    """Nobody answers at the socket, and then somebody hangs up: what the guard did is not told."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(tmp_path / "s"))
+        target = UnixTarget(str(tmp_path / "s"))
+        path = write(freeze_key(target, None))
+        with pytest.raises(TargetUnreachable):
+            async with attach(target):
+                pass
+        listener.listen()
+        failing = asyncio.create_task(attach(target, deadline=5).__aenter__())
+        theirs, _ = await asyncio.get_running_loop().sock_accept(unblocked(listener))
+        theirs.close()
+        with pytest.raises(TargetError):
+            await failing
+    assert path.exists()
+    (note,) = take_notes(freeze_key(target, None))
+    assert note.resumed
+
+
+def unblocked(sock: socket.socket) -> socket.socket:
+    sock.setblocking(False)
+    return sock
 
 
 def test_one_that_was_not_resumed_has_a_remedy(key: FreezeKey) -> None:
