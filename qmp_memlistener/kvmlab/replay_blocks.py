@@ -1,26 +1,31 @@
-"""Which host memory is behind each slot: RAM blocks by name, or runs of host addresses.
+"""PURE: which host memory is behind each slot: RAM blocks by name, or runs of host addresses.
 
 A recording's map names the block of a range, an operation its host address; an operation on
 a range that the map shows tells both, and so where in QEMU the block lies.  What has an address
-alone belongs to the named block that lies there then, else to the run of addresses it is part of:
-memory that is freed leaves its address to other memory.  A log has nothing but addresses.
+alone belongs to the named block that is shown there then, else to the run of addresses it is part
+of: memory that is freed leaves its address to other memory.  A log has nothing but addresses.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..memslots.intervals import join
-from .recorded_ops import Backing
-from .replay_history import Life
+from ..tracking.live_slots import LiveSlot
+from ..tracking.replaying import Told
 
-__all__ = ["HostBlock", "back"]
+__all__ = ["Backing", "HostBlock", "back"]
+
+Backing = tuple[str, str | None, int]
+"""RAM block, its owner, and the offset in it of a slot's first byte."""
 
 _WIDEST_GAP = 4 << 30
 """Two runs with the same distance of host address and gpa are one block if they lie no further
 apart: what firmware and chipset cover is below 4 GiB, and a lone coincidence is far away."""
+
+_Key = tuple[str, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,189 +50,175 @@ class _Block:
     owner: str | None
     base: int | None
     size: int = 0
-    lives: list[tuple[Life, int]] = field(default_factory=list)
+    parts: set[tuple[int | None, int]] = field(default_factory=set)
 
-    def take(self, life: Life, offset: int) -> None:
-        self.lives.append((life, offset))
-        self.size = max(self.size, offset + life.end - life.gpa)
+    def take(self, shown: _Shown, offset: int) -> None:
+        shown.block, shown.offset = self, offset
+        self.size = max(self.size, offset + shown.size)
+        self.parts.add((shown.hva, shown.size))
+
+
+@dataclass(slots=True, eq=False)
+class _Shown:
+    """What a slot shows; `slot` is its address space and id."""
+
+    slot: tuple[int, int]
+    gpa: int
+    size: int
+    hva: int | None
+    named: Backing | None
+    refused: bool = False
+    block: _Block | None = None
+    offset: int = 0
 
 
 def back(
-    lives: Sequence[Life], spans: Mapping[tuple[str, str | None], int]
-) -> tuple[tuple[HostBlock, ...], dict[Life, Backing]]:
-    """The blocks, in the order in which slots show them, and what is behind each slot.
+    slots: Sequence[LiveSlot], commits: Iterable[Iterable[Told]], spans: Mapping[_Key, int]
+) -> tuple[tuple[HostBlock, ...], list[Backing | None]]:
+    """The blocks in the order in which slots show them; what is behind each of `slots`, then behind
+    each operation of `commits`.
 
-    `spans` says how large named blocks are, as far as the map shows them.  A slot that KVM refused
-    has something behind it only where others show all of it.  O(n log n).
+    `spans` says how large named blocks are, as far as the map shows them.  A delete has nothing
+    behind it, what KVM refused only where others show all of it.  O(n log n).
     """
-    there = [life for life in lives if not life.refused]
-    named = _named(there)
-    known = [b for blocks in named.values() for b in blocks if b.base is not None]
-    places = _Places(known, spans)
-    loose: list[Life] = []
-    nowhere: dict[int, _Block] = {}
-    for life in there:
-        if life.shown is not None:
-            continue
-        if life.hva is None:  # predicted, in an address space of which there is no map
-            name = f"address space {life.as_id}"
-            block = nowhere.setdefault(life.as_id, _Block(name, None, None))
-            block.take(life, life.gpa)
-            continue
-        found = places.of(life)
-        if found is None:
-            loose.append(life)
-        else:
-            found.take(life, life.hva - _base(found))
-    blocks = [b for same in named.values() for b in same]
-    blocks += [*nowhere.values(), *_runs(loose, places)]
-    finished, behind = _finish(there, blocks)
-    final = _Places([b for b in blocks if b.base is not None], {})
-    for life in lives:
-        shown = final.around(life) if life.refused else None
-        if shown is not None and life.hva is not None:
-            name, owner, _ = behind[shown.lives[0][0]]
-            behind[life] = (name, owner, life.hva - _base(shown))
-    return finished, behind
+    everything = [_Shown((s.as_id, s.slot or 0), s.gpa, s.size, s.hva, _named(s)) for s in slots]
+    for commit in commits:
+        for op, named in commit:
+            key = (op.as_id, op.slot)
+            deletes = op.op == "delete"
+            size = 0 if deletes and op.ret == 0 else op.size
+            everything.append(_Shown(key, op.gpa, size, op.hva, named, op.ret != 0))
+    there = [shown for shown in everything if shown.size and not shown.refused]
+    _by_name(there)
+    blocks = {shown.block: None for shown in there if shown.block is not None}
+    places = _Places([b for b in blocks if b.base is not None], spans)
+    _runs(_by_address(everything, places), places)
+    final = _Places({s.block for s in there if s.block and s.block.base is not None}, {})
+    for shown in everything:
+        if shown.refused and (block := final.around(shown)) is not None:
+            shown.block, shown.offset = block, (shown.hva or 0) - (block.base or 0)
+    return _finish(everything)
 
 
-def _named(lives: Iterable[Life]) -> dict[tuple[str, str | None], list[_Block]]:
-    """Blocks by name; one that was freed and made again has another address each time."""
-    named: dict[tuple[str, str | None], dict[int | None, _Block]] = {}
-    untold: list[tuple[Life, Backing]] = []
-    for life in lives:
-        if life.shown is None:
+def _named(s: LiveSlot) -> Backing | None:
+    return (s.block, s.owner, s.offset) if s.block is not None else None
+
+
+def _by_name(there: Iterable[_Shown]) -> None:
+    """Blocks that the map names; one that was freed and made again has another address then."""
+    found: dict[_Key, dict[int | None, _Block]] = {}
+    untold: list[tuple[_Shown, Backing]] = []
+    for shown in there:
+        if shown.named is None:
             continue
-        if life.hva is None:
-            untold.append((life, life.shown))
+        if shown.hva is None:
+            untold.append((shown, shown.named))
             continue
-        name, owner, offset = life.shown
-        base = life.hva - offset
-        blocks = named.setdefault((name, owner), {})
-        blocks.setdefault(base, _Block(name, owner, base)).take(life, offset)
-    for life, (name, owner, offset) in untold:
-        blocks = named.setdefault((name, owner), {})
+        name, owner, offset = shown.named
+        base = shown.hva - offset
+        blocks = found.setdefault((name, owner), {})
+        blocks.setdefault(base, _Block(name, owner, base)).take(shown, offset)
+    for shown, (name, owner, offset) in untold:
+        blocks = found.setdefault((name, owner), {})
         # of several the oldest: what is not told its address was mostly there from the beginning
         block = next(iter(blocks.values()), None) or _Block(name, owner, None)
-        blocks.setdefault(block.base, block).take(life, offset)
-    return {key: [*blocks.values()] for key, blocks in named.items()}
+        blocks.setdefault(block.base, block).take(shown, offset)
 
 
 class _Places:
-    """Where named blocks lie among QEMU's host addresses."""
+    """Where blocks lie among QEMU's host addresses."""
 
-    def __init__(
-        self, blocks: Iterable[_Block], spans: Mapping[tuple[str, str | None], int]
-    ) -> None:
-        self._blocks: list[_Block] = []
-        self._starts: list[int] = []
-        self._ends: list[int] = []
-        for block in sorted(blocks, key=_base):
-            span = spans.get((block.name or "", block.owner), 0)
-            self._blocks.append(block)
-            self._starts.append(_base(block))
-            self._ends.append(_base(block) + max(block.size, span))
-        self._times = {b: _Times(life for life, _ in b.lives) for b in self._blocks}
+    def __init__(self, blocks: Iterable[_Block], spans: Mapping[_Key, int]) -> None:
+        self._blocks = sorted(blocks, key=lambda b: b.base or 0)
+        self._starts = [b.base or 0 for b in self._blocks]
+        self._ends = [
+            (b.base or 0) + max(b.size, spans.get((b.name or "", b.owner), 0)) for b in self._blocks
+        ]
 
-    def around(self, life: Life) -> _Block | None:
-        """The block that has all that the slot shows; of several, the one that begins last."""
-        if life.hva is None:
+    def around(self, shown: _Shown) -> _Block | None:
+        """The block that has all that is shown; of several, the one that begins last."""
+        if shown.hva is None:
             return None
-        i = bisect_right(self._starts, life.hva) - 1
-        fits = i >= 0 and life.hva + life.end - life.gpa <= self._ends[i]
-        return self._blocks[i] if fits else None
-
-    def of(self, life: Life) -> _Block | None:
-        """The same, if others show the block at that time, or the very same part of it ever."""
-        block = self.around(life)
-        return block if block is not None and self._times[block].fit(life) else None
+        i = bisect_right(self._starts, shown.hva) - 1
+        return self._blocks[i] if i >= 0 and shown.hva + shown.size <= self._ends[i] else None
 
     def between(self, start: int, end: int) -> bool:
         """A block begins in `(start, end]`."""
         return bisect_right(self._starts, start) != bisect_right(self._starts, end)
 
 
-class _Times:
-    """When slots show a block, and which parts of it."""
+def _by_address(everything: Iterable[_Shown], places: _Places) -> list[_Shown]:
+    """Give named blocks those that show part of one while others do, or that very part ever.
 
-    def __init__(self, lives: Iterable[Life]) -> None:
-        known = sorted(lives, key=lambda life: life.since)
-        self._parts = {(life.hva, life.size) for life in known}
-        self._spans = join((life.since, life.until) for life in known)
+    Returns what is left.
+    """
+    left: list[_Shown] = []
+    nowhere: dict[int, _Block] = {}
+    live: dict[tuple[int, int], _Block] = {}
+    users: Counter[_Block] = Counter()
+    for shown in everything:
+        if shown.refused:
+            continue
+        old = live.pop(shown.slot, None)
+        if old is not None:
+            users[old] -= 1
+        if not shown.size:
+            continue
+        if shown.block is None and shown.hva is None:
+            # predicted, in an address space of which there is no map
+            as_id = shown.slot[0]
+            block = nowhere.setdefault(as_id, _Block(f"address space {as_id}", None, None))
+            block.take(shown, shown.gpa)
+        elif shown.block is None:
+            found = places.around(shown)
+            if found is None or not (users[found] or (shown.hva, shown.size) in found.parts):
+                left.append(shown)
+                continue
+            found.take(shown, (shown.hva or 0) - (found.base or 0))
+        if shown.block is not None:
+            live[shown.slot] = shown.block
+            users[shown.block] += 1
+    return left
 
-    def fit(self, life: Life) -> bool:
-        if (life.hva, life.size) in self._parts:
-            return True
-        i = bisect_right(self._spans, (life.until, 0)) - 1
-        return i >= 0 and self._spans[i][1] >= life.since
 
-
-def _runs(lives: Iterable[Life], places: _Places) -> list[_Block]:
+def _runs(left: Iterable[_Shown], places: _Places) -> None:
     """Blocks out of addresses that touch, or that stand at the same distance from their gpas."""
-    runs: list[_Block] = []
-    apart: set[int] = set()  # distances of host address and gpa in the last run
+    run: _Block | None = None
+    apart: set[int] = set()  # distances of host address and gpa in the run
     end = 0
-    for hva, life in sorted(
-        ((life.hva, life) for life in lives if life.hva is not None), key=lambda pair: pair[0]
+    for hva, shown in sorted(
+        ((shown.hva, shown) for shown in left if shown.hva is not None), key=lambda pair: pair[0]
     ):
-        near = runs and (
-            hva <= end
-            or (
-                hva - life.gpa in apart
-                and hva - end <= _WIDEST_GAP
-                and not places.between(end, hva)
-            )
+        near = hva <= end or (
+            hva - shown.gpa in apart and hva - end <= _WIDEST_GAP and not places.between(end, hva)
         )
-        if not near:
-            runs.append(_Block(None, None, hva))
-            apart = set()
-        runs[-1].take(life, hva - _base(runs[-1]))
-        apart.add(hva - life.gpa)
-        end = max(end if near else 0, hva + life.end - life.gpa)
-    return runs
+        if run is None or not near:
+            run, apart, end = _Block(None, None, hva), set(), 0
+        run.take(shown, hva - (run.base or 0))
+        apart.add(hva - shown.gpa)
+        end = max(end, hva + shown.size)
 
 
 def _finish(
-    lives: Sequence[Life], blocks: Iterable[_Block]
-) -> tuple[tuple[HostBlock, ...], dict[Life, Backing]]:
-    """Names for all, and the order of first use."""
-    first = {life: i for i, life in enumerate(lives)}
-    ordered = sorted(
-        (b for b in blocks if b.lives), key=lambda b: min(first[life] for life, _ in b.lives)
-    )
-    names = _Names(b.name for b in ordered)
-    out: list[HostBlock] = []
-    behind: dict[Life, Backing] = {}
-    for block in ordered:
-        name = names.give(block.name)
-        out.append(HostBlock(name, block.owner, block.size))
-        for life, offset in block.lives:
-            behind[life] = (name, block.owner, offset)
-    return tuple(out), behind
-
-
-class _Names:
-    """Names that nothing else has."""
-
-    def __init__(self, wanted: Iterable[str | None]) -> None:
-        self._wanted = {name for name in wanted if name is not None}
-        self._given: set[str] = set()
-        self._runs = 0
-
-    def give(self, name: str | None) -> str:
-        if name is not None and name not in self._given:
-            self._given.add(name)
-            return name
+    everything: Sequence[_Shown],
+) -> tuple[tuple[HostBlock, ...], list[Backing | None]]:
+    """Names for all that nothing else has, in the order of first use."""
+    first = {s.block: None for s in everything if s.block is not None and not s.refused}
+    wanted = {b.name for b in first}
+    names: dict[_Block, str] = {}
+    given: set[str] = set()
+    runs = 0
+    for block in first:
+        name = block.name
         number = 2
-        while True:
-            other = f"ram{self._runs}" if name is None else f"{name}#{number}"
-            self._runs += name is None
+        while name is None or name in given:
+            name = f"ram{runs}" if block.name is None else f"{block.name}#{number}"
+            runs += block.name is None
             number += 1
-            if other not in self._wanted and other not in self._given:
-                self._given.add(other)
-                return other
-
-
-def _base(block: _Block) -> int:
-    assert block.base is not None
-    return block.base
+            if name in wanted:
+                name = None
+        names[block] = name
+        given.add(name)
+    blocks = tuple(HostBlock(names[b], b.owner, b.size) for b in first)
+    behind = [(names[s.block], s.block.owner, s.offset) if s.block else None for s in everything]
+    return blocks, behind

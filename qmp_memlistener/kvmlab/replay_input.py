@@ -1,15 +1,18 @@
 """PURE: a recording or a raw QEMU log as transitions that can be replayed on a VM of our own.
 
-`read_replay` is the way in: which operations were one transition, the slots before and after each,
-and which host memory is behind every slot.  How a transition is carried out is no matter of this
-module.  `recorded_log` and `recorded_records` read the files, `replay_history` says what the
-operations did, `replay_guesses` what nothing tells, `replay_blocks` what is behind slots.
+`read_replay` is the way in: which operations were one transition, the slots before and after
+each, and which host memory is behind every slot.  How a transition is carried out is no matter of
+this module.  What a file tells is in `tracking` (`replaying`, `logs`; `beginning` for what was
+there before the first operation), what is behind slots in `replay_blocks`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
+from itertools import islice
+
+import msgspec
 
 from ..errors import InputError, RecordingError
 from ..inputs import refusal
@@ -17,6 +20,7 @@ from ..memslots import (
     ADDRESS_SPACES,
     DISPLAY_RAM,
     GUEST_MEMFD,
+    LOG_DIRTY_PAGES,
     READONLY,
     LogChange,
     Op,
@@ -25,14 +29,12 @@ from ..memslots import (
     Slot,
     SlotTable,
 )
-from ..recording import is_recording
+from ..recording import SlotOp, is_recording
 from ..topology import FlatRange, FlatView, Kind
-from .recorded_log import read_log
-from .recorded_ops import Backing, Recorded
-from .recorded_records import read_recording
-from .replay_blocks import HostBlock, back
-from .replay_guesses import complete
-from .replay_history import Commit, Done, History, Life, fold_history
+from ..tracking.beginning import beginning
+from ..tracking.logs import read_log
+from ..tracking.replaying import Told, Traced, possible, read_recording
+from .replay_blocks import Backing, HostBlock, back
 
 __all__ = [
     "MOST_ENTRIES",
@@ -46,6 +48,8 @@ __all__ = [
 MOST_ENTRIES = 8_000_000
 """Slots of all transitions together."""
 
+_Done = tuple[Op, int, Slot, bool]  # return code, the slot that it is about, missing in the file
+_CHANGEABLE = LOG_DIRTY_PAGES | READONLY
 _NAMES = {as_id: name for name, as_id in ADDRESS_SPACES.items()}
 
 
@@ -139,21 +143,30 @@ def read_replay(path: str, *, page_size: int = 4096, most: int | None = None) ->
     many transitions, RecordingError when it is a damaged recording.
     """
     rules = Rules(page_size=page_size)
-    recorded, history = _read(path, rules)
-    if history is None:
-        raise _nothing_in(path, recorded)
-    blocks, behind = back(history.lives, recorded.spans)
-    initial = _initial(history, behind)
-    _remark(history, recorded)
+    fold = _Fold(_read(path, rules))
+    transitions: list[ReplayTransition] = []
+    entries = 0
+    for t in islice(fold.transitions(), most):
+        entries += len(t.after)
+        if entries > MOST_ENTRIES:
+            number = len(transitions)
+            raise InputError(
+                f"{number + 1} transitions of up to {len(t.after)} slots are more than a replay "
+                "can hold",
+                remedy=f"replay fewer of them, with --first {number}",
+            )
+        transitions.append(t)
+    if not transitions:
+        raise _nothing_in(path, fold.traced)
     return ReplayInput(
         path,
-        recorded.kind,
-        recorded.qemu_version,
-        replace(rules, order=history.order),
-        blocks,
-        initial,
-        _transitions(history.commits[:most], behind, initial, recorded.kind),
-        recorded.remarks.texts(),
+        fold.traced.kind,
+        fold.traced.qemu_version,
+        replace(rules, order=fold.traced.order),
+        fold.blocks,
+        fold.initial,
+        tuple(transitions),
+        fold.notes(),
     )
 
 
@@ -165,101 +178,191 @@ def read_slot_tables(path: str) -> Iterator[tuple[int | None, SlotTable, LogChan
     the operations tell; where none does, QEMU's rules.  Raises as `read_replay`; nothing comes
     when no operation was recorded.
     """
-    recorded, history = _read(path, Rules())
-    if history is None:
-        return
-    _, behind = back(history.lives, recorded.spans)
-    table = _initial(history, behind)
-    for commit in history.commits:
-        before, table = table, table.copy()
-        for done in commit.done:
-            _carry_out(done, table, behind)
-        yield commit.seq, before, _log_change(before, table)
-    yield None, table, None
+    after: SlotTable | None = None
+    for t in _Fold(_read(path, Rules())).transitions():
+        yield t.seq or None, t.before, t.log
+        after = t.after
+    if after is not None:
+        yield None, after, None
 
 
-def _read(path: str, rules: Rules) -> tuple[Recorded, History | None]:
-    recorded = read_recording(path, rules) if is_recording(path) else read_log(path)
-    history = fold_history(recorded) if recorded.ops else None
-    if history is None or not history.commits:
-        return recorded, None
-    complete(history, recorded.remarks)
-    return recorded, history
+def _read(path: str, rules: Rules) -> Traced:
+    """What the file tells, without operations that no KVM accepts."""
+    traced = read_recording(path, rules) if is_recording(path) else read_log(path)
+    kept = []
+    for commit in traced.commits:
+        told = []
+        for op, shown in commit:
+            if op.ret == 0 and not possible(op):
+                where = op.transition if traced.kind == "recording" else op.t_ns
+                traced.remarks.add("an operation that no KVM accepts is left out", where)
+            else:
+                told.append((op, shown))
+        if told:
+            kept.append(told)
+    return replace(traced, commits=kept)
 
 
-def _initial(history: History, behind: Mapping[Life, Backing]) -> SlotTable:
-    slots = [_slot(life, behind, life.first_flags) for life in history.lives if life.initial]
-    placed = {(s.as_id, s.slot) for s in slots}
-    elsewhere = {
-        as_id: frozenset(i for i in ids if (as_id, i) not in placed)
-        for as_id, ids in history.taken.items()
-    }
-    return SlotTable(slots, elsewhere=elsewhere)
+class _Fold:
+    """Carries out the operations of a file, as KVM does.
 
+    - A delete takes the slot of that id, whatever gpa it names (`kvm_set_memory_region`, Linux,
+      virt/kvm/kvm_main.c).
+    - An operation on a live slot with the same gpa and size changes its flags.  READONLY cannot
+      change on a live slot, so QEMU then deletes and sets it and traces the second ioctl alone
+      (`kvm_set_user_memory_region`, accel/kvm/kvm-all.c): two operations here.
+    - A slot that KVM took over others, or under an id in use: deletions are missing in the file.
+      They are put in before it.
+    """
 
-def _transitions(
-    commits: Iterable[Commit], behind: Mapping[Life, Backing], initial: SlotTable, kind: str
-) -> tuple[ReplayTransition, ...]:
-    out: list[ReplayTransition] = []
-    before = initial
-    entries = 0
-    for number, commit in enumerate(commits, 1):
-        after = before.copy()
-        slots = [_carry_out(done, after, behind) for done in commit.done]
-        entries += len(after)
-        if entries > MOST_ENTRIES:
-            raise InputError(
-                f"{number} transitions of up to {len(after)} slots are more than a replay can hold",
-                remedy=f"replay fewer of them, with --first {number - 1}",
+    def __init__(self, traced: Traced) -> None:
+        self.traced = traced
+        first, elsewhere = beginning(traced)
+        self.blocks, behind = back(first, traced.commits, traced.spans)
+        self._behind = iter(behind[len(first) :])
+        self._hvas = {(s.as_id, s.slot): s.hva for s in first}
+        self._elsewhere = self._private = 0
+        slots = []
+        for s, backing in zip(first, behind, strict=False):
+            assert s.slot is not None
+            slots.append(_slot(s.as_id, s.slot, s.gpa, s.size, s.flags, backing))
+            self._private += bool(s.flags & GUEST_MEMFD)
+        self.initial = SlotTable(slots, elsewhere=elsewhere)
+
+    def transitions(self) -> Iterator[ReplayTransition]:
+        """Each commit that did something, in order."""
+        before, number = self.initial, 0
+        had_log = _has_log(before)
+        is_log = self.traced.kind == "log"
+        for commit in self.traced.commits:
+            for done, after in self._parts(commit, before, cut=is_log):
+                number += 1
+                has_log = _has_log(after)
+                ops, rets, slots, missing = zip(*done, strict=True)
+                self._elsewhere += sum(op.as_id != 0 for op in ops)
+                yield ReplayTransition(
+                    number if is_log else commit[0][0].transition or 0,
+                    ops,
+                    rets,
+                    slots,
+                    missing,
+                    before,
+                    after,
+                    _log_change(before, after) if had_log or has_log else None,
+                )
+                before, had_log = after, has_log
+
+    def _parts(
+        self, commit: Iterable[Told], before: SlotTable, *, cut: bool
+    ) -> Iterator[tuple[list[_Done], SlotTable]]:
+        """What a commit did, and the slots after it; `cut` in two where a deletion is missing that
+        would go back."""
+        after, done = before.copy(), list[_Done]()
+        for op, _ in commit:
+            if cut and self._doomed(op, after) and any(d[0].op is OpKind.ADD for d in done):
+                yield done, after
+                after, done = after.copy(), []
+            done += self._apply(op, next(self._behind), after)
+        if done:
+            yield done, after
+
+    def _doomed(self, op: SlotOp, table: SlotTable) -> tuple[Slot, ...]:
+        """Slots whose deletion is missing, since KVM took the operation."""
+        old = table.get(op.as_id, op.slot)
+        if op.ret != 0 or op.op == OpKind.DELETE or (old is not None and self._changes(op, old)):
+            return ()
+        doomed = table.overlapping(op.as_id, op.gpa, op.gpa + op.size)
+        return doomed if old is None or old in doomed else (*doomed, old)
+
+    def _changes(self, op: SlotOp, old: Slot) -> bool:
+        """The operation changes flags of the slot as it is, such as can change."""
+        hva = self._hvas.get((op.as_id, op.slot))
+        here = (op.gpa, op.size) == (old.gpa, old.size) and (None in (hva, op.hva) or hva == op.hva)
+        return here and not (op.flags ^ old.flags) & ~_CHANGEABLE
+
+    def notes(self) -> tuple[str, ...]:
+        """In words what was guessed, put in or left out so far."""
+        notes = list(self.traced.remarks.texts())
+        if self._elsewhere:
+            notes.append(
+                "operations on another address space than `memory` (SMM's, mostly): "
+                f"{self._elsewhere}"
             )
-        out.append(
-            ReplayTransition(
-                (commit.seq or 0) if kind == "recording" else number,
-                tuple(
-                    Op(done.kind, slot.as_id, slot.slot, slot.gpa, slot.size, done.flags)
-                    for done, slot in zip(commit.done, slots, strict=True)
-                ),
-                tuple(done.ret for done in commit.done),
-                tuple(slots),
-                tuple(done.missing for done in commit.done),
-                before,
-                after,
-                _log_change(before, after),
+        if self._private:
+            notes.append(
+                f"slots with a guest_memfd, whose memory is not the host's: {self._private}"
             )
-        )
-        before = after
-    return tuple(out)
+        return tuple(notes)
 
+    def _remark(self, text: str, op: SlotOp) -> None:
+        where = op.t_ns if self.traced.kind == "log" else op.transition
+        self.traced.remarks.add(text, where)
 
-def _carry_out(done: Done, table: SlotTable, behind: Mapping[Life, Backing]) -> Slot:
-    """Change `table` as the operation did; the slot it is about."""
-    slot = _slot(done.life, behind, done.flags)
-    old = table.get(slot.as_id, slot.slot)
-    if done.kind is OpKind.DELETE:
-        slot = old or slot
-    if done.ret == 0:
-        if old is not None:
+    def _apply(self, op: SlotOp, backing: Backing | None, table: SlotTable) -> list[_Done]:
+        """Change `table` as the operation did; what it was, with the slot that it is about."""
+        old = table.get(op.as_id, op.slot)
+        new = _slot(op.as_id, op.slot, op.gpa, op.size, op.flags, backing)
+        if op.ret != 0:
+            return [self._refused(op, old, new)]
+        if op.op == OpKind.DELETE:
+            if old is None:
+                self._remark("a slot is deleted that cannot be there: left out", op)
+                return []
+            if old.gpa != op.gpa:
+                self._remark("a slot is deleted elsewhere than it is: lines are missing", op)
+            return [self._delete(old, table)]
+        doomed = self._doomed(op, table)
+        changes = old is not None and self._changes(op, old)
+        self._hvas[op.as_id, op.slot] = op.hva
+        if old is not None and changes and not (old.flags ^ op.flags) & READONLY:
             table.remove(old.as_id, old.slot)
-        if done.kind is not OpKind.DELETE:
-            table.add(slot)
-    return slot
+            new = msgspec.structs.replace(old, flags=op.flags)
+            table.add(new)
+            return [_done(OpKind.FLAGS, new)]
+        done = []
+        if old is not None and changes:
+            done.append(self._delete(old, table))
+        for slot in doomed:
+            self._remark("the deletion of a slot is missing and was put in", op)
+            done.append(self._delete(slot, table, missing=True))
+        table.add(new)
+        self._private += bool(op.flags & GUEST_MEMFD)
+        return [*done, _done(OpKind.ADD, new)]
+
+    def _refused(self, op: SlotOp, old: Slot | None, new: Slot) -> _Done:
+        """It changed nothing; what it asked for is kept."""
+        self._remark("KVM refused an operation", op)
+        if op.op == OpKind.DELETE:
+            return _done(OpKind.DELETE, old or msgspec.structs.replace(new, size=0), op.ret)
+        if old is not None and self._changes(op, old):
+            return _done(OpKind.FLAGS, msgspec.structs.replace(old, flags=op.flags), op.ret)
+        return _done(OpKind.ADD, new, op.ret)
+
+    def _delete(self, slot: Slot, table: SlotTable, *, missing: bool = False) -> _Done:
+        table.remove(slot.as_id, slot.slot)
+        return _done(OpKind.DELETE, slot, missing=missing)
 
 
-def _slot(life: Life, behind: Mapping[Life, Backing], flags: int) -> Slot:
-    assert life.slot is not None
-    assert life.size is not None
-    block, owner, offset = behind.get(life, (None, None, None))
-    return Slot(life.as_id, life.slot, life.gpa, life.size, flags, block, owner, offset)
+def _done(kind: OpKind, slot: Slot, ret: int = 0, *, missing: bool = False) -> _Done:
+    flags = 0 if kind is OpKind.DELETE else slot.flags
+    return Op(kind, slot.as_id, slot.slot, slot.gpa, slot.size, flags), ret, slot, missing
 
 
-def _log_change(before: SlotTable, after: SlotTable) -> LogChange | None:
+def _slot(as_id: int, slot: int, gpa: int, size: int, flags: int, backing: Backing | None) -> Slot:
+    return Slot(as_id, slot, gpa, size, flags, *(backing or (None, None, None)))
+
+
+def _has_log(table: SlotTable) -> bool:
+    """Something is logged, or is a display's."""
+    return any(s.flags & LOG_DIRTY_PAGES or s.block in DISPLAY_RAM for s in table)
+
+
+def _log_change(before: SlotTable, after: SlotTable) -> LogChange:
     """What is logged afterwards and what is not, said of every block.
 
     Left to itself `DirtyLog` takes logged RAM that is no display's for a migration; here display
     RAM may have any name.
     """
-    if not any(s.logged or s.block in DISPLAY_RAM for table in (before, after) for s in table):
-        return None
     start = frozenset(s.block for s in after if s.logged and s.block is not None)
     names = frozenset(s.block for table in (before, after) for s in table if s.block is not None)
     return LogChange(start, names - start, False)
@@ -276,20 +379,8 @@ def _view(table: SlotTable, as_id: int) -> FlatView:
     return FlatView(ranges, _NAMES.get(as_id, f"address space {as_id}"))
 
 
-def _remark(history: History, recorded: Recorded) -> None:
-    lives = [life for life in history.lives if not life.refused]
-    elsewhere = sum(1 for commit in history.commits for done in commit.done if done.life.as_id != 0)
-    if elsewhere:
-        recorded.remarks.add(
-            f"operations on another address space than `memory` (SMM's, mostly): {elsewhere}"
-        )
-    private = sum(1 for life in lives if (life.flags | life.first_flags) & GUEST_MEMFD)
-    if private:
-        recorded.remarks.add(f"slots with a guest_memfd, whose memory is not the host's: {private}")
-
-
-def _nothing_in(path: str, recorded: Recorded) -> InputError:
-    if recorded.kind == "recording":
+def _nothing_in(path: str, traced: Traced) -> InputError:
+    if traced.kind == "recording":
         return RecordingError(
             f"{path} has no slot operations: nothing happened to the guest's memory map",
             remedy="record a guest while its memory map changes, or give another recording",

@@ -4,6 +4,9 @@ Every outermost `memory_region_transaction_commit` with something to do rebuilds
 run of `flatview_new` lines, one per root (`flatviews_reset`, system/memory.c), then the slot
 operations of that commit.  So a root that comes again, or any root after an operation, begins the
 next commit.  The end of a commit is not marked.
+
+Without these lines the operations alone tell commits apart: within one QEMU goes upwards in address
+(`Upwards`).  Time says nothing about it: a commit may be preempted.
 """
 
 from __future__ import annotations
@@ -12,10 +15,11 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from ..memslots import Order
 from ..recording import Cause
 from .live_slots import LiveSlot, LiveSlots, RawOp
 
-__all__ = ["Commit", "CommitGrouper", "SeenOp"]
+__all__ = ["Commit", "CommitGrouper", "SeenOp", "Upwards"]
 
 
 class SeenOp(msgspec.Struct, frozen=True, gc=False):
@@ -47,12 +51,57 @@ class Commit:
         return any(op.what != "flags" for op in self.ops)
 
 
-class CommitGrouper:
-    """Feed it lines in order; `done` are the commits that are complete."""
+class Upwards:
+    """Where an operation stands in its commit, which grows from one to the next.
 
-    def __init__(self, live: LiveSlots) -> None:
+    Up to 7.2 QEMU takes one address space after the other: deletes, then adds and changes of flags
+    as their ranges come.  From 8.0 (commit f39b7d2b96) changes of flags go out first, of all
+    address spaces, then each one's deletes and adds (`address_space_update_topology_pass`,
+    system/memory.c; `kvm_region_commit`, accel/kvm/kvm-all.c).  It changes a slot's flags or
+    deletes it, not both.
+    """
+
+    def __init__(self, order: Order) -> None:
+        self._order = order
+        self._place: tuple[int, ...] = ()
+        self._flagged: set[tuple[int, int]] = set()
+
+    def begin(self) -> None:
+        """The next operation is the first of a commit."""
+        self._place = ()
+        self._flagged.clear()
+
+    def goes_on(self, what: str, as_id: int, gpa: int) -> bool:
+        """Take the next operation; whether it may be of the same commit as those before.
+
+        When it may not it is the first of the next one.
+        """
+        if self._order is Order.V7_2:
+            place: tuple[int, ...] = (as_id, what != "delete", gpa)
+        else:
+            place = (what != "flags", as_id, what == "add", gpa)
+        fits = place > self._place and (as_id, gpa) not in self._flagged
+        if not fits:
+            self._flagged.clear()
+        self._place = place
+        if what == "flags":
+            self._flagged.add((as_id, gpa))
+        return fits
+
+
+class CommitGrouper:
+    """Feed it lines in order; `done` are the commits that are complete.
+
+    `keep_slots`: each commit has the slots that it left, which costs as much as there are slots.
+    """
+
+    def __init__(
+        self, live: LiveSlots, order: Order = Order.V8_0, *, keep_slots: bool = True
+    ) -> None:
         self.done: list[Commit] = []
         self._live = live
+        self._upwards = Upwards(order)
+        self._keep_slots = keep_slots
         self._open: Commit | None = None
         self._causes: list[Cause] = []
         self._moves_bar = False
@@ -77,13 +126,13 @@ class CommitGrouper:
     def slot_operation(self, op: RawOp) -> None:
         """A `kvm_set_user_memory` line.
 
-        Where `flatview_new` lines are missing, a delete after an add begins the next commit.
+        Where `flatview_new` lines are missing, one that goes back begins the next commit.
         """
         now = self._open
-        if now is None or (
-            not now.roots and op.size == 0 and any(seen.what == "add" for seen in now.ops)
-        ):
+        place = self._live.what(op), op.as_id, op.gpa
+        if now is None or not (now.roots or self._upwards.goes_on(*place)):
             now = self._begin(op.t_ns)
+            self._upwards.goes_on(*place)
         what, size = self._live.apply(op)
         now.ops.append(SeenOp(op, what, size))
 
@@ -104,7 +153,8 @@ class CommitGrouper:
         """No line came for a while, or one that belongs to the next commit: this one is whole."""
         now, self._open = self._open, None
         if now is not None:
-            if now.changes_slots:
+            self._upwards.begin()
+            if now.changes_slots and self._keep_slots:
                 now.slots_after = tuple(self._live)
             self.done.append(now)
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import count
 from operator import attrgetter, itemgetter
 
@@ -64,6 +64,7 @@ class LiveSlots:
         self._slots: dict[tuple[int, int], LiveSlot] = {}
         self._ids: Counter[tuple[int, int]] = Counter()  # how many of `_slots` have it
         self._taken: dict[int, set[int]] = {}  # ids that slots without a known id must have
+        self._tops: dict[int, int] = {}
         self._bases: list[tuple[int, str, str | None]] = []  # hva of offset 0, block, owner
         self._spans: dict[tuple[str, str | None], int] = {}
         self._shapes: dict[tuple[int, int, str, int], FlatRange] = {}
@@ -73,6 +74,14 @@ class LiveSlots:
                 slot.as_id, None, slot.gpa, slot.size, slot.flags, None,
                 slot.block, slot.owner, slot.offset or 0,
             )  # fmt: skip
+
+    @classmethod
+    def of(cls, slots: Sequence[LiveSlot], rules: Rules) -> LiveSlots:
+        """These slots, of a guest whose map is not known."""
+        new = cls({}, rules)
+        new._slots.update({(s.as_id, s.gpa): s for s in slots})
+        new._ids.update((s.as_id, s.slot) for s in slots if s.slot is not None)
+        return new
 
     def __len__(self) -> int:
         return len(self._slots)
@@ -87,6 +96,7 @@ class LiveSlots:
         new._slots = dict(self._slots)  # noqa: SLF001 - our own kind
         new._ids = self._ids.copy()  # noqa: SLF001
         new._taken = {as_id: set(ids) for as_id, ids in self._taken.items()}  # noqa: SLF001
+        new._tops = dict(self._tops)  # noqa: SLF001
         return new
 
     @property
@@ -123,6 +133,13 @@ class LiveSlots:
                     s, block=named.block, owner=named.owner, offset=named.offset
                 )
 
+    def what(self, op: RawOp) -> str:
+        """What an operation is: `add`, `delete` or `flags`."""
+        if op.size == 0:
+            return "delete"
+        old = self._slots.get((op.as_id, op.gpa))
+        return "flags" if old is not None and old.size == op.size else "add"
+
     def apply(self, op: RawOp) -> tuple[str, int]:
         """Fold one operation in; returns what it was (`add`, `delete`, `flags`) and the size.
 
@@ -140,7 +157,7 @@ class LiveSlots:
                 if old.block is not None:
                     self._note_base(op.hva, old.block, old.owner, old.offset)
             return "delete", old.size if old is not None else 0
-        what = "flags" if old is not None and old.size == op.size else "add"
+        what = self.what(op)
         if op.ret == 0:
             block, owner, offset = self._backing(op.hva, op.size)
             if what == "flags" and old is not None and block is None:
@@ -245,8 +262,10 @@ class LiveSlots:
     def _learn_ids(self, op: RawOp) -> None:
         """QEMU gives the lowest free id: those below it are in use, by slots we know or not."""
         taken = self._taken.setdefault(op.as_id, set())
-        if op.size and not self._ids[op.as_id, op.slot]:
-            taken |= {i for i in range(op.slot) if not self._ids[op.as_id, i]}
+        top = self._tops.get(op.as_id, 0)  # ids from here on have not been looked at
+        if op.size and op.slot >= top:
+            taken |= {i for i in range(top, op.slot) if not self._ids[op.as_id, i]}
+            self._tops[op.as_id] = op.slot + 1
         taken.discard(op.slot)
 
     def _backing(self, hva: int, size: int) -> tuple[str | None, str | None, int]:

@@ -69,7 +69,7 @@ class Tracker:
         self.traced = traced
         self.rules = rules
         self._live = LiveSlots(maps, rules)
-        self.commits = CommitGrouper(self._live)
+        self.commits = CommitGrouper(self._live, rules.order)
         self._predicted = slot_table(_views(maps), rules)
         self._marked: tuple[list[Commit], LiveSlots] | None = None
         self._relieved = False

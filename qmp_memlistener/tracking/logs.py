@@ -1,0 +1,156 @@
+"""A raw QEMU log as the tracker takes it: `kvm_set_user_memory` lines among other text, to commits.
+
+Time stamps, other trace events, a guest's console, CRLF and a last line that is cut off do not
+matter: `inputs.traces` reads a line, whatever form a backend or a log collector gave it.  Which
+operations were one commit and what they did to the slots is the tracker's to say, as for a guest
+that is watched.  What was there before the log began is in `beginning`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from typing import BinaryIO
+
+from ..errors import InputError
+from ..inputs import TraceLine, open_input, read_trace_line
+from ..memslots import Order, Rules
+from .commits import Commit, CommitGrouper
+from .guesses import counts_from_zero, log_switches
+from .live_slots import LiveSlot, LiveSlots, RawOp
+from .replaying import Remarks, Told, Traced
+from .reporting import traced_records
+
+__all__ = ["read_log"]
+
+_PIECE = 64 * 1024
+_OVERLAP = 1024  # longer than a line of interest
+_SHOWN = 120
+
+
+def read_log(path: str) -> Traced:
+    """The operations of a log of QEMU 7.2 to 11.1; their `t_ns` is the number of the line.
+
+    Up to 9.0 the line is `Slot#N` with the address space in N, from 9.1 on `AddrSpace#A Slot#N`:
+    then the order of 8.0 is certain.  Otherwise it is taken for that of 7.2, unless a commit that
+    `flatview_new` lines mark goes back in address after it has changed flags.
+
+    Raises InputError when the file cannot be read, when it has slot operations and none of them can
+    be, and when several QEMUs wrote it.
+    """
+    reader = _Reader()
+    with open_input(path) as file:
+        for number, line in _lines(file):
+            reader.line(number, line)
+    if not reader.found and reader.unreadable is not None:
+        number, text = reader.unreadable
+        raise InputError(
+            f"{path}, line {number} is a slot operation in a form that is not known: {text!r}",
+            remedy="give the text of QEMU's log backend, of scripts/simpletrace.py, or of perf "
+            "script, unchanged",
+        )
+    if len(reader.pids) > 1:
+        pids = ", ".join(map(str, sorted(reader.pids)[:8]))
+        raise InputError(
+            f"{path} has slot operations of {len(reader.pids)} processes ({pids})",
+            remedy="give the lines of one of them alone: the slots of a guest are its own",
+        )
+    order = Order.V8_0 if reader.split else Order.V7_2
+    commits = reader.commits(order, ())
+    if any(map(_queued, commits)):
+        order = Order.V8_0
+    elif commits and order is Order.V7_2:
+        reader.remarks.add("its lines are those of QEMU 7.2 to 9.0; taken for 7.2")
+    told = _told(commits)
+    if not counts_from_zero(told):
+        told = _told(reader.commits(order, log_switches(told, marked=reader.marked)))
+    return Traced("log", None, order, told, (), {}, reader.remarks)
+
+
+class _Reader:
+    """Lines to what the tracker takes."""
+
+    def __init__(self) -> None:
+        self.remarks = Remarks("line")
+        self.found = False
+        self.marked = False
+        self.split = False
+        self.pids: set[int] = set()
+        self.unreadable: tuple[int, str] | None = None
+        self._events: list[RawOp | tuple[int, int] | None] = []
+
+    def line(self, number: int, line: bytes) -> None:
+        told = read_trace_line(line, cut=not line.endswith(b"\n"))
+        if told is None:
+            return
+        if told.event == "slot":
+            self._operation(number, line, told)
+        elif told.event == "flatview_new":
+            self.marked = True
+            self._events.append((number, told.root))
+        elif self._events and self._events[-1] is not None:
+            self._events.append(None)
+
+    def _operation(self, number: int, line: bytes, told: TraceLine) -> None:
+        if not told.usable:
+            self.remarks.add("a slot operation cannot be read and is left out", number)
+            if self.unreadable is None:
+                self.unreadable = number, line.strip()[-_SHOWN:].decode("utf-8", "replace")
+            return
+        self.found = True
+        self.split |= told.split
+        if told.pid is not None:
+            self.pids.add(told.pid)
+        self._events.append(
+            RawOp(
+                number,
+                told.as_id,
+                told.slot,
+                told.gpa,
+                told.size,
+                told.flags,
+                told.ua,
+                told.ret,
+            )
+        )
+
+    def commits(self, order: Order, slots: Sequence[LiveSlot]) -> list[Commit]:
+        """What the tracker makes of it when `slots` are there at the beginning.
+
+        A BAR that is mapped or a memory device that is plugged ends a commit too: QEMU does that
+        under the lock that a commit holds.
+        """
+        grouper = CommitGrouper(LiveSlots.of(slots, Rules(order)), order, keep_slots=False)
+        for event in self._events:
+            if isinstance(event, RawOp):
+                grouper.slot_operation(event)
+            elif event is not None:
+                grouper.view_rebuilt(*event)
+            else:
+                grouper.close()
+        return [commit for commit in grouper.take() if commit.ops]
+
+
+def _told(commits: Iterable[Commit]) -> list[list[Told]]:
+    return [[(op, None) for op in traced_records(commit, None)] for commit in commits]
+
+
+def _queued(commit: Commit) -> bool:
+    """Its order is none of 7.2's: it goes back after it has changed flags."""
+    return bool(commit.roots) and any(
+        a.what == "flags"
+        and b.what != "flags"
+        and (b.raw.as_id, b.what != "delete", b.raw.gpa) <= (a.raw.as_id, True, a.raw.gpa)
+        for a, b in pairwise(commit.ops)
+    )
+
+
+def _lines(file: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """Lines with their numbers, from 1; of one that has no end in sight the last pieces."""
+    number, before = 1, b""
+    while piece := file.readline(_PIECE):
+        yield number, before + piece
+        if piece.endswith(b"\n"):
+            number, before = number + 1, b""
+        else:
+            before = piece[-_OVERLAP:]
