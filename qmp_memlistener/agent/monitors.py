@@ -15,6 +15,7 @@ from ..monitor import (
     Monitor,
     SocketTarget,
     Target,
+    allowed,
     companions_of,
     find_owner,
     parse_target,
@@ -128,6 +129,9 @@ async def connect_monitors(
     remarks += companions.without
     if observer.identity.remark is not None:
         remarks.append(observer.identity.remark)
+    untried = allowed.untried(observer.version.release)
+    if untried is not None:
+        remarks.append(untried)
     remarks[:0] = await left_remarks(observer, key)  # last: what a guard did is told only once
     return Monitors(observer, operator or observer, companions, owner, tuple(remarks))
 

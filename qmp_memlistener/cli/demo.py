@@ -15,7 +15,7 @@ from .common import json_option, print_json, run_async, say, terminal_shape
 if TYPE_CHECKING:
     from ..guests import PciAddress, Pulse, QemuBuild
     from ..memslots import Rules, SlotTable
-    from ..recording import Record, SlotOp
+    from ..recording import ProbeState, Record, SlotOp
     from ..topology import Transition
 
 MEMORY = 512 << 20
@@ -67,6 +67,7 @@ class _Demo:
         self._transitions = 0
         self._slot_ops = 0
         self._predicted = 0
+        self._probes: dict[str, ProbeState] = {}
 
     async def run(self, accel: str, version: str | None, repeat: int) -> None:
         from ..agent import attach
@@ -128,6 +129,7 @@ class _Demo:
                 await self._toggle(pulse, agent.settle)
                 self._facts["snapshots"] = agent.snapshots[0]
                 self._facts["source"] = agent.source
+                agent.measuring.state().add_to(self._probes)
         self._explain()
         if accel == "kvm":
             await self._races(build if version is not None else None)
@@ -145,6 +147,7 @@ class _Demo:
             "transitions": self._transitions,
             "slot_ops": self._slot_ops,
             "predicted_slot_ops": self._predicted,
+            "probes": list(self._probes.values()),
         }
 
     async def _races(self, only: QemuBuild | None) -> None:
@@ -249,8 +252,10 @@ class _Demo:
         return table
 
     def _on_record(self, record: Record) -> None:
-        from ..recording import SlotOp, TransitionRecord
+        from ..recording import ProbesRecord, SlotOp, TransitionRecord
 
+        if isinstance(record, ProbesRecord):
+            record.add_to(self._probes)
         if isinstance(record, TransitionRecord):
             self._transitions += 1
             if self._first_seq is None and (record.removed or record.added):

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..guests import QemuBuild
-    from ..recording import GuestFailure, Record
+    from ..recording import GuestFailure, ProbeState, Record
 
 __all__ = ["Race", "race"]
 
@@ -34,12 +34,15 @@ class Race:
         self.failure: GuestFailure | None = None
         self.stalls: dict[str, list[tuple[int, int]]] = defaultdict(list)
         self.failed = asyncio.Event()
+        self.probes: dict[str, ProbeState] = {}
 
     def take(self, record: Record) -> None:
         """A record of the agent."""
-        from ..recording import GuestFailure, StallRecord, TransitionRecord
+        from ..recording import GuestFailure, ProbesRecord, StallRecord, TransitionRecord
 
         match record:
+            case ProbesRecord():
+                record.add_to(self.probes)
             case TransitionRecord():
                 self.transitions += 1
             case GuestFailure():
@@ -67,6 +70,7 @@ class Race:
             "failure": self.failure,
             "median_ns": {kind: high for kind, (_, high) in medians.items()},
             "median_min_ns": {kind: low for kind, (low, _) in medians.items()},
+            "probes": list(self.probes.values()),
         }
 
 

@@ -42,6 +42,12 @@ class Check:
     remedy: str | None
 
 
+_TRY = "upgrade us; else see on a guest that may be lost whether it lives"
+_TRACE_LOG = "its trace log in a file of limited size"
+_LIMITED = "run as root, or allow user namespaces to this user (sysctl user.max_user_namespaces)"
+_LIMITED_OF_QEMU = "start QEMU without -D and with a stderr that is no file: it then logs to ours"
+
+
 @click.command("doctor")
 @click.argument("target", required=False)
 @click.option("--clean", is_flag=True, help="Take away what crashed agents of yours left in "
@@ -217,6 +223,7 @@ async def _examine(target: str) -> tuple[list[Probe], list[Check]]:
     from ..agent.monitors import connect_monitors
     from ..monitor import (
         TraceUnavailable,
+        allowed,
         measure_idle,
         read_facts,
         start_tracing,
@@ -230,9 +237,11 @@ async def _examine(target: str) -> tuple[list[Probe], list[Check]]:
         monitor, owner = monitors.observer, monitors.owner
         shot = await take_snapshot(monitor, await measure_idle(monitor))
         untraced = None
+        unlimited = None
         try:
-            async with await start_tracing(monitor, guest=owner):
-                pass
+            async with await start_tracing(monitor, guest=owner) as session:
+                unlimited = session.unlimited
+                in_place = session.in_place
         except TraceUnavailable as exc:
             untraced = exc
         context = Context(
@@ -248,7 +257,13 @@ async def _examine(target: str) -> tuple[list[Probe], list[Check]]:
         choices = await choose(context, tuple(PROBES))
     cost_ms = (shot.bql_cost_ns or 0) / 1e6
     snapshots = Check(f"snapshots of its map ({cost_ms:.1f} ms of BQL each)", True, None, None)
-    return [_probe(c.info, c.verdict) for c in choices], [snapshots]
+    found = [snapshots]
+    if untraced is None:
+        remedy = _LIMITED_OF_QEMU if in_place else _LIMITED
+        found.append(Check(_TRACE_LOG, unlimited is None, unlimited, unlimited and remedy))
+    untried = allowed.untried(monitor.version.release)
+    found.append(Check("our commands on its QEMU", not untried, untried, untried and _TRY))
+    return [_probe(c.info, c.verdict) for c in choices], found
 
 
 def _probe(info: ProbeInfo, verdict: Verdict) -> Probe:

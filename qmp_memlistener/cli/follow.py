@@ -154,11 +154,7 @@ class Followed:
                 self.compared = True
                 self.differences += not record.equal
             case ProbesRecord():
-                self.probes |= {
-                    p.name: p
-                    for p in record.probes
-                    if p.active or p.name not in self.probes or not self.probes[p.name].active
-                }
+                record.add_to(self.probes)
             case Lost():
                 self.lost += 1
 

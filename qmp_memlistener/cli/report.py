@@ -148,10 +148,7 @@ class _Contents:
                 if len(self._longest) >= 64 + 2 * longest:
                     self._shorten(longest)
             case ProbesRecord():
-                for state in record.probes:
-                    # one that was at work for a while is not one that was missing
-                    if state.active or state.name not in self._probes:
-                        self._probes[state.name] = state
+                record.add_to(self._probes)
             case GuestReset():
                 self._resets.append(record)
             case GuestFailure():

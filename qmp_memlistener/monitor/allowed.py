@@ -9,7 +9,7 @@ ended guests (`x-query-virtio-status`, 11.1.3: an assertion of its visitor).
 lived; tests/live/test_allowed.py fails where one is not.  Files are those of QEMU's source tree,
 tests those that send the command.  What one of these versions does not bear is listed for none.  A
 QEMU outside `TRIED` gets the same commands: all but the human-monitor ones are stable interface,
-and what it does not have it refuses.
+and what it does not have it refuses.  The user is told (`untried`).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from enum import StrEnum
 from ..errors import CommandNotAllowed
 
 __all__ = ["HMP", "QMP", "TRIED", "Hmp", "Permit", "Qmp", "check", "is_listed", "names"]
-__all__ += ["may_be_examined"]
+__all__ += ["may_be_examined", "untried"]
 
 TRIED = ((7, 2), (11, 1))
 """The oldest and the newest QEMU that these commands were sent to."""
@@ -186,6 +186,18 @@ HMP = (
 
 _BY_NAME = {command.name: command for command in QMP}
 _HMP = "human-monitor-command"
+
+
+def untried(release: tuple[int, int]) -> str | None:
+    """What to tell the user of a QEMU that is older or newer than those of `TRIED`."""
+    oldest, newest = TRIED
+    if oldest <= release <= newest:
+        return None
+    first, last, this = (f"{major}.{minor}" for major, minor in (oldest, newest, release))
+    return (
+        f"QEMU {this} is {'older' if release < oldest else 'newer'} than those that our commands "
+        f"were tried on ({first} to {last}): that none of them does harm is not known"
+    )
 
 
 def is_listed(

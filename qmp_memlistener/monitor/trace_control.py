@@ -104,20 +104,31 @@ class TraceSession:
         self._stopped = False
 
     @property
+    def unlimited(self) -> str | None:
+        """Why the log is not a file that cannot grow beyond `LOG_LIMIT`; None when it is one."""
+        until = "should this process be killed, it grows until the next attach or `doctor --clean`"
+        if self.in_place:
+            return f"a log of QEMU's own has no limit: {until}"
+        log = self._setting.note.log
+        if log is not None and not log.limit:
+            return f"this user may make no file with a limit: {until}"
+        return None
+
+    @property
     def remarks(self) -> tuple[str, ...]:
         found = []
         note = self._setting.note
         log = note.log
         if self.in_place:
-            found.append(f"trace lines go to QEMU's own log and stay there: {note.in_place_name}")
+            found.append(
+                f"trace lines go to QEMU's own log and stay there: {note.in_place_name}; "
+                f"{self.unlimited}"
+            )
             found += [note.in_place_remark] if note.in_place_remark else []
         elif self._setting.guest.command_line.uses_log:
             found.append("QEMU's other log lines go to the trace log too until we leave")
-        if log is not None and not log.limit:
-            found.append(
-                f"QEMU's log is {log.path}, which grows without bound should this process be "
-                "killed, until the next attach: this user may make no file with a limit"
-            )
+        elif self.unlimited is not None:
+            found.append(f"QEMU's log is {note.path}; {self.unlimited}")
         if log is not None and not log.kept:
             found.append(f"QEMU's log will go to {log.restore_path} afterwards: {log.why}")
         if self.missing:

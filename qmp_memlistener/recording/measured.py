@@ -100,6 +100,12 @@ class ProbesRecord(Record, frozen=True, kw_only=True, tag="probes"):
     t_ns: int
     probes: list[ProbeState]
 
+    def add_to(self, known: dict[str, ProbeState]) -> None:
+        """Keep of each probe that it was at work at some time, else why it is not."""
+        for state in self.probes:
+            if state.active or state.name not in known or not known[state.name].active:
+                known[state.name] = state
+
 
 class GuestFailure(Record, frozen=True, kw_only=True, tag="guest_failure"):
     """The guest died, and what is known of why.

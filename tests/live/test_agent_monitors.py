@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from qmp_memlistener import attach
+from qmp_memlistener.cli.doctor import _examine
 from qmp_memlistener.errors import InputError, MonitorBusy, WrongGuest
 from qmp_memlistener.guests import GuestSpec, launch
-from qmp_memlistener.monitor import Monitor, parse_target
+from qmp_memlistener.monitor import Monitor, allowed, parse_target
 
 SPEC = GuestSpec(machine="pc", accel="tcg", args=("-S",), monitors=3)
 
@@ -47,6 +48,21 @@ async def test_monitors_that_are_named_are_used() -> None:
                 await Monitor.connect(parse_target(ping))
         async with await Monitor.connect(parse_target(ping)) as freed:
             assert freed.is_connected
+
+
+@pytest.mark.asyncio
+async def test_a_qemu_that_nothing_was_tried_on_is_told_of_once(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(allowed, "TRIED", ((1, 0), (1, 1)))
+    async with launch(SPEC) as guest:
+        target = str(guest.monitors[0])
+        async with attach(target, probes=(), trace=False) as agent:
+            (remark,) = [r for r in agent.remarks if "tried on" in r]
+            assert "is newer than those that our commands were tried on (1.0 to 1.1)" in remark
+        (check,) = [c for c in (await _examine(target))[1] if "commands" in c.name]
+        assert (check.usable, check.reason) == (False, remark)
+        assert check.remedy
 
 
 @pytest.mark.asyncio

@@ -20,6 +20,7 @@ from qmp_memlistener.monitor import allowed, read_facts
 from qmp_memlistener.updates.model import Plug, Role, Strategy, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
+from tests.live.verbs_support import one_build
 from tests.support.linux import booted_linux
 from tests.support.live import booted, builds, why_no_kvm
 from tests.support.verbs import Ran, run_verb
@@ -147,3 +148,25 @@ slow = partial(run_verb, seconds=60.0)
 def check(*ran: Ran) -> None:
     for verb in ran:
         assert verb.code == 0, verb
+
+
+@one_build
+@pytest.mark.asyncio
+async def test_the_demo_sends_only_what_is_listed(
+    build: QemuBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """To the guest that it boots itself; and its result names the probes that were at work."""
+    log = tmp_path / "qemu.log"
+    (tmp_path / "qemus" / "0.1").mkdir(parents=True)
+    logged = {"binary": build.binary, "args": [*build.args, *logging_to(log)], "env": build.env}
+    described = json.dumps({"version": "0.1", **logged})
+    (tmp_path / "qemus" / "0.1" / "qemu.json").write_text(described)
+    monkeypatch.setenv("QMP_MEMLISTENER_QEMUS", str(tmp_path / "qemus"))
+    ran = await slow("demo", "--qemu", "0.1", "--accel", "tcg", "--repeat", "0", "--json")
+    check(ran)
+    sent = requests(log)
+    assert len(sent) > 10
+    assert [request for request in sent if not allowed.is_listed(*request)] == []
+    probes = {probe["name"]: probe for probe in ran.documents[0]["probes"]}  # type: ignore[attr-defined]
+    assert probes["trace"]["active"]
+    assert all(probe["active"] or probe["reason"] for probe in probes.values())

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from qmp_memlistener.cli.doctor import _examine
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.monitor import (
     TRACE_EVENTS,
@@ -44,6 +45,33 @@ pytestmark = [
     pytest.mark.qemu,
     pytest.mark.skipif(not QEMUS, reason=NO_QEMU),
 ]
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("own", [True, False])
+async def test_a_log_that_nothing_limits_is_told_of(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """QEMU's own, and ours where this user can make no limited file: an agent that is killed leaves
+    the events on."""
+
+    def refuse(size: int) -> int:
+        raise PermissionError(size)
+
+    monkeypatch.setattr(trace_notes, "limited_file", refuse)
+    log = ("-D", str(tmp_path / "log")) if own else ()
+    async with running(QEMUS[0], tmp_path, *log) as qemu:
+        (tmp_path / "log").touch()
+        async with await Monitor.connect(qemu.a) as monitor:
+            async with await start_tracing(monitor) as session:
+                assert session.in_place == own
+                (remark,) = [r for r in session.remarks if "no limit" in r or "with a limit" in r]
+                assert "until the next attach or `doctor --clean`" in remark
+                assert str(session.unlimited) in remark
+            checks = {c.name: c for c in (await _examine(str(qemu.b)))[1]}
+            check = checks["its trace log in a file of limited size"]
+            assert not check.usable
+            assert ("-D" if own else "user namespaces") in str(check.remedy)
 
 
 @pytest.mark.asyncio

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import CommandNotAllowed
-from qmp_memlistener.monitor import Command, Monitor
+from qmp_memlistener.monitor import Command, Monitor, allowed
 from qmp_memlistener.monitor.allowed import (
     HMP,
     QMP,
@@ -148,3 +148,10 @@ async def test_nothing_is_sent_when_one_of_several_is_not_listed(tmp_path: Path)
             await monitor.execute("quit", oob=True)
         await monitor.execute("query-status")
     assert requests == ["qmp_capabilities", *ASKED, "query-name", "query-status"]
+
+
+def test_a_qemu_that_nothing_was_tried_on_is_told_of() -> None:
+    assert [allowed.untried(v) for v in ((7, 2), (8, 0), (11, 1))] == [None, None, None]
+    assert "QEMU 7.1 is older" in str(allowed.untried((7, 1)))
+    assert "QEMU 11.2 is newer" in str(allowed.untried((11, 2)))
+    assert "(7.2 to 11.1)" in str(allowed.untried((12, 0)))
