@@ -188,7 +188,7 @@ async def one_round(bench: Bench, verb: str, *, interrupt: bool = True) -> Found
     assert code is not None
     if after.status != "running":
         wrong.append(f"the guest is {after.status}")
-    if code not in (0, 1, INTERRUPTED, -number):
+    if code not in (0, 1, INTERRUPTED, -number) or (code == -number and out):
         wrong.append(f"exit code {code}")
     if "Traceback" in err.decode():
         wrong.append("a traceback")
@@ -235,6 +235,8 @@ def _untold(before: State, after: State, out: str, as_json: bool) -> list[str]:
             return [f"{document['outcome']}, and {', '.join(sorted(changes))} changed"]
         if document.get("outcome") == "done" and not document.get("interrupted"):
             return []
+        if document.get("outcome") == "done" and "u0" in before.things:
+            return [f"done, and {name} is there" for name, _ in REMOVING if name in after.things]
         told = (document.get(k) for k in ("reason", "remedy", "notes", "placed"))
         said = json.dumps([*told, document.get("ended_early")])
     elif out.startswith(("failed", "refused")):

@@ -111,6 +111,10 @@ def run() -> None:
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = print_traceback
     signals.install()
-    code = main()
-    signals.finish()
+    try:
+        code = main()
+        signals.finish()
+    except Interrupted:  # between the two
+        signals.finish()
+        code = EXIT_CODE
     sys.exit(code)

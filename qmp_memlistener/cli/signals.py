@@ -73,8 +73,14 @@ class Signals:
         on_wait(self._poke)
 
     def finish(self) -> None:
-        """All is done but the exit itself: nothing is to be interrupted any more."""
+        """All is done but the exit itself: nothing is to be interrupted any more.
+
+        Ignored, for Python gives its handlers up on its way out: a signal that came then would be
+        the end, and not the exit code that fits what was done and said.
+        """
         self._over = True
+        for number in NUMBERS:
+            signal.signal(number, signal.SIG_IGN)
 
     @contextlib.contextmanager
     def asking(self, end: Callable[[], bool]) -> Iterator[None]:

@@ -185,3 +185,19 @@ def test_waits_nest_and_end() -> None:
     with waiting("a"), waiting("b"):
         assert whats() == [*before, "a", "b"]
     assert whats() == before
+
+
+@pytest.mark.asyncio
+async def test_what_comes_at_the_exit_does_not_change_the_exit_code() -> None:
+    """Python gives its handlers up on its way out; what is ignored stays so."""
+    program = """
+s.signals.finish()
+ready()
+(ignored,) = (line for line in open("/proc/self/status") if line.startswith("SigIgn"))
+mask = int(ignored.split()[1], 16)
+print(all(mask >> (number - 1) & 1 for number in s.NUMBERS))
+time.sleep(0.1)
+sys.exit(7)
+"""
+    code, out, _, _ = await run(program, signal.SIGTERM)
+    assert (code, out.split()[-1]) == (7, "True")
