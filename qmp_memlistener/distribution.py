@@ -37,6 +37,7 @@ class Distribution(msgspec.Struct, frozen=True):
         p50, p90, p99 = (percentile(values, p) for p in (50, 90, 99))
         return cls(len(values), p50, p90, p99, max(values))
 
-    def as_us(self) -> dict[str, float]:
-        """`p50`, `p90`, `p99` and `max` in microseconds, to the nanosecond."""
-        return {name: getattr(self, f"{name}_ns") / 1000 for name in ("p50", "p90", "p99", "max")}
+    def as_us(self) -> dict[str, float | None]:
+        """`p50`, `p90`, `p99` and `max` in microseconds, to the nanosecond; None of no times."""
+        names = ("p50", "p90", "p99", "max")
+        return {name: getattr(self, f"{name}_ns") / 1000 if self.n else None for name in names}

@@ -234,16 +234,19 @@ def race_document(report: RaceReport) -> dict[str, object]:
 
 def _entry(r: StrategyResult) -> dict[str, object]:
     t = r.totals
-    return {
-        "name": r.name,
-        "skipped": r.skipped,
-        "fidelity": r.fidelity,
+    measured: dict[str, object] = {
         "updates": t.updates,
         "updates_hit": t.hit,
         **t.as_json(),
         "dirty_pages_changed": t.pages_changed,
         "dirty_pages_lost": t.pages_lost,
-        "slot_ids_kept": r.skipped is None and not t.ids_changed,
+        "slot_ids_kept": not t.ids_changed,
         "bitmap_kept": r.bitmap_kept,
+    }
+    return {
+        "name": r.name,
+        "skipped": r.skipped,
+        "fidelity": r.fidelity,
+        **(measured if r.skipped is None else dict.fromkeys(measured)),
         "model": msgspec.to_builtins(r.model),
     }

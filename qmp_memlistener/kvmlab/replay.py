@@ -313,15 +313,18 @@ def replay_document(report: ReplayReport) -> dict[str, object]:
 
 def _entry(r: ReplayResult) -> dict[str, object]:
     totals = r.totals
-    return {
-        "name": r.name,
-        "skipped": r.skipped,
-        "fidelity": r.fidelity,
+    measured: dict[str, object] = {
         "transitions": totals.updates,
         "ops": sum(t.ops for t in r.transitions),
         "return_mismatches": sum(t.return_mismatches for t in r.transitions),
         "transitions_hit": totals.hit,
         **totals.as_json(),
+    }
+    return {
+        "name": r.name,
+        "skipped": r.skipped,
+        "fidelity": r.fidelity,
+        **(measured if r.skipped is None else dict.fromkeys(measured)),
         "by_transition": [
             {
                 "seq": t.seq,

@@ -43,7 +43,9 @@ class KvmStatsProbe:
     cumulative ones (`exits`, `mmio_exits`, `tlb_flush`, …) and of gauges (`pages_4k`, …; these may
     go down).  Peaks, booleans and histograms have no difference that means anything and are left
     out, and so are counters that did not change.  Names in `_ns` are nanoseconds, the others
-    counts.  A vCPU that came meanwhile counts from zero, one that went is left out.
+    counts.  Of a vCPU that came or went meanwhile nothing is known (one that is plugged again goes
+    on with the counters it had, kvm_unpark_vcpu in accel/kvm/kvm-all.c): `vcpus_left_out` counts
+    these, and is absent when there are none.
     """
 
     info = ProbeInfo(
@@ -159,9 +161,12 @@ async def read_counters(monitor: Monitor, kept: frozenset[str]) -> Counters:
 def changes(before: Counters, after: Counters) -> dict[str, int]:
     """What changed, by name; see `KvmStatsProbe`."""
     found: Counter[str] = Counter()
-    for key, value in after.values.items():
-        found[key[1]] += value - before.values.get(key, 0)
-    return {name: change for name, change in found.items() if change}
+    for key in after.values.keys() & before.values.keys():
+        found[key[1]] += after.values[key] - before.values[key]
+    one_time = {path for path, _ in after.values.keys() ^ before.values.keys()}
+    both_times = {path for path, _ in after.values.keys() & before.values.keys()}
+    found["vcpus_left_out"] = len(one_time - both_times)
+    return {name: found[name] for name in sorted(found) if found[name]}
 
 
 async def _kept_names(monitor: Monitor) -> frozenset[str]:

@@ -13,11 +13,12 @@ __all__ = ["LabMirror", "MemoryShown", "MirrorDifference", "MirrorRecord", "Mirr
 
 
 class MirrorTimes(msgspec.Struct, frozen=True):
-    """How often something was done, and how long it took in all and at most."""
+    """How often something was done, and how long it took in all and at most: None for what was
+    never done (0 in recordings of former versions)."""
 
     count: int
     total_ns: int
-    longest_ns: int
+    longest_ns: int | None
 
 
 class MemoryShown(msgspec.Struct, frozen=True):

@@ -71,7 +71,9 @@ def lab_mirror(facts: LabFacts, verified: Verified) -> LabMirror:
         placed=facts.placed,
         grown=facts.grown,
         moved=facts.moved,
-        holds=MirrorTimes(facts.holds, facts.held_ns, facts.longest_hold_ns),
+        holds=MirrorTimes(
+            facts.holds, facts.held_ns, facts.longest_hold_ns if facts.holds else None
+        ),
         reads=verified.reads,
         differences=[
             MirrorDifference(
@@ -195,7 +197,7 @@ def _lab(lab: LabMirror) -> Iterator[str]:
 
 def _average(times: MirrorTimes) -> str:
     mean = duration_text(times.total_ns // times.count)
-    return f"{mean} on average, {duration_text(times.longest_ns)} at most"
+    return f"{mean} on average, {duration_text(times.longest_ns or 0)} at most"
 
 
 def _differences(differences: list[MirrorDifference]) -> Iterator[str]:

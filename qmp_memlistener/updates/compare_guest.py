@@ -255,8 +255,10 @@ class HostGuest:
         words = [f"{role} {name} is there" for role, name in sorted(now.ids - self._start.ids)]
         words += [f"{role} {name} is gone" for role, name in sorted(self._start.ids - now.ids)]
         for name, (requested, size) in self._start.memory.items():
-            has = now.memory.get(name, (0, 0))
-            if has != (requested, size):
+            has = now.memory.get(name)
+            if has is None:
+                words.append(f"{name} is gone, and had {size >> 20} MiB")
+            elif has != (requested, size):
                 words.append(
                     f"{name} has {has[1] >> 20} MiB, {has[0] >> 20} wanted, and had "
                     f"{size >> 20}, {requested >> 20} wanted"

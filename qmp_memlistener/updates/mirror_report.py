@@ -48,14 +48,15 @@ class MapDifference:
 
 
 class Times(msgspec.Struct, frozen=True):
-    """How often something was done, and how long it took in all and at most (ns)."""
+    """How often something was done, and how long it took in all and at most (ns): None for what
+    was never done."""
 
     count: int = 0
     total_ns: int = 0
-    longest_ns: int = 0
+    longest_ns: int | None = None
 
     def plus(self, ns: int) -> Times:
-        return Times(self.count + 1, self.total_ns + ns, max(self.longest_ns, ns))
+        return Times(self.count + 1, self.total_ns + ns, max(self.longest_ns or 0, ns))
 
 
 class MirrorReport(msgspec.Struct, frozen=True, kw_only=True):

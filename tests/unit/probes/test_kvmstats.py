@@ -20,10 +20,11 @@ def test_vcpus_are_added_up_and_what_did_not_change_is_left_out() -> None:
 
 
 def test_vcpus_that_come_and_go() -> None:
-    """A new one counts from zero; of one that went nothing is known."""
+    """Of neither anything is known: one that comes again has the counters it had when it went."""
     before, after = counters(cpu0_exits=10, cpu1_exits=20), counters(cpu0_exits=11)
-    assert changes(before, after) == {"exits": 1}
-    assert changes(after, before) == {"exits": 19}
+    assert changes(before, after) == {"exits": 1, "vcpus_left_out": 1}
+    assert changes(after, before) == {"exits": -1, "vcpus_left_out": 1}
+    assert changes(counters(), after) == {"vcpus_left_out": 1}
 
 
 def test_nothing_changed() -> None:

@@ -153,6 +153,14 @@ async def test_backends_that_are_left_over_go() -> None:
 
 
 @pytest.mark.asyncio
+async def test_memory_that_is_gone_is_not_memory_of_no_size() -> None:
+    vm = Vm(vm0=512 * MIB)
+    guest = await begun(vm, Resize("+", 256 * MIB))
+    del vm.memory["vm0"]
+    assert await guest.left() == "vm0 is gone, and had 512 MiB"
+
+
+@pytest.mark.asyncio
 async def test_what_does_not_go_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compare_guest, "PATIENCE_S", 0.05)
     vm = Vm(vm0=512 * MIB)
