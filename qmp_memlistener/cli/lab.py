@@ -11,7 +11,6 @@ __all__ = ["command"]
 VERBS = {
     "race": "lab_race",
     "replay": "lab_replay",
-    "cost": "lab_cost",
     "strategies": "lab_strategies",
 }
 

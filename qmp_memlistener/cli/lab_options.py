@@ -18,7 +18,6 @@ __all__ = [
     "exit_code",
     "progress_bar",
     "size",
-    "sizes",
     "strategies_option",
 ]
 
@@ -32,11 +31,6 @@ def size(text: str) -> int:
     if match is None:
         raise click.BadParameter(f"{text!r} is not a size such as 4096, 4K or 64M")
     return int(match[1]) << _UNITS[match[2].upper()]
-
-
-def sizes(text: str) -> list[int]:
-    """`2M,16M` in bytes."""
-    return [size(part) for part in text.split(",")]
 
 
 def device_option(function: F) -> F:

@@ -22,11 +22,12 @@ from types import TracebackType
 from typing import Self
 
 from qmp_memlistener.errors import MissingPrerequisite, OperationFailed
-from qmp_memlistener.kvmlab import cost_vm, programs, x86
-from qmp_memlistener.kvmlab.cost_vm import CostVm, Layout, Op, Shape
+from qmp_memlistener.kvmlab import programs, x86
 from qmp_memlistener.kvmlab.device import Kvm
-from qmp_memlistener.kvmlab.lookup_native import build
 from tools.bench.growth import Figure, Sample, print_table, ratios
+from tools.bench.slot_costs import vm as cost_vm
+from tools.bench.slot_costs.lookup_native import build
+from tools.bench.slot_costs.vm import CostVm, Layout, Op, Shape
 
 MIB = 1 << 20
 RUNNING = Shape(size=16 * MIB, slots=8, vcpus=1)

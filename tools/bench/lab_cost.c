@@ -1,6 +1,6 @@
 /*
  * The lab's slot operations in C, beside which its Python is measured: same VM, same guest, same
- * cycle as qmp_memlistener/kvmlab/cost_vm.py.
+ * cycle as tools/bench/slot_costs/vm.py.
  *
  *     lab_cost IMAGE NAME=NUMBER...
  *

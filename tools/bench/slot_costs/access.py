@@ -10,14 +10,14 @@ from __future__ import annotations
 import random
 import time
 
-from ..errors import InputError, OperationFailed
-from . import programs
-from .capabilities import Cap
-from .closing import Closing
-from .device import Kvm
-from .host_memory import PAGE, HostMemory
-from .machine import Machine
-from .x86 import GIB
+from qmp_memlistener.errors import InputError, OperationFailed
+from qmp_memlistener.kvmlab import programs
+from qmp_memlistener.kvmlab.capabilities import Cap
+from qmp_memlistener.kvmlab.closing import Closing
+from qmp_memlistener.kvmlab.device import Kvm
+from qmp_memlistener.kvmlab.host_memory import PAGE, HostMemory
+from qmp_memlistener.kvmlab.machine import Machine
+from qmp_memlistener.kvmlab.x86 import GIB
 
 __all__ = ["AccessVm"]
 

@@ -1,7 +1,7 @@
 """A lab VM of a given shape, and cycles of every slot operation in it, timed one by one.
 
 tools/bench/lab_cost.c makes the same VM and goes through the same cycle: `Shape`, `Layout` and
-`Op` are what both agree on.  What is measured with which shapes is `cost`'s business.
+`Op` are what both agree on.  What is measured with which shapes is in `costs`.
 
 A cycle adds the slot, punches and fills a hole in its host mapping, turns dirty logging on and off,
 moves the slot and deletes it.  Before each of these that takes memory away from the guest, the
@@ -17,15 +17,15 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import StrEnum
 
-from ..errors import InputError, OperationFailed
-from . import abi, programs, system
-from .capabilities import Cap
-from .closing import Closing
-from .cpus import Cpus
-from .device import Kvm
-from .host_memory import PAGE, HostMemory
-from .machine import Machine
-from .x86 import GIB, MAX_GIB
+from qmp_memlistener.errors import InputError, OperationFailed
+from qmp_memlistener.kvmlab import abi, programs, system
+from qmp_memlistener.kvmlab.capabilities import Cap
+from qmp_memlistener.kvmlab.closing import Closing
+from qmp_memlistener.kvmlab.cpus import Cpus
+from qmp_memlistener.kvmlab.device import Kvm
+from qmp_memlistener.kvmlab.host_memory import PAGE, HostMemory
+from qmp_memlistener.kvmlab.machine import Machine
+from qmp_memlistener.kvmlab.x86 import GIB, MAX_GIB
 
 __all__ = ["CostVm", "Layout", "Op", "Shape"]
 

@@ -10,8 +10,8 @@ import msgspec
 import pytest
 
 from qmp_memlistener.errors import InputError, MissingPrerequisite, OperationFailed
-from qmp_memlistener.kvmlab import lookup_native
-from qmp_memlistener.kvmlab.lookup import (
+from tools.bench.slot_costs import lookup_native
+from tools.bench.slot_costs.lookup import (
     MOST_SLOTS,
     TREE,
     USED,
@@ -23,7 +23,7 @@ from qmp_memlistener.kvmlab.lookup import (
     count_updates,
     lookup_document,
 )
-from qmp_memlistener.reports.lab_cost import lookup_lines, lookup_tables
+from tools.bench.slot_costs.tables import lookup_lines, lookup_tables
 
 
 @pytest.fixture(scope="module")

@@ -9,15 +9,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.kvmlab.lookup_array import (
+from tools.bench.slot_costs.lookup_array import (
     ARRAY_5_7,
     ARRAY_5_14,
     SLOT_BYTES,
     ArrayLayout,
     SlotArray,
 )
-from qmp_memlistener.kvmlab.lookup_steps import Interval
-from qmp_memlistener.kvmlab.lookup_tree import SlotTree
+from tools.bench.slot_costs.lookup_steps import Interval
+from tools.bench.slot_costs.lookup_tree import SlotTree
 
 PAGES = st.integers(0, 400)
 

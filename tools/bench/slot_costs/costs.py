@@ -14,12 +14,13 @@ from contextlib import ExitStack
 
 import msgspec
 
-from ..distribution import Distribution
-from .capabilities import Cap
-from .cost_access import AccessVm
-from .cost_vm import CostVm, Op, Shape
-from .device import Kvm, flavour
+from qmp_memlistener.distribution import Distribution
+from qmp_memlistener.kvmlab.capabilities import Cap
+from qmp_memlistener.kvmlab.device import Kvm, flavour
+
+from .access import AccessVm
 from .lookup import MOST_SLOTS
+from .vm import CostVm, Op, Shape
 
 __all__ = [
     "AccessCost",

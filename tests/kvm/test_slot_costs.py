@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +15,10 @@ import pytest
 
 from qmp_memlistener.errors import InputError, MissingPrerequisite, OperationFailed
 from qmp_memlistener.kvmlab.capabilities import Cap
-from qmp_memlistener.kvmlab.cost import (
+from qmp_memlistener.kvmlab.device import Kvm
+from tools.bench.bench_lab_cost import CProgram
+from tools.bench.slot_costs.access import AccessVm
+from tools.bench.slot_costs.costs import (
     Costs,
     cost_document,
     default_shapes,
@@ -21,12 +26,9 @@ from qmp_memlistener.kvmlab.cost import (
     measure_costs,
     one_at_a_time,
 )
-from qmp_memlistener.kvmlab.cost_access import AccessVm
-from qmp_memlistener.kvmlab.cost_vm import SLOT_GPA, CostVm, Op, Shape
-from qmp_memlistener.kvmlab.device import Kvm
-from qmp_memlistener.kvmlab.lookup_native import build
-from qmp_memlistener.reports.lab_cost import cost_lines, cost_tables
-from tools.bench.bench_lab_cost import CProgram
+from tools.bench.slot_costs.lookup_native import build
+from tools.bench.slot_costs.tables import cost_lines, cost_tables
+from tools.bench.slot_costs.vm import SLOT_GPA, CostVm, Op, Shape
 
 pytestmark = pytest.mark.kvm
 
@@ -206,3 +208,15 @@ def test_the_c_program_does_the_same(kvm: Kvm, shape: Shape, tmp_path: Path) -> 
         c._process.kill()
         with pytest.raises(OperationFailed):
             c.cycles(1)
+
+
+def test_the_command_prints_one_document(kvm: Kvm) -> None:
+    del kvm
+    done = subprocess.run(
+        [sys.executable, "-m", "tools.bench.slot_costs",
+         "--slot-sizes", "2M", "--slots", "4", "--rounds", "1", "--no-lookup", "--json"],
+        cwd=Path(__file__).resolve().parents[2], capture_output=True, check=True, timeout=120,
+    )  # fmt: skip
+    document = json.loads(done.stdout)
+    assert [(s["size"], s["slots"], s["vcpus"]) for s in document["shapes"]] == [(2 * MIB, 4, 1)]
+    assert document["lookup"] is None

@@ -27,8 +27,9 @@ from itertools import islice
 
 import msgspec
 
-from ..distribution import Distribution
-from ..errors import InputError, MissingPrerequisite
+from qmp_memlistener.distribution import Distribution
+from qmp_memlistener.errors import InputError, MissingPrerequisite
+
 from .lookup_array import ARRAY_5_7, ARRAY_5_14, ArrayLayout, SlotArray
 from .lookup_native import Timings, lookup_program
 from .lookup_steps import Found, Interval, UpdateWork

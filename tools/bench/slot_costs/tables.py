@@ -9,12 +9,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterable, Iterator
 
-from ..distribution import Distribution
-from ..kvmlab.cost import Costs
-from ..kvmlab.cost_vm import Op
-from ..kvmlab.lookup import Kind, LookupComparison, LookupCost, Structure, UpdateCost
-from .tables import Table
-from .terminal import size_text
+from qmp_memlistener.distribution import Distribution
+from qmp_memlistener.reports.tables import Table
+from qmp_memlistener.reports.terminal import size_text
+
+from .costs import Costs
+from .lookup import Kind, LookupComparison, LookupCost, Structure, UpdateCost
+from .vm import Op
 
 __all__ = ["cost_lines", "cost_tables", "lookup_lines", "lookup_tables"]
 

@@ -1,8 +1,7 @@
 """Compiles the C programs that measure beside Python, and runs the one that times look-ups.
 
-The package works without a compiler: then `MissingPrerequisite` says so, and what is timed is left
-out.  Sources lie beside this module; programs are built in a temporary directory and gone again
-afterwards.
+Without a compiler `MissingPrerequisite` says so, and what is timed is left out.  Sources lie beside
+this module; programs are built in a temporary directory and gone again afterwards.
 """
 
 from __future__ import annotations
@@ -16,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ..distribution import Distribution
-from ..errors import MissingPrerequisite, OperationFailed
+from qmp_memlistener.distribution import Distribution
+from qmp_memlistener.errors import MissingPrerequisite, OperationFailed
 
 __all__ = ["FLAGS", "LookupProgram", "Timings", "build", "compiler", "lookup_program"]
 
