@@ -150,7 +150,7 @@ class KvmBackend(Closing):
     @property
     def memory(self) -> Blocks:
         """The lab's own memory of each RAM block."""
-        return self._slots.ground.blocks
+        return self._slots.blocks
 
     def kvm_slots(self) -> list[Slot]:
         """The slots as KVM has them: one for each slot held, or for several that share it."""
@@ -194,7 +194,7 @@ class KvmBackend(Closing):
             slots, probe = self._slots, self._probe
             samples = samples_of(slots.table, _private(self._machine), most)
             try:
-                misread = tuple(verify_slots(slots.table, slots.ground.blocks, probe, samples))
+                misread = tuple(verify_slots(slots.table, slots.blocks, probe, samples))
             except OSError as exc:
                 raise OperationFailed(f"the lab cannot look at its slots: {exc.strerror}") from exc
             unreached = sum(gpa >= probe.reach for gpa in samples)
@@ -204,7 +204,7 @@ class KvmBackend(Closing):
         """What it is made of and what it did so far."""
         with self._lock:
             start, end = _private(self._machine)
-            counts = self._slots.ground.counts
+            counts = self._slots.context.counts
             return LabFacts(
                 vcpus=self._vcpus,
                 reach=self._probe.reach,

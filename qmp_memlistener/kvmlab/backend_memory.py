@@ -11,26 +11,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ..memslots import Slot
+from ..memslots.slots import Backing
 from .execution import BlockName
 from .host_memory import PAGE
 
-__all__ = ["Behind", "Blocks"]
+__all__ = ["Blocks"]
 
 _UNUSED = 64  # blocks that no slot shows any more and that are kept all the same
 _MAGIC = 0xA5
 _PAGE_BITS, _BLOCK_BITS = 36, 20
-
-
-@dataclass(frozen=True, slots=True)
-class Behind:
-    """A byte of host memory: RAM block, owner, offset."""
-
-    block: str | None
-    owner: str | None
-    offset: int
-
-    def __str__(self) -> str:
-        return f"{self.block} @{self.offset:#x}"
 
 
 @dataclass(slots=True)
@@ -83,13 +72,13 @@ class Blocks:
         word = (_MAGIC << _BLOCK_BITS | number) << _PAGE_BITS | offset // PAGE
         self.write(name, offset, word.to_bytes(8, "little"))
 
-    def stamped(self, data: bytes) -> Behind | None:
+    def stamped(self, data: bytes) -> Backing | None:
         """Which page `data`, the first word of one, is from; None when it has no stamp of ours."""
         word = int.from_bytes(data, "little")
         number = word >> _PAGE_BITS & (1 << _BLOCK_BITS) - 1
         if word >> _PAGE_BITS + _BLOCK_BITS != _MAGIC or number not in self._names:
             return None
-        return Behind(*self._names[number], (word & (1 << _PAGE_BITS) - 1) * PAGE)
+        return Backing(*self._names[number], (word & (1 << _PAGE_BITS) - 1) * PAGE)
 
     def let_go(self, name: BlockName, slots: Iterable[Slot]) -> None:
         """A slot of a block went; forget the oldest of too many blocks that no slot shows."""

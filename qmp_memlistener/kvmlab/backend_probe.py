@@ -13,9 +13,10 @@ from dataclasses import dataclass
 from ..errors import InputError, OperationFailed
 from ..memslots import Slot, SlotTable
 from ..memslots.intervals import join, subtract
+from ..memslots.slots import Backing
 from . import abi, system, x86
 from .abi import ExitReason
-from .backend_memory import Behind, Blocks
+from .backend_memory import Blocks
 from .host_memory import PAGE
 from .machine import Machine
 from .programs import SIZE
@@ -106,8 +107,8 @@ class Misread:
     """
 
     gpa: int
-    wanted: Behind | None
-    found: Behind | None
+    wanted: Backing | None
+    found: Backing | None
     word: bytes | None
 
     def __str__(self) -> str:
@@ -172,7 +173,7 @@ def verify_slots(
             yield Misread(gpa, behind, found, word)
 
 
-def _behind(slot: Slot | None, gpa: int) -> Behind | None:
+def _behind(slot: Slot | None, gpa: int) -> Backing | None:
     if slot is None:
         return None
-    return Behind(slot.block, slot.owner, (slot.offset or 0) + gpa - slot.gpa)
+    return Backing(slot.block, slot.owner, (slot.offset or 0) + gpa - slot.gpa)

@@ -18,8 +18,9 @@ from msgspec.structs import replace
 from ..errors import InputError, OperationFailed
 from ..memslots import LOG_DIRTY_PAGES, READONLY, Slot, SlotTable
 from .arenas import Arena, Piece, piece_of
-from .backend_real import Ground, RealSlot, refused
+from .backend_memory import Blocks
 from .host_memory import PAGE
+from .real_slot import LabContext, RealSlot, refused
 from .vm import LabVm, SlotRefused
 
 __all__ = ["RealSlots"]
@@ -38,7 +39,8 @@ class RealSlots:
         self, vm: LabVm, last_id: int, standing: Callable[[], AbstractContextManager[None]]
     ) -> None:
         self.table = SlotTable()
-        self.ground = Ground(vm)
+        self.blocks = Blocks()
+        self.context = LabContext(vm, self.blocks.reach)
         self._last_id = last_id
         self._standing = standing
         self._reals: list[RealSlot] = []  # by gpa
@@ -81,7 +83,7 @@ class RealSlots:
                 real.show(Piece(start, end), held)
             del real.members[held.slot]
         self.table.remove(held.as_id, held.slot)
-        self.ground.blocks.let_go((held.block, held.owner), self.table)
+        self.blocks.let_go((held.block, held.owner), self.table)
         if not alone:
             real.set_log(held)
 
@@ -129,7 +131,7 @@ class RealSlots:
 
     def real(self) -> list[Slot]:
         """The slots as KVM has them, by address."""
-        return [Slot(_MEMORY, r.number, r.gpa, r.arena.size, r.flags) for r in self._reals]
+        return [real.slot for real in self._reals]
 
     def spans(self) -> list[tuple[int, int]]:
         """The addresses of KVM's slots, ascending."""
@@ -145,7 +147,7 @@ class RealSlots:
         for real in self._reals:
             if real.logged:
                 real.carry()
-        self.ground.vm = vm
+        self.context.vm = vm
 
     def dirty_pages(self) -> frozenset[int]:
         """gpas of pages written through logged slots, not told before.  Raises SlotRefused."""
@@ -176,13 +178,13 @@ class RealSlots:
         self._reals.clear()
         self._numbers.clear()
         self.table = SlotTable()
-        self.ground.blocks.close()
+        self.blocks.close()
 
     # -- how a slot comes ----------------------------------------------------------------------
 
     def _make(self, slot: Slot) -> None:
         arena = Arena(_MEMORY, slot.gpa, slot.size, bool(slot.flags & READONLY))
-        real = RealSlot(self.ground, arena, [slot], self._free_number(slot.slot), slot)
+        real = RealSlot(self.context, arena, [slot], self._free_number(slot.slot), slot)
         try:
             real.set(slot.flags, "add", slot)
         except BaseException:
@@ -205,7 +207,7 @@ class RealSlots:
             for piece in done:
                 real.show(Piece(piece.start, piece.end), slot)
             raise
-        self.ground.counts.placed += 1
+        self.context.counts.placed += 1
 
     def _grow(self, touched: list[RealSlot], slot: Slot) -> None:
         """One arena in place of those, with room for `slot`; vCPUs stand meanwhile."""
@@ -215,7 +217,7 @@ class RealSlots:
         readonly = all(s.flags & READONLY for s in (*members, slot))
         arena = Arena(_MEMORY, start, end - start, readonly)
         number = max(touched, key=lambda real: real.arena.size).number
-        new = RealSlot(self.ground, arena, (*members, slot), number, slot)
+        new = RealSlot(self.context, arena, (*members, slot), number, slot)
         try:
             with self._standing():
                 for old in touched:
@@ -233,12 +235,12 @@ class RealSlots:
         self._enter(new)
         for s in members:
             self.table.add(s)
-        self.ground.counts.grown += 1
+        self.context.counts.grown += 1
 
     def _let_kvm_refuse(self, slot: Slot) -> None:
         """KVM's own answer to a slot that cannot be."""
         number = self._free_number(slot.slot)
-        result = self.ground.vm.region(number, slot.gpa, max(slot.size, 0), PAGE, slot.flags)
+        result = self.context.vm.region(number, slot.gpa, max(slot.size, 0), PAGE, slot.flags)
         assert result < 0, "KVM takes neither slots that overlap nor parts of pages"
         raise refused("add", slot, -result)
 

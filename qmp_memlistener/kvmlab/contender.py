@@ -13,7 +13,7 @@ from .arenas import arenas_of
 from .capabilities import Cap
 from .closing import Closing
 from .device import Kvm
-from .execution import Backing, Carried, Executor, Log, SlotExecutor, nothing, refused
+from .execution import ExecutionResult, Executor, HostMemories, Log, SlotExecutor, nothing, refused
 from .field import RAM, Field
 from .hole_execution import HoleExecutor
 from .host_memory import PAGE, HostMemory
@@ -71,7 +71,7 @@ class Contender(Closing):
             self.machine.touched = touch_hole
             self._add_filler(most - 2)
             regions = {(r.name, r.owner) for r in self._full}
-            self._backing: Backing = dict.fromkeys(regions, self._memory)
+            self._memories: HostMemories = dict.fromkeys(regions, self._memory)
             self._executor = self._executor_of()
             self._closers.append(self._executor.close)
             self._table = self._first_table()
@@ -93,11 +93,11 @@ class Contender(Closing):
     def _executor_of(self) -> Executor:
         hole = self.strategy.hole
         if hole is None:
-            return SlotExecutor(self.machine, self._backing, sync=self.strategy.sync)
+            return SlotExecutor(self.machine, self._memories, sync=self.strategy.sync)
         tables = [self._field.table(view, self._rules) for view in (self._full, self._holed)]
         views = [{0: self._full}, {0: self._holed}]
         wide = [follow_blocks(t, views, self._rules, None) for t in tables]
-        return HoleExecutor(self.machine, self._backing, hole, arenas_of(wide))
+        return HoleExecutor(self.machine, self._memories, hole, arenas_of(wide))
 
     def _first_table(self) -> SlotTable:
         table = self._field.table(self._full, self._rules)
@@ -167,7 +167,7 @@ class Contender(Closing):
         machine = self.machine
         ledger = self._begin_ledger()
 
-        def act() -> Carried:
+        def act() -> ExecutionResult:
             if hole != (0, 0):
                 machine.hole = hole
             return self._carry_out(what)
@@ -194,7 +194,7 @@ class Contender(Closing):
         self._faults += len(self._executor.waiting_at())
         return bool(self._faults) or self.machine.threads[vcpu].waits
 
-    def _carry_out(self, what: Plan) -> Carried:
+    def _carry_out(self, what: Plan) -> ExecutionResult:
         if self.strategy.idle:
             return nothing(self.machine)
         carried = self._executor.carry_out(what)

@@ -19,9 +19,9 @@ from .machine import Machine
 from .vm import SlotRefused
 
 __all__ = [
-    "Backing",
+    "HostMemories",
     "BlockName",
-    "Carried",
+    "ExecutionResult",
     "Executor",
     "FetchedLog",
     "Log",
@@ -36,12 +36,12 @@ __all__ = [
 BlockName = tuple[str | None, str | None]
 """Name and owner of what backs a slot."""
 
-Backing = Mapping[BlockName, HostMemory]
+HostMemories = Mapping[BlockName, HostMemory]
 
 
-def hva_of(backing: Backing, slot: Slot) -> int:
+def hva_of(memories: HostMemories, slot: Slot) -> int:
     """Where the slot's first byte lies in our address space."""
-    return backing[slot.block, slot.owner].hva + (slot.offset or 0)
+    return memories[slot.block, slot.owner].hva + (slot.offset or 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +80,7 @@ def ring_log(rings: DirtyRings, slots: Iterable[Slot]) -> RingLog:
 
 
 @dataclass(slots=True)
-class Carried:
+class ExecutionResult:
     """One plan, carried out.
 
     All of it took `[begin_ns, end_ns)`, its system calls `calls_ns` of that.  RAM that is there
@@ -114,7 +114,7 @@ class Executor(Protocol):
     def install(self, table: SlotTable) -> None:
         """Make the slots of an empty machine.  Raises SlotRefused."""
 
-    def carry_out(self, plan: Plan) -> Carried:
+    def carry_out(self, plan: Plan) -> ExecutionResult:
         """Do what the plan says, vCPUs running.  Raises OperationFailed when the plan is not for
         the slots there are; what KVM refuses is in the result."""
 
@@ -133,15 +133,15 @@ class Executor(Protocol):
 class SlotExecutor:
     """Slots are KVM's slots.  `sync` fetches the dirty log of a logged one before its delete."""
 
-    def __init__(self, machine: Machine, backing: Backing, *, sync: bool = False) -> None:
+    def __init__(self, machine: Machine, memories: HostMemories, *, sync: bool = False) -> None:
         self._machine = machine
-        self._backing = backing
+        self._memories = memories
         self._sync = sync
         self.table = SlotTable()
 
     def install(self, table: SlotTable) -> None:
         for slot in table:
-            hva = hva_of(self._backing, slot)
+            hva = hva_of(self._memories, slot)
             self._machine.vm.set_region(slot.kvm_slot, slot.gpa, slot.size, hva, slot.flags)
         self.table = table
 
@@ -160,12 +160,12 @@ class SlotExecutor:
     def close(self) -> None:
         """KVM's slots go with the machine."""
 
-    def carry_out(self, plan: Plan, slots: Sequence[Slot] | None = None) -> Carried:
+    def carry_out(self, plan: Plan, slots: Sequence[Slot] | None = None) -> ExecutionResult:
         """`slots` are those that the operations are about, for plans that KVM may refuse."""
         if plan.before != self.table:
             raise OperationFailed("the plan is for other slots than the machine has")
         about = list(slots) if slots is not None else _about(plan)
-        done = Carried()
+        done = ExecutionResult()
         inside = held_by(plan)
         gap = _Gap(plan.ops, plan.missing) if not inside else None
         inhibited = bool(plan.inhibited)
@@ -187,11 +187,11 @@ class SlotExecutor:
         return done
 
     def _operate(
-        self, ops: Sequence[Op], about: Sequence[Slot], done: Carried, gap: _Gap | None
+        self, ops: Sequence[Op], about: Sequence[Slot], done: ExecutionResult, gap: _Gap | None
     ) -> None:
         machine, region, now = self._machine, self._machine.vm.region, time.monotonic_ns
         hvas = [
-            hva_of(self._backing, s) if op.slot >= 0 else 0
+            hva_of(self._memories, s) if op.slot >= 0 else 0
             for op, s in zip(ops, about, strict=True)
         ]
         for i, op in enumerate(ops):
@@ -282,13 +282,13 @@ class _Gap:
             self.until_ns = until_ns
 
 
-def nothing(machine: Machine) -> Carried:
+def nothing(machine: Machine) -> ExecutionResult:
     """The control: a slot is set to what it is, nothing to do for KVM.  Raises SlotRefused."""
     private = machine.private
     begin_ns = time.monotonic_ns()
     machine.vm.set_region(machine.private_slot, private.gpa, private.size, private.memory.hva)
     end_ns = time.monotonic_ns()
-    return Carried(begin_ns, end_ns, end_ns - begin_ns)
+    return ExecutionResult(begin_ns, end_ns, end_ns - begin_ns)
 
 
 def refused(results: Mapping[int, int], ops: Sequence[Op]) -> SlotRefused | None:

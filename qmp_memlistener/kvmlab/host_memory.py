@@ -34,13 +34,13 @@ class Reservation:
             raise _no_memory(size, exc) from exc
         self._open = True
 
-    def place(self, offset: int, size: int, memory: HostMemory, at: int, protection: int) -> None:
-        """`[at, at + size)` of `memory` appears at `offset`; what was there goes, in one step."""
+    def place(self, offset: int, size: int, file: int, at: int, protection: int) -> None:
+        """`[at, at + size)` of `file` appears at `offset`; what was there goes, in one step."""
         system.mmap(
             size,
             protection,
             system.MAP_SHARED | system.MAP_FIXED | system.MAP_NORESERVE,
-            memory.fd,
+            file,
             at,
             self.hva + offset,
         )

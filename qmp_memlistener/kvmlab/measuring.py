@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from ..distribution import Distribution
-from .execution import Carried
+from .execution import ExecutionResult
 from .machine import Machine
 
 __all__ = ["BEATS", "Totals", "Update", "measure"]
@@ -17,7 +17,7 @@ BEATS = 32
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):
-    """One update.  Times in ns; what they are is in `Carried`, `gap_ns` the guest noticed itself.
+    """One update.  Times in ns, as in `ExecutionResult`; `gap_ns` is what the guest noticed itself.
 
     `hole` exits are accesses to what is not RAM, `spurious` ones those to RAM that should be there.
     """
@@ -93,11 +93,11 @@ _COUNTED = (
 
 def measure(
     machine: Machine,
-    act: Callable[[], Carried],
+    act: Callable[[], ExecutionResult],
     *,
     ids_changed: bool = False,
     unless: Callable[[int], bool] = lambda _vcpu: False,
-) -> tuple[Update, Carried]:
+) -> tuple[Update, ExecutionResult]:
     """Let the vCPUs beat, `act`, let them beat again; those that died go on afterwards.
 
     `unless` is true of a vCPU that waits at a hole and cannot beat.  Raises OperationFailed.

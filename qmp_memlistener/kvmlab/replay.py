@@ -18,7 +18,15 @@ from .capabilities import Cap
 from .closing import Closing
 from .cpus import Cpus
 from .device import Kvm
-from .execution import Backing, BlockName, Carried, Executor, SlotExecutor, nothing, refused
+from .execution import (
+    BlockName,
+    ExecutionResult,
+    Executor,
+    HostMemories,
+    SlotExecutor,
+    nothing,
+    refused,
+)
 from .hole_execution import HoleExecutor
 from .host_memory import PAGE, HostMemory
 from .machine import Machine
@@ -164,7 +172,7 @@ class _Player(Closing):
         kvm: Kvm,
         strategy: LabStrategy,
         source: ReplayInput,
-        memory: Backing,
+        memory: HostMemories,
         vcpus: int,
     ) -> None:
         self.strategy = strategy
@@ -241,7 +249,7 @@ class _Player(Closing):
         found = addresses(transition, self._reach, vcpu, self._vcpus)
         return found or [self._machine.private.scratch_gpa(vcpu)]
 
-    def _carry_out(self, planned: Planned) -> Carried:
+    def _carry_out(self, planned: Planned) -> ExecutionResult:
         assert self._executor is not None, "begun"
         if planned.slots is not None:
             assert isinstance(self._executor, SlotExecutor), "only slots repeat what was recorded"
@@ -261,7 +269,7 @@ class _Player(Closing):
 class _Chunks(dict[BlockName, HostMemory]):
     """Memory of blocks, also for the parts into which a strategy splits them."""
 
-    def __init__(self, memory: Backing) -> None:
+    def __init__(self, memory: HostMemories) -> None:
         super().__init__(memory)
 
     def __missing__(self, name: BlockName) -> HostMemory:
@@ -270,7 +278,7 @@ class _Chunks(dict[BlockName, HostMemory]):
         return memory
 
 
-def _mismatches(planned: Planned, carried: Carried) -> int:
+def _mismatches(planned: Planned, carried: ExecutionResult) -> int:
     """Operations that KVM answered otherwise than it did when they were recorded."""
     if planned.expected is None:
         return sum(bool(result) for result in carried.results.values())

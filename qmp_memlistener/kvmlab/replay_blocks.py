@@ -13,19 +13,17 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..memslots.slots import Backing
 from ..tracking.live_slots import LiveSlot
 from ..tracking.replaying import Told
 
-__all__ = ["Backing", "HostBlock", "back"]
-
-Backing = tuple[str, str | None, int]
-"""RAM block, its owner, and the offset in it of a slot's first byte."""
+__all__ = ["HostBlock", "back"]
 
 _WIDEST_GAP = 4 << 30
 """Two runs with the same distance of host address and gpa are one block if they lie no further
 apart: what firmware and chipset cover is below 4 GiB, and a lone coincidence is far away."""
 
-_Key = tuple[str, str | None]
+_Key = tuple[str | None, str | None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,7 +71,9 @@ class _Shown:
 
 
 def back(
-    slots: Sequence[LiveSlot], commits: Iterable[Iterable[Told]], spans: Mapping[_Key, int]
+    slots: Sequence[LiveSlot],
+    commits: Iterable[Iterable[Told]],
+    spans: Mapping[tuple[str, str | None], int],
 ) -> tuple[tuple[HostBlock, ...], list[Backing | None]]:
     """The blocks in the order in which slots show them; what is behind each of `slots`, then behind
     each operation of `commits`.
@@ -101,7 +101,7 @@ def back(
 
 
 def _named(s: LiveSlot) -> Backing | None:
-    return (s.block, s.owner, s.offset) if s.block is not None else None
+    return Backing(s.block, s.owner, s.offset) if s.block is not None else None
 
 
 def _by_name(there: Iterable[_Shown]) -> None:
@@ -128,7 +128,9 @@ def _by_name(there: Iterable[_Shown]) -> None:
 class _Places:
     """Where blocks lie among QEMU's host addresses."""
 
-    def __init__(self, blocks: Iterable[_Block], spans: Mapping[_Key, int]) -> None:
+    def __init__(
+        self, blocks: Iterable[_Block], spans: Mapping[tuple[str, str | None], int]
+    ) -> None:
         self._blocks = sorted(blocks, key=lambda b: b.base or 0)
         self._starts = [b.base or 0 for b in self._blocks]
         self._ends = [
@@ -220,5 +222,7 @@ def _finish(
         names[block] = name
         given.add(name)
     blocks = tuple(HostBlock(names[b], b.owner, b.size) for b in first)
-    behind = [(names[s.block], s.block.owner, s.offset) if s.block else None for s in everything]
+    behind = [
+        Backing(names[s.block], s.block.owner, s.offset) if s.block else None for s in everything
+    ]
     return blocks, behind

@@ -9,7 +9,7 @@ there before the first operation), what is behind slots in `replay_blocks`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import islice
 
 import msgspec
@@ -17,7 +17,6 @@ import msgspec
 from ..errors import InputError, RecordingError
 from ..inputs import refusal
 from ..memslots import (
-    ADDRESS_SPACES,
     DISPLAY_RAM,
     GUEST_MEMFD,
     LOG_DIRTY_PAGES,
@@ -29,15 +28,17 @@ from ..memslots import (
     Slot,
     SlotTable,
 )
+from ..memslots.slots import Backing
 from ..recording import SlotOp, is_recording
-from ..topology import FlatRange, FlatView, Kind
 from ..tracking.beginning import beginning
 from ..tracking.logs import read_log
 from ..tracking.replaying import Told, Traced, possible, read_recording
-from .replay_blocks import Backing, HostBlock, back
+from .replay_blocks import HostBlock, back
+from .replay_transition import AppliedOp, ReplayInput, ReplayTransition
 
 __all__ = [
     "MOST_ENTRIES",
+    "AppliedOp",
     "HostBlock",
     "ReplayInput",
     "ReplayTransition",
@@ -48,88 +49,7 @@ __all__ = [
 MOST_ENTRIES = 8_000_000
 """Slots of all transitions together."""
 
-_Done = tuple[Op, int, Slot, bool]  # return code, the slot that it is about, missing in the file
 _CHANGEABLE = LOG_DIRTY_PAGES | READONLY
-_NAMES = {as_id: name for name, as_id in ADDRESS_SPACES.items()}
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayTransition:
-    """One transition: `ops` in the order in which the guest's QEMU made them.
-
-    `seq` is the recording's number of it, 0 for what a recording does not number (dirty logging
-    switched without a transition); transitions of a log are counted from 1.  Op by op: `rets` is
-    the return code, 0 or a negative errno; `slots` the slot that the op adds, changes or deletes,
-    as it is when the op succeeds (of a delete: as it was), with what backs it; `missing` that
-    the file lacks it and it was put in.  A delete that was refused may name no slot: size 0.
-
-    `before` and `after` are the slots on both sides, each with its backing; neither may be changed.
-    Ops with a return code other than 0 have no part in `after`.  `log` says what starts
-    and stops being logged, for `plan`; None when nothing is logged.
-    """
-
-    seq: int
-    ops: tuple[Op, ...]
-    rets: tuple[int, ...]
-    slots: tuple[Slot, ...]
-    missing: tuple[bool, ...]
-    before: SlotTable
-    after: SlotTable
-    log: LogChange | None
-
-    @property
-    def view_before(self) -> dict[int, FlatView]:
-        """`before` as FlatViews by address space: `memslots.plan` takes them with `before`."""
-        return {as_id: _view(self.before, as_id) for as_id in self._as_ids}
-
-    @property
-    def view_after(self) -> dict[int, FlatView]:
-        """`after` as FlatViews by address space.
-
-        A slot that went and came again as it was stands for a range that changed in a way which
-        its slot does not show (RAM behind a read-only alias, PAM); it differs from the one in
-        `view_before` by `unmergeable` alone, so that QEMU's plan has its ops as well.
-        """
-        again = {
-            (op.as_id, op.gpa)
-            for op, ret in zip(self.ops, self.rets, strict=True)
-            if op.op is OpKind.ADD and ret == 0
-        }
-        out: dict[int, FlatView] = {}
-        for as_id, view in self.view_before.items():
-            old = {r.start: r for r in view}
-            new = _view(self.after, as_id)
-            ranges = [
-                replace(r, unmergeable=True)
-                if (as_id, r.start) in again and old.get(r.start) == r
-                else r
-                for r in new
-            ]
-            out[as_id] = FlatView(ranges, new.address_space)
-        return out
-
-    @property
-    def _as_ids(self) -> tuple[int, ...]:
-        return tuple(sorted({*self.before.as_ids(), *self.after.as_ids()}))
-
-
-@dataclass(frozen=True, slots=True)
-class ReplayInput:
-    """A file's transitions in order.
-
-    `kind` is `recording` or `log`.  `rules` are those of the QEMU that made the ops, as far as
-    the file tells.  `initial` are the slots before the first transition.  `notes` say in words
-    what was guessed, put in or left out.
-    """
-
-    source: str
-    kind: str
-    qemu_version: str | None
-    rules: Rules
-    blocks: tuple[HostBlock, ...]
-    initial: SlotTable
-    transitions: tuple[ReplayTransition, ...]
-    notes: tuple[str, ...]
 
 
 def read_replay(path: str, *, page_size: int = 4096, most: int | None = None) -> ReplayInput:
@@ -238,14 +158,10 @@ class _Fold:
             for done, after in self._parts(commit, before, cut=is_log):
                 number += 1
                 has_log = _has_log(after)
-                ops, rets, slots, missing = zip(*done, strict=True)
-                self._elsewhere += sum(op.as_id != 0 for op in ops)
+                self._elsewhere += sum(a.op.as_id != 0 for a in done)
                 yield ReplayTransition(
                     number if is_log else commit[0][0].transition or 0,
-                    ops,
-                    rets,
-                    slots,
-                    missing,
+                    tuple(done),
                     before,
                     after,
                     _log_change(before, after) if had_log or has_log else None,
@@ -254,12 +170,12 @@ class _Fold:
 
     def _parts(
         self, commit: Iterable[Told], before: SlotTable, *, cut: bool
-    ) -> Iterator[tuple[list[_Done], SlotTable]]:
+    ) -> Iterator[tuple[list[AppliedOp], SlotTable]]:
         """What a commit did, and the slots after it; `cut` in two where a deletion is missing that
         would go back."""
-        after, done = before.copy(), list[_Done]()
+        after, done = before.copy(), list[AppliedOp]()
         for op, _ in commit:
-            if cut and self._doomed(op, after) and any(d[0].op is OpKind.ADD for d in done):
+            if cut and self._doomed(op, after) and any(a.op.op is OpKind.ADD for a in done):
                 yield done, after
                 after, done = after.copy(), []
             done += self._apply(op, next(self._behind), after)
@@ -298,7 +214,7 @@ class _Fold:
         where = op.t_ns if self.traced.kind == "log" else op.transition
         self.traced.remarks.add(text, where)
 
-    def _apply(self, op: SlotOp, backing: Backing | None, table: SlotTable) -> list[_Done]:
+    def _apply(self, op: SlotOp, backing: Backing | None, table: SlotTable) -> list[AppliedOp]:
         """Change `table` as the operation did; what it was, with the slot that it is about."""
         old = table.get(op.as_id, op.slot)
         new = _slot(op.as_id, op.slot, op.gpa, op.size, op.flags, backing)
@@ -318,7 +234,7 @@ class _Fold:
             table.remove(old.as_id, old.slot)
             new = msgspec.structs.replace(old, flags=op.flags)
             table.add(new)
-            return [_done(OpKind.FLAGS, new)]
+            return [_applied(OpKind.FLAGS, new)]
         done = []
         if old is not None and changes:
             done.append(self._delete(old, table))
@@ -327,25 +243,26 @@ class _Fold:
             done.append(self._delete(slot, table, missing=True))
         table.add(new)
         self._private += bool(op.flags & GUEST_MEMFD)
-        return [*done, _done(OpKind.ADD, new)]
+        return [*done, _applied(OpKind.ADD, new)]
 
-    def _refused(self, op: SlotOp, old: Slot | None, new: Slot) -> _Done:
+    def _refused(self, op: SlotOp, old: Slot | None, new: Slot) -> AppliedOp:
         """It changed nothing; what it asked for is kept."""
         self._remark("KVM refused an operation", op)
         if op.op == OpKind.DELETE:
-            return _done(OpKind.DELETE, old or msgspec.structs.replace(new, size=0), op.ret)
+            return _applied(OpKind.DELETE, old or msgspec.structs.replace(new, size=0), op.ret)
         if old is not None and self._changes(op, old):
-            return _done(OpKind.FLAGS, msgspec.structs.replace(old, flags=op.flags), op.ret)
-        return _done(OpKind.ADD, new, op.ret)
+            return _applied(OpKind.FLAGS, msgspec.structs.replace(old, flags=op.flags), op.ret)
+        return _applied(OpKind.ADD, new, op.ret)
 
-    def _delete(self, slot: Slot, table: SlotTable, *, missing: bool = False) -> _Done:
+    def _delete(self, slot: Slot, table: SlotTable, *, missing: bool = False) -> AppliedOp:
         table.remove(slot.as_id, slot.slot)
-        return _done(OpKind.DELETE, slot, missing=missing)
+        return _applied(OpKind.DELETE, slot, missing=missing)
 
 
-def _done(kind: OpKind, slot: Slot, ret: int = 0, *, missing: bool = False) -> _Done:
+def _applied(kind: OpKind, slot: Slot, ret: int = 0, *, missing: bool = False) -> AppliedOp:
     flags = 0 if kind is OpKind.DELETE else slot.flags
-    return Op(kind, slot.as_id, slot.slot, slot.gpa, slot.size, flags), ret, slot, missing
+    op = Op(kind, slot.as_id, slot.slot, slot.gpa, slot.size, flags)
+    return AppliedOp(op, slot, ret, missing)
 
 
 def _slot(as_id: int, slot: int, gpa: int, size: int, flags: int, backing: Backing | None) -> Slot:
@@ -366,17 +283,6 @@ def _log_change(before: SlotTable, after: SlotTable) -> LogChange:
     start = frozenset(s.block for s in after if s.logged and s.block is not None)
     names = frozenset(s.block for table in (before, after) for s in table if s.block is not None)
     return LogChange(start, names - start, False)
-
-
-def _view(table: SlotTable, as_id: int) -> FlatView:
-    ranges = []
-    for s in table.slots(as_id):
-        kind = Kind.ROM if s.flags & READONLY else Kind.RAM
-        name = s.block or ""
-        ranges.append(
-            FlatRange(s.gpa, s.size, kind, name, s.offset or 0, s.owner, kind, memslot=True)
-        )
-    return FlatView(ranges, _NAMES.get(as_id, f"address space {as_id}"))
 
 
 def _nothing_in(path: str, traced: Traced) -> InputError:

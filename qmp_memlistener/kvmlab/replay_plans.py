@@ -32,7 +32,7 @@ from ..memslots import Strategy as PlanStrategy
 from ..memslots.intervals import join
 from ..memslots.ops import BATCH_BEGIN, BATCH_COMMIT, PARK, UNPARK
 from ..topology import FlatRange, FlatView
-from .replay_input import ReplayInput, ReplayTransition
+from .replay_transition import AppliedOp, ReplayInput, ReplayTransition
 from .strategies import LabStrategy
 
 __all__ = ["Planned", "addresses", "free_place", "plans_for", "slots_for", "without"]
@@ -186,21 +186,11 @@ def without(source: ReplayInput, most_spaces: int) -> tuple[ReplayInput, list[st
     memfd = False
     transitions = []
     for t in source.transitions:
-        keep = [i for i, op in enumerate(t.ops) if op.as_id < most_spaces]
-        left_out += len(t.ops) - len(keep)
+        kept = tuple(_plain_op(a) for a in t.applied if a.op.as_id < most_spaces)
+        left_out += len(t.applied) - len(kept)
         memfd = memfd or any(op.flags & GUEST_MEMFD for op in t.ops)
-        transitions.append(
-            ReplayTransition(
-                t.seq,
-                tuple(replace(t.ops[i], flags=t.ops[i].flags & ~GUEST_MEMFD) for i in keep),
-                tuple(t.rets[i] for i in keep),
-                tuple(_plain(t.slots[i]) for i in keep),
-                tuple(t.missing[i] for i in keep),
-                _table(t.before, most_spaces),
-                _table(t.after, most_spaces),
-                t.log,
-            )
-        )
+        before, after = _table(t.before, most_spaces), _table(t.after, most_spaces)
+        transitions.append(ReplayTransition(t.seq, kept, before, after, t.log))
     notes = []
     if left_out:
         notes.append(
@@ -216,7 +206,7 @@ def without(source: ReplayInput, most_spaces: int) -> tuple[ReplayInput, list[st
         source.rules,
         source.blocks,
         _table(source.initial, most_spaces),
-        tuple(t for t in transitions if t.ops),
+        tuple(t for t in transitions if t.applied),
         source.notes,
     )
     return new, notes
@@ -224,6 +214,11 @@ def without(source: ReplayInput, most_spaces: int) -> tuple[ReplayInput, list[st
 
 def _plain(slot: Slot) -> Slot:
     return replace(slot, flags=slot.flags & ~GUEST_MEMFD)
+
+
+def _plain_op(a: AppliedOp) -> AppliedOp:
+    op = replace(a.op, flags=a.op.flags & ~GUEST_MEMFD)
+    return AppliedOp(op, _plain(a.slot), a.ret, a.missing)
 
 
 def _table(table: SlotTable, most_spaces: int) -> SlotTable:

@@ -10,6 +10,7 @@ from bisect import bisect_left, bisect_right, insort
 from collections.abc import Iterable, Iterator, Mapping
 from heapq import heappop, heappush, heapreplace
 from itertools import count, pairwise
+from typing import NamedTuple
 
 import msgspec
 
@@ -20,6 +21,7 @@ __all__ = [
     "GUEST_MEMFD",
     "LOG_DIRTY_PAGES",
     "READONLY",
+    "Backing",
     "BlockKey",
     "Slot",
     "SlotTable",
@@ -41,6 +43,17 @@ MOST_PAGES = (1 << 31) - 1
 BlockKey = tuple[str, str | None, int, int]
 """What a slot that follows its RAM block stands for: the block's name and owner, gpa minus offset
 in the block, and the flags that no live slot can change (READONLY, GUEST_MEMFD)."""
+
+
+class Backing(NamedTuple):
+    """What is behind a slot or a page: RAM block, its owner, the offset of the first byte in it."""
+
+    block: str | None
+    owner: str | None
+    offset: int
+
+    def __str__(self) -> str:
+        return f"{self.block} @{self.offset:#x}"
 
 
 class Slot(msgspec.Struct, frozen=True, gc=False):

@@ -11,8 +11,8 @@ import time
 from collections.abc import Iterator
 
 from ..kvmlab.backend import LabFacts
-from ..kvmlab.backend_memory import Behind
 from ..kvmlab.backend_probe import WORD, Verified
+from ..memslots.slots import Backing
 from ..recording import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
 from ..updates.mirror_report import MirrorReport, Shown, Times
 from .lengths import count_text, duration_text
@@ -100,7 +100,7 @@ def _shown(shown: Shown | None) -> MemoryShown | None:
     return MemoryShown(shown.block, shown.owner, shown.offset, shown.readonly)
 
 
-def _behind(behind: Behind | None) -> MemoryShown | None:
+def _behind(behind: Backing | None) -> MemoryShown | None:
     if behind is None:
         return None
     return MemoryShown(behind.block, behind.owner, behind.offset, None)

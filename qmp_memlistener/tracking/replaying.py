@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 from ..errors import InputError, RecordingError
 from ..memslots import OpKind, Order, Rules, slot_table
-from ..memslots.slots import LAST_SLOT, MOST_PAGES
+from ..memslots.slots import LAST_SLOT, MOST_PAGES, Backing
 from ..recording import Lost, MapRecord, Record, Recording, Section, SlotOp, TransitionRecord
 from ..topology import FlatRange, FlatView, Kind
 from .commits import Upwards
@@ -31,8 +31,8 @@ __all__ = [
 PAGE = 4096
 """What gpa, size and host address of a slot are multiples of: the smallest page KVM knows."""
 
-Told = tuple[SlotOp, tuple[str, str | None, int] | None]
-"""An operation, and what the map has at its range: RAM block, owner, offset in the block."""
+Told = tuple[SlotOp, Backing | None]
+"""An operation, and what the map has at its range."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,7 +221,7 @@ class _Reader:
         self._open, self._transition = True, op.transition
         self.commits[-1].append((op, self._shown(op)))
 
-    def _shown(self, op: SlotOp) -> tuple[str, str | None, int] | None:
+    def _shown(self, op: SlotOp) -> Backing | None:
         """What the map has at exactly that range, less what alignment takes from it.
 
         There is a map of `memory` only.  SMRAM mostly shows the same, which is good enough where no
@@ -235,7 +235,7 @@ class _Reader:
         offset = r.offset + op.gpa - r.start
         exact = (start, end) == (op.gpa, op.gpa + op.size) and not offset & mask
         known = exact and not r.name.startswith(UNKNOWN_BLOCK)
-        return (r.name, r.owner, offset) if known else None
+        return Backing(r.name, r.owner, offset) if known else None
 
 
 def _order(version: str | None) -> Order | None:

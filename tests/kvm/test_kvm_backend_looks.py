@@ -15,8 +15,8 @@ from qmp_memlistener.errors import InputError, OperationFailed
 from qmp_memlistener.kvmlab import Kvm, LabVm
 from qmp_memlistener.kvmlab import backend as backend_module
 from qmp_memlistener.kvmlab.backend import KvmBackend
-from qmp_memlistener.kvmlab.backend_memory import Behind
 from qmp_memlistener.memslots import LOG_DIRTY_PAGES, Slot
+from qmp_memlistener.memslots.slots import Backing
 from tests.kvm.backend_support import (
     GIB,
     MAIN,
@@ -170,7 +170,7 @@ def test_a_lie_is_found(lab: KvmBackend) -> None:
     for slot in (MAIN, SHADOW, Slot(0, 4, GIB, MIB, 0, "m0", "/objects/m0", 0)):
         lab.add_slot(slot)
     assert lab.verify().good
-    vm: LabVm = lab._slots.ground.vm
+    vm: LabVm = lab._slots.context.vm
     vm.set_region(4, GIB, 0, 0)
     found = lab.verify()
     assert {m.gpa for m in found.misread} >= {GIB, GIB + MIB - PAGE}
@@ -195,11 +195,11 @@ def test_memory_of_another_block_is_named(lab: KvmBackend) -> None:
     one, other = (Slot(0, n, n * GIB, MIB, 0, f"m{n}", None, 0) for n in (1, 2))
     lab.add_slot(one)
     lab.add_slot(other)
-    vm = lab._slots.ground.vm
+    vm = lab._slots.context.vm
     vm.set_region(1, GIB, 0, 0)
     vm.set_region(1, GIB, MIB, lab._slots._reals[1]._room.hva)
     (first, *_) = lab.verify().misread
-    assert (first.wanted, first.found) == (Behind("m1", None, 0), Behind("m2", None, 0))
+    assert (first.wanted, first.found) == (Backing("m1", None, 0), Backing("m2", None, 0))
     assert str(first) == f"at {GIB:#x} the lab's guest finds m2 @0x0 instead of m1 @0x0"
 
 

@@ -28,8 +28,8 @@ from qmp_memlistener.guests import (
 )
 from qmp_memlistener.kvmlab import Kvm
 from qmp_memlistener.kvmlab.backend import KvmBackend
-from qmp_memlistener.kvmlab.backend_memory import Behind
 from qmp_memlistener.memslots import Slot, SlotTable, slot_table
+from qmp_memlistener.memslots.slots import Backing
 from qmp_memlistener.monitor import Monitor, take_snapshot
 from qmp_memlistener.topology import read_map
 from qmp_memlistener.updates.mirror import Mirror
@@ -98,7 +98,7 @@ class Mirrored:
                 assert self.behind(gpa, slot) == expected(gpa, slot)
         assert self.lab.verify().good
 
-    def behind(self, gpa: int, slot: Slot) -> Behind | None:
+    def behind(self, gpa: int, slot: Slot) -> Backing | None:
         """What a guest of the lab finds at `gpa`, if that is where `slot` says."""
         there = expected(gpa, slot)
         self.lab.memory.stamp((there.block, there.owner), there.offset)
@@ -114,8 +114,8 @@ class Mirrored:
         return behind.block if behind is not None else None
 
 
-def expected(gpa: int, slot: Slot) -> Behind:
-    return Behind(slot.block, slot.owner, (slot.offset or 0) + gpa - slot.gpa)
+def expected(gpa: int, slot: Slot) -> Backing:
+    return Backing(slot.block, slot.owner, (slot.offset or 0) + gpa - slot.gpa)
 
 
 def places(table: SlotTable) -> list[int]:

@@ -42,7 +42,7 @@ LAB_KEYS = {
 }
 LIE = """
 from qmp_memlistener.kvmlab.backend import KvmBackend
-from qmp_memlistener.kvmlab.backend_real import RealSlot
+from qmp_memlistener.kvmlab.real_slot import RealSlot
 from qmp_memlistener.kvmlab.device import Kvm
 from qmp_memlistener.kvmlab.vm import LabVm
 {lie}

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmp_memlistener.kvmlab.backend import LabFacts
-from qmp_memlistener.kvmlab.backend_memory import Behind
 from qmp_memlistener.kvmlab.backend_probe import Misread, Verified
+from qmp_memlistener.memslots.slots import Backing
 from qmp_memlistener.recording import (
     Header,
     LabMirror,
@@ -135,7 +135,7 @@ def test_differences_and_trouble_are_said() -> None:
 
 
 def test_what_the_lab_found_is_said() -> None:
-    ram = Behind("pc.ram", None, 4096)
+    ram = Backing("pc.ram", None, 4096)
     verified = Verified(
         9,
         1,
