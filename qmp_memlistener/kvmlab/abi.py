@@ -13,8 +13,6 @@ from enum import IntEnum
 __all__ = [
     "API_VERSION",
     "CHECK_EXTENSION",
-    "CLEAR_DIRTY_LOG",
-    "CREATE_GUEST_MEMFD",
     "CREATE_VCPU",
     "CREATE_VM",
     "DIRTY_GFN_BYTES",
@@ -27,17 +25,11 @@ __all__ = [
     "GET_VCPU_MMAP_SIZE",
     "KVMIO",
     "MEMORY_ATTRIBUTE_PRIVATE",
-    "MEM_GUEST_MEMFD",
-    "MEM_LOG_DIRTY_PAGES",
-    "MEM_READONLY",
     "RESET_DIRTY_RINGS",
     "RUN",
     "SET_MEMORY_ATTRIBUTES",
     "SET_SIGNAL_MASK",
     "SET_USER_MEMORY_REGION",
-    "SET_USER_MEMORY_REGION2",
-    "ClearDirtyLog",
-    "CreateGuestMemfd",
     "DirtyGfn",
     "DirtyLog",
     "EnableCap",
@@ -45,7 +37,6 @@ __all__ = [
     "GfnArray",
     "MemoryAttributes",
     "MemoryRegion",
-    "MemoryRegion2",
     "Run",
     "SignalMask",
     "io",
@@ -83,10 +74,6 @@ def iowr(number: int, struct: _Struct) -> int:
     """`_IOWR(KVMIO, number, struct)`."""
     return _sized(3, number, ctypes.sizeof(struct))
 
-
-MEM_LOG_DIRTY_PAGES = 1
-MEM_READONLY = 2
-MEM_GUEST_MEMFD = 4
 
 MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
 
@@ -127,33 +114,10 @@ class MemoryRegion(ctypes.Structure):
     )
 
 
-class MemoryRegion2(ctypes.Structure):
-    """`struct kvm_userspace_memory_region2` (Linux 6.8): with guest_memfd."""
-
-    _fields_ = (
-        *MemoryRegion._fields_,
-        ("guest_memfd_offset", c_uint64),
-        ("guest_memfd", c_uint32),
-        ("pad1", c_uint32),
-        ("pad2", c_uint64 * 14),
-    )
-
-
 class DirtyLog(ctypes.Structure):
     """`struct kvm_dirty_log`: where the bitmap of a slot is to be written."""
 
     _fields_ = (("slot", c_uint32), ("padding1", c_uint32), ("dirty_bitmap", c_uint64))
-
-
-class ClearDirtyLog(ctypes.Structure):
-    """`struct kvm_clear_dirty_log`."""
-
-    _fields_ = (
-        ("slot", c_uint32),
-        ("num_pages", c_uint32),
-        ("first_page", c_uint64),
-        ("dirty_bitmap", c_uint64),
-    )
 
 
 class EnableCap(ctypes.Structure):
@@ -192,12 +156,6 @@ class MemoryAttributes(ctypes.Structure):
         ("attributes", c_uint64),
         ("flags", c_uint64),
     )
-
-
-class CreateGuestMemfd(ctypes.Structure):
-    """`struct kvm_create_guest_memfd` (Linux 6.8)."""
-
-    _fields_ = (("size", c_uint64), ("flags", c_uint64), ("reserved", c_uint64 * 6))
 
 
 class _Mmio(ctypes.Structure):
@@ -255,13 +213,10 @@ GET_VCPU_MMAP_SIZE = io(0x04)
 CREATE_VCPU = io(0x41)
 GET_DIRTY_LOG = iow(0x42, DirtyLog)
 SET_USER_MEMORY_REGION = iow(0x46, MemoryRegion)
-SET_USER_MEMORY_REGION2 = iow(0x49, MemoryRegion2)
 RUN = io(0x80)
 ENABLE_CAP = iow(0xA3, EnableCap)
-CLEAR_DIRTY_LOG = iowr(0xC0, ClearDirtyLog)
 RESET_DIRTY_RINGS = io(0xC7)
 SET_MEMORY_ATTRIBUTES = iow(0xD2, MemoryAttributes)
-CREATE_GUEST_MEMFD = iowr(0xD4, CreateGuestMemfd)
 
 # its size in the number is that of the structure without the set that follows it
 SET_SIGNAL_MASK = _sized(1, 0x8B, ctypes.sizeof(c_int32))

@@ -99,10 +99,6 @@ class Report:
     def forget_gap(self) -> None:
         self._words[self._at + MAX_GAP // 8] = 0
 
-    def beat_now(self, tsc: int) -> None:
-        """Let the next gap count from `tsc`: for a vCPU that was stopped on purpose."""
-        self._words[self._at + LAST_TSC // 8] = tsc
-
     @property
     def table_in_use(self) -> int:
         return self._words[self._at + IN_USE // 8]

@@ -87,20 +87,6 @@ class LabVm(Closing):
             verb = "to set" if size else "to delete"
             raise SlotRefused(f"{verb} slot {slot} at {gpa:#x}+{size:#x}", -result)
 
-    def region2(
-        self, slot: int, gpa: int, size: int, hva: int, flags: int, memfd: int = 0, offset: int = 0
-    ) -> None:
-        """KVM_SET_USER_MEMORY_REGION2 (api.rst 4.140), with a guest_memfd when `flags` say so.
-
-        Raises SlotRefused.
-        """
-        region = abi.MemoryRegion2(slot, flags, gpa, size, hva, offset, memfd)
-        try:
-            self.ioctl(abi.SET_USER_MEMORY_REGION2, region)
-        except OSError as exc:
-            number = exc.errno or errno.EIO
-            raise SlotRefused(f"to set slot {slot} at {gpa:#x}+{size:#x}", number) from exc
-
     def set_private(self, gpa: int, size: int, private: bool) -> None:
         """Make pages private or shared, KVM_SET_MEMORY_ATTRIBUTES.  Raises OSError."""
         attributes = abi.MEMORY_ATTRIBUTE_PRIVATE if private else 0

@@ -12,18 +12,16 @@ import pytest
 
 from qmp_memlistener.kvmlab import abi, userfault, x86
 from qmp_memlistener.kvmlab.capabilities import Cap
+from qmp_memlistener.memslots import GUEST_MEMFD, LOG_DIRTY_PAGES, READONLY
 
 COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "kvm_userspace_memory_region": abi.MemoryRegion,
-    "kvm_userspace_memory_region2": abi.MemoryRegion2,
     "kvm_dirty_log": abi.DirtyLog,
-    "kvm_clear_dirty_log": abi.ClearDirtyLog,
     "kvm_enable_cap": abi.EnableCap,
     "kvm_dirty_gfn": abi.DirtyGfn,
     "kvm_memory_attributes": abi.MemoryAttributes,
-    "kvm_create_guest_memfd": abi.CreateGuestMemfd,
     "kvm_regs": x86.Regs,
     "kvm_sregs": x86.Sregs,
     "kvm_segment": x86.Segment,
@@ -33,9 +31,7 @@ STRUCTS: dict[str, type[ctypes.Structure]] = {
 
 # a structure that headers of some age lack is there when its ioctl or capability is
 SINCE = {
-    "kvm_userspace_memory_region2": "KVM_SET_USER_MEMORY_REGION2",
     "kvm_memory_attributes": "KVM_SET_MEMORY_ATTRIBUTES",
-    "kvm_create_guest_memfd": "KVM_CREATE_GUEST_MEMFD",
 }
 
 NUMBERS = {
@@ -45,19 +41,16 @@ NUMBERS = {
     "KVM_GET_VCPU_MMAP_SIZE": abi.GET_VCPU_MMAP_SIZE,
     "KVM_CREATE_VCPU": abi.CREATE_VCPU,
     "KVM_GET_DIRTY_LOG": abi.GET_DIRTY_LOG,
-    "KVM_CLEAR_DIRTY_LOG": abi.CLEAR_DIRTY_LOG,
     "KVM_SET_USER_MEMORY_REGION": abi.SET_USER_MEMORY_REGION,
-    "KVM_SET_USER_MEMORY_REGION2": abi.SET_USER_MEMORY_REGION2,
     "KVM_RUN": abi.RUN,
     "KVM_ENABLE_CAP": abi.ENABLE_CAP,
     "KVM_RESET_DIRTY_RINGS": abi.RESET_DIRTY_RINGS,
     "KVM_SET_MEMORY_ATTRIBUTES": abi.SET_MEMORY_ATTRIBUTES,
-    "KVM_CREATE_GUEST_MEMFD": abi.CREATE_GUEST_MEMFD,
     "KVM_SET_SIGNAL_MASK": abi.SET_SIGNAL_MASK,
     "KVM_DIRTY_LOG_PAGE_OFFSET": abi.DIRTY_LOG_PAGE_OFFSET,
-    "KVM_MEM_LOG_DIRTY_PAGES": abi.MEM_LOG_DIRTY_PAGES,
-    "KVM_MEM_READONLY": abi.MEM_READONLY,
-    "KVM_MEM_GUEST_MEMFD": abi.MEM_GUEST_MEMFD,
+    "KVM_MEM_LOG_DIRTY_PAGES": LOG_DIRTY_PAGES,
+    "KVM_MEM_READONLY": READONLY,
+    "KVM_MEM_GUEST_MEMFD": GUEST_MEMFD,
     "KVM_MEMORY_ATTRIBUTE_PRIVATE": abi.MEMORY_ATTRIBUTE_PRIVATE,
     "KVM_GET_REGS": x86.GET_REGS,
     "KVM_SET_REGS": x86.SET_REGS,

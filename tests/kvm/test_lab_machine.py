@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from qmp_memlistener.errors import InputError, OperationFailed
-from qmp_memlistener.kvmlab import Cap, Kvm, Machine, SlotRefused
+from qmp_memlistener.kvmlab import Kvm, Machine, SlotRefused
 from qmp_memlistener.kvmlab.host_memory import HostMemory
 from qmp_memlistener.kvmlab.programs import DATA, MAX_VCPUS
 
@@ -187,17 +187,3 @@ def test_memory_that_no_host_has(kvm: Kvm) -> None:
     del kvm
     with pytest.raises(OperationFailed, match="no room for"):
         HostMemory(1 << 62)
-
-
-def test_the_second_slot_ioctl_makes_the_same_slots(rig: Rig) -> None:
-    """KVM_SET_USER_MEMORY_REGION2 without guest_memfd."""
-    machine = rig.machine
-    if not machine.vm.capability(Cap.USER_MEMORY2):
-        pytest.skip("this kernel's KVM has no KVM_CAP_USER_MEMORY2")
-    machine.vm.region2(5, START + 2 * SIZE, 4096, rig.ram.hva, 0)
-    machine.set_tables([[START + 2 * SIZE + 64 * i] for i in range(len(machine.threads))])
-    machine.release()
-    machine.wait_beats(20)
-    assert machine.exits().harm == 0
-    with pytest.raises(SlotRefused, match="slot 6"):
-        machine.vm.region2(6, START, 4096, rig.ram.hva, 0)  # overlaps slot 0

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from qmp_memlistener.errors import InputError, OperationFailed
-from qmp_memlistener.kvmlab import abi, programs, system
+from qmp_memlistener.kvmlab import programs, system
 from qmp_memlistener.kvmlab.capabilities import Cap
 from qmp_memlistener.kvmlab.closing import Closing
 from qmp_memlistener.kvmlab.cpus import Cpus
@@ -26,6 +26,7 @@ from qmp_memlistener.kvmlab.device import Kvm
 from qmp_memlistener.kvmlab.host_memory import PAGE, HostMemory
 from qmp_memlistener.kvmlab.machine import Machine
 from qmp_memlistener.kvmlab.x86 import GIB, MAX_GIB
+from qmp_memlistener.memslots import LOG_DIRTY_PAGES
 
 __all__ = ["CostVm", "Layout", "Op", "Shape"]
 
@@ -215,7 +216,7 @@ class CostVm(Closing):
         self._protect(took, Op.PUNCH, system.PROT_NONE)
         self._protect(took, Op.FILL, system.PROT_READ | system.PROT_WRITE)
         self._touch(home)
-        self._region(took, Op.LOG_ON, home, size, abi.MEM_LOG_DIRTY_PAGES)
+        self._region(took, Op.LOG_ON, home, size, LOG_DIRTY_PAGES)
         self._touch(home)
         logged = 0
         if fetch_log:
