@@ -17,7 +17,6 @@ from .pulse_memory import (
     ToggleWrite,
 )
 from .qemus import KvmProbe, QemuBuild, find_qemus, kvm_usable
-from .qtest import QTest
 
 __all__ = [
     "launch",
@@ -42,7 +41,6 @@ __all__ = [
     "ToggleWrite",
     "Answer",
     "TscClock",
-    "QTest",
     "PciAddress",
     "HostBridge",
     "HOST_BRIDGE",

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from qmp_memlistener.errors import MissingPrerequisite
-from qmp_memlistener.guests.svm import SvmImage, SvmResult, run_python_in_svm
+from tests.support.svm import SvmImage, SvmResult, run_python_in_svm
 
 pytestmark = [pytest.mark.full, pytest.mark.timeout(900)]
 

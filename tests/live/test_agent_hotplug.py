@@ -18,7 +18,6 @@ from qmp_memlistener.guests import (
     GuestSpec,
     PciAddress,
     QemuBuild,
-    QTest,
     launch,
 )
 from qmp_memlistener.guests.pci import COMMAND, COMMAND_MEMORY
@@ -26,6 +25,7 @@ from qmp_memlistener.monitor import Monitor
 from qmp_memlistener.recording import Cause, QmpEvent, SlotOp, TransitionRecord
 from qmp_memlistener.topology import Kind
 from tests.support.live import NO_QEMU, QEMUS, Seen, Vm, attach_bare, booted, cases, qmp
+from tests.support.qtest import QTest
 
 pytestmark = pytest.mark.qemu
 

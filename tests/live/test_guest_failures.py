@@ -22,13 +22,13 @@ from qmp_memlistener.guests import (
     High,
     Pulse,
     QemuBuild,
-    QTest,
     Toggle,
     boot_args,
     launch,
 )
 from qmp_memlistener.recording import GuestFailure, GuestReset, Record
 from tests.support.live import QEMUS, Seen, Vm, booted, cases, qmp, skip_without_kvm
+from tests.support.qtest import QTest
 
 pytestmark = pytest.mark.qemu
 

@@ -20,13 +20,13 @@ from qmp_memlistener.guests import (
     Guest,
     GuestSpec,
     QemuBuild,
-    QTest,
     boot_args,
     find_qemus,
     kvm_usable,
     launch,
 )
 from tests.support.live import builds
+from tests.support.qtest import QTest
 
 pytestmark = [pytest.mark.qemu, pytest.mark.full]
 

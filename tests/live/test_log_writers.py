@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 
-from qmp_memlistener.guests import QTest
 from qmp_memlistener.monitor import Monitor, TraceReason, TraceUnavailable, start_tracing
 from tests.support.any_monitor import AnyMonitor
 from tests.support.bare_qemu import Running, running
 from tests.support.leftovers import left_behind
 from tests.support.live import NO_QEMU, QEMUS
+from tests.support.qtest import QTest
 from tests.support.tracing import states, writing
 
 pytestmark = [

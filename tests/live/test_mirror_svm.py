@@ -11,8 +11,8 @@ import json
 import pytest
 
 from qmp_memlistener.errors import MissingPrerequisite
-from qmp_memlistener.guests.svm import SvmImage, run_python_in_svm
 from tests.support.live import NO_QEMU, QEMUS
+from tests.support.svm import SvmImage, run_python_in_svm
 
 pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.asyncio, pytest.mark.timeout(400)]
 

@@ -14,11 +14,11 @@ from qmp_memlistener.guests import (
     HostBridge,
     PciAddress,
     QemuBuild,
-    QTest,
 )
 from qmp_memlistener.topology import Kind
 from tests.live.pulse_support import BRIDGES, MEMORY, Vm, accels, kind, machines, running
 from tests.support.live import builds
+from tests.support.qtest import QTest
 
 pytestmark = [pytest.mark.qemu, pytest.mark.full]
 

@@ -17,9 +17,10 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import MissingPrerequisite, OperationFailed
-from qmp_memlistener.guests import QemuBuild, svm
-from qmp_memlistener.guests.svm import SvmImage, SvmResult, run_in_svm, run_python_in_svm
+from qmp_memlistener.guests import QemuBuild
+from tests.support import svm
 from tests.support.live import NO_QEMU, QEMUS
+from tests.support.svm import SvmImage, SvmResult, run_in_svm, run_python_in_svm
 
 pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.asyncio, pytest.mark.timeout(400)]
 

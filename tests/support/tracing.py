@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qmp_memlistener.guests import QTest
 from qmp_memlistener.monitor import (
     FlatViewEvent,
     HmpCommand,
@@ -20,6 +19,7 @@ from qmp_memlistener.monitor import (
 )
 from qmp_memlistener.monitor.trace_setup import event_states
 from tests.support.bare_qemu import Running
+from tests.support.qtest import QTest
 
 __all__ = [
     "check_traced",

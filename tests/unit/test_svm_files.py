@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_memlistener.guests import svm_files
+from tests.support import svm_files
 from tests.support.cpio import unpacked
 
 OTHER = b"\0\0\r\n"  # no Python's compiled files begin like this

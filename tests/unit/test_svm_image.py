@@ -13,7 +13,7 @@ from types import ModuleType
 import pytest
 
 from qmp_memlistener.errors import InputError, MissingPrerequisite
-from qmp_memlistener.guests.svm import SvmImage
+from tests.support.svm import SvmImage
 from tools.private_apt import Unavailable
 from tools.releases import Broken
 

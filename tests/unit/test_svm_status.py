@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_memlistener.guests.svm import SvmImage, _Run, _Status
+from tests.support.svm import SvmImage, _Run, _Status
 
 PANIC = """\
 [    9.1] kvm_amd: a warning

@@ -20,12 +20,12 @@ from typing import Annotated, Self
 
 import msgspec
 
-from ..errors import MissingPrerequisite, OperationFailed
-from ..host.bounded import in_thread
-from .launch import GuestSpec, launch
-from .linux_images import Description, Images
-from .qemus import QemuBuild, find_qemus
-from .svm_files import added_files
+from qmp_memlistener.errors import MissingPrerequisite, OperationFailed
+from qmp_memlistener.guests.launch import GuestSpec, launch
+from qmp_memlistener.guests.linux_images import Description, Images
+from qmp_memlistener.guests.qemus import QemuBuild, find_qemus
+from qmp_memlistener.host.bounded import in_thread
+from tests.support.svm_files import added_files
 
 __all__ = ["SvmImage", "SvmResult", "run_in_svm", "run_python_in_svm"]
 

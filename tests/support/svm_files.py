@@ -12,11 +12,12 @@ import shlex
 from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
-from ..cpio import Entry, cpio, directories
+import qmp_memlistener
+from qmp_memlistener.cpio import Entry, cpio, directories
 
 __all__ = ["added_files"]
 
-_PACKAGE = Path(__file__).resolve().parents[1]
+_PACKAGE = Path(qmp_memlistener.__file__).resolve().parent
 _SITE = "site"
 """Where the guest's Python looks for packages; init says so."""
 

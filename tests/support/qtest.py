@@ -17,8 +17,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from ..errors import CommandFailed, DeadlineExceeded, TargetLost, TargetUnreachable
-from .pci import CONFIG_ADDRESS, CONFIG_DATA, PciAddress
+from qmp_memlistener.errors import CommandFailed, DeadlineExceeded, TargetLost, TargetUnreachable
+from qmp_memlistener.guests.pci import CONFIG_ADDRESS, CONFIG_DATA, PciAddress
 
 __all__ = ["QTest"]
 
