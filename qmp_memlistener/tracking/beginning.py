@@ -14,6 +14,8 @@ from msgspec.structs import replace
 
 from ..memslots import LOG_DIRTY_PAGES
 from ..memslots.intervals import Range, put
+from ..memslots.slots import Backing
+from ..recording import SlotOp
 from ..topology.model import ADDRESS_SPACE_SIZE
 from .guesses import counts_from_zero, guess_ids, guess_sizes
 from .live_slots import LiveSlot
@@ -47,61 +49,96 @@ def beginning(traced: Traced) -> tuple[list[LiveSlot], Ids]:
 
     Raises InputError when there are more slots than ids.
     """
-    whole = traced.kind == "log" and counts_from_zero(traced.commits)
-    late = traced.kind == "log" and not whole
-    spaces: dict[int, _Space] = {}
-    found: dict[tuple[int, int], LiveSlot] = {}
-    unsized: dict[tuple[int, int], tuple[int, int]] = {}  # bound, number of the commit
-    for s in traced.slots:
-        space = spaces.setdefault(s.as_id, _Space())
-        found[s.as_id, s.gpa] = space.there[s.gpa] = s
-        put(space.ever, s.gpa, s.end)
+    found = _Beginning(traced)
     for number, commit in enumerate(traced.commits):
         for op, shown in commit:
-            space = spaces.setdefault(op.as_id, _Space())
-            space.named.add(op.slot)
-            if op.ret != 0:
-                continue
-            gone, key = op.op == "delete", (op.as_id, op.gpa)
-            flags = 0 if gone else op.flags ^ LOG_DIRTY_PAGES  # QEMU makes no call when they stay
-            first = op.slot not in space.used
-            known = space.there.get(op.gpa) if first and op.op != "add" else None
-            before = gone or op.op == "flags"
-            before |= late and op.slot in space.taken
-            new = True  # a slot, not a change of one
-            if known is not None and (gone or known.size == op.size):
-                del space.there[op.gpa]
-                flags = known.flags if gone else flags
-                found[key] = replace(known, slot=op.slot, hva=op.hva, flags=flags)
-                new = False
-            elif first and before and not space.has_been(op.gpa, op.gpa + (op.size or PAGE)):
-                bound = space.next_above(op.gpa)
-                size = min(op.size, bound - op.gpa)
-                name = shown or (None, None, 0)
-                found[key] = LiveSlot(op.as_id, op.slot, op.gpa, size, flags, op.hva, *name)
-                if not size:
-                    unsized[key] = bound, number
-                new = False
-            if new and op.op == "add":
-                if not whole:
-                    ids = range(space.top, op.slot)
-                    space.taken.update(i for i in ids if i not in space.used)
-                space.top = max(space.top, op.slot + 1)
-            put(space.ever, op.gpa, op.gpa + (op.size or PAGE))
-            space.used.add(op.slot)
-            space.taken.discard(op.slot)
-    guess_sizes(found, unsized, traced.commits)
+            found.take(op, shown, number)
+    guess_sizes(found.slots, found.unsized, traced.commits)
     slots: list[LiveSlot] = []
-    for as_id, space in spaces.items():
-        here = [s for s in found.values() if s.as_id == as_id]
+    for as_id, space in found.spaces.items():
+        here = [s for s in found.slots.values() if s.as_id == as_id]
         slots += guess_ids(here, space.named, space.taken)
     given = {(s.as_id, s.slot) for s in slots}
-    hidden = {a: frozenset(i for i in s.taken if (a, i) not in given) for a, s in spaces.items()}
+    hidden = {
+        as_id: frozenset(i for i in space.taken if (as_id, i) not in given)
+        for as_id, space in found.spaces.items()
+    }
     if count := sum(map(len, hidden.values())):
         traced.remarks.add(f"slots that were there all the time, at places not told: {count}")
     if slots:
-        unsure = f" (sizes guessed: {len(unsized)})" if unsized else ""
+        unsure = f" (sizes guessed: {len(found.unsized)})" if found.unsized else ""
         traced.remarks.add(
             f"slots that were there before the first operation: {len(slots)}{unsure}"
         )
     return slots, hidden
+
+
+class _Beginning:
+    """Takes the operations in order; what was there before them.
+
+    `slots` are by address space and gpa.  `unsized` are those of which only a delete tells: where
+    the next slot begins, and the number of the commit.
+    """
+
+    def __init__(self, traced: Traced) -> None:
+        self.spaces: dict[int, _Space] = {}
+        self.slots: dict[tuple[int, int], LiveSlot] = {}
+        self.unsized: dict[tuple[int, int], tuple[int, int]] = {}
+        self._whole = traced.kind == "log" and counts_from_zero(traced.commits)
+        self._late = traced.kind == "log" and not self._whole
+        for s in traced.slots:
+            space = self._space(s.as_id)
+            self.slots[s.as_id, s.gpa] = space.there[s.gpa] = s
+            put(space.ever, s.gpa, s.end)
+
+    def _space(self, as_id: int) -> _Space:
+        return self.spaces.setdefault(as_id, _Space())
+
+    def take(self, op: SlotOp, shown: Backing | None, number: int) -> None:
+        """The next operation, of commit `number`."""
+        space = self._space(op.as_id)
+        space.named.add(op.slot)
+        if op.ret != 0:
+            return
+        before = op.slot not in space.used and (
+            self._is_of_map(op, space) or self._was_there(op, shown, space, number)
+        )
+        if op.op == "add" and not before:
+            if not self._whole:
+                ids = range(space.top, op.slot)
+                space.taken.update(i for i in ids if i not in space.used)
+            space.top = max(space.top, op.slot + 1)
+        put(space.ever, op.gpa, op.gpa + (op.size or PAGE))
+        space.used.add(op.slot)
+        space.taken.discard(op.slot)
+
+    def _is_of_map(self, op: SlotOp, space: _Space) -> bool:
+        """It tells the id of a slot of the first map."""
+        known = space.there.get(op.gpa) if op.op != "add" else None
+        if known is None or not (op.op == "delete" or known.size == op.size):
+            return False
+        del space.there[op.gpa]
+        flags = known.flags if op.op == "delete" else _flags_before(op)
+        self.slots[op.as_id, op.gpa] = replace(known, slot=op.slot, hva=op.hva, flags=flags)
+        return True
+
+    def _was_there(self, op: SlotOp, shown: Backing | None, space: _Space, number: int) -> bool:
+        """It is about a slot that nothing told of, if there can have been one."""
+        taken = self._late and op.slot in space.taken
+        if op.op == "add" and not taken:
+            return False
+        if space.has_been(op.gpa, op.gpa + (op.size or PAGE)):
+            return False
+        bound, key = space.next_above(op.gpa), (op.as_id, op.gpa)
+        flags = 0 if op.op == "delete" else _flags_before(op)
+        size = min(op.size, bound - op.gpa)
+        backing = shown or (None, None, 0)
+        self.slots[key] = LiveSlot(op.as_id, op.slot, op.gpa, size, flags, op.hva, *backing)
+        if not size:
+            self.unsized[key] = bound, number
+        return True
+
+
+def _flags_before(op: SlotOp) -> int:
+    """QEMU makes no call when the flags stay, so they were others."""
+    return op.flags ^ LOG_DIRTY_PAGES
