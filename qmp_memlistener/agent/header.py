@@ -9,11 +9,11 @@ from ..host.files import find_text, open_foreign
 from ..memslots import Rules
 from ..monitor import GuestFacts
 from ..recording import Header
+from .tracing import STAMP_BOUND_NS
 
 __all__ = ["header_of", "rules_of"]
 
 _INHIBIT_SYMBOL = b"\0accel_ioctl_inhibit_begin\0"
-_STAMP_BOUND_NS = 200_000
 """From QEMU's line to our time stamp: 75 us (p50) to 150 us (p90) on tmpfs with inotify."""
 
 
@@ -62,5 +62,5 @@ def header_of(
         guest_name=facts.name,
         pid=pid,
         source=source,
-        stamp_bound_ns=_STAMP_BOUND_NS if traced else None,
+        stamp_bound_ns=STAMP_BOUND_NS if traced else None,
     )

@@ -32,7 +32,7 @@ from ..tracking import RawOp, Tracker
 from .mapping import BusMasters, maps_of
 from .source import MakeTracker, OwnCommand, Patience, Publish, snapshot_deadline
 
-__all__ = ["TraceSource"]
+__all__ = ["STAMP_BOUND_NS", "TraceSource"]
 
 MIN_GAP_S = 0.002
 """At least this long between two snapshots, and `GAP_FACTOR` times what the last one took.
@@ -41,6 +41,8 @@ That is the longer of QEMU's time and ours: reading the text takes longer than p
 """
 GAP_FACTOR = 4.0
 RETRY_S = 1.0
+STAMP_BOUND_NS = 200_000
+"""A line without QEMU's own time stamp is stamped so late at most, unless it says otherwise."""
 PENDING = 256
 """So many commits wait for a snapshot that tells all of them; a guest can make more than that."""
 IO_SPACE = 1 << 16
@@ -87,7 +89,7 @@ class TraceSource:
         self._sync: dict[int, asyncio.Event] = {}
         self._losses = 0
         self._losses_mended = 0
-        self._early: list[tuple[TraceRecord, int]] = []
+        self._early: list[tuple[TraceRecord, int, int]] = []
 
     async def read(self) -> None:
         """Fold lines in as they come, until the tail is finished."""
@@ -135,11 +137,13 @@ class TraceSource:
     def _fold_some(self, batch: TraceBatch, lines: list[TraceRecord]) -> None:
         extra: list[Record] = []
         skew = time.time_ns() - time.monotonic_ns()
+        late_ns = batch.late_ns if batch.late_ns > STAMP_BOUND_NS else 0
         for line in lines:
-            t_ns = line.t_ns
-            if line.stamp_ns is not None:
+            if line.stamp_ns is None:
+                record = self._fold(line, line.t_ns, late_ns)
+            else:
                 t_ns = min(max(line.stamp_ns - skew, batch.t_after_ns), batch.t_ns)
-            record = self._fold(line, t_ns)
+                record = self._fold(line, t_ns, 0)
             if record is not None:
                 extra.append(record)
         self._hand_out(extra)
@@ -206,8 +210,8 @@ class TraceSource:
             if self.tracker is None:
                 self.tracker = self._make_tracker(maps, reply.t_end_ns)
                 early, self._early = self._early, []
-                for line, t_ns in early:
-                    self._fold(line, t_ns)
+                for line in early:
+                    self._fold(*line)
             elif losses != self._losses_mended:
                 self.tracker.resync(maps, reply.t_end_ns)
             else:
@@ -236,7 +240,7 @@ class TraceSource:
         if self.tracker is not None and self.tracker.pending:
             await self.snapshot()
 
-    def _fold(self, line: TraceRecord, t_ns: int) -> Record | None:
+    def _fold(self, line: TraceRecord, t_ns: int, late_ns: int) -> Record | None:
         tracker = self.tracker
         match line:
             case HmpCommand():
@@ -244,11 +248,11 @@ class TraceSource:
             case _ if tracker is None:
                 # the first snapshot shows what was before its line, not what came after
                 if self._at_mark.is_set():
-                    self._early.append((line, t_ns))
+                    self._early.append((line, t_ns, late_ns))
             case SlotOp():
-                tracker.commits.slot_operation(_raw(line, t_ns))
+                tracker.commits.slot_operation(_raw(line, t_ns, late_ns))
             case FlatViewEvent(change=FlatViewChange.NEW):
-                tracker.commits.view_rebuilt(t_ns, line.root)
+                tracker.commits.view_rebuilt(t_ns, line.root, late_ns)
             case BarMapping():
                 in_memory = line.addr + line.size > IO_SPACE
                 tracker.commits.cause(_bar_cause(line), moves_bar=in_memory)
@@ -305,8 +309,11 @@ def _hmp(line: str) -> Command:
     return Command("human-monitor-command", {"command-line": line})
 
 
-def _raw(line: SlotOp, t_ns: int) -> RawOp:
-    return RawOp(t_ns, line.as_id, line.slot, line.gpa, line.size, line.flags, line.ua, line.ret)
+def _raw(line: SlotOp, t_ns: int, late_ns: int) -> RawOp:
+    return RawOp(
+        *(t_ns, line.as_id, line.slot, line.gpa, line.size, line.flags, line.ua, line.ret),
+        late_ns,
+    )
 
 
 def _bar_cause(line: BarMapping) -> Cause:

@@ -1,7 +1,8 @@
 """Following QEMU's trace log file as it grows, without missing a line and without blocking QEMU.
 
-A reader task sleeps on inotify, reads whatever is there, stamps it and keeps it until it is
-asked for; decoding is `trace_lines`' job, and where the file comes from `trace_control`'s.
+A reader thread sleeps on inotify, reads whatever is there, stamps it and keeps it until it is
+asked for, whatever the event loop is busy with; decoding is `trace_lines`' job, and where the file
+comes from `trace_control`'s.  What is kept has a bound, beyond that the file has to hold it.
 
 The file is ordinary, so QEMU never waits for us (a FIFO would freeze its main loop).  It stays
 small although QEMU only appends: what was read is given back with fallocate(PUNCH_HOLE |
@@ -13,12 +14,15 @@ something may be missing there is told, as is what another reader has given back
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import ctypes
 import os
+import select
+import threading
 import time
 from collections import deque
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -35,6 +39,7 @@ _FREE_STEP = 1024 * 1024
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 # Without inotify (its instances are limited per user) the file is looked at this often.
 _POLL_SECONDS = 0.02
+_ROOM_SECONDS = 0.1
 
 _IN_MODIFY, _IN_ATTRIB = 0x2, 0x4  # include/uapi/linux/inotify.h
 
@@ -47,13 +52,16 @@ class TraceBatch:
 
     Every line in it was written after `t_after_ns` (the file was seen to end there then) and
     before `t_ns` (CLOCK_MONOTONIC).  `lost`, in a batch without records, says that lines may be
-    missing here and why.
+    missing here and why.  `late_ns` is by how much `t_ns` may be later than a line was written: the
+    time since the file was last seen to end there, or, when the reader was waiting and the first
+    line woke it, the age of the file's last change by then.
     """
 
     records: list[TraceRecord]
     t_after_ns: int
     t_ns: int
     lost: str | None = None
+    late_ns: int = 0
 
 
 @dataclass(slots=True)
@@ -61,7 +69,8 @@ class _Chunk:
     data: bytes
     t_after_ns: int
     t_ns: int
-    lost: str | None = field(default=None)
+    late_ns: int
+    lost: str | None = None
 
 
 class TraceTail:
@@ -95,12 +104,19 @@ class TraceTail:
         self._freed = start // _PAGE * _PAGE
         self._chunks: deque[_Chunk] = deque()
         self._backlog = 0
-        self._changed = asyncio.Event()
+        self._lock = threading.Lock()
         self._available = asyncio.Event()
-        self._room = asyncio.Event()
+        self._posted = False  # that something is available
+        self._wake = -1
+        self._room = threading.Event()
         self._drained_ns = 0
+        self._woken = False  # by the line that comes next
         self._finishing = False
-        self._task: asyncio.Task[None] | None = None
+        self._end: int | None = None
+        self._ended = True
+        self._error: Exception | None = None
+        self._loop: asyncio.AbstractEventLoop
+        self._thread: threading.Thread | None = None
 
     async def __aenter__(self) -> Self:
         """Open the file and begin to read.  Raises OSError."""
@@ -108,8 +124,11 @@ class TraceTail:
         self._fd = open_foreign(self._path, flags, follow=True)
         self._drained_ns = time.monotonic_ns()
         self._watch()
-        self._changed.set()
-        self._task = asyncio.create_task(self._read_on(), name=f"tail {self._path}")
+        self._wake = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._loop = asyncio.get_running_loop()
+        self._ended = False
+        self._thread = threading.Thread(target=self._run, name="trace log", daemon=True)
+        self._thread.start()
         return self
 
     async def __aexit__(
@@ -118,23 +137,25 @@ class TraceTail:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        task, self._task = self._task, None
-        if task is not None:
-            task.cancel()
-            await asyncio.wait((task,))
-        if self._inotify >= 0:
-            asyncio.get_running_loop().remove_reader(self._inotify)
-            os.close(self._inotify)
-            self._inotify = -1
-        if self._fd >= 0:
-            os.close(self._fd)
-            self._fd = -1
+        thread, self._thread = self._thread, None
+        if thread is not None:
+            self._stop_at(0)
+            await asyncio.to_thread(thread.join)
+        for handle in (self._inotify, self._wake, self._fd):
+            if handle >= 0:
+                os.close(handle)
+        self._inotify = self._wake = self._fd = -1
 
     def finish(self) -> None:
-        """Read once more to the end, then let the iteration end (QEMU is gone, or we leave)."""
+        """Read what is there now, then let the iteration end (QEMU is gone, or we leave)."""
+        if self._fd >= 0:
+            self._stop_at(os.fstat(self._fd).st_size)
+
+    def _stop_at(self, end: int) -> None:
+        self._end = end
         self._finishing = True
-        self._changed.set()
         self._room.set()
+        os.eventfd_write(self._wake, 1)
 
     @property
     def caught_up(self) -> bool:
@@ -156,22 +177,21 @@ class TraceTail:
 
     async def __anext__(self) -> TraceBatch:
         while not self._chunks:
-            task = self._task
-            if task is None or task.done():
-                if task is not None and not task.cancelled() and task.exception() is not None:
-                    raise task.exception() or StopAsyncIteration
-                raise StopAsyncIteration
+            if self._ended and not self._chunks:
+                raise self._error or StopAsyncIteration
             self._available.clear()
-            await self._available.wait()
+            if not self._chunks and not self._ended:
+                await self._available.wait()
         # A long backlog must not keep the event loop from everybody else.
         await asyncio.sleep(0)
-        chunk = self._chunks.popleft()
-        self._backlog -= len(chunk.data)
+        with self._lock:
+            chunk = self._chunks.popleft()
+            self._backlog -= len(chunk.data)
         self._room.set()
         if chunk.lost is not None:
             self.decoder.reset()
         records = self.decoder.feed(chunk.data, chunk.t_ns)
-        return TraceBatch(records, chunk.t_after_ns, chunk.t_ns, chunk.lost)
+        return TraceBatch(records, chunk.t_after_ns, chunk.t_ns, chunk.lost, chunk.late_ns)
 
     def _watch(self) -> None:
         handle = _libc.inotify_init1(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -183,33 +203,40 @@ class TraceTail:
             os.close(handle)
             return
         self._inotify = handle
-        asyncio.get_running_loop().add_reader(handle, self._on_inotify)
 
-    def _on_inotify(self) -> None:
-        try:
-            os.read(self._inotify, 64 * 1024)
-        except BlockingIOError:
-            return
-        self._changed.set()
+    # -- in the reader's thread from here on -----------------------------------------------------
 
-    async def _read_on(self) -> None:
+    def _run(self) -> None:
         try:
+            changes = select.poll()
+            for handle in (self._inotify, self._wake):
+                if handle >= 0:
+                    changes.register(handle, select.POLLIN)
             while True:
-                self._changed.clear()
-                await self._read_to_end()
+                self._read_to_end()
                 if self._finishing:
                     return
+                self._woken = not changes.poll(0)
+                if self._woken:
+                    changes.poll(None if self._inotify >= 0 else _POLL_SECONDS * 1000)
                 if self._inotify >= 0:
-                    await self._changed.wait()
+                    with contextlib.suppress(BlockingIOError):
+                        os.read(self._inotify, 64 * 1024)
                 else:
-                    await asyncio.sleep(_POLL_SECONDS)
+                    self._woken = False
+        except Exception as error:
+            self._error = error
         finally:
-            self._available.set()
+            self._ended = True
+            self._post()
 
-    async def _read_to_end(self) -> None:
+    def _read_to_end(self) -> None:
+        written_ns: int | None = None  # not before this, what woke us
         while True:
             before = time.monotonic_ns()
             status = os.fstat(self._fd)
+            if self._woken and written_ns is None:
+                written_ns = before - max(0, time.time_ns() - status.st_mtime_ns)
             self.unlinked = status.st_nlink == 0
             if status.st_size < self.offset:
                 self._report_cut(status.st_size)
@@ -227,8 +254,11 @@ class TraceTail:
                 data = self._skip_torn(data)
             if data:
                 self._cut = False
+                since = self._drained_ns
+                if written_ns is not None:
+                    since = max(since, written_ns)
+                self._put(_Chunk(data, self._drained_ns, now, now - since))
                 self.offset += len(data)
-                self._put(_Chunk(data, self._drained_ns, now))
                 self._give_back()
             if self._full_at is not None and self.offset >= self._full_at:
                 self._report_full()
@@ -238,14 +268,29 @@ class TraceTail:
             if not whole:
                 self._drained_ns = before
                 return
+            if self._end is not None and self.offset >= self._end:
+                return
             while self._backlog > _MAX_BACKLOG and not self._finishing:
                 self._room.clear()
-                await self._room.wait()
-            await asyncio.sleep(0)
+                self._room.wait(_ROOM_SECONDS)
 
     def _put(self, chunk: _Chunk) -> None:
-        self._chunks.append(chunk)
-        self._backlog += len(chunk.data)
+        with self._lock:
+            self._chunks.append(chunk)
+            self._backlog += len(chunk.data)
+        self._post()
+
+    def _post(self) -> None:
+        """Tell the loop, once for all that it has not taken."""
+        with self._lock:
+            posted, self._posted = self._posted, True
+        if not posted:
+            with contextlib.suppress(RuntimeError):  # the loop is closed
+                self._loop.call_soon_threadsafe(self._taken_notice)
+
+    def _taken_notice(self) -> None:
+        with self._lock:
+            self._posted = False
         self._available.set()
 
     def _report_cut(self, size: int) -> None:
@@ -262,7 +307,7 @@ class TraceTail:
         self._give_back(at_once=True)
 
     def _lose(self, what: str) -> None:
-        self._put(_Chunk(b"", self._drained_ns, time.monotonic_ns(), what))
+        self._put(_Chunk(b"", self._drained_ns, time.monotonic_ns(), 0, what))
 
     def _skip_hole(self, data: bytes) -> bytes:
         """Go behind a hole: a log that was cut while QEMU kept its offset begins with one, and

@@ -193,7 +193,8 @@ class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition", gc=F
     with the new one.  `detail` says how far it is known: `full` (seen in the region tree before
     and after), `slots` (from the slot operations: RAM and ROM are exact, what covers a hole is not
     known), `none` (QEMU rebuilt its views and the next change came before a snapshot could), `net`
-    (the sum of the `merged` last changes that nothing tells apart).
+    (the sum of the `merged` last changes that nothing tells apart).  `late_ns` is by how much
+    `t_ns` may be later than the change, where that is more than the header's `stamp_bound_ns`.
     """
 
     seq: int
@@ -210,12 +211,14 @@ class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition", gc=F
     detail: str
     merged: int = 1
     slot_ops: int = 0
+    late_ns: int | None = None
 
 
 class SlotOp(Record, frozen=True, kw_only=True, tag="slot_op", gc=False):
     """One KVM_SET_USER_MEMORY_REGION; of a delete `size` is that of the slot which went away.
 
     `predicted` operations were never seen: they are what QEMU's rules give for the transition.
+    `late_ns` is as of a transition.
     """
 
     t_ns: int
@@ -229,6 +232,7 @@ class SlotOp(Record, frozen=True, kw_only=True, tag="slot_op", gc=False):
     predicted: bool
     transition: int | None
     hva: int | None = None
+    late_ns: int | None = None
 
 
 class GuestState(Record, frozen=True, kw_only=True, tag="guest_state"):

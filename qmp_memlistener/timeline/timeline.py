@@ -288,12 +288,16 @@ class Timeline:
         silent = list(self._silent)
         times = [transition.t_ns for transition in silent]
         fitting: dict[int, list[Stall]] = defaultdict(list)
+        bounds = [max(self._stamp_bound_ns, transition.late_ns or 0) for transition in silent]
+        bound = max(bounds)
         for commit in commits:
             if commit.transition is None:
+                end_ns = commit.seen.end_ns
                 low = bisect_left(times, commit.seen.start_ns)
-                high = bisect_right(times, commit.seen.end_ns + self._stamp_bound_ns)
+                high = bisect_right(times, end_ns + bound)
                 for at in range(low, high):
-                    fitting[at].append(commit)
+                    if times[at] <= end_ns + bounds[at]:
+                        fitting[at].append(commit)
         left: deque[TransitionRecord] = deque()
         for at, transition in enumerate(silent):
             found = [c for c in fitting.get(at, ()) if c.transition is None]

@@ -81,16 +81,17 @@ def trace_windows(begin_ns: int, ops: Sequence[SlotOp], bound_ns: int) -> list[O
     """What the trace lines of one commit tell, with the error of their time stamps.
 
     `begin_ns` is the time of the commit's first line.  A line's time is late by up to `bound_ns`
-    (it is stamped on arrival, unless QEMU stamps its lines).  QEMU prints a slot operation's line
-    when the ioctl is done (kvm_set_user_memory_region, accel/kvm/kvm-all.c), so the ioctl ran
-    between the line before and its own; how long in there is not known.
+    (it is stamped on arrival, unless QEMU stamps its lines) or by its `late_ns`.  QEMU prints a
+    slot operation's line when the ioctl is done (kvm_set_user_memory_region, accel/kvm/kvm-all.c),
+    so the ioctl ran between the line before and its own; how long in there is not known.
     """
     found: list[Observation] = []
     timed: list[TimedOp] = []
     before = begin_ns
     for op in ops:
         # lines come in order; a stamp that goes back would be the clock's fault
-        from_ns, to_ns = min(before, op.t_ns) - bound_ns, op.t_ns
+        late_ns = max(bound_ns, op.late_ns or 0)
+        from_ns, to_ns = min(before, op.t_ns) - late_ns, op.t_ns
         before = max(before, op.t_ns)
         found.append(
             Observation(

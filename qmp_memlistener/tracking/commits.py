@@ -38,6 +38,7 @@ class Commit:
     """
 
     t_ns: int
+    late_ns: int = 0  # as of an operation
     merged: int = 1
     roots: set[int] = field(default_factory=set)
     ops: list[SeenOp] = field(default_factory=list)
@@ -116,11 +117,11 @@ class CommitGrouper:
         """The earliest commit that was seen and not taken."""
         return self.done[0] if self.done else self._open
 
-    def view_rebuilt(self, t_ns: int, root: int) -> None:
+    def view_rebuilt(self, t_ns: int, root: int, late_ns: int = 0) -> None:
         """A `flatview_new` line."""
         now = self._open
         if now is None or now.ops or root in now.roots:
-            now = self._begin(t_ns)
+            now = self._begin(t_ns, late_ns)
         now.roots.add(root)
 
     def slot_operation(self, op: RawOp) -> None:
@@ -131,7 +132,7 @@ class CommitGrouper:
         now = self._open
         place = self._live.what(op), op.as_id, op.gpa
         if now is None or not (now.roots or self._upwards.goes_on(*place)):
-            now = self._begin(op.t_ns)
+            now = self._begin(op.t_ns, op.late_ns)
             self._upwards.goes_on(*place)
         what, size = self._live.apply(op)
         now.ops.append(SeenOp(op, what, size))
@@ -169,8 +170,8 @@ class CommitGrouper:
         done, self.done = self.done, []
         return done
 
-    def _begin(self, t_ns: int) -> Commit:
+    def _begin(self, t_ns: int, late_ns: int) -> Commit:
         self.close()
-        self._open = Commit(t_ns, causes=self._causes, moves_bar=self._moves_bar)
+        self._open = Commit(t_ns, late_ns, causes=self._causes, moves_bar=self._moves_bar)
         self._causes, self._moves_bar = [], False
         return self._open

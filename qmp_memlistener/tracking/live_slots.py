@@ -26,7 +26,10 @@ UNKNOWN_BLOCK = "RAM of slot "
 
 
 class RawOp(msgspec.Struct, frozen=True, gc=False):
-    """One traced KVM_SET_USER_MEMORY_REGION; `size` 0 deletes."""
+    """One traced KVM_SET_USER_MEMORY_REGION; `size` 0 deletes.
+
+    `late_ns`: its time may be later than it was, by so much; 0 is no more than usual.
+    """
 
     t_ns: int
     as_id: int
@@ -36,6 +39,7 @@ class RawOp(msgspec.Struct, frozen=True, gc=False):
     flags: int
     hva: int
     ret: int
+    late_ns: int = 0
 
 
 class LiveSlot(msgspec.Struct, frozen=True, gc=False):

@@ -56,6 +56,7 @@ def transition_record(
         detail=detail,
         merged=merged,
         slot_ops=slot_ops,
+        late_ns=commit.late_ns or None,
     )
 
 
@@ -63,7 +64,14 @@ def told_again(
     told: TransitionRecord, seq: int, commit: Commit, *, merged: int, slot_ops: int
 ) -> TransitionRecord:
     """The same transition as one that was told before, and nothing else is known of its cause."""
-    return replace_record(told, seq=seq, t_ns=commit.t_ns, merged=merged, slot_ops=slot_ops)
+    return replace_record(
+        told,
+        seq=seq,
+        t_ns=commit.t_ns,
+        late_ns=commit.late_ns or None,
+        merged=merged,
+        slot_ops=slot_ops,
+    )
 
 
 def traced_records(commit: Commit, seq: int | None) -> list[SlotOp]:
@@ -81,6 +89,7 @@ def traced_records(commit: Commit, seq: int | None) -> list[SlotOp]:
             predicted=False,
             transition=seq,
             hva=op.raw.hva,
+            late_ns=op.raw.late_ns or None,
         )
         for op in commit.ops
     ]

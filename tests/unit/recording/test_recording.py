@@ -69,7 +69,7 @@ def test_the_contract_of_a_line(tmp_path: Path) -> None:
     assert op == {
         "type": "slot_op", "schema": 1, "t_ns": 11, "as_id": 0, "slot": 3, "op": "delete",
         "gpa": 0, "size": 1 << 40, "flags": 0, "ret": -22, "predicted": False, "transition": 1,
-        "hva": None,
+        "hva": None, "late_ns": None,
     }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -121,6 +122,27 @@ def test_gap_operations_and_commit_of_one_toggle_are_one_incident() -> None:
     assert gap.cause is not None
     assert gap.cause.explained_ns == MS
     assert gap.during == [4]
+
+
+def test_a_line_that_may_be_late_makes_a_window_that_wide() -> None:
+    timeline = new()
+    timeline.record(transition(1, 50 * MS, 2))
+    late = msgspec.structs.replace(slot_op(1, 50 * MS, "delete"), late_ns=20 * MS)
+    timeline.record(late)
+    timeline.record(slot_op(1, 51 * MS, "add", slot=4))
+    first, second = stalls(timeline.finish(), Kind.SLOT_UPDATE)
+    assert (first.start_ns, first.end_ns, first.at_least_ns) == (30 * MS, 50 * MS, 0)
+    assert (second.start_ns, second.end_ns) == (50 * MS - BOUND, 51 * MS)
+
+
+def test_a_commit_without_operations_may_have_ended_as_long_before_as_its_line_is_late() -> None:
+    for late_ns, cause in ((None, "unknown"), (20 * MS, "transition")):
+        timeline = new()
+        timeline.observe([window(Kind.COMMIT, 40 * MS, 41 * MS)])
+        timeline.record(msgspec.structs.replace(transition(1, 50 * MS, 0), late_ns=late_ns))
+        commit = only(timeline.finish(), Kind.COMMIT)
+        assert commit.cause is not None
+        assert commit.cause.type == cause
 
 
 def test_missing_lasts_from_the_delete_to_the_end_of_the_add() -> None:
