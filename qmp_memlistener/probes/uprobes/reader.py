@@ -24,10 +24,10 @@ from .calibrate import measure_hit
 from .decode import Hit
 from .functions import Group, Role, kinds_of, missing_kinds
 from .memory import Strings
-from .perf import allow_descriptors
-from .program import examine
+from .perf import Architecture, allow_descriptors
+from .program import Program, examine
 from .refusals import explain
-from .release import release
+from .release import opening, release
 from .results import Command, Window
 from .windows import Windows
 
@@ -134,6 +134,13 @@ class UprobeReader:
         self.roles = program.roles
         tids = thread_ids(self.pid)
         allow_descriptors(len(tids) * 2 * len(Role))
+        with opening(lambda: self._stopping):
+            self._open(arch, pmu, program, tids)
+        self._round_ns = self._rescan_ns = time.monotonic_ns()
+        self._thread = threading.Thread(target=self._run, name=f"uprobes {self.pid}", daemon=True)
+        self._thread.start()
+
+    def _open(self, arch: Architecture, pmu: int, program: Program, tids: list[int]) -> None:
         self.hit_ns, self._spent = measure_hit(arch, pmu)
         self._windows = Windows(self.pid, popped=arch.popped, hit_ns=self.hit_ns)
         self._attachment = Attachment(
@@ -156,9 +163,6 @@ class UprobeReader:
         except OSError as error:
             self._undo()
             raise explain(error, self.pid) from error
-        self._round_ns = self._rescan_ns = time.monotonic_ns()
-        self._thread = threading.Thread(target=self._run, name=f"uprobes {self.pid}", daemon=True)
-        self._thread.start()
 
     def set_bql(self, on: bool) -> Future[None]:
         """Look at the BQL too, or no longer; done when that is so.
@@ -261,8 +265,9 @@ class UprobeReader:
         if on:
             groups = (Group.BQL,) if self.bql_known else (Group.BQL, Group.LEARN)
             try:
-                for group in groups:
-                    self._attachment.switch(group, True)
+                with opening(lambda: self._stopping):
+                    for group in groups:
+                        self._attachment.switch(group, True)
             except OSError:
                 for group in groups:
                     self._attachment.switch(group, False)
