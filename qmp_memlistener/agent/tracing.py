@@ -47,7 +47,9 @@ PENDING = 256
 """So many commits wait for a snapshot that tells all of them; a guest can make more than that."""
 IO_SPACE = 1 << 16
 """BARs of I/O ports lie below, those of memory never do on the machines that have ports."""
-_SLICE = 500  # lines folded before others have their turn
+_SLICE = 2_000
+"""Lines folded before others have their turn: more transitions than the timeline or an inbox deals
+with in its own, so that when there is too much of everything, transitions are there first."""
 _LINE_DEADLINE = 5.0
 _FINISH_DEADLINE = 1.0
 

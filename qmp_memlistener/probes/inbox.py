@@ -17,7 +17,7 @@ __all__ = ["LIMIT", "Inbox"]
 
 LIMIT = 20_000
 """What may be in an inbox, in the caller's measure."""
-_TURN = 2_000  # of that, handed on before others have their turn
+_TURN = 500  # of that, handed on before others have their turn
 
 P = ParamSpec("P")
 

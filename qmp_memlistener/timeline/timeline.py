@@ -39,7 +39,7 @@ PATIENCE_NS = 3_000_000_000
 TRACE = "trace"
 BACKLOG = 50_000
 """So many windows wait to be decided at most, and so many transitions."""
-STEP = 2_000
+STEP = 500
 """About so many are decided by one call."""
 _LIMIT = 8192
 _END = 1 << 62
