@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
+from ..host.bounded import in_thread
 from ..host.files import open_foreign
 from ..host.limited_file import give_back, is_full
 from .trace_lines import TraceDecoder
@@ -140,7 +141,13 @@ class TraceTail:
         thread, self._thread = self._thread, None
         if thread is not None:
             self._stop_at(0)
-            await asyncio.to_thread(thread.join)
+            try:
+                await in_thread(thread.join)
+            finally:
+                if not thread.is_alive():  # it hangs in a file system that does: it keeps its own
+                    self._close()
+
+    def _close(self) -> None:
         for handle in (self._inotify, self._wake, self._fd):
             if handle >= 0:
                 os.close(handle)

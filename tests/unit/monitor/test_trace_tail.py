@@ -299,7 +299,7 @@ async def test_what_another_reader_gave_back_is_said_to_be_lost(log: Log) -> Non
         read = slow.offset
         assert slow._thread is not None
         slow.finish()  # it is stopped, as by SIGSTOP
-        await asyncio.to_thread(slow._thread.join)
+        slow._thread.join(5)
         log.write(*range(2, 30_000))
         assert give_back(log.fd, 0, MIB)
     async with TraceTail(log.path, start=read) as woken:
