@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import errno
 import os
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass, field
 from functools import wraps
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from ..errors import InputError, MemListenerError
+from ..errors import InputError, MemListenerError, MissingPrerequisite
 from ..recording import (
     GuestFailure,
     Lost,
@@ -28,6 +29,7 @@ from ..recording import (
     TransitionRecord,
     Violation,
 )
+from ..waits import waiting
 from .common import READER_GONE, duration, print_json, say, terminal_shape
 from .signals import signals
 from .watch_mirror import MirrorOptions, WatchedMirror, opened_mirror
@@ -37,6 +39,10 @@ if TYPE_CHECKING:
     from ..agent.limits import Limits
 
 __all__ = ["FollowOptions", "Followed", "follow", "follow_options", "probe_names"]
+
+
+READY_S = 10.0
+"""How long a check against limits waits for its probes; a pulse's clock is known after 2 s."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,6 +125,7 @@ def follow_options(function: Callable[..., None]) -> Callable[..., None]:
 class Followed:
     """What was seen, and why it ended (None: as asked).
 
+    `not_always_measured` are kinds with a limit that could have been exceeded unseen;
     `mirror_fault` says what is wrong with the mirror, if there was one.
     """
 
@@ -132,6 +139,7 @@ class Followed:
     compared: bool = False
     probes: dict[str, ProbeState] = field(default_factory=dict)
     lost: int = 0
+    not_always_measured: tuple[str, ...] = ()
     mirror_fault: str | None = None
     error: MemListenerError | None = None
 
@@ -291,6 +299,12 @@ async def _follow(
         guarded=mirror is not None and mirror.options.pauses,
         on_record=printer.take,
     ) as agent:
+        if limits is not None and limits.stalls:
+            await agent.probes_started()
+            _refuse_unmeasured(limits, agent.probes())
+            with waiting("for every probe to measure"):
+                await agent.probes_ready(READY_S)
+        began_ns = time.monotonic_ns()
         printer.give_up = None
         ends: list[Callable[[], object]] = [printer.stop.set]
         if mirror is not None:
@@ -300,10 +314,30 @@ async def _follow(
                 if mirror is not None:
                     printer.take(mirror.note())
                 await _wait(agent, options, printer)
+                if limits is not None:
+                    seen = agent.measured(began_ns, time.monotonic_ns())
+                    printer.seen.not_always_measured = tuple(
+                        str(kind) for kind in limits.stalls if kind not in seen
+                    )
                 if mirror is not None and printer.reader_gone:
                     mirror.give_up()
             if mirror is not None:
                 await printer.tell_mirror(mirror)
+
+
+def _refuse_unmeasured(limits: Limits, probes: Sequence[ProbeState]) -> None:
+    """Raise MissingPrerequisite when nothing at work measures what has a limit of its own."""
+    measured = {kind for probe in probes if probe.active for kind in probe.measures}
+    unmeasured = [str(kind) for kind in limits.stalls if kind not in measured]
+    if not unmeasured:
+        return
+    would = [p for p in probes if not p.active and not set(unmeasured).isdisjoint(p.measures)]
+    raise MissingPrerequisite(
+        f"nothing at work here measures {' or '.join(unmeasured)}, which has a limit: it could be "
+        f"exceeded unseen ({'; '.join(f'{p.name}: {p.reason}' for p in would)})",
+        remedy="; ".join(dict.fromkeys(p.remedy for p in would if p.remedy))
+        or f"let {' or '.join(p.name for p in would)} measure (`--probes`), or drop that limit",
+    )
 
 
 def _one_after_the_other(calls: list[Callable[[], object]]) -> Callable[[], bool]:

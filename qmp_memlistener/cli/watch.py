@@ -40,7 +40,8 @@ def command(
     a summary of all stalls by kind and cause. The guest's trace events and log are put back as
     they were. Exit code 1: a limit was exceeded for certain, or a mirror was not in step at the
     end. A stall that may have been longer than its limit, by the bounds within which it is known,
-    is told as a possible violation and does not count.
+    is told as a possible violation and does not count. Exit code 4: nothing here measures a kind
+    that --max-stall limits.
 
     With --mirror, slots of our own follow the guest's map meanwhile, and the report of that comes
     before the summary.
@@ -63,6 +64,9 @@ def command(
     elif seen.possible_violations:
         unsure = "how long those stalls were is not known well enough to tell"
         say(f"{possible} of the limits: {unsure}", err=True)
+    if seen.not_always_measured:
+        kinds = ", ".join(seen.not_always_measured)
+        say(f"not measured all the time, so a limit could be exceeded unseen: {kinds}", err=True)
     if seen.mirror_fault is not None:
         problems.append(seen.mirror_fault)
     if problems:

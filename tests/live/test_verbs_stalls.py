@@ -10,6 +10,7 @@ import pytest
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.probes.registry import PROBES
 from tests.live.test_timeline_live import hold_bql
+from tests.live.verbs_support import one_build
 from tests.support.leftovers import enabled_events, left_behind
 from tests.support.live import NO_QEMU, QEMUS, best_accel, booted, builds, cases, qmp
 from tests.support.verbs import run_in_terminal, run_verb, started_verb
@@ -56,10 +57,27 @@ async def test_a_limit_that_is_exceeded(build: QemuBuild, accel: str) -> None:
 @builds()
 @pytest.mark.asyncio
 async def test_limits_that_hold(build: QemuBuild) -> None:
-    options = ("--max-stall", "missing=10s", "--max-stall", "main_loop=10s", "--for", "500ms")
-    async with booted(build, best_accel(build)) as vm:
-        ran = await run_verb("watch", vm.target, *options)
+    accel = best_accel(build)
+    kinds = ("main_loop", "missing") if accel == "kvm" else ("main_loop",)
+    options = (word for kind in kinds for word in ("--max-stall", f"{kind}=10s"))
+    async with booted(build, accel) as vm:
+        ran = await run_verb("watch", vm.target, *options, "--for", "500ms")
     assert ran.code == 0, ran.err
+    assert "not measured all the time" not in ran.err
+
+
+@one_build
+@pytest.mark.asyncio
+async def test_a_limit_that_nothing_measures_is_no_success(build: QemuBuild) -> None:
+    async with booted(build, best_accel(build)) as vm:
+        for probes, limit, reason in (
+            (("--probes", "none"), "main_loop=5ms", "ping: it was not asked for"),
+            (("--probes", "ping"), "vcpu_gap=1ms", "pulse: it was not asked for"),
+            (("--probes", "none", "--freeze"), "commit=1ms", "uprobes: it was not asked for"),
+        ):
+            ran = await run_verb("watch", vm.target, *probes, "--max-stall", limit, "--for", "10s")
+            ran.check_error(4, limit.partition("=")[0], reason, "--probes")
+            assert ran.seconds < 8
 
 
 @builds()
