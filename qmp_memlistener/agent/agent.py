@@ -102,7 +102,8 @@ class Agent:
     `monitor` is the connection it observes through, `operations` the one that was named for that
     (the observer's when none was, see `operating`), `measuring` the probes at work.
     `facts` is what the guest said of itself, `header` the first record, `remarks` what the user
-    should know about this attachment.
+    should know about this attachment, and `unrestored`, once it is left, what could not be put
+    back as it was.
     """
 
     monitor: Monitor
@@ -114,6 +115,7 @@ class Agent:
 
     def __init__(self, options: AttachOptions) -> None:
         self.remarks: list[str] = []
+        self.unrestored: list[str] = []
         self._options = options
         self._outlet = Outlet()
         self._upkeep: Upkeep
@@ -123,7 +125,8 @@ class Agent:
     async def __aenter__(self) -> Self:
         self._upkeep = Upkeep()
         async with AsyncExitStack() as stack:
-            attached = await Opening(self._options, stack, self._outlet, self._upkeep).run()
+            opening = Opening(self._options, stack, self._outlet, self._upkeep, self.unrestored)
+            attached = await opening.run()
             self._stack = stack.pop_all()
         self._attached = attached
         self.monitor = attached.monitors.observer

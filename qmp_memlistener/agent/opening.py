@@ -86,16 +86,22 @@ class Attached:
 
 
 class Opening:
-    """Opens one attachment, once; `stack` undoes it."""
+    """Opens one attachment, once; `stack` undoes it, and adds to `unrestored` what it cannot."""
 
     def __init__(
-        self, options: AttachOptions, stack: AsyncExitStack, outlet: Outlet, upkeep: Upkeep
+        self,
+        options: AttachOptions,
+        stack: AsyncExitStack,
+        outlet: Outlet,
+        upkeep: Upkeep,
+        unrestored: list[str],
     ) -> None:
         self._options = options
         self._stack = stack
         self._outlet = outlet
         self._upkeep = upkeep
         self._remarks: list[str] = []
+        self._unrestored = unrestored
         self._measuring: Measuring | None = None
         self._source: Source | None = None
 
@@ -179,7 +185,18 @@ class Opening:
             self._remarks += [f"no tracing: {exc.message}{remedy}", _MISSED]
             return None, exc
         self._remarks += session.remarks
-        return await self._stack.enter_async_context(session), None
+        self._stack.push_async_callback(self._stop_tracing, session)
+        return session, None
+
+    async def _stop_tracing(self, session: TraceSession) -> None:
+        """What could not be put back is reported to those who still listen, and kept."""
+        restored = await session.stop()
+        told = list(restored.remarks)
+        if restored.undone is not None:
+            self._unrestored.append(f"the guest's trace events and log: {restored.undone}")
+            told.append(f"not put back: {self._unrestored[-1]}; the next attach does it")
+        now = time.monotonic_ns()
+        self._outlet.publish([Note(t_ns=now, text=text) for text in told])
 
     async def _start_source(
         self,

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from ..errors import InputError, MemListenerError, MissingPrerequisite
+from ..errors import InputError, MemListenerError, MissingPrerequisite, OperationFailed
 from ..recording import (
     GuestFailure,
     Lost,
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
     from ..agent import Agent
     from ..agent.limits import Limits
 
-__all__ = ["FollowOptions", "Followed", "follow", "follow_options", "probe_names"]
+__all__ = ["FollowOptions", "Followed", "follow", "follow_options", "not_put_back", "probe_names"]
 
 
 READY_S = 10.0
@@ -286,7 +286,7 @@ async def _follow(
 ) -> None:
     from ..agent import attach
 
-    async with attach(
+    agent = attach(
         target,
         trace=not options.no_trace,
         probes=options.probes,
@@ -298,31 +298,44 @@ async def _follow(
         ops_monitor=options.ops_monitor,
         guarded=mirror is not None and mirror.options.pauses,
         on_record=printer.take,
-    ) as agent:
-        if limits is not None and limits.stalls:
-            await agent.probes_started()
-            _refuse_unmeasured(limits, agent.probes())
-            with waiting("for every probe to measure"):
-                await agent.probes_ready(READY_S)
-        began_ns = time.monotonic_ns()
-        printer.give_up = None
-        ends: list[Callable[[], object]] = [printer.stop.set]
-        if mirror is not None:
-            ends.append(mirror.give_up)
-        with signals.asking(_one_after_the_other(ends)):
-            async with mirror.following(agent) if mirror is not None else nullcontext():
-                if mirror is not None:
-                    printer.take(mirror.note())
-                await _wait(agent, options, printer)
-                if limits is not None:
-                    seen = agent.measured(began_ns, time.monotonic_ns())
-                    printer.seen.not_always_measured = tuple(
-                        str(kind) for kind in limits.stalls if kind not in seen
-                    )
-                if mirror is not None and printer.reader_gone:
-                    mirror.give_up()
+    )
+    try:
+        async with agent:
+            if limits is not None and limits.stalls:
+                await agent.probes_started()
+                _refuse_unmeasured(limits, agent.probes())
+                with waiting("for every probe to measure"):
+                    await agent.probes_ready(READY_S)
+            began_ns = time.monotonic_ns()
+            printer.give_up = None
+            ends: list[Callable[[], object]] = [printer.stop.set]
             if mirror is not None:
-                await printer.tell_mirror(mirror)
+                ends.append(mirror.give_up)
+            with signals.asking(_one_after_the_other(ends)):
+                async with mirror.following(agent) if mirror is not None else nullcontext():
+                    if mirror is not None:
+                        printer.take(mirror.note())
+                    await _wait(agent, options, printer)
+                    if limits is not None:
+                        seen = agent.measured(began_ns, time.monotonic_ns())
+                        printer.seen.not_always_measured = tuple(
+                            str(kind) for kind in limits.stalls if kind not in seen
+                        )
+                    if mirror is not None and printer.reader_gone:
+                        mirror.give_up()
+                if mirror is not None:
+                    await printer.tell_mirror(mirror)
+    finally:
+        if agent.unrestored and printer.seen.error is None:
+            printer.seen.error = not_put_back(agent.unrestored)
+
+
+def not_put_back(what: Sequence[str]) -> OperationFailed:
+    """A guest that could not be left as it was found."""
+    return OperationFailed(
+        f"the guest was not put back as it was: {'; '.join(what)}",
+        remedy="the next attach does that, or `qmp-memlistener doctor --clean`",
+    )
 
 
 def _refuse_unmeasured(limits: Limits, probes: Sequence[ProbeState]) -> None:

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import Interrupted, duration, print_json, run_async, say, terminal_shape
-from .follow import probe_names
+from .common import Interrupted, duration, print_error, print_json, run_async, say, terminal_shape
+from .follow import not_put_back, probe_names
 
 if TYPE_CHECKING:
     from ..agent import Agent
@@ -61,6 +61,8 @@ class Attaching:
             for remark in agent.remarks:
                 say(remark, err=True)
             yield agent
+        if agent.unrestored:
+            print_error(not_put_back(agent.unrestored))
 
 
 def attach_options(function: Callable[..., int]) -> Callable[..., int]:

@@ -156,7 +156,7 @@ class TraceSession:
         """Put trace states and log back.  Idempotent.
 
         Uses another free monitor when ours is lost but QEMU lives.  When QEMU cannot be asked,
-        the note stays and the next attach restores; that is in the remarks, not an exception.
+        the note stays and the next attach restores; that is in the result, not an exception.
         """
         if self._stopped:
             return Restored()
@@ -168,9 +168,7 @@ class TraceSession:
                     self._setting.lease.release()
                     return await self._restore(place, guest)
         except (TargetError, TimeoutError, OSError) as error:
-            return Restored(
-                remarks=(f"not restored, the next attach does it: {str(error) or 'too slow'}",)
-            )
+            return Restored(undone=str(error) or "QEMU did not answer in time")
         finally:
             self._setting.lease.release()
             os.close(self._setting.log)

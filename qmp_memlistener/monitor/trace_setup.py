@@ -60,11 +60,13 @@ _SEARCHED = 16 * 1024 * 1024
 @dataclass(frozen=True, slots=True)
 class Restored:
     """What was put back: the events that were disabled, where the log goes now (None when it
-    was not touched), and `remarks` on what could not be put back."""
+    was not touched), and `remarks` on what could not be put back.  `undone` says that nothing
+    was, and why."""
 
     events: tuple[str, ...] = ()
     log: str | None = None
     remarks: tuple[str, ...] = ()
+    undone: str | None = None
 
 
 async def _looked(

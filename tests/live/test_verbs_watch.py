@@ -131,6 +131,28 @@ async def test_watch_on_a_guest_that_ends(build: QemuBuild, how: str, tmp_path: 
 
 
 @one_build
+@pytest.mark.asyncio
+async def test_a_guest_that_cannot_be_put_back_is_told_and_the_next_attach_does_it(
+    build: QemuBuild,
+) -> None:
+    async with booted(build, best_accel(build)) as vm, qmp(vm.guest.monitors[1]) as monitor:
+        before = await enabled_events(monitor)
+        async with watched(vm, "--probes", "none") as watch:
+            vm.guest.process.send_signal(signal.SIGSTOP)
+            watch.process.send_signal(signal.SIGINT)
+            ran = await watch.end()
+            vm.guest.process.send_signal(signal.SIGCONT)
+        assert ran.code == 1
+        assert "error: the guest was not put back as it was: the guest's trace events" in ran.err
+        assert "remedy: the next attach does that" in ran.err
+        assert "not put back: " in ran.out
+        assert await enabled_events(monitor) != before
+        async with watched(vm, "--probes", "none") as watch:
+            await watch.signalled(signal.SIGINT)
+        assert await is_as_before(vm, monitor, before)
+
+
+@one_build
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("verb", ["watch", "record"])
 @pytest.mark.asyncio
