@@ -12,7 +12,14 @@ import pytest
 from qmp_memlistener import Agent, attach
 from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, QemuBuild
 from qmp_memlistener.monitor import Monitor
-from qmp_memlistener.recording import ProbesRecord, StallRecord, SummaryRecord, TransitionRecord
+from qmp_memlistener.recording import (
+    ProbesRecord,
+    SlotOp,
+    StallRecord,
+    SummaryRecord,
+    TransitionRecord,
+)
+from tests.live.verbs_support import one_build
 from tests.support.live import NO_QEMU, QEMUS, Seen, booted, builds, cases, qmp
 
 pytestmark = [pytest.mark.qemu, pytest.mark.skipif(not QEMUS, reason=NO_QEMU)]
@@ -196,3 +203,34 @@ async def test_forged_operations_are_told_from_those_that_uprobes_saw(
 def forge(log: Path, line: str) -> None:
     with open(log, "a") as f:
         f.write(line)
+
+
+@one_build
+@pytest.mark.asyncio
+async def test_a_migration_is_why_slots_are_logged(build: QemuBuild, seen: Seen) -> None:
+    """It switches dirty logging for all slots in one commit: no transition, no map change.
+
+    On in a thread of its own, which is there before uprobes are in it: these ioctls are not always
+    seen.  Off in the main thread (migrate_fd_cleanup, migration/migration.c).
+    """
+
+    def switched(flag: int) -> set[int]:
+        return {op.slot for op in seen.of(SlotOp) if op.op == "flags" and op.flags & 1 == flag}
+
+    async with booted(build, "kvm") as vm, qmp(vm.guest.monitors[2]) as monitor:
+        async with attach(vm.target, probes=("trace", "uprobes"), on_record=seen) as agent:
+            await needs_uprobes(agent, seen)
+            await monitor.execute("migrate-set-parameters", {"max-bandwidth": 4096})
+            await monitor.execute("migrate", {"uri": "exec:cat >/dev/null"})
+            async with asyncio.timeout(20):
+                while not switched(1):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+                await monitor.execute("migrate_cancel")
+                while switched(1) != switched(0):  # noqa: ASYNC110
+                    await asyncio.sleep(0.02)
+            await agent.settle()
+        updates = [s for s in seen.of(StallRecord) if s.kind == "slot_update"]
+        causes = {(s.cause.type, s.cause.ref) for s in updates if s.cause is not None}
+        assert causes == {("slot_op", "dirty logging (migration)")}
+        assert len(updates) >= len(switched(0)) > 1
+        assert seen.transitions == []
