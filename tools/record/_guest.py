@@ -136,7 +136,7 @@ class Guest:
 
     `argv` may hold `{tmp}`, the guest's own directory, which holds `boot.img` (a disk that says
     when SeaBIOS is done), `quiet.bin` (a firmware that halts), `flash0.img` (SeaBIOS as pflash),
-    `flash1.img` (empty), `flash64.img` (empty, for Arm), `rom8k.bin` and `rom2k.bin` (option
+    `flash1.img`, `flash32.img` and `flash64.img` (empty), `rom8k.bin` and `rom2k.bin` (option
     ROMs).  `events` collects QMP events in order.
 
     Raises GuestError from everything that talks to QEMU.
@@ -259,8 +259,9 @@ class Guest:
                 shutil.copyfile(d / "bios-256k.bin", self.tmp / "flash0.img")
                 break
         (self.tmp / "flash1.img").write_bytes(bytes(0x20000))
-        with (self.tmp / "flash64.img").open("wb") as sparse:
-            sparse.truncate(64 << 20)
+        for mib in (32, 64):
+            with (self.tmp / f"flash{mib}.img").open("wb") as sparse:
+                sparse.truncate(mib << 20)
 
     def _connect(self, name: str) -> socket.socket:
         end = time.monotonic() + DEADLINE_S
