@@ -57,7 +57,8 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
     """Say what works on this host and, with a TARGET, for that guest.
 
     For everything that does not work: why, and what to do about it. Also lists what agents that
-    were killed have left behind; the next attach puts that back as well.
+    were killed have left behind: trace events and the log, which the next attach puts back as well,
+    objects that were made for an update, and guests that were left paused.
 
     Example: qmp-memlistener doctor /run/vm.qmp
     """
@@ -110,7 +111,7 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
         say(f"cleaned: {text}")
     for left in leftovers:
         say(f"left over: {left.what} (noted in {left.where})")
-        say("  remedy: `qmp-memlistener doctor --clean`, or attach to that guest again")
+        say(f"  remedy: {left.remedy}")
     if not leftovers:
         say("nothing of ours is left over in a running guest")
     for note in notes:
@@ -126,6 +127,10 @@ def _explain(name: str, reason: str | None, remedy: str | None) -> None:
             say(f"  remedy: {remedy}")
 
 
+_CLEAN = "`qmp-memlistener doctor --clean`"
+_ATTACH = f"{_CLEAN}, or attach to that guest again"
+
+
 @dataclass(frozen=True, slots=True)
 class Left:
     """Something of ours in a running guest: `what` in words, `where` the note about it lies."""
@@ -134,6 +139,7 @@ class Left:
     where: str
     guest: Guest | None
     take_away: Callable[[], Awaitable[bool]]
+    remedy: str = _CLEAN
 
 
 def _find() -> list[Left]:
@@ -151,9 +157,9 @@ def _find() -> list[Left]:
             return await leftover_notes.restore(monitor, left)
 
     return [
-        *(Left(x.what, x.where, x.guest, partial(traced, x)) for x in find_leftovers()),
+        *(Left(x.what, x.where, x.guest, partial(traced, x), _ATTACH) for x in find_leftovers()),
         *(
-            Left(x.text, x.path, find_guest(x.pid), partial(switched, x))
+            Left(x.text, x.path, find_guest(x.pid), partial(switched, x), _ATTACH)
             for x in leftover_notes.find()
         ),
     ]

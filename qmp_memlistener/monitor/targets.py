@@ -110,6 +110,10 @@ def _tcp(text: str, address: str) -> TcpTarget:
     if match is None:
         raise _not_a_target(text, "a TCP address is HOST:PORT")
     host = match[1] or match[2] or "localhost"
+    try:
+        host.encode("idna")  # what resolving it does first
+    except UnicodeError:
+        raise _not_a_target(text, f"{host!r} can be no host name") from None
     port = int(match[3])
     if not 0 < port < 65536:
         raise _not_a_target(text, f"{port} is no port number")

@@ -162,7 +162,6 @@ class _Operation:
                 refused = await self._outcome("refused", exc)
                 # what happens to the guest meanwhile, a migration's say, is none of our doing
                 return msgspec.structs.replace(refused, stalls=[], slot_ops=[], transitions=0)
-            self._notes += plan.notes
             await self._host.probes_started()
             ops = await stack.enter_async_context(self._host.operating())
             await stack.enter_async_context(self._host.burst())
@@ -222,6 +221,7 @@ class _Operation:
                 return await self._outcome("partial" if left else "failed", ended)
             except OperationFailed as exc:
                 return await self._outcome("partial" if self._journal.stands else "failed", exc)
+            self._notes += plan.notes
             if plan.awaited is not Awaited.GONE:
                 reaction.look(await self._look())
             through = None

@@ -102,9 +102,21 @@ def test_interrupted_in_the_middle(kvm: Kvm, number: signal.Signals) -> None:
 
 
 def test_no_device(tmp_path: Path) -> None:
-    for args in (("race",), ("strategies",)):
-        ran = run(*args, "--device", tmp_path / "kvm")
-        ran.check_error(4, "there is no KVM here", "remedy:")
+    ran = run("race", "--device", tmp_path / "kvm")
+    ran.check_error(4, "there is no KVM here", "remedy:")
+
+
+def test_strategies_are_listed_without_a_device_too(tmp_path: Path) -> None:
+    ran = run("strategies", "--device", tmp_path / "kvm")
+    assert ran.code == 0
+    assert "there is no KVM here" in ran.out
+    assert "remedy: " in ran.out
+    ran = run("strategies", "--device", tmp_path / "kvm", "--json")
+    (document,) = ran.documents
+    assert document["host"] is None
+    strategies = document["strategies"]
+    assert isinstance(strategies, list)
+    assert all(s["skipped"] for s in strategies)
 
 
 def test_a_device_that_is_not_kvm() -> None:

@@ -177,6 +177,8 @@ async def test_a_backend_that_was_being_made_is_told_and_removed(build: QemuBuil
         assert "object m0 (memory-backend-ram)" in (await run_verb("list")).out
         shown = await run_verb("show", f"unix:{watcher.guest.monitors[0]}")
         assert "object m0 (memory-backend-ram) is left over" in shown.err
+        told = (await run_verb("doctor")).out
+        assert "remedy: `qmp-memlistener doctor --clean`\n" in told, "an attach leaves it there"
         left, cleaned, _ = await doctor("--clean")
         assert left == []
         assert any("object m0 (memory-backend-ram)" in text for text in cleaned)

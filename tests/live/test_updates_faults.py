@@ -261,6 +261,8 @@ def check_outcome(outcome: Outcome, changed: bool) -> list[str]:
         return [f"{outcome.outcome} with reason {outcome.reason}"]
     if outcome.outcome in ("refused", "failed") and changed:
         return [f"{outcome.outcome}, and something has changed: {outcome.notes}"]
+    if outcome.outcome in ("refused", "failed") and any("new DIMM" in n for n in outcome.notes):
+        return [f"{outcome.outcome}, and there is no new DIMM of ours: {outcome.notes}"]
     if outcome.guest_state.after not in ("running", "unknown"):
         return [f"left {outcome.guest_state}"]
     return []

@@ -51,6 +51,7 @@ def test_a_bare_name_is_a_path_when_it_exists(
         *("", "unix:", "unix:@", "pid:", "pid:0", "pid:-1", "pid:x", "pid:99999999999", "pid:٣"),
         *("host:0", "host:65536", "host:port", "tcp:host", "::1:4444x", "libvirt:vm", "a b:1"),
         *("no-such-file", "a/b\0c", "/run/x\ny"),
+        *("bad..host:12", ".:5", f"{'x' * 70}:12", "tcp:bad..host:12"),
     ],
 )
 def test_everything_else_is_refused_with_the_accepted_forms(text: str) -> None:
