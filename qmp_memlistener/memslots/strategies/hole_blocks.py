@@ -159,7 +159,7 @@ def give_ids(as_id: int, blocks: Sequence[Block], table: SlotTable) -> None:
     A slot that was there once gets its old id; else one that its block, or the same memory with
     another READONLY flag, loses now; else the lowest that no slot has before the transition.
     """
-    used = {s.slot for s in table.slots(as_id)}
+    used = {s.slot for s in table.slots(as_id)} | table.elsewhere.get(as_id, frozenset())
     spare: dict[tuple[str, str | None, int], set[int]] = {}
     for block in blocks:
         spare.setdefault(block.twin, set()).update(s.slot for s in block.removed)

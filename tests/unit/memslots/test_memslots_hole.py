@@ -292,3 +292,10 @@ def test_follow_blocks_reaches_over_all_views_given() -> None:
     assert slots(table) == [(0, 0, 0x8000, ((0x1000, 0x8000),))]
     # such a table has room for all that is to come
     assert ops(hole(small[0], large[0], table)) == [("clear_hole", 0, 0x1000, 0x7000)]
+
+
+def test_an_id_that_a_slot_of_unknown_place_has_is_not_given() -> None:
+    table = SlotTable([], elsewhere={0: frozenset({0, 2})})
+    two = view_of(ram(0, 0x10000), io(0x10000, 0x1000), ram(0x20000, 0x1000, "other"))
+    done = hole(view_of(), two, table)
+    assert sorted(slot for _, slot, _, _ in ops(done) if slot >= 0) == [1, 3]
