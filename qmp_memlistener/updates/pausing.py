@@ -26,6 +26,7 @@ effect and makes no event (do_vm_stop, cpus.c of 7.2 to 11.1), and our `cont` un
 from __future__ import annotations
 
 import asyncio
+import sys
 import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
@@ -149,6 +150,7 @@ async def paused_guest(
     """
     _check_same_guest(monitor, guard)
     pause = Pause()
+    entered = False
     async with guard.lock:
         pause.status_before = await guard.arm()
         with _Seen(monitor) as seen:
@@ -159,14 +161,22 @@ async def paused_guest(
                     pause.paused_before = True
                 else:
                     await _to_the_end(_stop(monitor, guard, pause, deadline))
+                entered = True
                 yield pause
             finally:
                 if not pause.paused_before:
                     await _to_the_end(_resume(monitor, guard, pause, deadline))
+                    if not entered and pause.migrated is not None and _is_refused():
+                        raise pause.migrated
                 if seen.window is not None and not pause.paused_before:
                     pause.start_ns, pause.end_ns = seen.window
                 else:
                     pause.end_ns = time.monotonic_ns()
+
+
+def _is_refused() -> bool:
+    """It is for a migration that the block is not entered."""
+    return isinstance(sys.exc_info()[1], GuestMigrating)
 
 
 # -- in one write ------------------------------------------------------------------------------

@@ -323,8 +323,11 @@ async def test_a_block_that_ends_before_the_guards_cont_is_answered(
             assert pause.note == "the resume guard resumed the guest: a migration began (active)"
 
 
+@pytest.mark.parametrize("completed", [False, True])
 @pytest.mark.asyncio
-async def test_a_migration_that_begins_right_before_stop_is_not_held_up(tmp_path: Path) -> None:
+async def test_a_migration_that_begins_right_before_stop_is_not_held_up(
+    tmp_path: Path, completed: bool
+) -> None:
     async with faked(tmp_path, Fresh) as (fake, monitor, guard):
 
         async def armed(*, held: bool = True) -> str:
@@ -333,10 +336,13 @@ async def test_a_migration_that_begins_right_before_stop_is_not_held_up(tmp_path
             return "running"
 
         guard.arm = armed  # type: ignore[method-assign]
-        with pytest.raises(GuestMigrating, match="when the guest was about to be paused"):
+        if completed:
+            fake.migrates["cont"] = ("postmigrate", "completed")
+        told = "at the destination" if completed else "when the guest was about to be paused"
+        with pytest.raises(GuestMigrating, match=told):
             async with paused_guest(monitor, guard, deadline=5):
                 raise AssertionError("the block is not entered")
-        assert fake.status == "running"
+        assert fake.status == ("paused" if completed else "running")
 
 
 @pytest.mark.parametrize("pipelined", [True, False])
