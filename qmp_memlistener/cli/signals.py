@@ -147,7 +147,8 @@ class Signals:
         if self._first is None or self._over or self._told_end or now - self._first < TELL_S:
             return
         self._told_end = True
-        what = ", ".join(wait.what for wait in found) or "for everything to be put back"
+        whats = (wait.what.partition(";")[0] for wait in found)
+        what = ", ".join(whats) or "for everything to be put back"
         _write(2, f"ending, but waiting {what}; another signal ends this at once\n")
 
     def _free(self) -> None:

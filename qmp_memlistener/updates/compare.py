@@ -315,17 +315,21 @@ def _within(seen: Sequence[Record], start: int, end: int) -> list[StallRecord]:
 
 
 async def _to_the_end(guest: ComparedGuest) -> None:
-    """Put the guest back.  Cancelled meanwhile, finish all the same; cancelled twice, say what
-    that leaves."""
+    """Put the guest back.  Cancelled meanwhile, finish all the same; cancelled twice, the
+    cancellation counted that brought us here, say what that leaves."""
+    here = asyncio.current_task()
+    assert here is not None, "a coroutine runs in a task"
+    before = here.cancelling() > 0
     task = asyncio.ensure_future(guest.put_back())
     cancelled = False
     while not task.done():
         try:
             await asyncio.wait((task,))
         except asyncio.CancelledError:
-            if not cancelled:
+            if not (before or cancelled):
                 cancelled = True
                 continue
+            cancelled = True
             task.cancel()
             await asyncio.wait((task,))
     if task.cancelled():

@@ -198,6 +198,26 @@ async def test_interrupted_while_it_puts_back(times: int) -> None:
 
 
 @pytest.mark.asyncio
+async def test_interrupted_and_then_again_while_it_puts_back() -> None:
+    """The first brought it there, the second ends it."""
+    guest = FakeGuest()
+    guest.hangs_at = 2
+    guest.slow_put_back = True
+    task = asyncio.create_task(run(guest, D))
+    while guest.changes < 3:
+        guest.reached.clear()
+        await guest.reached.wait()
+    guest.reached.clear()
+    task.cancel()
+    await guest.reached.wait()
+    task.cancel()
+    found = await task
+    assert found.ended_early is not None
+    assert "interrupted again" in found.ended_early
+    assert guest.is_changed
+
+
+@pytest.mark.asyncio
 async def test_a_round_in_which_nobody_measured_is_missing_and_not_zero() -> None:
     guest = FakeGuest()
     guest.costs = {D: 50, P: 50}
