@@ -1,7 +1,10 @@
 # `make demo` and `make test` do all the set-up themselves.
-.PHONY: setup demo test lint bench clean qemus svm
+.PHONY: setup demo test test-full lint bench clean qemus svm
 
 PY := .venv/bin/python
+# what needs no guest runs in as many processes as there are CPUs; guests have the machine alone
+PURE := -n auto tests/unit tests/conformance tests/fuzz
+REAL := tests/kvm tests/live
 
 setup:
 	@tools/setup.sh
@@ -17,8 +20,14 @@ qemus: setup
 svm: setup
 	@$(PY) vm-images/svm/build.py 6.1 6.12 || echo "no SVM guest here; its tests say so" >&2
 
+# each behaviour once, on the newest QEMU here
 test: setup qemus svm
-	@$(PY) -m pytest
+	@failed=0; $(PY) -m pytest $(PURE) || failed=1; \
+	$(PY) -m pytest -m "not full" $(REAL) || failed=1; exit $$failed
+
+# on every QEMU here, with boots, soaks and the tests of the tests' own guests
+test-full: setup qemus svm
+	@failed=0; $(PY) -m pytest $(PURE) || failed=1; $(PY) -m pytest $(REAL) || failed=1; exit $$failed
 
 lint: setup
 	@.venv/bin/ruff check .
