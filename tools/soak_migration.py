@@ -51,6 +51,7 @@ from qmp_memlistener.guests import (
 from qmp_memlistener.monitor import Monitor, UnixTarget
 from qmp_memlistener.updates.compare import CompareOptions, compare
 from qmp_memlistener.updates.guard import ResumeGuard
+from qmp_memlistener.updates.mirror import Mirror
 from qmp_memlistener.updates.mirroring import mirroring
 from qmp_memlistener.updates.model import Intent, Plug, Role, Strategy, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
@@ -140,19 +141,21 @@ async def _held(work: Work) -> None:
 
 
 async def _mirror(work: Work) -> None:
-    async with (
-        attach(work.pair.target, probes=(), guarded=True) as agent,
-        mirroring(agent, ModelBackend(), Strategy.PAUSE) as mirror,
-    ):
-        period = 3_000_000 * random.choice((1, 3, 10))
-        states = (PAM_RAM << 4, 0)
-        await work.pair.pulse.toggle(
-            HOST_BRIDGE, I440FX.pam, states, 1 << 20, period=period, unit="ticks"
-        )
-        work.begun.set()
-        try:
+    mirror: Mirror | None = None
+    try:
+        async with (
+            attach(work.pair.target, probes=(), guarded=True) as agent,
+            mirroring(agent, ModelBackend(), Strategy.PAUSE) as mirror,
+        ):
+            period = 3_000_000 * random.choice((1, 3, 10))
+            states = (PAM_RAM << 4, 0)
+            await work.pair.pulse.toggle(
+                HOST_BRIDGE, I440FX.pam, states, 1 << 20, period=period, unit="ticks"
+            )
+            work.begun.set()
             await agent.wait_lost()
-        finally:
+    finally:
+        if mirror is not None:  # with what came of a pause in which it was left
             work.say(*mirror.report().notes)
 
 

@@ -38,7 +38,7 @@ __all__ = ["Mirror", "Pauser"]
 
 log = logging.getLogger(__name__)
 
-Pauser = Callable[[], AbstractAsyncContextManager[Pause]]
+Pauser = Callable[[Pause], AbstractAsyncContextManager[Pause]]
 """Makes a block inside which no vCPU of the guest runs (`pausing.paused_guest`)."""
 
 _PLANS = {
@@ -296,10 +296,11 @@ class Mirror(MemoryListener):
         A guest that is migrating may not be paused: pauses are suspended until that is over.
         """
         assert self._pause is not None, "only a mirror that pauses has plans with pauses"
-        pause: Pause | None = None
-        done = ran = False
+        pause = Pause()
+        entered = done = ran = False
         try:
-            async with self._pause() as pause:
+            async with self._pause(pause):
+                entered = True
                 if self._suspended:
                     self._suspended = False
                     self.remark("the migration is over: the guest is paused for updates again")
@@ -309,19 +310,19 @@ class Mirror(MemoryListener):
             self._suspended = True
             self.remark(f"{exc.message}; pauses are suspended, updates go on without")
         except MemListenerError as exc:
-            if pause is not None and not done:
+            if entered and not done:
                 raise
             self.remark(f"{'after' if done else 'before'} an update of the mirror: {exc.message}")
         finally:
-            if pause is not None:
+            if pause.note:
+                self.remark(pause.note)
+            if entered:
                 self._count_pause(pause)
         if not done:
             await self._writer.together(ops, after)
-        self._counts["unpaused"] += ran or pause is None
+        self._counts["unpaused"] += ran or not entered
 
     def _count_pause(self, pause: Pause) -> None:
-        if pause.note:
-            self.remark(pause.note)
         if pause.paused_before:
             self._counts["already_paused"] += 1
         else:

@@ -118,7 +118,7 @@ async def _pauser(
     guard = await ResumeGuard.start(targets, agent.monitor.identity, max_pause_s=max_pause_s)
     await stack.enter_async_context(guard)
     monitor = await stack.enter_async_context(agent.operating())
-    return lambda: paused_guest(monitor, guard, deadline=_PAUSE_DEADLINE)
+    return lambda pause: paused_guest(monitor, guard, deadline=_PAUSE_DEADLINE, pause=pause)
 
 
 async def _compare(agent: GuestToMirror, mirror: Mirror) -> None:

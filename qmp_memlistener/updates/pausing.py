@@ -140,16 +140,17 @@ async def run_paused(
 
 @asynccontextmanager
 async def paused_guest(
-    monitor: Monitor, guard: ResumeGuard, *, deadline: float
+    monitor: Monitor, guard: ResumeGuard, *, deadline: float, pause: Pause | None = None
 ) -> AsyncIterator[Pause]:
     """Stop the guest for the length of the block; it runs again afterwards, however that ends.
 
     A guest that does not run is left alone.  `deadline` (seconds) is for each of `stop` and `cont`.
+    A `pause` of the caller's tells also what came of one that was cancelled before the block.
     Raises GuestMigrating or OperationFailed when the guest is migrating, the guard is gone or QEMU
     refuses to stop (the block is not entered), TargetLost or DeadlineExceeded as `run_paused`.
     """
     _check_same_guest(monitor, guard)
-    pause = Pause()
+    pause = Pause() if pause is None else pause
     entered = False
     async with guard.lock:
         pause.status_before = await guard.arm()

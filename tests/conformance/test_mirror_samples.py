@@ -33,8 +33,8 @@ def load(path: Path) -> dict[str, Any]:
 
 
 @asynccontextmanager
-async def nobody_runs() -> AsyncIterator[Pause]:
-    yield Pause()
+async def nobody_runs(pause: Pause) -> AsyncIterator[Pause]:
+    yield pause
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda p: f"{p.parent.name}/{p.name.split('.')[0]}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
@@ -18,21 +19,28 @@ EMPTY = FlatView(())
 
 
 class Pausing:
-    """Stands for the guest: `paused` while the block lasts; can refuse or fail."""
+    """Stands for the guest: `paused` while the block lasts; can refuse or fail.
+
+    `cancelled_with`: the pause is cancelled before its block, and this is what came of it.
+    """
 
     def __init__(self) -> None:
         self.paused = False
         self.pauses = 0
         self.refuse: MemListenerError | None = None
         self.fail_to_resume: MemListenerError | None = None
+        self.cancelled_with: str | None = None
 
     @asynccontextmanager
-    async def __call__(self) -> AsyncIterator[Pause]:
+    async def __call__(self, pause: Pause) -> AsyncIterator[Pause]:
         if self.refuse is not None:
             raise self.refuse
+        if self.cancelled_with is not None:
+            pause.note = self.cancelled_with
+            raise asyncio.CancelledError
         self.paused = True
         self.pauses += 1
-        pause = Pause(start_ns=1)
+        pause.start_ns = 1
         try:
             yield pause
         finally:

@@ -79,6 +79,17 @@ async def test_a_guest_that_cannot_be_paused_is_followed_all_the_same() -> None:
 
 
 @pytest.mark.asyncio
+async def test_what_came_of_a_pause_that_was_cancelled_before_its_block_is_told() -> None:
+    mirror, backend, told = mirror_of(Strategy.PAUSE)
+    await told(WHOLE)
+    backend.pausing.cancelled_with = "the guest was migrated meanwhile"
+    with pytest.raises(asyncio.CancelledError):
+        await told(HOLED)
+    assert mirror.report().notes[0] == "the guest was migrated meanwhile"
+    assert mirror.report().pauses.count == 1
+
+
+@pytest.mark.asyncio
 async def test_a_guest_that_goes_while_it_is_paused_leaves_the_mirror_in_step() -> None:
     mirror, backend, told = mirror_of(Strategy.PAUSE)
     backend.pausing.fail_to_resume = TargetLost("QEMU is gone")
