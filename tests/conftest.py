@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections import Counter
 
 import pytest
@@ -20,6 +21,10 @@ settings.register_profile(
     "default", deadline=None, max_examples=100, suppress_health_check=[HealthCheck.too_slow]
 )
 settings.load_profile("default")
+
+
+# under nohup it is ignored, and so it would be in the verbs that the tests start and hang up on
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
 
 
 def tier_of(nodeid: str) -> str:
