@@ -75,10 +75,13 @@ def write_all(handle: int, content: bytes) -> None:
         rest = rest[os.write(handle, rest) :]
 
 
-def try_lock(handle: int) -> bool:
-    """Lock an open file with flock(2), or say that somebody else has it locked."""
+def try_lock(handle: int, *, shared: bool = False) -> bool:
+    """Lock an open file with flock(2), or say that somebody else has it locked.
+
+    A `shared` lock is had beside others of its kind.
+    """
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(handle, (fcntl.LOCK_SH if shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
     except BlockingIOError:
         return False
     return True

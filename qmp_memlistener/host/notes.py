@@ -113,17 +113,25 @@ def _stale(directory: StateDirectory, name: str, kind: type[N]) -> N | None:
         return None
     except OSError:
         return None
+    # beside others who read it at the same time, so that nobody takes them for its author
     try:
-        held = directory.hold(name, create=False)
+        for shared in (True, False):
+            held = directory.hold(name, create=False, shared=shared)
+            if held is None:
+                return None  # its author lives, or somebody else removes it
+            with held:
+                note = _current(held, name, kind)
+                if note is not None:
+                    return note
+                if not shared:
+                    held.remove()
     except OSError:
-        return None
-    if held is None:
-        return None  # its author lives
-    with held:
-        note = decoded(held.read(), kind)
-        key = name.partition(".")[0]
-        gone = is_key(key) and process_of(key) is None
-        if note is None or gone or not note.is_current:
-            held.remove()
-            return None
-        return note
+        pass
+    return None
+
+
+def _current(held: HeldFile, name: str, kind: type[N]) -> N | None:
+    note = decoded(held.read(), kind)
+    key = name.partition(".")[0]
+    gone = is_key(key) and process_of(key) is None
+    return None if note is None or gone or not note.is_current else note

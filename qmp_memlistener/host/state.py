@@ -31,6 +31,7 @@ import fcntl
 import os
 import secrets
 import shutil
+import socket
 import stat
 import time
 import weakref
@@ -64,6 +65,8 @@ _NAME = "qmp-memlistener"
 _OPEN_DIRECTORY = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _ATTEMPTS = 16
+_ALONE_S = 0.5
+"""So long one of ours waits for another that is making the directory; a stranger may pretend to."""
 
 
 class StateDirectory:
@@ -197,10 +200,11 @@ class StateDirectory:
             self.remove(name)
         raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST), f"{self.path}/{name}")
 
-    def hold(self, name: str, *, create: bool = True) -> HeldFile | None:
+    def hold(self, name: str, *, create: bool = True, shared: bool = False) -> HeldFile | None:
         """Lock a file; also one whose owner is dead, with what that one wrote.
 
-        None when a live process holds it or, without `create`, when there is none.  Raises OSError.
+        `shared`: only to read it, beside others who do.  None when a live process holds it or,
+        without `create`, when there is none.  Raises OSError.
         """
         for _ in range(_ATTEMPTS):
             if not create and not self._has_file(name):
@@ -209,7 +213,7 @@ class StateDirectory:
             if handle is None:
                 continue
             try:
-                if not try_lock(handle):
+                if not try_lock(handle, shared=shared):
                     os.close(handle)
                     return None
                 if self._is_at(handle, name):
@@ -368,6 +372,15 @@ def directory_in(base: int, path: str) -> StateDirectory:
     """Our own in one open directory, made when there is none.  Raises OSError."""
     uid = os.geteuid()
     plain = f"{_NAME}-{uid}"
+    found = list(_named(base, path, plain, {uid}))
+    if found:
+        _open_to_readers(found[0])
+        return found[0]
+    with _alone(plain):
+        return _made_in(base, path, plain, uid)
+
+
+def _made_in(base: int, path: str, plain: str, uid: int) -> StateDirectory:
     for attempt in range(_ATTEMPTS):
         found = list(_named(base, path, plain, {uid}))
         if found:
@@ -386,6 +399,26 @@ def directory_in(base: int, path: str) -> StateDirectory:
             os.rmdir(name, dir_fd=base)
         time.sleep(secrets.randbelow(1000) / 1e6 * (attempt + 1))
     raise PermissionError(errno.EACCES, f"no directory of user id {uid} can be made", path)
+
+
+@contextlib.contextmanager
+def _alone(name: str) -> Iterator[None]:
+    """No other process of ours (in this network namespace) is in the block, as a rule.
+
+    The name of an abstract socket is had by one at a time, and goes with its process.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as held:
+        until = time.monotonic() + _ALONE_S
+        while True:
+            try:
+                held.bind(f"\0{name}.making")
+            except OSError:
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.002)
+            else:
+                break
+        yield
 
 
 def _named(base: int, path: str, prefix: str, uids: Collection[int]) -> Iterator[StateDirectory]:

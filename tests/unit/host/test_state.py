@@ -392,10 +392,10 @@ def test_one_that_was_removed_meanwhile_is_not_held(
 ) -> None:
     lock = locks.try_lock
 
-    def removed_first(handle: int) -> bool:
+    def removed_first(handle: int, *, shared: bool = False) -> bool:
         monkeypatch.setattr(state, "try_lock", lock)
         place.remove("note")
-        return lock(handle)
+        return lock(handle, shared=shared)
 
     monkeypatch.setattr(state, "try_lock", removed_first)
     held = place.hold("note")

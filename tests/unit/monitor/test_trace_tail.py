@@ -296,10 +296,10 @@ async def test_what_another_reader_gave_back_is_said_to_be_lost(log: Log) -> Non
     async with TraceTail(log.path) as slow:
         log.write(1)
         assert await take(slow, 1) == [1]
-        read = slow.offset
         assert slow._thread is not None
         slow.finish()  # it is stopped, as by SIGSTOP
         slow._thread.join(5)
+        read = slow.offset
         log.write(*range(2, 30_000))
         assert give_back(log.fd, 0, MIB)
     async with TraceTail(log.path, start=read) as woken:

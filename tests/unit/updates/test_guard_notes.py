@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import socket
 import time
@@ -55,6 +56,16 @@ def test_a_note_is_taken_once(key: FreezeKey) -> None:
     assert "the agent ended" in note.text
     assert not path.exists()
     assert take_notes(key) == []
+
+
+def test_who_reads_a_note_hides_it_from_nobody(key: FreezeKey) -> None:
+    path = write(key)
+    with path.open() as reader:
+        fcntl.flock(reader, fcntl.LOCK_SH)  # as `all_notes` of another process does meanwhile
+        assert len(all_notes()) == 1
+    with path.open() as author:
+        fcntl.flock(author, fcntl.LOCK_EX)
+        assert all_notes() == []
 
 
 @pytest.mark.asyncio
