@@ -236,7 +236,8 @@ def _untold(before: State, after: State, out: str, as_json: bool) -> list[str]:
         if document.get("outcome") == "done" and not document.get("interrupted"):
             return []
         if document.get("outcome") == "done" and "u0" in before.things:
-            return [f"done, and {name} is there" for name, _ in REMOVING if name in after.things]
+            # (m0 belongs to no device: `--backends` leaves it)
+            return [f"done, and {name} is there" for name in ("u0", "n0") if name in after.things]
         told = (document.get(k) for k in ("reason", "remedy", "notes", "placed"))
         said = json.dumps([*told, document.get("ended_early")])
     elif out.startswith(("failed", "refused")):
