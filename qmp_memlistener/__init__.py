@@ -24,9 +24,9 @@ if TYPE_CHECKING:
     from .agent import Agent, attach
     from .errors import MemListenerError
     from .listener import MemoryListener
-    from .updates.mirroring import check_guest, mirroring
+    from .mirror.backend import ModelBackend, SlotBackend
+    from .mirror.mirroring import check_guest, mirroring
     from .updates.model import Outcome, Strategy
-    from .updates.slot_backend import ModelBackend, SlotBackend
 
 __version__ = "0.1.0"
 
@@ -49,12 +49,12 @@ _HOME = {
     "attach": "agent",
     "MemListenerError": "errors",
     "MemoryListener": "listener",
-    "ModelBackend": "updates.slot_backend",
+    "ModelBackend": "mirror.backend",
     "Outcome": "updates.model",
-    "SlotBackend": "updates.slot_backend",
+    "SlotBackend": "mirror.backend",
     "Strategy": "updates.model",
-    "check_guest": "updates.mirroring",
-    "mirroring": "updates.mirroring",
+    "check_guest": "mirror.mirroring",
+    "mirroring": "mirror.mirroring",
 }
 
 

@@ -19,7 +19,7 @@ import logging
 from collections.abc import Callable, Iterable
 
 from .memslots import LOG_DIRTY_PAGES
-from .recording import SlotOp
+from .records import SlotOp
 from .topology import FlatRange, FlatView, Hole, Transition, diff
 from .tracking import Change
 

@@ -34,11 +34,11 @@ from pathlib import Path
 from qmp_memlistener.errors import MemListenerError
 from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, find_qemus, launch
 from qmp_memlistener.host.processes import Process
-from qmp_memlistener.monitor import Command, Monitor, QmpEvent, UnixTarget
-from qmp_memlistener.monitor.freeze import process_key
+from qmp_memlistener.qmp import Command, Monitor, QmpEvent, UnixTarget
+from qmp_memlistener.qmp.freeze import process_key
 from qmp_memlistener.updates.guard import ResumeGuard
 from qmp_memlistener.updates.guard_notes import take_notes
-from qmp_memlistener.updates.pausing import paused_guest, run_paused
+from qmp_memlistener.updates.pause import paused_guest, run_paused
 
 __all__ = ["MODES", "WAYS", "Round", "Watcher", "gone", "one_round", "watched"]
 

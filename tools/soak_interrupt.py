@@ -29,7 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, find_qemus, launch  # noqa: E402
-from qmp_memlistener.monitor import Monitor, UnixTarget, hmp  # noqa: E402
+from qmp_memlistener.qmp import Monitor, UnixTarget, hmp  # noqa: E402
 from tests.support.any_monitor import AnyMonitor  # noqa: E402
 
 __all__ = ["VERBS", "Bench", "Found", "bench", "one_round"]

@@ -48,16 +48,16 @@ from qmp_memlistener.guests import (
     find_qemus,
     launch,
 )
-from qmp_memlistener.monitor import Monitor, UnixTarget
+from qmp_memlistener.mirror.backend import ModelBackend
+from qmp_memlistener.mirror.mirror import Mirror
+from qmp_memlistener.mirror.mirroring import mirroring
+from qmp_memlistener.qmp import Monitor, UnixTarget
 from qmp_memlistener.updates.compare import CompareOptions, compare
 from qmp_memlistener.updates.guard import ResumeGuard
-from qmp_memlistener.updates.mirror import Mirror
-from qmp_memlistener.updates.mirroring import mirroring
 from qmp_memlistener.updates.model import Intent, Plug, Role, Strategy, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition, parse_resize
-from qmp_memlistener.updates.pausing import Pause, paused_guest
-from qmp_memlistener.updates.slot_backend import ModelBackend
+from qmp_memlistener.updates.pause import Pause, paused_guest
 from tests.support.any_monitor import AnyMonitor
 
 __all__ = ["KINDS", "Pair", "Round", "migrated_pair", "one_round", "status_of", "wrong_of"]

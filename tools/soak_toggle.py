@@ -157,7 +157,7 @@ def _counted(file: Path) -> tuple[int, int, int, bool]:
     """Transitions in a recording, the last one's number, losses, and one at the very end."""
     import msgspec
 
-    from qmp_memlistener.recording import Lost, TransitionRecord
+    from qmp_memlistener.records import Lost, TransitionRecord
 
     kinds = TransitionRecord | Lost
     decode = msgspec.json.Decoder(kinds).decode

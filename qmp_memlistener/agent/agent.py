@@ -23,21 +23,21 @@ import msgspec
 from ..errors import MemListenerError, TargetError
 from ..listener import MemoryListener
 from ..memslots import Rules, SlotTable
-from ..monitor import CONNECT_DEADLINE, Companions, GuestFacts, Monitor, Target
 from ..probes import Kind
 from ..probes.registry import known_names
-from ..recording import Header, ProbeState, Record
+from ..qmp import CONNECT_DEADLINE, Companions, GuestFacts, Monitor, Target
+from ..records import Header, ProbeState, Record
 from ..topology import MemoryMap
 from ..updates.guest_facts import backends_of
 from ..updates.model import Addition, Intent, Outcome, Plug, Role, Strategy, Unplug, Value
 from ..updates.operation import UpdateOptions, perform
 from ..updates.options import parse_addition, parse_resize
 from ..waits import waiting
-from .measuring import Measuring
+from .background import Background
 from .opening import Attached, AttachOptions, Opening
 from .outlet import Outlet
+from .probe_runner import Measuring
 from .stream import RecordStream
-from .upkeep import Upkeep
 
 __all__ = ["Agent", "attach"]
 
@@ -118,14 +118,14 @@ class Agent:
         self.unrestored: list[str] = []
         self._options = options
         self._outlet = Outlet()
-        self._upkeep: Upkeep
+        self._background: Background
         self._attached: Attached
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
-        self._upkeep = Upkeep()
+        self._background = Background()
         async with AsyncExitStack() as stack:
-            opening = Opening(self._options, stack, self._outlet, self._upkeep, self.unrestored)
+            opening = Opening(self._options, stack, self._outlet, self._background, self.unrestored)
             attached = await opening.run()
             self._stack = stack.pop_all()
         self._attached = attached
@@ -338,9 +338,9 @@ class Agent:
 
     async def wait_lost(self) -> MemListenerError:
         """Wait until the guest is gone or cannot be followed any more; returns the reason."""
-        return await asyncio.shield(self._upkeep.lost)
+        return await asyncio.shield(self._background.lost)
 
     @property
     def is_lost(self) -> bool:
         """The guest is gone or cannot be followed any more."""
-        return self._upkeep.lost.done()
+        return self._background.lost.done()

@@ -16,9 +16,9 @@ from pathlib import Path
 
 from ..errors import CommandFailed, MemListenerError, TargetError
 from ..host.bounded import in_thread
-from ..monitor import Flag, Monitor, QmpEvent, hmp
 from ..probes import Kind
-from ..recording import GuestReset, GuestState, Record, SlotOp, StallRecord, TransitionRecord
+from ..qmp import Flag, Monitor, QmpEvent, hmp
+from ..records import GuestReset, GuestState, Record, SlotOp, StallRecord, TransitionRecord
 from ..topology import MemoryMap
 from .postmortem import (
     MapChange,

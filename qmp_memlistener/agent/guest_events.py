@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 
 from ..errors import CommandFailed, TargetError
-from ..monitor import Monitor, QmpEvent
-from ..recording import GuestState, Lost, Record
-from ..recording import QmpEvent as EventRecord
+from ..qmp import Monitor, QmpEvent
+from ..records import GuestState, Lost, Record
+from ..records import QmpEvent as EventRecord
 from .source import Publish, Source
 
 __all__ = ["GuestEvents"]

@@ -7,8 +7,8 @@ import time
 
 from ..host.files import find_text, open_foreign
 from ..memslots import Rules
-from ..monitor import GuestFacts
-from ..recording import Header
+from ..qmp import GuestFacts
+from ..records import Header
 from .tracing import STAMP_BOUND_NS
 
 __all__ = ["header_of", "rules_of"]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from ..probes import Kind
-from ..recording import PossibleViolation, Record, StallRecord, TransitionRecord, Violation
+from ..records import PossibleViolation, Record, StallRecord, TransitionRecord, Violation
 
 __all__ = ["FREEZE_LIMIT_NS", "Limits"]
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..errors import CommandFailed, InputError
 from ..host.bounded import in_thread
-from ..monitor import (
+from ..qmp import (
     CONNECT_DEADLINE,
     Companions,
     Guest,
@@ -20,9 +20,9 @@ from ..monitor import (
     find_owner,
     parse_target,
 )
-from ..monitor.dial import resolve
-from ..monitor.freeze import FreezeKey, check_not_frozen, freeze_key, hold_freeze
-from ..monitor.identity import GuestIdentity
+from ..qmp.dial import resolve
+from ..qmp.freeze import FreezeKey, check_not_frozen, freeze_key, hold_freeze
+from ..qmp.identity import GuestIdentity
 from ..updates.guard_notes import take_notes
 from ..updates.left_behind import REMEDY, confirmed, left_behind
 

@@ -15,7 +15,9 @@ from functools import partial
 
 from ..host.bounded import in_thread
 from ..memslots import Rules
-from ..monitor import (
+from ..probes import Context, Kind, leftover_notes
+from ..probes.registry import choose
+from ..qmp import (
     Guest,
     GuestFacts,
     Monitor,
@@ -27,22 +29,20 @@ from ..monitor import (
     read_facts,
     start_tracing,
 )
-from ..probes import Context, Kind, leftover_notes
-from ..probes.registry import choose
-from ..recording import Header, Note, Record, RecordingWriter
+from ..records import Header, Note, Record, RecordingWriter
 from ..topology import MemoryMap
 from ..tracking import Tracker
 from ..waits import waiting
+from .background import Background
 from .failures import FailureWatch
 from .guest_events import GuestEvents
 from .header import header_of, rules_of
-from .measuring import Measuring
 from .monitors import Monitors, connect_monitors
 from .outlet import Outlet
 from .polling import PollSource
+from .probe_runner import Measuring
 from .source import MakeTracker, Source
 from .tracing import TraceSource
-from .upkeep import Upkeep
 
 __all__ = ["AttachOptions", "Attached", "Opening"]
 
@@ -93,13 +93,13 @@ class Opening:
         options: AttachOptions,
         stack: AsyncExitStack,
         outlet: Outlet,
-        upkeep: Upkeep,
+        background: Background,
         unrestored: list[str],
     ) -> None:
         self._options = options
         self._stack = stack
         self._outlet = outlet
-        self._upkeep = upkeep
+        self._background = background
         self._remarks: list[str] = []
         self._unrestored = unrestored
         self._measuring: Measuring | None = None
@@ -139,8 +139,8 @@ class Opening:
         self._watch_events(monitors, facts, source)
         with waiting("for QEMU to show its memory map"):
             await source.snapshot()
-        self._upkeep.spawn(source.keep_snapshots(), "snapshots")
-        self._upkeep.spawn(self._watch_monitor(monitors.observer, source), "monitor")
+        self._background.spawn(source.keep_snapshots(), "snapshots")
+        self._background.spawn(self._watch_monitor(monitors.observer, source), "monitor")
         measuring = await self._start_measuring(monitors, facts, header, source, untraced)
         return Attached(monitors, facts, header, source, measuring, self._remarks)
 
@@ -213,7 +213,7 @@ class Opening:
         tail = await self._stack.enter_async_context(session.tail())
         source = TraceSource(monitor, session, tail, publish, make_tracker, self._own_command)
         self._outlet.follow(source)
-        self._upkeep.spawn(source.read(), "trace lines")
+        self._background.spawn(source.read(), "trace lines")
         return source
 
     # -- records -----------------------------------------------------------------------------
@@ -261,14 +261,14 @@ class Opening:
         await source.finish()
         _tracker_of(source).flush()
         self._outlet.publish()
-        self._upkeep.give_up(error)
+        self._background.give_up(error)
 
     async def _end_tasks(self) -> None:
         """Take in what has happened until now, stop the tasks, publish what they had in hand."""
         source = self._source
         assert source is not None, "there are tasks"
         await source.finish()
-        await self._upkeep.end()
+        await self._background.end()
         if source.tracker is not None:
             source.tracker.flush()  # of what no snapshot will tell more
         self._outlet.publish()
@@ -302,7 +302,7 @@ class Opening:
             choices,
             source,
             records.publish,
-            self._upkeep.give_up,
+            self._background.give_up,
             stamp_bound_ns=header.stamp_bound_ns or 0,
         )
         records.subscribe(measuring.take, measuring.kinds)
@@ -310,7 +310,7 @@ class Opening:
         measuring.prepare(self._stack, _tracker_of(source).slots)
         if self._options.probes_at_once:
             await measuring.start()
-        self._upkeep.spawn(measuring.keep_releasing(), "stalls")
+        self._background.spawn(measuring.keep_releasing(), "stalls")
         return measuring
 
     def _own_command(self, name: str, start_ns: int, end_ns: int) -> None:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Iterable
 
 from ..listener import Dispatcher, MemoryListener
-from ..recording import Note, Record
+from ..records import Note, Record
 from .source import Source
 from .stream import Records
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 
 from ..errors import DeadlineExceeded
-from ..monitor import IdleRoundTrip, Monitor, take_snapshot
+from ..qmp import IdleRoundTrip, Monitor, take_snapshot
 from ..tracking import Tracker
 from .mapping import BusMasters, maps_of
 from .source import MakeTracker, Patience, Publish, snapshot_deadline

@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from ..recording import GuestFailure, SlotOp
+from ..records import GuestFailure, SlotOp
 
 __all__ = [
     "MapChange",

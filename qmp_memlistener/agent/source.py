@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Protocol
 
 from ..errors import DeadlineExceeded
-from ..recording import Note, Record
+from ..records import Note, Record
 from ..topology import MemoryMap
 from ..tracking import Tracker
 from .mapping import BusMasters

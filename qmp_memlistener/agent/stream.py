@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import MemListenerError
-from ..recording import Lost, Record
+from ..records import Lost, Record
 
 __all__ = ["RecordStream", "Records"]
 

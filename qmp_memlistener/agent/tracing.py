@@ -12,9 +12,9 @@ import secrets
 import time
 
 from ..errors import CommandFailed, DeadlineExceeded, ProtocolViolation
-from ..monitor import Command, Monitor, TraceBatch, TraceSession, TraceTail
-from ..monitor.trace_lines import new_marker
-from ..monitor.trace_records import (
+from ..qmp import Command, Monitor, TraceBatch, TraceSession, TraceTail
+from ..qmp.trace_lines import new_marker
+from ..qmp.trace_records import (
     BarMapping,
     FlatViewChange,
     FlatViewEvent,
@@ -27,7 +27,7 @@ from ..monitor.trace_records import (
     TraceRecord,
     VirtioMemEvent,
 )
-from ..recording import Cause, GuestState, Lost, Note, Record
+from ..records import Cause, GuestState, Lost, Note, Record
 from ..tracking import RawOp, Tracker
 from .mapping import BusMasters, maps_of
 from .source import MakeTracker, OwnCommand, Patience, Publish, snapshot_deadline

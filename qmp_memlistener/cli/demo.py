@@ -15,7 +15,7 @@ from .common import json_option, print_json, run_async, say, terminal_shape
 if TYPE_CHECKING:
     from ..guests import PciAddress, Pulse, QemuBuild
     from ..memslots import Rules, SlotTable
-    from ..recording import ProbeState, Record, SlotOp
+    from ..records import ProbeState, Record, SlotOp
     from ..topology import Transition
 
 MEMORY = 512 << 20
@@ -252,7 +252,7 @@ class _Demo:
         return table
 
     def _on_record(self, record: Record) -> None:
-        from ..recording import ProbesRecord, SlotOp, TransitionRecord
+        from ..records import ProbesRecord, SlotOp, TransitionRecord
 
         if isinstance(record, ProbesRecord):
             record.add_to(self._probes)

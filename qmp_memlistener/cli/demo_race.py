@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from ..guests import QemuBuild
-    from ..recording import GuestFailure, ProbeState, Record
+    from ..records import GuestFailure, ProbeState, Record
 
 __all__ = ["Race", "race"]
 
@@ -38,7 +38,7 @@ class Race:
 
     def take(self, record: Record) -> None:
         """A record of the agent."""
-        from ..recording import GuestFailure, ProbesRecord, StallRecord, TransitionRecord
+        from ..records import GuestFailure, ProbesRecord, StallRecord, TransitionRecord
 
         match record:
             case ProbesRecord():

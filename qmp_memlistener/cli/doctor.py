@@ -14,9 +14,9 @@ import rich_click as click
 from .common import json_option, print_json, print_table, run_async, say
 
 if TYPE_CHECKING:
-    from ..monitor import Guest
-    from ..monitor.leftovers import Leftover
     from ..probes import ProbeInfo, Verdict
+    from ..qmp import Guest
+    from ..qmp.leftovers import Leftover
 
 
 @dataclass(frozen=True, slots=True)
@@ -143,10 +143,10 @@ class Left:
 
 
 def _find() -> list[Left]:
-    from ..monitor import Monitor, PidTarget, find_guest
-    from ..monitor.identity import GuestIdentity
-    from ..monitor.leftovers import clean_leftovers, find_leftovers
     from ..probes import leftover_notes
+    from ..qmp import Monitor, PidTarget, find_guest
+    from ..qmp.identity import GuestIdentity
+    from ..qmp.leftovers import clean_leftovers, find_leftovers
 
     async def traced(left: Leftover) -> bool:
         return await clean_leftovers(left) is not None
@@ -168,7 +168,7 @@ def _find() -> list[Left]:
 async def _find_behind() -> list[Left]:
     """What updates left that did not come to their end: the guests are asked whether it is so."""
     from ..errors import MemListenerError, OperationFailed
-    from ..monitor import Monitor, PidTarget, find_guest
+    from ..qmp import Monitor, PidTarget, find_guest
     from ..updates.left_behind import LeftBehind, confirmed, left_behind, take_away
 
     async def away(left: LeftBehind, pid: int) -> bool:
@@ -199,7 +199,7 @@ async def _find_behind() -> list[Left]:
 
 async def _clean(leftovers: list[Left]) -> list[str]:
     from ..errors import OperationFailed, TargetError
-    from ..monitor.freeze import check_not_frozen, process_key
+    from ..qmp.freeze import check_not_frozen, process_key
 
     done = []
     for left in leftovers:
@@ -227,7 +227,9 @@ async def _probes(target: str | None) -> tuple[list[Probe], list[Check]]:
 async def _examine(target: str) -> tuple[list[Probe], list[Check]]:
     """Really switch tracing on and off again, ask every probe, and see what a snapshot costs."""
     from ..agent.monitors import connect_monitors
-    from ..monitor import (
+    from ..probes import Context
+    from ..probes.registry import PROBES, choose
+    from ..qmp import (
         TraceUnavailable,
         allowed,
         measure_idle,
@@ -235,8 +237,6 @@ async def _examine(target: str) -> tuple[list[Probe], list[Check]]:
         start_tracing,
         take_snapshot,
     )
-    from ..probes import Context
-    from ..probes.registry import PROBES, choose
 
     async with AsyncExitStack() as stack:
         monitors = await connect_monitors(stack, target, ping_first=True)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import InputError, MemListenerError, MissingPrerequisite, OperationFailed
-from ..recording import (
+from ..records import (
     GuestFailure,
     Lost,
     MirrorRecord,

@@ -9,7 +9,7 @@ import rich_click as click
 from .common import json_option, print_json, print_table, say
 
 if TYPE_CHECKING:
-    from ..monitor.discovery import MonitorDocument
+    from ..qmp.discovery import MonitorDocument
 
 
 @click.command("list")
@@ -22,8 +22,8 @@ def command(as_json: bool) -> None:
     Example: qmp-memlistener list
     """
     from ..host import bounded
-    from ..monitor import find_guests, list_document
-    from ..monitor.freeze import freeze_document, frozen_by, process_key
+    from ..qmp import find_guests, list_document
+    from ..qmp.freeze import freeze_document, frozen_by, process_key
     from ..updates.left_behind import REMEDY, left_behind
 
     found = find_guests()

@@ -238,11 +238,11 @@ def _of_recording(
 ) -> list[tuple[int, list[Plan]]]:
     """Plans for the transitions of a recording or a trace log, from the slots before each."""
     from ..memslots import Rules
-    from ..recording import is_recording
+    from ..records import is_recording
 
     results = []
     if is_recording(path):
-        from ..recording import Recording
+        from ..records import Recording
         from ..tracking import replay
 
         recording = Recording(path)

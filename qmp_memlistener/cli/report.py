@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import RecordingError
-from ..recording import (
+from ..records import (
     GuestFailure,
     GuestReset,
     Lost,
@@ -26,7 +26,7 @@ from ..recording import (
 from .common import json_option, print_json, say, terminal_shape
 
 if TYPE_CHECKING:
-    from ..recording import SummaryRecord
+    from ..records import SummaryRecord
 
 _SHOWN = 20
 _END_OF_TIME_NS = 1 << 63

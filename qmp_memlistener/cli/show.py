@@ -12,7 +12,7 @@ from .common import json_option, print_json, print_table, run_async, say, span_t
 
 if TYPE_CHECKING:
     from ..memslots import SlotTable
-    from ..monitor import GuestFacts
+    from ..qmp import GuestFacts
     from ..topology import MemoryMap
 
 LEAK = (
@@ -82,7 +82,7 @@ def command(
 
 def document(result: MemoryMap, address_space: str) -> dict[str, object]:
     """The JSON document of `show` (README, "JSON")."""
-    from ..recording import BlockInfo, Section
+    from ..records import BlockInfo, Section
 
     return {
         "schema": 1,
@@ -169,7 +169,7 @@ class _Live:
 
 async def _fetch(target: str, unsafe_flatview: bool) -> _Live:
     from ..agent.monitors import left_remarks, refuse_if_frozen
-    from ..monitor import (
+    from ..qmp import (
         Flag,
         Monitor,
         hmp,
@@ -177,7 +177,7 @@ async def _fetch(target: str, unsafe_flatview: bool) -> _Live:
         read_facts,
         take_snapshot,
     )
-    from ..monitor.allowed import Permit
+    from ..qmp.allowed import Permit
 
     admission = await refuse_if_frozen(target)
     permits = (Permit.FLAT_VIEW,) if unsafe_flatview else ()

@@ -115,7 +115,7 @@ def update_options(function: Callable[..., int]) -> Callable[..., int]:
     def verb(
         max_pause: int, wait: int, through_guest: bool, guard_monitor: str | None, **rest: object
     ) -> int:
-        from ..monitor import parse_target
+        from ..qmp import parse_target
         from ..updates.operation import UpdateOptions
 
         if not max_pause:

@@ -18,9 +18,9 @@ from ..host.bounded import in_thread
 if TYPE_CHECKING:
     from ..agent import Agent
     from ..kvmlab import KvmBackend
-    from ..recording import MirrorRecord, Note
-    from ..updates.mirror import Mirror
-    from ..updates.slot_backend import SlotBackend
+    from ..mirror.backend import SlotBackend
+    from ..mirror.mirror import Mirror
+    from ..records import MirrorRecord, Note
 
 __all__ = ["MirrorOptions", "WatchedMirror", "mirror_options", "opened_mirror"]
 
@@ -116,11 +116,11 @@ class WatchedMirror:
         """
         import asyncio
 
-        from ..updates.mirroring import mirroring
+        from ..mirror.mirroring import mirroring
         from ..updates.model import Strategy
 
         # what it has to say is in its report, and that is printed
-        logging.getLogger("qmp_memlistener.updates.mirror").addHandler(logging.NullHandler())
+        logging.getLogger("qmp_memlistener.mirror.mirror").addHandler(logging.NullHandler())
         options, clock = self.options, asyncio.get_running_loop().time
         patience = asyncio.timeout(None)
         try:
@@ -152,7 +152,7 @@ class WatchedMirror:
 
     def note(self) -> Note:
         """That it follows, to be told when it has begun."""
-        from ..recording import Note
+        from ..records import Note
 
         held = len(list(self._backend.slots()))
         where = "on /dev/kvm" if self._lab is not None else "in memory"
@@ -196,7 +196,7 @@ def opened_mirror(options: MirrorOptions) -> Iterator[WatchedMirror]:
 
     Raises MissingPrerequisite when there is to be a lab and KVM cannot be used here.
     """
-    from ..updates.slot_backend import ModelBackend
+    from ..mirror.backend import ModelBackend
 
     with ExitStack() as stack:
         if options.backend == "model":

@@ -3,7 +3,7 @@
     with Kvm() as kvm, KvmBackend(kvm) as backend:
         async with attach(target) as agent, mirroring(agent, backend, Strategy.HOLE): ...
 
-`KvmBackend` has the methods of `updates.slot_backend.SlotBackend`.  How slots of a plan become
+`KvmBackend` has the methods of `mirror.backend.SlotBackend`.  How slots of a plan become
 slots of KVM is in `backend_slots`, what lies behind them in `backend_memory`, how they are looked
 at in `backend_probe`.  The guest's memory is not here: the lab has RAM blocks of its own.
 """

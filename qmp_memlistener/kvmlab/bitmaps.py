@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from .contender import Contender
+from .competitor import Competitor
 from .device import Kvm
-from .field import Field
 from .host_memory import PAGE
+from .layout import Layout
 from .programs import GuestKind
 from .strategies import LabStrategy
 
@@ -26,11 +26,11 @@ def keeps_bitmap(kvm: Kvm, strategy: LabStrategy) -> bool:
     Logs are not fetched on the way, whatever the strategy does otherwise: that saves bits from
     being lost, it does not keep them.  Raises OperationFailed.
     """
-    ground = Field(size=_SIZE, logged=True)
+    ground = Layout(size=_SIZE, logged=True)
     still = replace(strategy, sync=False)
-    with Contender(kvm, still, ground, GuestKind.WRITER, populate=True) as contender:
-        written = contender.write_every_page()
-        logs = contender.punch_at_rest()
+    with Competitor(kvm, still, ground, GuestKind.WRITER, populate=True) as competitor:
+        written = competitor.write_every_page()
+        logs = competitor.punch_at_rest()
         low, high = ground.lost
         stay = [gpa for gpa in written if not low <= gpa < high]
         assert len(stay) == (ground.size - (high - low)) // PAGE, "the guest wrote every page"

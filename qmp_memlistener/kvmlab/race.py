@@ -17,11 +17,11 @@ import msgspec
 from ..errors import InputError, MissingPrerequisite
 from ..memslots import Rules, plan
 from .bitmaps import keeps_bitmap
-from .contender import Contender
+from .competitor import Competitor
 from .cpus import Cpus
 from .device import Kvm, flavour
-from .field import Field
 from .host_memory import PAGE
+from .layout import Layout
 from .measuring import Totals
 from .programs import MAX_VCPUS, GuestKind
 from .strategies import CONTROL, LabStrategy, select, why_not
@@ -59,7 +59,7 @@ class RaceOptions(msgspec.Struct, frozen=True, kw_only=True):
     touch_hole: bool = False
     seed: int = 0
 
-    def field(self) -> Field:
+    def layout(self) -> Layout:
         """The RAM and its hole.  Raises InputError for what does not fit."""
         if not 1 <= self.vcpus <= MAX_VCPUS:
             raise InputError(f"{self.vcpus} vCPUs", remedy=f"the lab has room for 1 to {MAX_VCPUS}")
@@ -70,7 +70,7 @@ class RaceOptions(msgspec.Struct, frozen=True, kw_only=True):
                 f"a {self.guest} guest does not go through addresses",
                 remedy="touch the hole with the data guest",
             )
-        return Field(
+        return Layout(
             size=self.slot_size,
             hole_size=self.hole_size,
             hole_offset=self.hole_offset,
@@ -120,7 +120,7 @@ def run_race(
     Raises InputError; MissingPrerequisite when KVM cannot be used here; OperationFailed when KVM
     refuses something or a vCPU does not go on.  Whatever it raises, nothing is left behind.
     """
-    ground = options.field()
+    ground = options.layout()
     chosen = select(options.strategies)
     order = random.Random(options.seed)
     with ExitStack() as stack:
@@ -129,9 +129,9 @@ def run_race(
         kept = {s.name: keeps_bitmap(kvm, s) for s in chosen if skipped[s.name] is None}
         cpus = Cpus.for_vcpus(options.vcpus)
         with cpus.on(cpus.vcpus):  # where the threads of the vCPUs stay
-            contenders = {
+            competitors = {
                 s.name: stack.enter_context(
-                    Contender(
+                    Competitor(
                         kvm,
                         s,
                         ground,
@@ -147,11 +147,11 @@ def run_race(
             }
         stack.enter_context(cpus.on(cpus.own))
         rounds = (options.updates + 1) // 2
-        running = list(contenders.values())
+        running = list(competitors.values())
         for i in range(rounds):
             order.shuffle(running)
-            for contender in running:
-                contender.round()
+            for competitor in running:
+                competitor.round()
             if progress is not None:
                 progress(i + 1, rounds)
         results = tuple(
@@ -160,7 +160,7 @@ def run_race(
                 s.fidelity,
                 model_of(s, ground),
                 skipped[s.name],
-                Totals.of(contenders[s.name].updates) if s.name in contenders else Totals(),
+                Totals.of(competitors[s.name].updates) if s.name in competitors else Totals(),
                 kept.get(s.name, False),
             )
             for s in chosen
@@ -181,13 +181,13 @@ def none_ran(results: Iterable[tuple[str, str | None]]) -> MissingPrerequisite |
     )
 
 
-def slots_of(strategy: LabStrategy, ground: Field) -> int:
+def slots_of(strategy: LabStrategy, ground: Layout) -> int:
     """Slots that its machine needs at most."""
     chunks = 1 if strategy.chunk is None else -(-ground.size // strategy.chunk)
     return chunks + ground.extra + _OWN_SLOTS
 
 
-def model_of(strategy: LabStrategy, ground: Field) -> Model:
+def model_of(strategy: LabStrategy, ground: Layout) -> Model:
     """What its plan says, whether a kernel runs it or not."""
     if strategy.idle:
         return Model(0, 0, True, True, 0)

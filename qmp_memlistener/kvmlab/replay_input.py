@@ -29,7 +29,7 @@ from ..memslots import (
     SlotTable,
 )
 from ..memslots.slots import Backing
-from ..recording import SlotOp, is_recording
+from ..records import SlotOp, is_recording
 from ..tracking.beginning import beginning
 from ..tracking.logs import read_log
 from ..tracking.replaying import Told, Traced, possible, read_recording

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from ..errors import CommandFailed, MemListenerError
-from ..monitor import Monitor
+from ..qmp import Monitor
 from .model import Context, Measurement, ProbeInfo, ProbeUnavailable, Sink, Verdict
 from .progress import Progress
 

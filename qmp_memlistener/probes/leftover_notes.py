@@ -13,7 +13,7 @@ import msgspec
 from ..host import notes
 from ..host.locks import HeldFile
 from ..host.processes import process_of
-from ..monitor import Monitor, hmp
+from ..qmp import Monitor, hmp
 
 __all__ = ["LeftoverNote", "WHAT", "find", "note", "restore", "stale"]
 

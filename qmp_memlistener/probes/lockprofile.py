@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ..errors import MemListenerError, ProtocolViolation
 from ..host.locks import HeldFile
-from ..monitor import hmp, hmp_timed
+from ..qmp import hmp, hmp_timed
 from .leftover_notes import note, restore, stale
 from .lockprofile_text import Profile, Waits, difference, read_profile
 from .model import (

@@ -16,7 +16,7 @@ from typing import Protocol
 import msgspec
 
 from ..errors import MissingPrerequisite
-from ..monitor import Companions, Guest, GuestFacts, Monitor
+from ..qmp import Companions, Guest, GuestFacts, Monitor
 
 __all__ = [
     "Kind",

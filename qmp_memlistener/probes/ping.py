@@ -20,10 +20,10 @@ from typing import ParamSpec
 
 from ..errors import TargetError
 from ..host.bounded import in_thread
-from ..monitor import CONNECT_DEADLINE, MonitorState, SocketTarget
-from ..monitor.dial import answered
-from ..monitor.identity import GuestIdentity
-from ..monitor.sockets import listener_state
+from ..qmp import CONNECT_DEADLINE, MonitorState, SocketTarget
+from ..qmp.dial import answered
+from ..qmp.identity import GuestIdentity
+from ..qmp.sockets import listener_state
 from .inbox import Inbox
 from .model import Context, Kind, Observation, ProbeInfo, ProbeUnavailable, Sink, Verdict
 from .ping_brackets import RESOLUTION_NS, Pace, Ping, Stall, StallFinder

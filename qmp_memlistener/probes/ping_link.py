@@ -14,10 +14,10 @@ import threading
 import time
 
 from ..errors import DeadlineExceeded, ProtocolViolation, TargetLost
-from ..monitor import SocketTarget
-from ..monitor.allowed import names
-from ..monitor.dial import no_answer
-from ..monitor.identity import ASKED, GuestIdentity, same_answers
+from ..qmp import SocketTarget
+from ..qmp.allowed import names
+from ..qmp.dial import no_answer
+from ..qmp.identity import ASKED, GuestIdentity, same_answers
 from .ping_brackets import Ping
 
 __all__ = ["PingLink", "Stopped"]

@@ -19,7 +19,7 @@ from ..errors import InputError
 from ..guests import PulseMemory, layout
 from ..host.files import open_foreign
 from ..host.processes import Process, path_seen_by
-from ..monitor.chardevs import parse_options
+from ..qmp.chardevs import parse_options
 from .model import ProbeUnavailable
 
 __all__ = ["SharedMapping", "named_file", "open_pulse", "parse_maps"]

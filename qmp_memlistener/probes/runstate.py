@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from ..errors import MemListenerError
-from ..monitor import QmpEvent
+from ..qmp import QmpEvent
 from .model import Context, Kind, Observation, ProbeInfo, ProbeUnavailable, Sink, Verdict
 from .progress import Progress
 

@@ -19,12 +19,12 @@ _WIDTH = 80
 def race_lines(report: RaceReport) -> Iterator[str]:
     """What was raced, what the guest met, how long things took, what did not run."""
     o = report.options
-    field = o.field()
-    low, _ = field.hole
+    layout = o.layout()
+    low, _ = layout.hole
     yield from textwrap.wrap(
         f"{_count(o.updates, 'punch or fill', 'punches and fills')} of a hole of "
         f"{size_text(o.hole_size)} at {low:#x}, in a slot of {size_text(o.slot_size)}"
-        f"{', dirty logging on' if field.logged else ''}; {_count(o.vcpus, 'vCPU', 'vCPUs')}, "
+        f"{', dirty logging on' if layout.logged else ''}; {_count(o.vcpus, 'vCPU', 'vCPUs')}, "
         f"guest {o.guest.value}; {report.host['kvm']} KVM of Linux {report.host['kernel']}",
         _WIDTH,
     )
@@ -36,7 +36,7 @@ def race_lines(report: RaceReport) -> Iterator[str]:
         )
     yield ""
     ran = [r for r in report.results if r.skipped is None]
-    yield from _met(ran, logged=field.logged, touched=o.touch_hole)
+    yield from _met(ran, logged=layout.logged, touched=o.touch_hole)
     yield ""
     yield from _times([(r.name, r.totals) for r in ran])
     yield from _skipped([(r.name, r.skipped) for r in report.results if r.skipped])

@@ -13,8 +13,8 @@ from collections.abc import Iterator
 from ..kvmlab.backend import LabFacts
 from ..kvmlab.backend_probe import WORD, Verified
 from ..memslots.slots import Backing
-from ..recording import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
-from ..updates.mirror_report import MirrorReport, Shown, Times
+from ..mirror.report import MirrorReport, Shown, Times
+from ..records import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
 from .lengths import count_text, duration_text
 
 __all__ = ["lab_mirror", "mirror_lines", "mirror_record"]

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterator
 
 from ..probes import Kind
-from ..recording import (
+from ..records import (
     CommandRecord,
     GuestFailure,
     GuestReset,

@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ..recording import ProbeState, StallStatistics, SummaryRecord
+from ..records import ProbeState, StallStatistics, SummaryRecord
 from ..timeline.summary import BOUNDS_NS
 from .lengths import KIND_ORDER, count_text, duration_text, kind_text, span_text
 

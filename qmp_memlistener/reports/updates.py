@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from ..recording import SummaryRecord
+from ..records import SummaryRecord
 from ..timeline.summary import Statistics
 from ..updates.model import Outcome, Phase, Placed
 from ..updates.steps import mib

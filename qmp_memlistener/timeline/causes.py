@@ -19,7 +19,7 @@ from collections import defaultdict
 from collections.abc import Iterable
 
 from ..probes import Kind
-from ..recording import StallCause
+from ..records import StallCause
 from .evidence import Evidence, Stall, overlap, together, witness
 
 __all__ = ["decide"]

@@ -12,7 +12,7 @@ from collections.abc import Iterable, Sequence
 from operator import itemgetter
 
 from ..probes import CommandSpan, SlotUpdate
-from ..recording import QmpEvent
+from ..records import QmpEvent
 from .evidence import Stall
 
 __all__ = ["DirtyLogging"]

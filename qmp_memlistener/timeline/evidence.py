@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from ..probes import CommandSpan, Kind, Observation
-from ..recording import StallCause
+from ..records import StallCause
 
 __all__ = ["KEEP_NS", "LIMIT", "Evidence", "Stall", "overlap", "together", "witness"]
 

@@ -15,7 +15,7 @@ from typing import TypeVar
 import msgspec
 
 from ..probes import Kind
-from ..recording import SlotOp
+from ..records import SlotOp
 from .evidence import KEEP_NS, Stall, overlap, together, witness
 
 __all__ = ["LIMIT", "SLACK_NS", "Pairing", "TracedOp", "Updates", "twins", "uncertainty"]

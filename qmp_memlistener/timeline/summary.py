@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import NamedTuple
 
-from ..recording import StallRecord, StallStatistics, SummaryRecord
+from ..records import StallRecord, StallStatistics, SummaryRecord
 
 __all__ = ["BOUNDS_NS", "EXACT", "RELATIVE_ERROR", "Statistics"]
 

@@ -17,7 +17,7 @@ from itertools import count
 from operator import attrgetter
 
 from ..probes import CommandSpan, Kind, Observation
-from ..recording import (
+from ..records import (
     CommandRecord,
     GuestState,
     QmpEvent,

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ..probes import Kind, Observation, SlotUpdate
-from ..recording import SlotOp
+from ..records import SlotOp
 
 __all__ = ["TimedOp", "missing_window", "trace_windows"]
 

@@ -15,7 +15,7 @@ from msgspec.structs import replace
 from ..memslots import LOG_DIRTY_PAGES
 from ..memslots.intervals import Range, put
 from ..memslots.slots import Backing
-from ..recording import SlotOp
+from ..records import SlotOp
 from ..topology.model import ADDRESS_SPACE_SIZE
 from .guesses import counts_from_zero, guess_ids, guess_sizes
 from .live_slots import LiveSlot

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..recording import SlotOp
+from ..records import SlotOp
 from ..topology import FlatView, Transition
 
 __all__ = ["Change"]

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 import msgspec
 
 from ..memslots import Order
-from ..recording import Cause
+from ..records import Cause
 from .live_slots import LiveSlot, LiveSlots, RawOp
 
 __all__ = ["Commit", "CommitGrouper", "SeenOp", "Upwards"]

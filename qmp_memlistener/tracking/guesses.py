@@ -17,7 +17,7 @@ from ..errors import InputError
 from ..memslots import LOG_DIRTY_PAGES
 from ..memslots.intervals import join
 from ..memslots.slots import LAST_SLOT
-from ..recording import SlotOp
+from ..records import SlotOp
 from .live_slots import LiveSlot
 from .replaying import Told
 

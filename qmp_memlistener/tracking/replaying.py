@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from ..errors import InputError, RecordingError
 from ..memslots import OpKind, Order, Rules, slot_table
 from ..memslots.slots import LAST_SLOT, MOST_PAGES, Backing
-from ..recording import Lost, MapRecord, Record, Recording, Section, SlotOp, TransitionRecord
+from ..records import Lost, MapRecord, Record, Recording, Section, SlotOp, TransitionRecord
 from ..topology import FlatRange, FlatView, Kind
 from .commits import Upwards
 from .live_slots import UNKNOWN_BLOCK, LiveSlot

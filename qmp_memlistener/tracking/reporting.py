@@ -8,7 +8,7 @@ from dataclasses import replace
 from msgspec.structs import replace as replace_record
 
 from ..memslots import Op
-from ..recording import (
+from ..records import (
     BlockInfo,
     Cause,
     FlipInfo,

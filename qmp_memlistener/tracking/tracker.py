@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 
 from ..memslots import DirtyLog, Op, OpKind, QemuOps, Rules, SlotTable, qemu_ops, slot_table
-from ..recording import (
+from ..records import (
     Reconciled,
     Record,
     TransitionRecord,

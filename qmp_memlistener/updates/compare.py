@@ -19,7 +19,7 @@ import msgspec
 
 from ..errors import InputError, MemListenerError, OperationFailed
 from ..host.bounded import in_thread
-from ..recording import ProbeState, Record, SlotOp, StallRecord, TransitionRecord
+from ..records import ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .compare_guest import ComparedGuest, HostGuest, NotPutBack
 from .compare_stats import Difference, Measured, Summary, differences, summaries
 from .model import Intent, Outcome, Strategy, UpdateRefused

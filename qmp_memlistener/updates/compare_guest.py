@@ -14,15 +14,15 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..errors import CommandFailed, OperationFailed
-from ..monitor import Command, Monitor
 from ..probes import Kind
-from ..recording import ProbeState, Record
+from ..qmp import Command, Monitor
+from ..records import ProbeState, Record
 from .guest_facts import backends_of, read_facts
+from .guest_response import QUIET_S
 from .guest_view import read_guest, read_status
 from .migrating import remove
 from .model import Intent, Outcome, Plug, Resize, Role, Strategy, Unplug, UpdateRefused
 from .operation import Host, UpdateOptions, perform
-from .reaction import QUIET_S
 
 __all__ = ["ComparedGuest", "GuestState", "HostGuest", "NotPutBack", "read_state"]
 

@@ -23,7 +23,7 @@ from statistics import median
 import msgspec
 
 from ..distribution import percentile
-from ..recording import StallRecord
+from ..records import StallRecord
 
 __all__ = [
     "ENOUGH_ROUNDS",

@@ -35,11 +35,11 @@ from ..errors import (
     WrongGuest,
 )
 from ..host.bounded import in_thread
-from ..monitor import SocketTarget, find_owner
-from ..monitor.allowed import names
-from ..monitor.dial import answered
-from ..monitor.freeze import freeze_key
-from ..monitor.identity import ASKED, GuestIdentity, same_answers
+from ..qmp import SocketTarget, find_owner
+from ..qmp.allowed import names
+from ..qmp.dial import answered
+from ..qmp.freeze import freeze_key
+from ..qmp.identity import ASKED, GuestIdentity, same_answers
 from .guard_notes import NoteForm, new_note
 from .migrating import check_not_migrating
 from .model import UpdateRefused

@@ -21,7 +21,7 @@ from ..errors import MissingPrerequisite
 from ..host import notes
 from ..host.locks import HeldFile
 from ..host.processes import Process
-from ..monitor.freeze import FreezeKey
+from ..qmp.freeze import FreezeKey
 from ..text import valid_text
 
 __all__ = ["GuardNote", "NoteForm", "all_notes", "new_note", "take_notes", "unfinished"]

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..host.bounded import in_thread
-from ..monitor import Companions, SocketTarget, find_guest, parse_target
-from ..monitor.dial import resolve
+from ..qmp import Companions, SocketTarget, find_guest, parse_target
+from ..qmp.dial import resolve
 from .model import UpdateRefused
 
 __all__ = ["guard_targets"]

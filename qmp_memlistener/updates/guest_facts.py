@@ -10,7 +10,7 @@ from collections.abc import Collection, Iterator
 import msgspec
 
 from ..errors import CommandFailed
-from ..monitor import Monitor, hmp
+from ..qmp import Monitor, hmp
 from .guest_view import ask
 from .model import Addition, Intent, Plug, Role
 from .pci_buses import read_buses

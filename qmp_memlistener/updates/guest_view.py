@@ -12,7 +12,7 @@ from typing import TypeVar
 import msgspec
 
 from ..errors import CommandFailed, ProtocolViolation
-from ..monitor import Monitor
+from ..qmp import Monitor
 from .promise import is_migrating
 
 __all__ = [

@@ -11,7 +11,7 @@ import asyncio
 from collections.abc import Coroutine, Iterable
 
 from ..errors import CommandFailed, MemListenerError, TargetUnreachable
-from ..monitor import Monitor
+from ..qmp import Monitor
 from .guest_facts import read_devices
 from .migrating import remove
 from .model import Role

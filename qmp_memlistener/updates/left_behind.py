@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from ..errors import CommandFailed, OperationFailed
 from ..host import notes
-from ..monitor import Command, Monitor
-from ..monitor.freeze import FreezeKey
-from ..monitor.identity import GuestIdentity
+from ..qmp import Command, Monitor
+from ..qmp.freeze import FreezeKey
+from ..qmp.identity import GuestIdentity
 from .guard_notes import GuardNote, unfinished
 from .made_notes import MadeNote, left_made, still_there
 from .migrating import LOOK, Look, remove

@@ -17,8 +17,8 @@ from ..errors import MemListenerError, MissingPrerequisite
 from ..host import notes
 from ..host.locks import HeldFile
 from ..host.processes import Process
-from ..monitor import Monitor
-from ..monitor.identity import GuestIdentity
+from ..qmp import Monitor
+from ..qmp.identity import GuestIdentity
 from .guest_facts import backends_of, read_devices, read_ids
 from .guest_view import ask
 from .model import Addition, Role

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import combinations, count
 
-from ..monitor import Command
+from ..qmp import Command
 from .guest_view import Dimm, GuestView, VirtioMem
 from .model import Addition, Resize, Role, Strategy, UpdateRefused
 from .steps import Awaited, Facts, Step, UpdatePlan, adding, mib

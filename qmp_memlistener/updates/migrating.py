@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 from ..errors import CommandFailed, DeadlineExceeded, GuestMigrating, ProtocolViolation
-from ..monitor import Command, Monitor, Reply
+from ..qmp import Command, Monitor, Reply
 from .model import Role
 from .promise import TAKEN, is_migrating
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 import msgspec
 
 from ..errors import OperationFailed
-from ..recording import ProbeState, SlotOp, StallRecord
+from ..records import ProbeState, SlotOp, StallRecord
 
 __all__ = [
     "Addition",

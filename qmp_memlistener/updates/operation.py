@@ -30,12 +30,13 @@ from ..errors import (
     OperationFailed,
     TargetError,
 )
-from ..monitor import Companions, Monitor, Reply
 from ..probes import Kind
-from ..recording import Header, ProbeState, Record, SlotOp, StallRecord, TransitionRecord
+from ..qmp import Companions, Monitor, Reply
+from ..records import Header, ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .guard import ResumeGuard
 from .guard_targets import guard_targets
 from .guest_facts import read_facts
+from .guest_response import Reaction, Verdict
 from .guest_view import read_guest, read_status
 from .journal import Journal
 from .made_notes import noted
@@ -48,16 +49,15 @@ from .model import (
     Role,
     Strategy,
 )
-from .pausing import run_paused
+from .pause import run_paused
 from .pci_buses import Window, read_windows
 from .phases import Marks, phases_of
 from .placement import Seen, look_at
 from .plans import plan_update
+from .property_types import add, type_arguments
 from .ram_blocks import count_blocks, memory_backends, wait_freed
-from .reaction import Reaction, Verdict
 from .steps import Awaited, Step, UpdatePlan
 from .through_guest import ThroughGuest
-from .typing import add, type_arguments
 from .waiting import Waiting
 
 __all__ = ["Host", "UpdateOptions", "perform"]

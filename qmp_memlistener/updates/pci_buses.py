@@ -24,7 +24,7 @@ from typing import TypeVar
 import msgspec
 
 from ..errors import CommandFailed, ProtocolViolation
-from ..monitor import Command, Monitor
+from ..qmp import Command, Monitor
 from .guest_view import ask
 
 __all__ = ["PciBus", "Window", "read_buses", "read_windows", "slot_text"]

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from ..recording import StallRecord, TransitionRecord
+from ..records import StallRecord, TransitionRecord
 from .model import Phase
 
 __all__ = ["Marks", "phases_of"]

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ..monitor import Monitor
+from ..qmp import Monitor
 from .guest_view import ask
 from .model import Placed, Range
 

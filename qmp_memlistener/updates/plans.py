@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from ..monitor import Command
+from ..qmp import Command
 from .guest_view import GuestView
 from .memory_plans import VIRTIO_MEM_REMEDY, check_requested, check_room, plan_resize
 from .model import Addition, Intent, Plug, Resize, Role, Strategy, Unplug, UpdateRefused

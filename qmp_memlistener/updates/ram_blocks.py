@@ -14,7 +14,7 @@ from collections.abc import Collection
 import msgspec
 
 from ..errors import CommandFailed
-from ..monitor import Monitor, hmp
+from ..qmp import Monitor, hmp
 from .guest_view import ask
 
 __all__ = ["count_blocks", "memory_backends", "wait_freed"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ..errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
-from ..monitor import Monitor
+from ..qmp import Monitor
 from .guard import ResumeGuard, Settled
 from .migrating import LOOK, RAN_TWICE, Look
 from .promise import MIGRATED

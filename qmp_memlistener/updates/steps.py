@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-from ..monitor import Command
+from ..qmp import Command
 from .model import Addition, Role
 from .pci_buses import PciBus
 

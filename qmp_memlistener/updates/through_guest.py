@@ -14,10 +14,10 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import MemListenerError
-from ..monitor import Monitor
-from ..recording import Record, TransitionRecord
+from ..qmp import Monitor
+from ..records import Record, TransitionRecord
 from .guard import ResumeGuard
-from .pausing import run_paused
+from .pause import run_paused
 
 __all__ = ["ThroughGuest"]
 

@@ -16,11 +16,11 @@ from typing import Any
 import pytest
 
 from qmp_memlistener.memslots import Rules
+from qmp_memlistener.mirror.backend import ModelBackend
+from qmp_memlistener.mirror.mirror import Mirror
 from qmp_memlistener.topology import FlatView, diff, read_map
-from qmp_memlistener.updates.mirror import Mirror
 from qmp_memlistener.updates.model import Strategy
-from qmp_memlistener.updates.pausing import Pause
-from qmp_memlistener.updates.slot_backend import ModelBackend
+from qmp_memlistener.updates.pause import Pause
 
 SAMPLES = sorted((Path(__file__).parent / "slots").rglob("*.json.gz"))
 ABOVE = 1 << 20

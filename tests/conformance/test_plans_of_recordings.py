@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from qmp_memlistener.memslots import ADDRESS_SPACES, Rules
-from qmp_memlistener.recording import Header, Reconciled, Record, RecordingWriter, SlotOp
+from qmp_memlistener.records import Header, Reconciled, Record, RecordingWriter, SlotOp
 from qmp_memlistener.topology import MemoryMap, read_maps
 from qmp_memlistener.tracking import RawOp, Tracker
 from tests.unit.cli.cli_support import run

@@ -19,7 +19,7 @@ import pytest
 from qmp_memlistener.errors import InputError
 from qmp_memlistener.kvmlab.replay_input import ReplayInput, read_replay
 from qmp_memlistener.memslots import Order, Rules, Slot, SlotTable, TracedOp, slot_table
-from qmp_memlistener.recording import Recording, SlotOp
+from qmp_memlistener.records import Recording, SlotOp
 from qmp_memlistener.tracking import replay
 from tests.unit.kvmlab.replay_rendering import check, check_apart, check_backing, planned
 

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from qmp_memlistener.cli.main import main
 from qmp_memlistener.errors import InputError, RecordingError
-from qmp_memlistener.recording import (
+from qmp_memlistener.records import (
     Cause,
     GuestState,
     Header,

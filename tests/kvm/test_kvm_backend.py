@@ -12,7 +12,7 @@ from qmp_memlistener.errors import InputError
 from qmp_memlistener.kvmlab import Kvm
 from qmp_memlistener.kvmlab.backend import KvmBackend
 from qmp_memlistener.memslots import LOG_DIRTY_PAGES, READONLY, Slot
-from qmp_memlistener.updates.slot_backend import ModelBackend
+from qmp_memlistener.mirror.backend import ModelBackend
 from tests.kvm.backend_support import (
     GIB,
     MAIN,

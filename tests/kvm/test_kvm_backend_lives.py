@@ -14,13 +14,13 @@ from hypothesis import strategies as st
 from qmp_memlistener.errors import OperationFailed
 from qmp_memlistener.kvmlab import LabVm
 from qmp_memlistener.kvmlab.backend import KvmBackend
+from qmp_memlistener.mirror.backend import ModelBackend
+from qmp_memlistener.mirror.mirror import Mirror
 from qmp_memlistener.topology import FlatView
-from qmp_memlistener.updates.mirror import Mirror
 from qmp_memlistener.updates.model import Strategy
-from qmp_memlistener.updates.slot_backend import ModelBackend
 from tests.kvm.backend_support import WORD, wait_until
 from tests.unit.memslots.memslots_model import PAGE, PAGES, Content, content_of, views
-from tests.unit.updates.mirror_model import Pausing, Told
+from tests.unit.mirror.mirror_model import Pausing, Told
 
 pytestmark = pytest.mark.kvm
 

@@ -21,8 +21,8 @@ from qmp_memlistener.guests import (
     launch,
 )
 from qmp_memlistener.guests.pci import COMMAND, COMMAND_MEMORY
-from qmp_memlistener.monitor import Monitor
-from qmp_memlistener.recording import Cause, QmpEvent, SlotOp, TransitionRecord
+from qmp_memlistener.qmp import Monitor
+from qmp_memlistener.records import Cause, QmpEvent, SlotOp, TransitionRecord
 from qmp_memlistener.topology import Kind
 from tests.support.live import NO_QEMU, QEMUS, Seen, Vm, attach_bare, booted, cases, qmp
 from tests.support.qtest import QTest

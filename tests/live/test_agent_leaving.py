@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.recording import SlotOp
+from qmp_memlistener.records import SlotOp
 from tests.support.live import Seen, attach_bare, booted, cases, skip_without_kvm
 
 pytestmark = pytest.mark.qemu

@@ -11,7 +11,7 @@ from qmp_memlistener import MemoryListener
 from qmp_memlistener.guests import (
     QemuBuild,
 )
-from qmp_memlistener.recording import SlotOp
+from qmp_memlistener.records import SlotOp
 from qmp_memlistener.topology import FlatRange, Hole, Transition
 from tests.support.live import (
     QEMUS,

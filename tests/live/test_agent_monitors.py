@@ -8,7 +8,7 @@ from qmp_memlistener import attach
 from qmp_memlistener.cli.doctor import _examine
 from qmp_memlistener.errors import InputError, MonitorBusy, WrongGuest
 from qmp_memlistener.guests import GuestSpec, launch
-from qmp_memlistener.monitor import Monitor, allowed, parse_target
+from qmp_memlistener.qmp import Monitor, allowed, parse_target
 
 SPEC = GuestSpec(machine="pc", accel="tcg", args=("-S",), monitors=3)
 

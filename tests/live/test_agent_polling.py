@@ -7,7 +7,7 @@ import pytest
 from qmp_memlistener.guests import (
     QemuBuild,
 )
-from qmp_memlistener.recording import GuestState, SlotOp
+from qmp_memlistener.records import GuestState, SlotOp
 from tests.support.leftovers import enabled_events
 from tests.support.live import Commits, Seen, attach_bare, booted, cases, op_shapes, planned, qmp
 

@@ -21,8 +21,8 @@ import pytest
 from qmp_memlistener.agent import tracing
 from qmp_memlistener.errors import MonitorBusy, TargetError, TargetLost
 from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, High, QemuBuild
-from qmp_memlistener.monitor import Monitor
-from qmp_memlistener.recording import GuestState, SlotOp
+from qmp_memlistener.qmp import Monitor
+from qmp_memlistener.records import GuestState, SlotOp
 from tests.support.leftovers import enabled_events, flush_rcu, left_behind, log_targets
 from tests.support.live import (
     QEMUS,

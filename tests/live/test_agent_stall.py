@@ -10,7 +10,7 @@ import pytest
 
 from qmp_memlistener.agent import source
 from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, GuestSpec, Pulse, boot_args, launch
-from qmp_memlistener.recording import Note, Record, TransitionRecord
+from qmp_memlistener.records import Note, Record, TransitionRecord
 from tests.support.live import attach_bare
 
 

@@ -20,7 +20,7 @@ from qmp_memlistener.guests import (
     launch,
 )
 from qmp_memlistener.memslots import ADDRESS_SPACES
-from qmp_memlistener.recording import GuestState, SlotOp, TransitionRecord
+from qmp_memlistener.records import GuestState, SlotOp, TransitionRecord
 from qmp_memlistener.topology import Hole, Kind, Transition, read_maps
 from qmp_memlistener.tracking import RawOp, Tracker
 from tests.support.leftovers import enabled_events, flush_rcu, live_views

@@ -16,7 +16,7 @@ from qmp_memlistener import attach
 from qmp_memlistener.errors import CommandNotAllowed
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.guests.linux import LinuxSpec
-from qmp_memlistener.monitor import allowed, read_facts
+from qmp_memlistener.qmp import allowed, read_facts
 from qmp_memlistener.updates.model import Plug, Role, Strategy, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition

@@ -16,8 +16,8 @@ import pytest
 
 from qmp_memlistener.errors import DeadlineExceeded, MonitorBusy
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import Guest, Monitor, MonitorState, UnixTarget, find_guest
-from qmp_memlistener.monitor.discovery import find_guests
+from qmp_memlistener.qmp import Guest, Monitor, MonitorState, UnixTarget, find_guest
+from qmp_memlistener.qmp.discovery import find_guests
 from tests.support.bare_qemu import moved, running
 from tests.support.live import NO_QEMU, QEMUS, best_accel
 from tests.support.verbs import run_verb
@@ -155,7 +155,7 @@ async def test_the_qemu_of_another_user(tmp_path: Path) -> None:
         pytest.skip("needs root and setpriv(1) to look as another user")
     script = (
         "import json\n"
-        "from qmp_memlistener.monitor import find_guests, list_document\n"
+        "from qmp_memlistener.qmp import find_guests, list_document\n"
         "print(json.dumps(list_document(find_guests())))"
     )
     async with running(QEMUS[0], tmp_path, "-name", "theirs") as qemu:

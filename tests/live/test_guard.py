@@ -13,8 +13,8 @@ import pytest
 from qmp_memlistener.errors import OperationFailed, TargetUnreachable
 from qmp_memlistener.guests import GuestSpec, QemuBuild, launch
 from qmp_memlistener.host.processes import Process
-from qmp_memlistener.monitor import Monitor, UnixTarget, find_guest
-from qmp_memlistener.monitor.freeze import process_key
+from qmp_memlistener.qmp import Monitor, UnixTarget, find_guest
+from qmp_memlistener.qmp.freeze import process_key
 from qmp_memlistener.updates.guard import ResumeGuard, Settled
 from qmp_memlistener.updates.guard_notes import take_notes
 from qmp_memlistener.updates.model import UpdateRefused

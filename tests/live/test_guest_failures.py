@@ -26,7 +26,7 @@ from qmp_memlistener.guests import (
     boot_args,
     launch,
 )
-from qmp_memlistener.recording import GuestFailure, GuestReset, Record
+from qmp_memlistener.records import GuestFailure, GuestReset, Record
 from tests.support.live import QEMUS, Seen, Vm, booted, cases, qmp, skip_without_kvm
 from tests.support.qtest import QTest
 

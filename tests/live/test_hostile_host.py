@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from qmp_memlistener.monitor import Monitor, UnixTarget, start_tracing
-from qmp_memlistener.recording import Recording
+from qmp_memlistener.qmp import Monitor, UnixTarget, start_tracing
+from qmp_memlistener.records import Recording
 from tests.support.bare_qemu import running
 from tests.support.leftovers import left_behind
 from tests.support.live import NO_QEMU, QEMUS

@@ -15,7 +15,7 @@ import pytest
 
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.host.state import directories
-from qmp_memlistener.monitor import Monitor
+from qmp_memlistener.qmp import Monitor
 from tests.support.live import QEMUS, builds, qmp
 from tests.support.verbs import run_verb
 from tools.soak_guard import Watcher, gone, watched
@@ -26,9 +26,9 @@ T = TypeVar("T")
 ONE = builds(QEMUS[:1])
 HOLDING = """
 import asyncio, sys
-from qmp_memlistener.monitor import Monitor, UnixTarget
+from qmp_memlistener.qmp import Monitor, UnixTarget
 from qmp_memlistener.updates.guard import ResumeGuard
-from qmp_memlistener.updates.pausing import paused_guest
+from qmp_memlistener.updates.pause import paused_guest
 
 async def main(monitor, guarded):
     async with (

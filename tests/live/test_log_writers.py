@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_memlistener.monitor import Monitor, TraceReason, TraceUnavailable, start_tracing
+from qmp_memlistener.qmp import Monitor, TraceReason, TraceUnavailable, start_tracing
 from tests.support.any_monitor import AnyMonitor
 from tests.support.bare_qemu import Running, running
 from tests.support.leftovers import left_behind

@@ -12,12 +12,12 @@ import pytest
 from qmp_memlistener.agent import Agent
 from qmp_memlistener.errors import TargetLost
 from qmp_memlistener.guests import PciAddress, QemuBuild
-from qmp_memlistener.monitor import Monitor, take_snapshot
+from qmp_memlistener.mirror.backend import ModelBackend
+from qmp_memlistener.mirror.mirror import Mirror
+from qmp_memlistener.mirror.mirroring import check_guest, mirroring
+from qmp_memlistener.qmp import Monitor, take_snapshot
 from qmp_memlistener.topology import read_map
-from qmp_memlistener.updates.mirror import Mirror
-from qmp_memlistener.updates.mirroring import check_guest, mirroring
 from qmp_memlistener.updates.model import Strategy, UpdateRefused
-from qmp_memlistener.updates.slot_backend import ModelBackend
 from tests.support.live import (
     QEMUS,
     Seen,

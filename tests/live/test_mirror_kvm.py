@@ -30,9 +30,9 @@ from qmp_memlistener.kvmlab import Kvm
 from qmp_memlistener.kvmlab.backend import KvmBackend
 from qmp_memlistener.memslots import Slot, SlotTable, slot_table
 from qmp_memlistener.memslots.slots import Backing
-from qmp_memlistener.monitor import Monitor, take_snapshot
+from qmp_memlistener.mirror.mirror import Mirror
+from qmp_memlistener.qmp import Monitor, take_snapshot
 from qmp_memlistener.topology import read_map
-from qmp_memlistener.updates.mirror import Mirror
 from qmp_memlistener.updates.model import Strategy
 from tests.support.live import (
     QEMUS,

@@ -22,7 +22,7 @@ from qmp_memlistener.errors import (
     TargetUnreachable,
 )
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import (
+from qmp_memlistener.qmp import (
     Flag,
     Monitor,
     MonitorState,

@@ -12,7 +12,7 @@ import pytest
 
 from qmp_memlistener.cli.doctor import _examine
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import (
+from qmp_memlistener.qmp import (
     TRACE_EVENTS,
     Command,
     FlatViewEvent,

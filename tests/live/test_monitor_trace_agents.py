@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import TRACE_EVENTS, Monitor, UnixTarget, restore_stale, start_tracing
+from qmp_memlistener.qmp import TRACE_EVENTS, Monitor, UnixTarget, restore_stale, start_tracing
 from tests.support.bare_qemu import running
 from tests.support.leftovers import left_behind
 from tests.support.live import NO_QEMU, QEMUS, builds
@@ -27,7 +27,7 @@ pytestmark = [
 
 AGENT = """
 import asyncio, sys
-from qmp_memlistener.monitor import Monitor, UnixTarget, start_tracing
+from qmp_memlistener.qmp import Monitor, UnixTarget, start_tracing
 async def main():
     monitor = await Monitor.connect(UnixTarget(sys.argv[1]))
     session = await start_tracing(monitor)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import (
+from qmp_memlistener.qmp import (
     Monitor,
     TcpTarget,
     TraceReason,
@@ -23,8 +23,8 @@ from qmp_memlistener.monitor import (
     restore_stale,
     start_tracing,
 )
-from qmp_memlistener.monitor.trace_log import RestoreTarget
-from qmp_memlistener.monitor.trace_notes import LogChange, Place
+from qmp_memlistener.qmp.trace_log import RestoreTarget
+from qmp_memlistener.qmp.trace_notes import LogChange, Place
 from tests.support.bare_qemu import NEW_MOUNTS, Running, can_unshare, running
 from tests.support.leftovers import left_behind, log_targets
 from tests.support.live import NO_QEMU, QEMUS, builds

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import (
+from qmp_memlistener.qmp import (
     Monitor,
     TraceReason,
     TraceUnavailable,

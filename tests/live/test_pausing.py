@@ -14,9 +14,9 @@ import pytest
 
 from qmp_memlistener.errors import CommandFailed, OperationFailed, TargetLost, WrongGuest
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import Command, Monitor, Reply, UnixTarget
+from qmp_memlistener.qmp import Command, Monitor, Reply, UnixTarget
 from qmp_memlistener.updates.guard import ResumeGuard
-from qmp_memlistener.updates.pausing import PausedRun, paused_guest, run_paused
+from qmp_memlistener.updates.pause import PausedRun, paused_guest, run_paused
 from tests.support.live import QEMUS, builds
 from tools.soak_guard import Watcher, gone, watched
 

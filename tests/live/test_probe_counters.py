@@ -14,10 +14,10 @@ from dataclasses import replace
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import Monitor, hmp
 from qmp_memlistener.probes import Context, Kind, ProbeUnavailable, leftover_notes
 from qmp_memlistener.probes.kvmstats import KvmStatsProbe
 from qmp_memlistener.probes.lockprofile import LockProfileProbe
+from qmp_memlistener.qmp import Monitor, hmp
 from tests.support.leftovers import left_behind
 from tests.support.live import QEMUS, Vm, best_accel, booted, builds, qmp
 from tests.support.probes import Recorder, at_work, guest_context
@@ -202,7 +202,7 @@ async def test_after_a_kill_the_next_start_switches_it_off(build: QemuBuild) -> 
 KILLED = """
 import asyncio, sys
 from qmp_memlistener.guests import Guest
-from qmp_memlistener.monitor import Monitor, UnixTarget, find_guest
+from qmp_memlistener.qmp import Monitor, UnixTarget, find_guest
 from qmp_memlistener.probes.lockprofile import LockProfileProbe
 from tests.support.probes import Recorder, context_of
 from dataclasses import replace

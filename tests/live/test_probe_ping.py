@@ -20,9 +20,9 @@ from dataclasses import dataclass, replace
 import pytest
 
 from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, launch
-from qmp_memlistener.monitor import Monitor, SocketTarget, UnixTarget, find_guest
 from qmp_memlistener.probes import Context, Kind, Observation, ProbeUnavailable
 from qmp_memlistener.probes.ping import PingProbe
+from qmp_memlistener.qmp import Monitor, SocketTarget, UnixTarget, find_guest
 from tests.support.live import QEMUS, builds, qmp
 from tests.support.probes import Recorder, at_work, guest_context
 

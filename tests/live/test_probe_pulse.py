@@ -31,15 +31,15 @@ from qmp_memlistener.guests import (
     boot_args,
     launch,
 )
-from qmp_memlistener.monitor import (
+from qmp_memlistener.probes import CommandSpan, Context, Kind, Measurement, Observation
+from qmp_memlistener.probes.pulse import PulseProbe
+from qmp_memlistener.qmp import (
     Monitor,
     UnixTarget,
     companions_of,
     find_guest,
     read_facts,
 )
-from qmp_memlistener.probes import CommandSpan, Context, Kind, Measurement, Observation
-from qmp_memlistener.probes.pulse import PulseProbe
 from tests.support.any_monitor import AnyMonitor
 from tests.support.live import QEMUS, Vm, best_accel, booted, builds, cases
 

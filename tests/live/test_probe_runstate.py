@@ -11,9 +11,9 @@ from dataclasses import replace
 import pytest
 
 from qmp_memlistener.guests import GuestSpec, QemuBuild, launch
-from qmp_memlistener.monitor import Monitor
 from qmp_memlistener.probes import Context, Kind, ProbeUnavailable
 from qmp_memlistener.probes.runstate import RunStateProbe
+from qmp_memlistener.qmp import Monitor
 from tests.support.live import QEMUS, builds, qmp
 from tests.support.probes import Recorder, at_work, guest_context
 

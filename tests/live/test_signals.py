@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import Monitor
+from qmp_memlistener.qmp import Monitor
 from tests.live.verbs_support import IN_TIME, is_as_before, one_build, watched
 from tests.support.leftovers import enabled_events, file_has, left_behind, log_targets
 from tests.support.live import NO_QEMU, QEMUS, Vm, best_accel, booted, qmp

@@ -11,8 +11,8 @@ import pytest
 
 from qmp_memlistener import Agent, attach
 from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, QemuBuild
-from qmp_memlistener.monitor import Monitor
-from qmp_memlistener.recording import (
+from qmp_memlistener.qmp import Monitor
+from qmp_memlistener.records import (
     ProbesRecord,
     SlotOp,
     StallRecord,

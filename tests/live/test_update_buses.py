@@ -9,7 +9,7 @@ import pytest
 
 from qmp_memlistener.errors import CommandFailed
 from qmp_memlistener.guests import GuestSpec, QemuBuild, launch
-from qmp_memlistener.monitor import Monitor
+from qmp_memlistener.qmp import Monitor
 from qmp_memlistener.updates.model import Plug, Role
 from qmp_memlistener.updates.options import parse_addition
 from qmp_memlistener.updates.pci_buses import PciBus, read_buses, slot_text
@@ -84,7 +84,7 @@ async def test_the_port_that_takes_a_device_then_the_bridge(
     build: QemuBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """One device a port, many behind a bridge, none where hotplug is off; then it is refused."""
-    monkeypatch.setattr("qmp_memlistener.updates.reaction.QUIET_S", 0.0)
+    monkeypatch.setattr("qmp_memlistener.updates.guest_response.QUIET_S", 0.0)
     args = (*OFF, *SHARED, "-device", "pcie-root-port,id=free,chassis=9")
     spec = GuestSpec(machine="q35", accel="tcg", shared_memory=False, args=("-S", *args))
     async with (

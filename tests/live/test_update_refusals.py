@@ -15,7 +15,7 @@ import pytest
 
 from qmp_memlistener import Agent, Outcome
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import Monitor
+from qmp_memlistener.qmp import Monitor
 from qmp_memlistener.updates.model import Plug, Resize, Role, Strategy, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
@@ -40,8 +40,8 @@ SHORT = UpdateOptions(wait_s=0.1)
 @pytest.fixture(autouse=True)
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """These guests give no sign."""
-    monkeypatch.setattr("qmp_memlistener.updates.reaction.QUIET_S", 0.05)
-    monkeypatch.setattr("qmp_memlistener.updates.reaction.FIRST_SIGN_S", 0.1)
+    monkeypatch.setattr("qmp_memlistener.updates.guest_response.QUIET_S", 0.05)
+    monkeypatch.setattr("qmp_memlistener.updates.guest_response.FIRST_SIGN_S", 0.1)
 
 
 @asynccontextmanager

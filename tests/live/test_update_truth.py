@@ -13,7 +13,7 @@ import pytest
 
 from qmp_memlistener import Agent, Outcome
 from qmp_memlistener.guests import GuestSpec, QemuBuild, launch
-from qmp_memlistener.updates import reaction
+from qmp_memlistener.updates import guest_response
 from qmp_memlistener.updates.model import Plug, Range, Role
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
@@ -80,7 +80,7 @@ async def test_devices_that_give_no_sign_are_not_waited_for(build: QemuBuild) ->
             assert not names(outcome) & {"guest_told", "guest_acts", "driver_bound"}
             if "lun" in device:
                 assert placed.address["lun"] == 3
-        assert time.monotonic() - began < reaction.FIRST_SIGN_S * 2
+        assert time.monotonic() - began < guest_response.FIRST_SIGN_S * 2
         gone = await agent.unplug("d0")
         assert gone.outcome == "done"
         assert "guest_told" not in names(gone), "QEMU takes it out without the guest"
@@ -112,7 +112,7 @@ async def test_our_own_dimm_is_no_reaction_of_a_running_guest(
     build: QemuBuild, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A guest that does not answer has been given memory, and does not use it for all we know."""
-    monkeypatch.setattr(reaction, "FIRST_SIGN_S", 0.3)
+    monkeypatch.setattr(guest_response, "FIRST_SIGN_S", 0.3)
     async with attached(build, *MEMORY) as agent:
         plugged = await plug(agent, "pc-dimm,id=d0,memdev=m0", "id=m0,size=128M")
         assert plugged.outcome == "done"
@@ -132,7 +132,7 @@ async def test_a_dimm_that_linux_takes_no_part_of(
 ) -> None:
     """Its size, or its address after another one of odd size; Linux reports success all the same
     (see test_updates_linux)."""
-    monkeypatch.setattr(reaction, "FIRST_SIGN_S", 0.1)
+    monkeypatch.setattr(guest_response, "FIRST_SIGN_S", 0.1)
     async with attached(build, *MEMORY) as agent:
         odd = await plug(agent, "pc-dimm,id=d0,memdev=m0", "id=m0,size=100M")
         assert odd.outcome == "partial"

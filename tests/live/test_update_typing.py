@@ -13,10 +13,10 @@ import pytest
 
 from qmp_memlistener.errors import CommandFailed, DeadlineExceeded, InputError
 from qmp_memlistener.guests import GuestSpec, QemuBuild, launch
-from qmp_memlistener.monitor import Monitor
+from qmp_memlistener.qmp import Monitor
 from qmp_memlistener.updates.model import Addition, Role, UpdateRefused, Value
 from qmp_memlistener.updates.options import parse_addition
-from qmp_memlistener.updates.typing import add, text_to, type_arguments
+from qmp_memlistener.updates.property_types import add, text_to, type_arguments
 from tests.support.live import builds, qmp
 
 M = 1 << 20

@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import Monitor
+from qmp_memlistener.qmp import Monitor
 from qmp_memlistener.updates.guard_notes import all_notes
 from tests.live.verbs_support import one_build
 from tests.support.leftovers import left_behind

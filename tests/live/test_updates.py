@@ -14,8 +14,8 @@ import pytest
 from qmp_memlistener import Outcome, attach
 from qmp_memlistener.errors import GuestFrozen
 from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, High, QemuBuild
-from qmp_memlistener.monitor import Monitor
-from qmp_memlistener.recording import Recording, SlotOp, StallRecord, SummaryRecord
+from qmp_memlistener.qmp import Monitor
+from qmp_memlistener.records import Recording, SlotOp, StallRecord, SummaryRecord
 from qmp_memlistener.updates.model import Addition, Intent, Plug, Resize, Role, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
@@ -33,8 +33,8 @@ NETDEV = parse_addition(Role.NETDEV, "hubport,id=n0,hubid=1")
 @pytest.fixture(autouse=True)
 def brisk(monkeypatch: pytest.MonkeyPatch) -> None:
     """These guests give no sign."""
-    monkeypatch.setattr("qmp_memlistener.updates.reaction.QUIET_S", 0.05)
-    monkeypatch.setattr("qmp_memlistener.updates.reaction.FIRST_SIGN_S", 0.1)
+    monkeypatch.setattr("qmp_memlistener.updates.guest_response.QUIET_S", 0.05)
+    monkeypatch.setattr("qmp_memlistener.updates.guest_response.FIRST_SIGN_S", 0.1)
 
 
 def device(text: str) -> Addition:

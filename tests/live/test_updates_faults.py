@@ -24,13 +24,13 @@ from qmp_memlistener import Strategy
 from qmp_memlistener.agent import source
 from qmp_memlistener.errors import DeadlineExceeded, MemListenerError, MonitorBusy
 from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, launch
-from qmp_memlistener.monitor import Monitor, UnixTarget, hmp
-from qmp_memlistener.recording import Recording, SummaryRecord
-from qmp_memlistener.updates import operation, reaction
+from qmp_memlistener.qmp import Monitor, UnixTarget, hmp
+from qmp_memlistener.records import Recording, SummaryRecord
+from qmp_memlistener.updates import guest_response, operation
 from qmp_memlistener.updates.model import Intent, Outcome, Plug, Role, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition, parse_resize
-from qmp_memlistener.updates.typing import type_arguments
+from qmp_memlistener.updates.property_types import type_arguments
 from tests.support.live import NO_QEMU, QEMUS, attach_bare, qmp
 from tests.support.qmp_proxy import INJECTED, Fault, How, QmpProxy
 
@@ -285,8 +285,8 @@ def faults_of(commands: Sequence[str], number: int) -> list[Fault]:
 @pytest.mark.parametrize("number", NUMBERS)
 @pytest.mark.asyncio
 async def test_every_fault(number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reaction, "QUIET_S", 0.02)
-    monkeypatch.setattr(reaction, "FIRST_SIGN_S", 0.05)
+    monkeypatch.setattr(guest_response, "QUIET_S", 0.02)
+    monkeypatch.setattr(guest_response, "FIRST_SIGN_S", 0.05)
     build = QEMUS[number % min(2, len(QEMUS))]
     case = CASES[number]
     async with bench(build, tmp_path) as first:

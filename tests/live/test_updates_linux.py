@@ -10,7 +10,7 @@ import pytest
 from qmp_memlistener import Outcome, Strategy
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.guests.linux import LinuxSpec
-from qmp_memlistener.recording import QmpEvent
+from qmp_memlistener.records import QmpEvent
 from qmp_memlistener.updates.model import Plug, Role, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition

@@ -17,10 +17,10 @@ import pytest
 
 from qmp_memlistener.errors import CommandFailed, TargetError
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import Monitor
 from qmp_memlistener.probes import CommandSpan, Kind, Observation, ProbeUnavailable
 from qmp_memlistener.probes.uprobes import UprobesProbe, wait_released
 from qmp_memlistener.probes.uprobes.program import Program, examine
+from qmp_memlistener.qmp import Monitor
 from tests.support.live import QEMUS, Vm, booted, builds, cases, qmp
 from tests.support.probes import Recorder, guest_context
 

@@ -14,11 +14,11 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import find_guest
 from qmp_memlistener.probes import Kind, ProbeUnavailable
 from qmp_memlistener.probes.uprobes import Batch, UprobeReader, UprobesProbe, wait_released
 from qmp_memlistener.probes.uprobes.names import ThreadNames
 from qmp_memlistener.probes.uprobes.program import examine
+from qmp_memlistener.qmp import find_guest
 from tests.support.live import QEMUS, Vm, booted, builds, qmp
 from tests.support.probes import guest_context
 

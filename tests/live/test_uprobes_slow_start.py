@@ -9,7 +9,7 @@ import pytest
 
 from qmp_memlistener import attach
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.recording import ProbesRecord
+from qmp_memlistener.records import ProbesRecord
 from qmp_memlistener.waits import waits
 from tests.support.live import QEMUS, Seen, best_accel, booted, builds
 

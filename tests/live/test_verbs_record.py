@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.recording import Recording, SlotOp, TransitionRecord
+from qmp_memlistener.records import Recording, SlotOp, TransitionRecord
 from tests.live.verbs_support import check_tables_fit, is_as_before, one_build
 from tests.support.leftovers import enabled_events, file_has
 from tests.support.live import best_accel, booted, cases, qmp

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import Monitor
-from qmp_memlistener.recording import Recording, SummaryRecord
+from qmp_memlistener.qmp import Monitor
+from qmp_memlistener.records import Recording, SummaryRecord
 from tests.live.verbs_support import check_tables_fit, is_as_before, one_build
 from tests.support.leftovers import enabled_events, left_behind
 from tests.support.live import best_accel, booted, qmp, silenced

@@ -13,7 +13,7 @@ import pytest
 
 from qmp_memlistener.errors import TargetLost
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.recording import Recording, TransitionRecord
+from qmp_memlistener.records import Recording, TransitionRecord
 from tests.live.verbs_support import IN_TIME, is_as_before, one_build, watched
 from tests.support.leftovers import enabled_events, file_has, left_behind
 from tests.support.live import best_accel, booted, builds, cases, qmp, silenced

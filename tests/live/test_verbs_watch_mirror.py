@@ -18,7 +18,7 @@ from qmp_memlistener.cli.signals import SAME_S
 from qmp_memlistener.errors import MissingPrerequisite
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.kvmlab import Kvm
-from qmp_memlistener.monitor import Monitor
+from qmp_memlistener.qmp import Monitor
 from tests.live.verbs_support import is_as_before, one_build
 from tests.support.leftovers import enabled_events, left_behind
 from tests.support.live import Vm, best_accel, booted, builds, qmp

@@ -17,7 +17,9 @@ import pytest
 
 from qmp_memlistener import attach
 from qmp_memlistener.errors import TargetError, WrongGuest
-from qmp_memlistener.monitor import (
+from qmp_memlistener.probes.model import Context, ProbeUnavailable
+from qmp_memlistener.probes.ping import PingProbe
+from qmp_memlistener.qmp import (
     Companions,
     Monitor,
     PidTarget,
@@ -25,9 +27,7 @@ from qmp_memlistener.monitor import (
     UnixTarget,
     read_facts,
 )
-from qmp_memlistener.monitor.identity import GuestIdentity
-from qmp_memlistener.probes.model import Context, ProbeUnavailable
-from qmp_memlistener.probes.ping import PingProbe
+from qmp_memlistener.qmp.identity import GuestIdentity
 from qmp_memlistener.updates.guard import ResumeGuard
 from tests.support.bare_qemu import Running, running
 from tests.support.live import NO_QEMU, QEMUS

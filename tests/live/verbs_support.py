@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
-from qmp_memlistener.monitor import Monitor, UnixTarget
+from qmp_memlistener.qmp import Monitor, UnixTarget
 from tests.support.leftovers import enabled_events, left_behind
 from tests.support.live import QEMUS, Vm, builds
 from tests.support.verbs import Verb, run_in_terminal, started_verb

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmp_memlistener.monitor import Command, Monitor
+from qmp_memlistener.qmp import Command, Monitor
 
 __all__ = ["AnyMonitor"]
 

@@ -16,8 +16,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.monitor import Guest, UnixTarget, find_guest
-from qmp_memlistener.monitor.sockets import listener_state
+from qmp_memlistener.qmp import Guest, UnixTarget, find_guest
+from qmp_memlistener.qmp.sockets import listener_state
 
 __all__ = ["NEW_MOUNTS", "Running", "can_unshare", "moved", "running"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import CommandFailed
-from qmp_memlistener.monitor import Monitor
+from qmp_memlistener.qmp import Monitor
 
 __all__ = [
     "BASE",

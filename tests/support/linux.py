@@ -18,7 +18,7 @@ from qmp_memlistener.errors import MissingPrerequisite
 from qmp_memlistener.guests import PciAddress, QemuBuild
 from qmp_memlistener.guests.linux import LinuxGuest, LinuxImage, LinuxSpec, boot_linux
 from qmp_memlistener.guests.linux_views import Bar, PciDevice
-from qmp_memlistener.monitor import Monitor, UnixTarget
+from qmp_memlistener.qmp import Monitor, UnixTarget
 from tests.support.any_monitor import AnyMonitor
 
 __all__ = ["LinuxVm", "booted_linux", "image"]

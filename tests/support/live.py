@@ -32,8 +32,8 @@ from qmp_memlistener.guests import (
     launch,
 )
 from qmp_memlistener.memslots import Op, Rules, SlotTable, plan
-from qmp_memlistener.monitor import Monitor, UnixTarget
-from qmp_memlistener.recording import (
+from qmp_memlistener.qmp import Monitor, UnixTarget
+from qmp_memlistener.records import (
     Header,
     Lost,
     Note,

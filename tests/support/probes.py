@@ -9,7 +9,8 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from qmp_memlistener.guests import Guest
-from qmp_memlistener.monitor import (
+from qmp_memlistener.probes import CommandSpan, Context, Kind, Measurement, Observation, Probe
+from qmp_memlistener.qmp import (
     Companions,
     GuestFacts,
     Monitor,
@@ -18,7 +19,6 @@ from qmp_memlistener.monitor import (
     find_guest,
     read_facts,
 )
-from qmp_memlistener.probes import CommandSpan, Context, Kind, Measurement, Observation, Probe
 from tests.support.any_monitor import AnyMonitor
 
 __all__ = ["NO_FACTS", "Recorder", "at_work", "context_of", "guest_context"]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmp_memlistener.recording import Cause, Header, TransitionRecord
+from qmp_memlistener.records import Cause, Header, TransitionRecord
 
 __all__ = ["HEADER", "transition"]
 

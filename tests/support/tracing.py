@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from qmp_memlistener.monitor import (
+from qmp_memlistener.qmp import (
     FlatViewEvent,
     HmpCommand,
     Monitor,
@@ -17,7 +17,7 @@ from qmp_memlistener.monitor import (
     TraceSession,
     TraceTail,
 )
-from qmp_memlistener.monitor.trace_setup import event_states
+from qmp_memlistener.qmp.trace_setup import event_states
 from tests.support.bare_qemu import Running
 from tests.support.qtest import QTest
 

@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from qmp_memlistener.listener import Dispatcher, MemoryListener
-from qmp_memlistener.recording import SlotOp
+from qmp_memlistener.records import SlotOp
 from qmp_memlistener.topology import FlatRange, FlatView, Hole, Kind, Transition, diff
 from qmp_memlistener.tracking import Change
 

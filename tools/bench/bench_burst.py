@@ -16,10 +16,10 @@ from functools import partial
 import msgspec
 
 from qmp_memlistener.memslots import Rules
-from qmp_memlistener.monitor import TraceDecoder
-from qmp_memlistener.monitor.trace_records import FlatViewEvent, SlotOp
 from qmp_memlistener.probes import Kind, Observation, SlotUpdate
-from qmp_memlistener.recording import Record, StallRecord, TransitionRecord
+from qmp_memlistener.qmp import TraceDecoder
+from qmp_memlistener.qmp.trace_records import FlatViewEvent, SlotOp
+from qmp_memlistener.records import Record, StallRecord, TransitionRecord
 from qmp_memlistener.timeline import Timeline
 from qmp_memlistener.topology import FlatRange, FlatView, MemoryMap, ram_blocks
 from qmp_memlistener.topology import Kind as RangeKind

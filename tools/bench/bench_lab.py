@@ -14,10 +14,10 @@ from collections.abc import Mapping
 from contextlib import ExitStack
 
 from qmp_memlistener.errors import MissingPrerequisite
-from qmp_memlistener.kvmlab.contender import Contender
+from qmp_memlistener.kvmlab.competitor import Competitor
 from qmp_memlistener.kvmlab.cpus import Cpus
 from qmp_memlistener.kvmlab.device import Kvm, flavour
-from qmp_memlistener.kvmlab.field import Field
+from qmp_memlistener.kvmlab.layout import Layout
 from qmp_memlistener.kvmlab.programs import GuestKind
 from qmp_memlistener.kvmlab.strategies import CONTROL, select, why_not
 from tools.bench.growth import Figure, Sample, print_table, ratios
@@ -45,10 +45,10 @@ def run(quick: bool) -> list[Figure]:
     with ExitStack() as stack:
         stack.enter_context(kvm)
         cpus = Cpus.for_vcpus(1)
-        ground = Field()
+        ground = Layout()
         with cpus.on(cpus.vcpus):
             contenders = [
-                stack.enter_context(Contender(kvm, s, ground, GuestKind.DATA, populate=True))
+                stack.enter_context(Competitor(kvm, s, ground, GuestKind.DATA, populate=True))
                 for s in select(NAMES)
                 if why_not(s, kvm) is None
             ]
@@ -81,7 +81,7 @@ def run(quick: bool) -> list[Figure]:
     return _figures(samples)
 
 
-def _run(contenders: list[Contender], rounds: int, dice: random.Random) -> Medians:
+def _run(contenders: list[Competitor], rounds: int, dice: random.Random) -> Medians:
     first = {c.strategy.name: len(c.updates) for c in contenders}
     kicked: list[int] = []
     for _ in range(rounds):
@@ -104,7 +104,7 @@ def _run(contenders: list[Contender], rounds: int, dice: random.Random) -> Media
     return medians
 
 
-def _kick(contender: Contender) -> int:
+def _kick(contender: Competitor) -> int:
     """How long a vCPU is out of the guest when it is stopped for nothing."""
     machine = contender.machine
     machine.release()

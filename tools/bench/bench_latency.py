@@ -14,9 +14,9 @@ import time
 
 from qmp_memlistener.agent import attach
 from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, Guest, Pulse
-from qmp_memlistener.monitor import FlatViewEvent, Monitor, SlotOp, parse_target, start_tracing
-from qmp_memlistener.recording import Record, TransitionRecord
-from qmp_memlistener.recording import SlotOp as SlotOpRecord
+from qmp_memlistener.qmp import FlatViewEvent, Monitor, SlotOp, parse_target, start_tracing
+from qmp_memlistener.records import Record, TransitionRecord
+from qmp_memlistener.records import SlotOp as SlotOpRecord
 from tools.bench.growth import Figure, percentile, print_table
 from tools.bench.live import Host, hosts, pulse_guest
 

@@ -22,7 +22,7 @@ from qmp_memlistener.guests import (
     Pulse,
 )
 from qmp_memlistener.guests.linux import LinuxImage, LinuxSpec, boot_linux
-from qmp_memlistener.monitor import Monitor, UnixTarget
+from qmp_memlistener.qmp import Monitor, UnixTarget
 from tools.bench.growth import Figure, Sample, print_table, ratios
 from tools.bench.live import Host, hosts, pulse_guest, watching
 

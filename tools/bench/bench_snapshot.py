@@ -13,7 +13,7 @@ import time
 from contextlib import AsyncExitStack
 
 from qmp_memlistener.guests import GuestSpec, launch
-from qmp_memlistener.monitor import Monitor, measure_idle, parse_target, take_snapshot
+from qmp_memlistener.qmp import Monitor, measure_idle, parse_target, take_snapshot
 from qmp_memlistener.topology import read_map
 from tools.bench.growth import Figure, Sample, print_table
 from tools.bench.live import Host, hosts

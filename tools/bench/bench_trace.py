@@ -12,7 +12,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from qmp_memlistener.monitor import TraceDecoder
+from qmp_memlistener.qmp import TraceDecoder
 from tools.bench.growth import Figure, Sample, interleaved, print_growth, print_table, sizes
 
 PIECE = 64 * 1024

@@ -5,7 +5,7 @@
     $ python tools/record/record_introspection.py --version 10.0
 
 Writes `tests/conformance/introspection/<version>.json`, the evidence for
-`qmp_memlistener/monitor/allowed.py`.  The command makes an instance of the type and drops it, so it
+`qmp_memlistener/qmp/allowed.py`.  The command makes an instance of the type and drops it, so it
 runs the device's own code.  Every type that each QEMU has is asked for on throw-away guests of
 several machines; a guest that does not live through it is replaced.  The names come from a guest
 of their own: `qom-list-types` loads all of QEMU's modules, and would hide what a missing one does.

@@ -19,8 +19,8 @@ from qmp_memlistener.agent.postmortem import (
     parse_dumps,
     parse_registers,
 )
-from qmp_memlistener.monitor import Monitor, QmpEvent
-from qmp_memlistener.recording import GuestFailure, GuestReset, Record, SlotOp
+from qmp_memlistener.qmp import Monitor, QmpEvent
+from qmp_memlistener.records import GuestFailure, GuestReset, Record, SlotOp
 from qmp_memlistener.topology import MemoryMap
 from tests.support.records import transition
 

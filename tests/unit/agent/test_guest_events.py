@@ -11,8 +11,8 @@ import pytest
 from qmp_memlistener.agent import guest_events
 from qmp_memlistener.agent.guest_events import GuestEvents
 from qmp_memlistener.agent.source import Source
-from qmp_memlistener.monitor import Monitor, QmpEvent
-from qmp_memlistener.recording import GuestState, Lost, Record
+from qmp_memlistener.qmp import Monitor, QmpEvent
+from qmp_memlistener.records import GuestState, Lost, Record
 
 
 class Asked:

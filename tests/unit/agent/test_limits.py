@@ -6,7 +6,7 @@ import pytest
 
 from qmp_memlistener.agent.limits import FREEZE_LIMIT_NS, Limits
 from qmp_memlistener.probes import Kind
-from qmp_memlistener.recording import PossibleViolation, StallRecord, Violation
+from qmp_memlistener.records import PossibleViolation, StallRecord, Violation
 
 MS = 1_000_000
 

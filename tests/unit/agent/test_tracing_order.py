@@ -13,8 +13,8 @@ import pytest
 
 from qmp_memlistener.agent.tracing import STAMP_BOUND_NS, TraceSource
 from qmp_memlistener.memslots import Rules
-from qmp_memlistener.monitor import Command, Monitor, Reply, TraceBatch, TraceSession, TraceTail
-from qmp_memlistener.monitor.trace_records import (
+from qmp_memlistener.qmp import Command, Monitor, Reply, TraceBatch, TraceSession, TraceTail
+from qmp_memlistener.qmp.trace_records import (
     FlatViewChange,
     FlatViewEvent,
     HmpCommand,

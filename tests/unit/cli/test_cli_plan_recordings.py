@@ -7,7 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
-from qmp_memlistener.recording import (
+from qmp_memlistener.records import (
     MapRecord,
     Record,
     RecordingWriter,

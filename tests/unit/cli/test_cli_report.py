@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from qmp_memlistener.recording import (
+from qmp_memlistener.records import (
     CommandRecord,
     GuestFailure,
     GuestState,

@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 import qmp_memlistener.cli
 from qmp_memlistener.cli.common import print_error, print_json, print_table, printable, say
 from qmp_memlistener.errors import OperationFailed
-from qmp_memlistener.recording import Header, Record, RecordingWriter
-from qmp_memlistener.recording.reader import _TYPES
+from qmp_memlistener.records import Header, Record, RecordingWriter
+from qmp_memlistener.records.reader import _TYPES
 from qmp_memlistener.reports.terminal import Narrator
 from tests.support.records import HEADER
 from tests.unit.cli.cli_support import run

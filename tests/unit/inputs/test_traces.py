@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 
 from qmp_memlistener.errors import InputError
 from qmp_memlistener.inputs import read_trace_line
-from qmp_memlistener.monitor.trace_lines import TraceDecoder
-from qmp_memlistener.monitor.trace_records import SlotOp
+from qmp_memlistener.qmp.trace_lines import TraceDecoder
+from qmp_memlistener.qmp.trace_records import SlotOp
 from qmp_memlistener.tracking.logs import read_log
 
 Op = tuple[int, int, int, int, int, int, int]  # as_id, slot, flags, gpa, size, ua, ret

@@ -7,7 +7,7 @@ import pytest
 
 from qmp_memlistener.errors import InputError
 from qmp_memlistener.kvmlab.capabilities import Cap
-from qmp_memlistener.kvmlab.field import Field
+from qmp_memlistener.kvmlab.layout import Layout
 from qmp_memlistener.kvmlab.measuring import Totals, Update
 from qmp_memlistener.kvmlab.race import model_of
 from qmp_memlistener.kvmlab.strategies import CONTROL, STRATEGIES, select, why_not
@@ -84,7 +84,7 @@ def test_protected_vms_are_asked_for_by_their_bit() -> None:
 
 
 def test_models_say_what_no_kernel_runs() -> None:
-    ground = Field(size=16 << 20, logged=True)
+    ground = Layout(size=16 << 20, logged=True)
     found = {s.name: model_of(s, ground) for s in STRATEGIES}
     assert (found["naive"].operations, found["naive"].atomic) == (3, False)
     assert found["naive"].exposed_bytes == (16 << 20) - 4096

@@ -10,7 +10,7 @@ import pytest
 from qmp_memlistener.errors import InputError, RecordingError
 from qmp_memlistener.kvmlab.replay_input import HostBlock, ReplayInput, read_replay
 from qmp_memlistener.memslots import LOG_DIRTY_PAGES, READONLY, Order, Slot
-from qmp_memlistener.recording import (
+from qmp_memlistener.records import (
     Lost,
     MapRecord,
     Record,

@@ -14,10 +14,10 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import ProtocolViolation, TargetLost
-from qmp_memlistener.monitor import Monitor, UnixTarget
 from qmp_memlistener.probes import Kind, ProbeUnavailable
 from qmp_memlistener.probes import ping as ping_module
 from qmp_memlistener.probes.ping import PingProbe
+from qmp_memlistener.qmp import Monitor, UnixTarget
 from tests.support.probes import Recorder, context_of
 
 GREETING = {"QMP": {"version": {}, "capabilities": ["oob"]}}

@@ -6,7 +6,7 @@ import re
 
 import msgspec
 
-from qmp_memlistener.recording import ProbeState
+from qmp_memlistener.records import ProbeState
 from qmp_memlistener.reports.compare import comparison_lines
 from qmp_memlistener.updates.compare import Comparison, Round, Skipped
 from qmp_memlistener.updates.compare_stats import Difference, Summary

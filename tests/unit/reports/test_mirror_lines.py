@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from qmp_memlistener.kvmlab.backend import LabFacts
 from qmp_memlistener.kvmlab.backend_probe import Misread, Verified
 from qmp_memlistener.memslots.slots import Backing
-from qmp_memlistener.recording import (
+from qmp_memlistener.mirror.report import MapDifference, MirrorReport, Shown, Times
+from qmp_memlistener.records import (
     Header,
     LabMirror,
     MemoryShown,
@@ -22,7 +23,6 @@ from qmp_memlistener.recording import (
     RecordingWriter,
 )
 from qmp_memlistener.reports.mirror import lab_mirror, mirror_lines, mirror_record
-from qmp_memlistener.updates.mirror_report import MapDifference, MirrorReport, Shown, Times
 from qmp_memlistener.updates.model import Strategy
 
 RAM = Shown("pc.ram", "/objects/pc.ram", 0xF0000, readonly=False)

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmp_memlistener.probes import Kind
-from qmp_memlistener.recording import (
+from qmp_memlistener.records import (
     CommandRecord,
     GuestFailure,
     GuestReset,

@@ -10,7 +10,7 @@ import msgspec
 import pytest
 
 from qmp_memlistener.probes import Kind
-from qmp_memlistener.recording import ProbeState, StallStatistics, SummaryRecord
+from qmp_memlistener.records import ProbeState, StallStatistics, SummaryRecord
 from qmp_memlistener.reports.lengths import kind_text
 from qmp_memlistener.reports.stalls import measured_lines
 from qmp_memlistener.reports.summary import histogram_lines, summary_lines

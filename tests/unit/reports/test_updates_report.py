@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from qmp_memlistener.recording import SlotOp, StallCause, StallRecord
+from qmp_memlistener.records import SlotOp, StallCause, StallRecord
 from qmp_memlistener.reports.updates import outcome_lines
 from qmp_memlistener.updates.model import GuestStates, Outcome, Phase
 

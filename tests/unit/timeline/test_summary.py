@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.recording import StallCause, StallRecord, StallStatistics, SummaryRecord
+from qmp_memlistener.records import StallCause, StallRecord, StallStatistics, SummaryRecord
 from qmp_memlistener.timeline.summary import BOUNDS_NS, EXACT, RELATIVE_ERROR, Statistics
 
 # evenly over the orders of magnitude, as stalls are; with the ends of buckets and of bounds

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmp_memlistener.probes import CommandSpan, Kind, Observation, SlotUpdate
-from qmp_memlistener.recording import (
+from qmp_memlistener.records import (
     CommandRecord,
     GuestState,
     Record,

@@ -8,7 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmp_memlistener.memslots import Rules
-from qmp_memlistener.recording import (
+from qmp_memlistener.records import (
     Cause,
     MapRecord,
     Reconciled,

@@ -8,7 +8,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
 from qmp_memlistener.probes import Kind
-from qmp_memlistener.recording import (
+from qmp_memlistener.records import (
     Cause,
     ProbeState,
     Record,

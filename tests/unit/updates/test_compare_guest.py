@@ -9,7 +9,7 @@ from typing import cast
 import pytest
 
 from qmp_memlistener.errors import CommandFailed
-from qmp_memlistener.monitor import Monitor
+from qmp_memlistener.qmp import Monitor
 from qmp_memlistener.updates import compare_guest
 from qmp_memlistener.updates.compare_guest import GuestState, HostGuest, NotPutBack
 from qmp_memlistener.updates.model import (

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from qmp_memlistener.errors import TargetLost
-from qmp_memlistener.recording import StallRecord
+from qmp_memlistener.records import StallRecord
 from qmp_memlistener.updates.compare import (
     CONTROL,
     INTERRUPTED,

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.recording import StallRecord
+from qmp_memlistener.records import StallRecord
 from qmp_memlistener.updates.compare_stats import (
     ENOUGH_ROUNDS,
     Measured,

@@ -21,11 +21,11 @@ from qmp_memlistener.errors import (
     TargetLost,
 )
 from qmp_memlistener.host.locks import HeldFile
-from qmp_memlistener.monitor import Command, Monitor, Reply, UnixTarget
+from qmp_memlistener.qmp import Command, Monitor, Reply, UnixTarget
 from qmp_memlistener.updates import guard as guard_module
 from qmp_memlistener.updates.guard import ResumeGuard, Settled
 from qmp_memlistener.updates.guard_notes import NoteForm
-from qmp_memlistener.updates.pausing import paused_guest, run_paused
+from qmp_memlistener.updates.pause import paused_guest, run_paused
 
 GREETING: dict[str, object] = {
     "QMP": {"version": {"qemu": {"major": 9, "minor": 0, "micro": 0}}, "capabilities": ["oob"]}

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from qmp_memlistener.errors import InputError
 from qmp_memlistener.updates.model import Resize, Value
 from qmp_memlistener.updates.options import parse_resize
-from qmp_memlistener.updates.typing import text_to
+from qmp_memlistener.updates.property_types import text_to
 
 M = 1 << 20
 G = 1 << 30

@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.recording import StallRecord
+from qmp_memlistener.records import StallRecord
 from qmp_memlistener.updates.phases import Marks, phases_of
 from tests.support.records import transition
 

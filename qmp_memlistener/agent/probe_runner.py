@@ -1,0 +1,413 @@
+"""The probes of one attachment and the timeline they feed."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Iterable
+from contextlib import AsyncExitStack
+
+import msgspec
+
+from ..errors import MemListenerError
+from ..memslots import SlotTable
+from ..probes import CommandSpan, Kind, Measurement, Observation, Probe
+from ..probes.registry import Choice
+from ..records import (
+    GuestState,
+    Lost,
+    MeasurementRecord,
+    Note,
+    ProbesRecord,
+    ProbeState,
+    QmpEvent,
+    Record,
+    SlotOp,
+    StallRecord,
+    SummaryRecord,
+    TransitionRecord,
+)
+from ..timeline import Timeline
+from ..timeline.coverage import Coverage
+from ..timeline.pairing import SLACK_NS
+from ..timeline.summary import Statistics
+from ..timeline.windows import op_text
+from ..waits import waiting
+from .source import Source
+
+__all__ = ["Measuring"]
+
+log = logging.getLogger(__name__)
+
+START_S = 0.5
+"""So long an attachment waits for its probes."""
+RELEASE_S, IDLE_S = 0.05, 0.25
+"""So often the timeline is asked for stalls that are decided, and so often while it has none."""
+FINISH_S = 0.5
+LATE_NS = 50_000_000
+"""QEMU may be interrupted for so long between an ioctl and the line that tells of it."""
+_STOP_DEADLINE = 5.0
+_STARTING = "start "
+
+
+class Measuring:
+    """Starts probes, is their `Sink`, and publishes what the timeline makes of it.
+
+    `choices` are all probes with their verdicts; those that are usable are started.  `give_up` is
+    told when records can no longer be published.
+    """
+
+    def __init__(
+        self,
+        choices: list[Choice],
+        source: Source,
+        publish: Callable[[Iterable[Record]], None],
+        give_up: Callable[[MemListenerError], None],
+        *,
+        stamp_bound_ns: int,
+    ) -> None:
+        self._choices = choices
+        self._source = source
+        self._publish_records = publish
+        self._give_up = give_up
+        self._timeline = Timeline(stamp_bound_ns=stamp_bound_ns)
+        self._active: list[Probe] = []
+        self._why_not: dict[str, tuple[str | None, str | None]] = {}
+        self._coverage = Coverage()
+        self._measured_by: list[ProbeState] = []  # once they are stopped
+        self._changed = asyncio.Event()  # which probes are at work, or what they measure
+        self._bursts = 0
+        self._told_bursts: dict[str, int] = {}
+        self._statistics = Statistics()
+        self._start_ns = time.monotonic_ns()
+        self._transitions = 0
+        self._telling = False
+        self._begun = False
+        self._starting: set[asyncio.Task[None]] = set()
+
+    # -- for the agent -----------------------------------------------------------------------
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The probes that are at work."""
+        names = (probe.info.name for probe in self._active)
+        return tuple(name for name in names if name not in self._why_not)
+
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+        """The kinds of stall of which everything in `[start_ns, end_ns)` was seen."""
+        return self._coverage.measured(start_ns, end_ns)
+
+    def prepare(self, stack: AsyncExitStack, slots: SlotTable) -> None:
+        """What there is to know before `start`; `stack` stops the probes."""
+        for slot in slots:
+            self._timeline.know_slot(slot.as_id, slot.gpa, slot.size)
+        stack.push_async_callback(self.stop)
+
+    async def start(self) -> None:
+        """Start the usable probes, once.  One that fails is reported as such.
+
+        What takes longer than `START_S` goes on in the background, and is reported when it is done.
+        """
+        if self._begun:
+            return
+        self._begun = True
+        self._starting = {
+            asyncio.create_task(self._start(choice), name=f"{_STARTING}{choice.info.name}")
+            for choice in self._choices
+        }
+        _, late = await asyncio.wait(self._starting, timeout=START_S)
+        self._starting = late
+        for task in late:
+            task.add_done_callback(self._started)
+        self._publish([self.state()])
+
+    def _started(self, task: asyncio.Task[None]) -> None:
+        """One that took long is ready: say so."""
+        self._starting.discard(task)
+        self._changed.set()
+        if not task.cancelled():
+            self._publish([self.state()])
+
+    async def wait_started(self) -> None:
+        """Return when every probe is at work or has said why not; some may take seconds."""
+        await self.start()
+        while self._starting:
+            names = ", ".join(t.get_name().removeprefix(_STARTING) for t in self._starting)
+            with waiting(f"for probes to be at work: {names}"):
+                await asyncio.wait(self._starting, return_when=asyncio.FIRST_COMPLETED)
+
+    async def wait_ready(self, timeout_s: float) -> tuple[str, ...]:
+        """Wait until every probe that can work measures something; returns those that do not yet.
+
+        One that measures during operations only is ready within a burst.
+        """
+        await self.start()
+        until = time.monotonic() + timeout_s
+        while (late := self._not_ready()) and (left := until - time.monotonic()) > 0:
+            self._changed.clear()
+            try:
+                async with asyncio.timeout(left):
+                    await self._changed.wait()
+            except TimeoutError:
+                continue
+        return late
+
+    def _not_ready(self) -> tuple[str, ...]:
+        starting = (task.get_name().removeprefix(_STARTING) for task in self._starting)
+        silent = (
+            probe.info.name
+            for probe in self._active
+            if probe.info.measures
+            and probe.info.name not in self._why_not
+            and not self._coverage.measures_now(probe.info.name)
+        )
+        return (*starting, *silent)
+
+    async def _start(self, choice: Choice) -> None:
+        name, verdict = choice.info.name, choice.verdict
+        if not verdict.usable:
+            self._why_not[name] = (verdict.reason, verdict.remedy)
+            return
+        self._timeline.expect(name, time.monotonic_ns())
+        try:
+            await choice.probe.start(self)
+        except MemListenerError as exc:
+            self._why_not[name] = (exc.message, exc.remedy)
+            self._timeline.forget(name)
+        except Exception as exc:  # a defect of one probe must not cost the user the others
+            log.exception("probe %s did not start", name)
+            self._why_not[name] = (repr(exc), "please report it with what the log says")
+            self._timeline.forget(name)
+        else:
+            if not self._coverage.knows(name):
+                self.measures(name, choice.info.measures)
+            self._active.append(choice.probe)
+            await self._keep_up(choice.probe)
+
+    def state(self) -> ProbesRecord:
+        """Which probes are at work, and why the others are not."""
+        active = set(self.names)
+        return ProbesRecord(
+            t_ns=time.monotonic_ns(),
+            probes=[
+                ProbeState(
+                    name=choice.info.name,
+                    measures=[str(kind) for kind in choice.info.measures],
+                    active=choice.info.name in active,
+                    reason=None if choice.info.name in active else self._reason(choice)[0],
+                    remedy=None if choice.info.name in active else self._reason(choice)[1],
+                    resolution_ns=choice.info.resolution_ns,
+                    cost=choice.info.cost,
+                )
+                for choice in self._choices
+            ],
+        )
+
+    def _reason(self, choice: Choice) -> tuple[str | None, str | None]:
+        starting = ("it is being started", None)
+        return self._why_not.get(choice.info.name, starting)
+
+    kinds = (TransitionRecord, SlotOp, GuestState, QmpEvent, Lost)
+    """What `take` wants to be given."""
+
+    def take(self, record: Record) -> None:
+        """A record of the map or the guest, as it is published."""
+        if isinstance(record, TransitionRecord):
+            self._transitions += 1
+        if isinstance(record, Lost) and not self._telling:
+            self._timeline.lost("trace")
+            self._coverage.lost("trace", time.monotonic_ns())
+        self._timeline.record(record)
+
+    def own_command(self, name: str, start_ns: int, end_ns: int) -> None:
+        """QEMU was busy with a command of ours."""
+        self._timeline.command(CommandSpan(name, start_ns, end_ns, end_ns, "agent"))
+
+    async def keep_releasing(self) -> None:
+        """Publish stalls as they are decided, for ever."""
+        while True:
+            await asyncio.sleep(RELEASE_S if self._timeline.pending else IDLE_S)
+            await self.release()
+
+    async def release(self) -> None:
+        """Publish what is decided by now."""
+        reached = self._source.reported_to()
+        if reached is not None:
+            self.advance("trace", reached - LATE_NS)
+        await self._hand_out_all(lambda: self._timeline.release(time.monotonic_ns()))
+        self._compare_witnesses()
+
+    def _compare_witnesses(self) -> None:
+        """Trace lines and uprobes must tell of the same slot operations: say where they do not."""
+        ops, ioctls = self._timeline.strays()
+        measured = self._coverage.measured_by
+        forged = [
+            op for op in ops if Kind.SLOT_UPDATE in measured("uprobes", op.t_ns - SLACK_NS, op.t_ns)
+        ]
+        untold = [
+            seen
+            for seen in ioctls
+            if Kind.SLOT_UPDATE in measured("trace", seen.start_ns, seen.end_ns + SLACK_NS)
+        ]
+        if forged:
+            self.note(
+                f"slot operations in QEMU's log that no uprobe saw: {len(forged)} "
+                f"(the first: {op_text(forged[0])}); does somebody else write to that log?"
+            )
+        if untold:
+            at = untold[0].update
+            first = f"slot {at.slot} at {at.gpa:#x}, size {at.size:#x}" if at is not None else "?"
+            self.note(
+                f"slot operations that uprobes saw and QEMU's log does not tell: {len(untold)} "
+                f"(the first: {first})"
+            )
+
+    async def burst(self, on: bool) -> None:
+        """An operation begins or is over."""
+        self._bursts += 1 if on else -1
+        for probe in tuple(self._active):
+            await self._keep_up(probe)
+
+    async def _keep_up(self, probe: Probe) -> None:
+        """Tell a probe of the bursts that it was not told of: it may have started within one."""
+        name = probe.info.name
+        while self._bursts != (told := self._told_bursts.get(name, 0)):
+            on = told < self._bursts
+            self._told_bursts[name] = told + (1 if on else -1)
+            await probe.burst(on)
+
+    async def settle(self, reached_ns: int) -> None:
+        """Publish every stall that had ended by `reached_ns`; transitions up to then are known.
+
+        What a probe that does not answer saw is published later.
+        """
+        for probe in tuple(self._active):
+            try:
+                await probe.flush()
+            except MemListenerError as exc:
+                self.note(f"{probe.info.name}: {exc.message}")
+        self.advance("trace", reached_ns)
+        await self._hand_out_all(lambda: self._timeline.release(time.monotonic_ns()))
+
+    async def stop(self) -> None:
+        """Stop the probes and take in what they had in hand.  Idempotent."""
+        for task in self._starting:
+            task.cancel()
+        if self._starting:
+            await asyncio.wait(self._starting, timeout=_STOP_DEADLINE)
+        self._measured_by = self.state().probes
+        active, self._active = self._active, []
+        if not active:
+            return
+        stopping = [asyncio.ensure_future(probe.stop()) for probe in active]
+        _, late = await asyncio.wait(stopping, timeout=_STOP_DEADLINE)
+        for task in late:
+            task.cancel()
+        for task, probe in zip(stopping, active, strict=True):
+            if task.done() and not task.cancelled() and task.exception() is not None:
+                log.error("probe %s: %r", probe.info.name, task.exception())
+
+    async def finish(self) -> None:
+        """Everything is reported: publish the stalls that are left, and the summary.
+
+        Whoever ends does not wait longer than `FINISH_S` for stalls: the rest is told as lost.
+        """
+        try:
+            async with asyncio.timeout(FINISH_S):
+                await self._hand_out_all(self._timeline.finish)
+        except TimeoutError:
+            left = self._timeline.waiting
+            self._tell_loss("stalls that were not decided in time at the end", left)
+        self._compare_witnesses()
+        self._publish([self.summary()])
+
+    def summary(self) -> SummaryRecord:
+        """Statistics of all stalls so far."""
+        summary = self._statistics.summary(
+            start_ns=self._start_ns,
+            end_ns=time.monotonic_ns(),
+            transitions=self._transitions,
+        )
+        return msgspec.structs.replace(summary, probes=self._measured_by or self.state().probes)
+
+    async def _hand_out_all(self, decided: Callable[[], list[Record]]) -> None:
+        """Some at a time: many may be decided at once."""
+        self._hand_out(decided())
+        while self._timeline.more:
+            await asyncio.sleep(0)
+            self._hand_out(decided())
+
+    def _hand_out(self, records: list[Record]) -> None:
+        for record in records:
+            if isinstance(record, StallRecord):
+                self._statistics.add_record(record)
+        if records:
+            self._publish(records)
+
+    def _publish(self, records: Iterable[Record]) -> None:
+        """Publish; a recording that cannot be written ends the attachment, not a probe."""
+        try:
+            self._publish_records(records)
+        except MemListenerError as exc:
+            self._give_up(exc)
+
+    # -- the probes' sink ----------------------------------------------------------------------
+
+    def observe(self, observations: list[Observation]) -> None:
+        """Windows of a probe."""
+        self._timeline.observe(observations)
+
+    def command(self, span: CommandSpan) -> None:
+        """A command that a probe saw."""
+        self._timeline.command(span)
+
+    def measure(self, measurement: Measurement) -> None:
+        """Counters of a probe."""
+        self._publish(
+            [
+                MeasurementRecord(
+                    probe=measurement.probe,
+                    start_ns=measurement.start_ns,
+                    end_ns=measurement.end_ns,
+                    values=measurement.values,
+                )
+            ]
+        )
+
+    def advance(self, probe: str, t_ns: int) -> None:
+        """How far a probe is."""
+        self._timeline.advance(probe, t_ns)
+        self._coverage.advance(probe, t_ns)
+
+    def measures(self, probe: str, kinds: Iterable[Kind]) -> None:
+        """What a probe measures from now on."""
+        self._coverage.measures(probe, kinds, time.monotonic_ns())
+        self._changed.set()
+
+    def note(self, text: str) -> None:
+        """A remark of a probe."""
+        self._publish([Note(t_ns=time.monotonic_ns(), text=text)])
+
+    def lost(self, probe: str, what: str, count: int | None = None) -> None:
+        """A probe missed something."""
+        self._timeline.lost(probe)
+        self._coverage.lost(probe, time.monotonic_ns())
+        self._tell_loss(f"{probe}: {what}", count)
+
+    def failed(self, probe: str, error: Exception) -> None:
+        """A probe ended early; the rest goes on."""
+        self._timeline.forget(probe)
+        self._coverage.lost(probe, time.monotonic_ns())
+        self.measures(probe, ())
+        message = getattr(error, "message", None) or repr(error)
+        self._why_not[probe] = (f"it cannot go on: {message}", getattr(error, "remedy", None))
+        self._tell_loss(f"{probe} cannot go on: {message}", None)
+        self._publish([self.state()])
+
+    def _tell_loss(self, what: str, count: int | None) -> None:
+        self._telling = True  # it comes back through `take`, and is none of the trace
+        try:
+            self._publish([Lost(t_ns=time.monotonic_ns(), what=what, count=count)])
+        finally:
+            self._telling = False

@@ -1,0 +1,261 @@
+"""One strategy in a race: its machine, its slots, its guest, and its updates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import msgspec
+
+from ..errors import OperationFailed
+from ..memslots import Plan, Rules, SlotTable, follow_blocks, plan
+from ..topology import FlatView
+from .arenas import arenas_of
+from .capabilities import Cap
+from .closing import Closing
+from .device import Kvm
+from .execution import ExecutionResult, Executor, HostMemories, Log, SlotExecutor, nothing, refused
+from .hole_execution import HoleExecutor
+from .host_memory import PAGE, HostMemory
+from .layout import RAM, Layout
+from .machine import Machine
+from .measuring import Update, measure
+from .programs import DATA, GAP, SIZE, WRITER, GuestKind, code
+from .strategies import LabStrategy
+
+__all__ = ["Competitor"]
+
+_ALIASES = 2  # GiB of pages of 2 MiB: more than a TLB holds
+_FILLER = 1 << 15  # ids of further slots count down from here, so that plans do not meet them
+
+
+class Competitor(Closing):
+    """A machine under one strategy.  Its vCPUs stand between updates."""
+
+    def __init__(
+        self,
+        kvm: Kvm,
+        strategy: LabStrategy,
+        ground: Layout,
+        guest: GuestKind,
+        *,
+        vcpus: int = 1,
+        populate: bool = False,
+        touch_hole: bool = False,
+        rings: bool = False,
+    ) -> None:
+        """Raises InputError, OperationFailed, MissingPrerequisite."""
+        self.strategy = strategy
+        self.updates: list[Update] = []
+        self._field = ground
+        self._guest = guest
+        self._faults = 0  # of vCPUs that wait at the hole
+        self._rules = Rules(strategy.order, PAGE)
+        self._closers: list[Callable[[], None]] = []
+        self._full, self._holed = ground.views(strategy.chunk)
+        try:
+            self._memory = HostMemory(ground.size, RAM)
+            self._closers.append(self._memory.close)
+            if populate:
+                self._memory.populate()
+            most = kvm.capability(Cap.NR_MEMSLOTS) or _FILLER
+            self.machine = Machine(
+                kvm,
+                vcpus=vcpus,
+                private_slot=most - 1,
+                private_gpa=ground.private_gpa,
+                reach=ground.private_gpa,
+                rings=rings,
+                vm_type=strategy.vm_type,
+            )
+            self._closers.append(self.machine.close)
+            self.machine.touched = touch_hole
+            self._add_filler(most - 2)
+            regions = {(r.name, r.owner) for r in self._full}
+            self._memories: HostMemories = dict.fromkeys(regions, self._memory)
+            self._executor = self._executor_of()
+            self._closers.append(self._executor.close)
+            self._table = self._first_table()
+            self._executor.install(self._table)
+            self._plans = self._make_plans()
+            self._load(touch_hole)
+        except BaseException:
+            self.close()
+            raise
+
+    # -- making --------------------------------------------------------------------------------
+
+    def _add_filler(self, top: int) -> None:
+        filler = HostMemory(PAGE, "filler")
+        self._closers.append(filler.close)
+        for i in range(self._field.extra):
+            self.machine.vm.set_region(top - i, self._field.extra_gpa(i), PAGE, filler.hva)
+
+    def _executor_of(self) -> Executor:
+        hole = self.strategy.hole
+        if hole is None:
+            return SlotExecutor(self.machine, self._memories, sync=self.strategy.sync)
+        tables = [self._field.table(view, self._rules) for view in (self._full, self._holed)]
+        views = [{0: self._full}, {0: self._holed}]
+        wide = [follow_blocks(t, views, self._rules, None) for t in tables]
+        return HoleExecutor(self.machine, self._memories, hole, arenas_of(wide))
+
+    def _first_table(self) -> SlotTable:
+        table = self._field.table(self._full, self._rules)
+        if self.strategy.hole is None:
+            return table
+        return follow_blocks(table, [{0: self._full}, {0: self._holed}], self._rules, None)
+
+    def _make_plans(self) -> tuple[Plan, Plan]:
+        """Punch and fill, such that they can be repeated for ever."""
+        table = self._table
+        for _ in range(3):
+            punch = self._plan(self._full, self._holed, table)
+            fill = self._plan(self._holed, self._full, punch.after)
+            if fill.after == table:
+                return punch, fill
+            table = fill.after
+        raise OperationFailed(
+            f"the plans of {self.strategy.name} do not come back to where they began"
+        )
+
+    def _plan(self, before: FlatView, after: FlatView, table: SlotTable) -> Plan:
+        return plan(
+            before, after, self.strategy.plan, table=table, rules=self._rules, max_holes=None
+        )
+
+    def _load(self, touch_hole: bool) -> None:
+        machine, ground = self.machine, self._field
+        vcpus = len(machine.threads)
+        private = machine.private
+        tables = [[private.scratch_gpa(i)] for i in range(vcpus)]
+        cr3, code_at = private.cr3, private.code_gpa
+        program = {GuestKind.GAP: GAP, GuestKind.WRITER: WRITER}.get(self._guest, DATA)
+        if self._guest is GuestKind.DATA:
+            tables = [ground.edges(i) for i in range(vcpus)]
+        if touch_hole:
+            tables = [[*t, ground.touching(i)] for i, t in enumerate(tables)]
+        if self._guest is GuestKind.CODE:
+            code_at = ground.inside(SIZE)
+            self._memory.write(code_at - ground.start, code())
+        if self._guest is GuestKind.PAGETABLE:
+            cr3 = ground.inside(len(private.page_tables(0, _ALIASES)))
+            self._memory.write(cr3 - ground.start, private.page_tables(cr3, _ALIASES))
+            tables = [private.scratch_aliases(i, _ALIASES) for i in range(vcpus)]
+
+        def begin(i: int) -> tuple[int, int, dict[str, int]]:
+            more = {}
+            if self._guest is GuestKind.WRITER:
+                more = dict(zip(("r8", "r9", "r10", "r11"), ground.share(i, vcpus), strict=True))
+            return code_at + program, cr3, machine.registers(i, **more)
+
+        machine.set_tables(tables)
+        machine.load(begin)
+
+    # -- racing ----------------------------------------------------------------------------------
+
+    def round(self) -> None:
+        """Punch and fill; vCPUs run meanwhile.
+
+        Raises OperationFailed, SlotRefused; then it can only be closed.
+        """
+        self.machine.release()
+        self._update(self._plans[0], self._field.lost)
+        self._update(self._plans[1], (0, 0))
+        self.machine.hold()
+
+    def _update(self, what: Plan, hole: tuple[int, int]) -> None:
+        machine = self.machine
+        ledger = self._begin_ledger()
+
+        def act() -> ExecutionResult:
+            if hole != (0, 0):
+                machine.hole = hole
+            return self._carry_out(what)
+
+        update, carried = measure(
+            machine,
+            act,
+            ids_changed=bool(what.exposure.slot_ids_changed),
+            unless=self._stopped,
+        )
+        if hole == (0, 0):
+            machine.hole = hole
+        changes = {"hole": update.hole + self._faults}
+        if hole == (0, 0):
+            self._faults = 0
+        if ledger is not None:
+            changes["pages_changed"], changes["pages_lost"] = self._end_ledger(ledger, carried.logs)
+        self.updates.append(msgspec.structs.replace(update, **changes))
+
+    def _stopped(self, vcpu: int) -> bool:
+        """The vCPU waits at the hole, which it was told to touch, until that is filled."""
+        if not self.machine.touched or self.machine.hole == (0, 0):
+            return False
+        self._faults += len(self._executor.waiting_at())
+        return bool(self._faults) or self.machine.threads[vcpu].waits
+
+    def _carry_out(self, what: Plan) -> ExecutionResult:
+        if self.strategy.idle:
+            return nothing(self.machine)
+        carried = self._executor.carry_out(what)
+        error = refused(carried.results, what.ops)
+        if error is not None:
+            raise error
+        return carried
+
+    # -- dirty pages -----------------------------------------------------------------------------
+
+    def _begin_ledger(self) -> list[int] | None:
+        """What the guest's pages say now, all dirty logs empty; None when nothing is logged."""
+        if not self._field.logged or self._guest is not GuestKind.WRITER:
+            return None
+        self.machine.hold()
+        self._executor.fetch_logs()
+        pages = self._generations()
+        self.machine.release()
+        return pages
+
+    def _end_ledger(self, before: list[int], logs: list[Log]) -> tuple[int, int]:
+        """How many pages the guest changed since, and of how many of them no log told."""
+        self.machine.hold()
+        logs = [*logs, *self._executor.fetch_logs()]
+        after = self._generations()
+        self.machine.release()
+        low, high = self._field.lost
+        changed = lost = 0
+        for page, (was, now) in enumerate(zip(before, after, strict=True)):
+            gpa = self._field.start + page * PAGE
+            if was == now or low <= gpa < high:
+                continue
+            changed += 1
+            lost += not any(log.dirty(gpa) for log in logs)
+        return changed, lost
+
+    def write_every_page(self) -> list[int]:
+        """Let a writer sweep all of its pages, which gives their gpas, and then only beat."""
+        machine, ground = self.machine, self._field
+        pages = [ground.start + i * PAGE for i in range(ground.size // PAGE)]
+        machine.release()
+        machine.wait_beats(len(pages) + 1)
+        machine.hold()
+        machine.load(lambda i: (machine.entry(GAP), machine.private.cr3, machine.registers(i)))
+        generations = self._generations()
+        return [gpa for gpa, now in zip(pages, generations, strict=True) if now]
+
+    def punch_at_rest(self) -> list[Log]:
+        """Punch once while the guest touches nothing of the slot; the dirty logs afterwards."""
+        self.machine.release()
+        if not self.strategy.idle:
+            self._carry_out(self._plans[0])
+        self.machine.hold()
+        return self._executor.fetch_logs()
+
+    def _generations(self) -> list[int]:
+        """The first word of each page."""
+        return self._memory.words[:: PAGE // 8].tolist()
+
+    # -- the end ---------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        while self._closers:
+            self._closers.pop()()

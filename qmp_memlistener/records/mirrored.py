@@ -1,0 +1,110 @@
+"""What a mirror beside a watch did, and whether it showed the guest's map at the end.
+
+The last line but the summary of `watch --mirror --json`.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+from .records import Record
+
+__all__ = ["LabMirror", "MemoryShown", "MirrorDifference", "MirrorRecord", "MirrorTimes"]
+
+
+class MirrorTimes(msgspec.Struct, frozen=True):
+    """How often something was done, and how long it took in all and at most: None for what was
+    never done (0 in recordings of former versions)."""
+
+    count: int
+    total_ns: int
+    longest_ns: int | None
+
+
+class MemoryShown(msgspec.Struct, frozen=True):
+    """Memory: RAM block, its owner, the offset of the first byte, whether stores are refused.
+
+    `block` and `offset` are None when it is not known which memory that is; `readonly` is when
+    nobody tried to store.
+    """
+
+    block: str | None
+    owner: str | None
+    offset: int | None
+    readonly: bool | None
+
+
+class MirrorDifference(msgspec.Struct, frozen=True):
+    """In `[start, end)` the mirror has `found`, the guest's map `wanted`; None: no memory."""
+
+    start: int
+    end: int
+    wanted: MemoryShown | None
+    found: MemoryShown | None
+
+
+class LabMirror(msgspec.Struct, frozen=True, kw_only=True):
+    """What a mirror on /dev/kvm did, and what KVM and a guest of the lab's said at the end.
+
+    `vcpus` ran meanwhile.  `slots` are KVM's at the end, `slot_ioctls` the
+    KVM_SET_USER_MEMORY_REGION calls, `mappings` changes of host mappings.  `placed` slots came by
+    such a change alone; `grown` slots were made anew, larger; `moved`: the lab's own slot gave way.
+    `holds` are of its vCPUs.  `reads` words were read by a guest; `differences` are those that were
+    not what the mirror's slots say, `wrong_logs` KVM's dirty logs that should not be, or are not.
+    """
+
+    vcpus: int
+    slots: int
+    slot_ioctls: int
+    mappings: int
+    placed: int
+    grown: int
+    moved: int
+    holds: MirrorTimes
+    reads: int
+    differences: list[MirrorDifference]
+    wrong_logs: list[str]
+
+
+class MirrorRecord(Record, frozen=True, kw_only=True, tag="mirror"):
+    """A mirror's report, as `mirror.report.MirrorReport` has it.
+
+    `backend` is `kvm` or `model`; `lab` is that of `kvm`.  `compared`: it was compared with a fresh
+    snapshot of the guest at the end, and `differences` are those found.
+    """
+
+    t_ns: int
+    backend: str
+    strategy: str
+    in_step: bool
+    why_not: str | None
+    compared: bool
+    differences: list[MirrorDifference]
+    transitions: int
+    operations: int
+    slots_added: int
+    slots_deleted: int
+    flags_changed: int
+    holes_marked: int
+    holes_unmarked: int
+    slots_touched: int
+    exposed: int
+    bitmaps_dropped: int
+    updates: MirrorTimes
+    pauses: MirrorTimes
+    already_paused: int
+    unpaused: int
+    lag: MirrorTimes
+    rebuilt: int
+    dropped: int
+    checks: int
+    notes: list[str]
+    lab: LabMirror | None = None
+
+    @property
+    def faults(self) -> int:
+        """In how many places it is not as it should be."""
+        found = len(self.differences)
+        if self.lab is not None:
+            found += len(self.lab.differences) + len(self.lab.wrong_logs)
+        return found

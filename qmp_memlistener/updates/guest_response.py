@@ -1,0 +1,394 @@
+"""What the guest does about an update: its signs, whether it has done its part, what refused.
+
+Fed with QMP events and with records of transitions while `operation` waits; asks QEMU only for
+what no event tells: the sizes of virtio-mem devices (MEMORY_DEVICE_SIZE_CHANGE comes once a second
+at most).  Whether a driver has taken a PCI device is seen in the agent's snapshots.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from .. import waits
+from ..qmp import Monitor, QmpEvent
+from ..records import Cause, Record, TransitionRecord
+from .guest_facts import read_devices
+from .guest_view import read_virtio_mem
+from .memory_plans import DIMM_BLOCK
+from .phases import Marks
+from .placement import Seen, look_at
+from .steps import Awaited, UpdatePlan, mib
+from .waiting import Waiting
+
+__all__ = ["Reaction", "Verdict"]
+
+QUIET_S = 0.3
+"""So long nothing may happen until a guest counts as done; Linux pauses for some 100 ms between
+finding a device and its driver."""
+FIRST_SIGN_S = 3.0
+"""Linux reacts to ACPI and PCIe hotplug within 0.1 s, a busy one within a second or two."""
+_POLL_S = 0.05
+_LOOK_S = 0.2  # between two looks at BARs
+_DRIVER_S = 2.0  # how long a driver is waited for after the last sign of the guest
+_DRIVERS = ("virtio-", "vhost-")
+"""Device types that a guest's driver is waited for; one with a driver for it takes it soon."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """Whether the guest has done its part; `refused` when it said no; `reason` in words."""
+
+    done: bool
+    refused: bool = False
+    reason: str | None = None
+    remedy: str | None = None
+    notes: tuple[str, ...] = ()
+
+
+class Reaction:
+    """Collects signs from the moment it is made.  `event` and `record` are callbacks."""
+
+    def __init__(
+        self,
+        plan: UpdatePlan,
+        marks: Marks,
+        monitor: Monitor,
+        driver_taken: Callable[[str], tuple[int | None, int] | None],
+    ) -> None:
+        self._plan = plan
+        self._driver_taken = driver_taken
+        self._marks = marks
+        self._monitor = monitor
+        self._news = asyncio.Event()
+        self._enough = asyncio.Event()
+        self._gone: set[str] = set()
+        self._backends_gone: list[str] = []
+        self._refusal: str | None = None
+        self._ost: list[str] = []
+        self._lost = False
+        self._transitions: list[TransitionRecord] = []
+        self._seen: dict[str, Seen] | None = None
+        """Our devices as they were found last; None until they were looked for."""
+        self._still = False
+        self._cut_short = False
+
+    # -- what comes in -----------------------------------------------------------------------
+
+    def record(self, record: Record) -> None:
+        """A record of the agent."""
+        if isinstance(record, TransitionRecord):
+            self._transitions.append(record)
+            if self._seen is not None:
+                self._sort_in(record)
+            self._news.set()
+
+    def look(self, seen: Iterable[Seen]) -> None:
+        """How the devices are: what comes of them, and came already, is told apart by that."""
+        self._seen = {s.placed.id: s for s in seen}
+        for record in self._transitions:
+            self._sort_in(record)
+
+    def _sort_in(self, record: TransitionRecord) -> None:
+        """Whose doing a transition is.  What concerns none of our devices says nothing."""
+        for seen in (self._seen or {}).values():
+            plugged = _plugs(record.cause, seen)
+            sections = (*record.removed, *record.added)
+            memory = seen.placed.memory
+            inside = [s for s in sections if memory is not None and memory.holds(s.start, s.size)]
+            if plugged or inside:
+                # QEMU maps memory before the guest knows of it, and unmaps it when the guest ejects
+                if self._plan.awaited is Awaited.GONE:
+                    self._marks.sign(record.t_ns, surely=True)
+                else:
+                    self._marks.own(record.t_ns)
+            bars = any(s.owner in seen.owners and s not in inside for s in sections)
+            if _programs(record.cause, seen) or (seen.function is not None and bars):
+                # BARs are mapped when the guest programs them, never by plugging (hw/pci/pci.c)
+                self._marks.sign(record.t_ns, surely=True)
+
+    def event(self, event: QmpEvent) -> None:
+        """A QMP event: of our devices, or of the guest's end."""
+        data = event.data
+        if event.name == "ACPI_DEVICE_OST":
+            self._take_ost(data.get("info"), event.t_ns)
+        elif event.name == "DEVICE_DELETED":
+            self._take_deleted(data, event.t_ns)
+        elif event.name in ("DEVICE_UNPLUG_GUEST_ERROR", "MEM_UNPLUG_ERROR"):
+            self._take_refusal(event.name, data, event.t_ns)
+        elif event.name == "MEMORY_DEVICE_SIZE_CHANGE" and data.get("id") in self._plan.devices:
+            self._marks.sign(event.t_ns, surely=True)
+        self._news.set()
+
+    def _take_ost(self, info: object, t_ns: int) -> None:
+        """_OST of ACPI 6.3, 6.3.5: source 1 device check, 3 ejection request, 0x103 ejection
+        processing; status 0 success, 0x84 ejection in progress, the rest are refusals."""
+        if not isinstance(info, Mapping) or info.get("device") not in self._plan.devices:
+            return
+        source, status = info.get("source"), info.get("status")
+        self._marks.sign(t_ns, surely=True)
+        self._ost.append(f"{info['device']}: source {source}, status {status}")
+        if status not in (0, 0x84) and isinstance(status, int):
+            what = {1: "general failure", 2: "unrecognised notification", 0x80: "not supported",
+                    0x81: "in use", 0x82: "busy", 0x83: "a dependency is busy"}  # fmt: skip
+            why = what.get(status, f"status {status:#x}")
+            self._refusal = f"the guest refused {info['device']} by ACPI _OST: {why}"
+
+    def _take_deleted(self, data: Mapping[str, object], t_ns: int) -> None:
+        """The device itself has its id in `device`; a backend of it has only a path below it."""
+        name, path = data.get("device"), str(data.get("path", ""))
+        ours = [d for d in self._plan.devices if path.startswith(f"/machine/peripheral/{d}/")]
+        if name in self._plan.devices:
+            self._gone.add(str(name))
+        elif ours:
+            self._backends_gone.append(path.rpartition("/")[2])
+        for device in (name, *ours):
+            seen = (self._seen or {}).get(str(device))
+            if seen is not None and seen.why_unseen is None:
+                self._marks.sign(t_ns)
+            elif seen is not None:
+                self._marks.own(t_ns)  # QEMU takes it out without the guest
+
+    def _take_refusal(self, name: str, data: Mapping[str, object], t_ns: int) -> None:
+        path = str(data.get("path", "")).rpartition("/")[2]
+        if data.get("device") in self._plan.devices or path in self._plan.devices:
+            self._marks.sign(t_ns)
+            why = f": {data['msg']}" if data.get("msg") else ""
+            self._refusal = (
+                f"the guest refused to let go of {data.get('device') or path} ({name}{why})"
+            )
+
+    # -- waiting -----------------------------------------------------------------------------
+
+    async def wait(self, wait_s: float, waiting: Waiting | None = None) -> Verdict:
+        """Until the guest has done its part, refused, `wait_s` seconds are over, or `waiting` ends.
+
+        Raises TargetError.
+        """
+        if waiting is None:
+            return await self._wait(time.monotonic() + wait_s)
+        self._enough = waiting.enough
+        with waits.waiting("for the guest to do its part; Ctrl-C ends that"):
+            return await self._wait(time.monotonic() + wait_s)
+
+    async def still(self) -> Verdict:
+        """How things are with a guest that does not run: it does nothing."""
+        self._still = True
+        self._marks.still = True
+        return await self._wait(0.0)
+
+    async def _wait(self, end: float) -> Verdict:
+        match self._plan.awaited:
+            case Awaited.GONE:
+                verdict = await self._wait_gone(end)
+            case Awaited.SIZE:
+                verdict = await self._wait_sizes(end)
+            case Awaited.REACTION | Awaited.TAKEN:
+                verdict = await self._wait_reaction(end)
+        if not verdict.refused and self._marks.first_sign is not None:
+            await self._wait_quiet(max(end, time.monotonic() + QUIET_S))
+        if not self._enough.is_set():
+            return verdict
+        note = "interrupted: the guest was not waited for any longer"
+        notes = (*verdict.notes, note)
+        if verdict.done and self._plan.awaited is not Awaited.GONE and self._cut_short:
+            why = "it was changed, and the guest's part was not waited for"
+            return Verdict(False, reason=why, remedy="nothing: it goes on by itself", notes=(note,))
+        return replace(verdict, notes=notes)
+
+    async def _wait_gone(self, end: float) -> Verdict:
+        wanted = set(self._plan.devices)
+        while not wanted <= self._gone and self._refusal is None and self._left(end):
+            await self._until(end)
+        if wanted <= self._gone:
+            return Verdict(True)
+        if self._refusal is not None:
+            return Verdict(False, True, self._refusal, "stop using it in the guest, and try again")
+        left = wanted - self._gone
+        if not left & await read_devices(self._monitor):
+            return Verdict(
+                False,
+                reason=f"{', '.join(sorted(left))} left the guest, and QEMU has not freed it yet: "
+                "a vCPU or a request holds on to it",
+                remedy="it goes on by itself; wait longer (--wait)",
+            )
+        so_far = []
+        if self._backends_gone:
+            so_far.append(f"its {', '.join(self._backends_gone)} is gone, the device itself not")
+        if self._ost:
+            so_far.append(f"the guest reported {self._ost[-1]}")
+        if not so_far:
+            so_far.append("the guest was asked and has not answered")
+        are = "is" if len(left) == 1 else "are"
+        return Verdict(
+            False,
+            reason=f"{', '.join(sorted(left))} {are} still there: {'; '.join(so_far)}",
+            remedy="wait longer (--wait); is the guest's hotplug driver loaded, and is it running?",
+        )
+
+    async def _wait_sizes(self, end: float) -> Verdict:
+        sizes: dict[str, int] = {}
+        while self._plan.sizes:
+            before = sizes
+            sizes = await self._read_sizes()
+            if before and sizes != before:
+                self._marks.sign(time.monotonic_ns(), surely=True)
+            if sizes == self._plan.sizes:
+                return Verdict(True)
+            if not self._left(end):
+                break
+            await self._until(min(end, time.monotonic() + _POLL_S))
+        if not self._plan.sizes:
+            return Verdict(True)
+        have = ", ".join(
+            f"{name} has {sizes[name] >> 20} of {size >> 20} MiB"
+            if name in sizes
+            else f"QEMU lists no memory device {name}"
+            for name, size in self._plan.sizes.items()
+        )
+        return Verdict(
+            False,
+            reason=f"the guest has not plugged or unplugged all of it: {have}",
+            remedy="it goes on as the guest can; wait longer (--wait), or ask for another size",
+        )
+
+    async def _read_sizes(self) -> dict[str, int]:
+        found = await read_virtio_mem(self._monitor)
+        return {v.id: v.size for v in found if v.id is not None and v.id in self._plan.sizes}
+
+    async def _wait_reaction(self, end: float) -> Verdict:
+        devices = list((self._seen or {}).values())
+        unseen = [s.why_unseen for s in devices if s.why_unseen is not None]
+        if devices and len(unseen) == len(devices):
+            note = f"realised in QEMU; what the guest does with it is not known: {unseen[0]}"
+            return Verdict(True, notes=(note,))
+        first = min(end, time.monotonic() + FIRST_SIGN_S)
+        while self._marks.first_sign is None and self._left(first):
+            await self._look_at_bars()
+            await self._until(min(first, time.monotonic() + _LOOK_S))
+        if self._marks.first_sign is None:
+            return self._silent(devices)
+        await self._wait_quiet(end)
+        if self._refusal is not None:
+            return Verdict(False, True, self._refusal, "see the guest's log")
+        return next(filter(None, map(_unusable, devices)), Verdict(True))
+
+    def _silent(self, devices: Sequence[Seen]) -> Verdict:
+        memory = [s.placed for s in devices if s.answers and s.placed.memory is not None]
+        unusable = next(filter(None, map(_unusable, devices)), None)
+        if unusable is not None:
+            return unusable
+        if memory and self._plan.awaited is Awaited.TAKEN and not self._still:
+            size = sum(p.memory.size for p in memory if p.memory is not None)
+            return Verdict(
+                False,
+                reason=f"{mib(size)} were given, and the guest has not answered: whether it uses "
+                "them is not known",
+                remedy="is its memory hotplug driver there (CONFIG_ACPI_HOTPLUG_MEMORY)? unplug it "
+                "otherwise",
+            )
+        self._cut_short = self._enough.is_set()
+        note = "the guest has not reacted: it may have no driver"
+        return Verdict(True, notes=() if self._still or self._cut_short else (note,))
+
+    async def _look_at_bars(self) -> None:
+        """Whether the guest has given a BAR an address, where no trace tells."""
+        for name, before in list((self._seen or {}).items()):
+            if before.function is None or self._marks.first_sign is not None:
+                continue
+            asked = time.monotonic_ns()
+            now = await look_at(self._monitor, name)
+            if now is None:
+                continue
+            assert self._seen is not None
+            self._seen[name] = now
+            if any(bar.start is not None for bar in now.bars or ()):
+                self._marks.sign(asked, surely=True)
+
+    async def _wait_quiet(self, end: float) -> None:
+        """Until nothing has come for `QUIET_S`; looks after the driver meanwhile."""
+        while self._left(end):
+            last = self._marks.last_sign or self._marks.accepted or self._marks.begun
+            bound = self._marks.bound is not None or not self._look_for_driver()
+            bound = bound or self._marks.bound is not None
+            # a guest that is busy takes its time between the last BAR and the driver
+            quiet = (QUIET_S if bound else _DRIVER_S) - (time.monotonic_ns() - last) / 1e9
+            if quiet <= 0:
+                return
+            nap = quiet if bound else min(quiet, _POLL_S)
+            await self._until(min(end, time.monotonic() + nap))
+
+    def _look_for_driver(self) -> bool:
+        """Whether there is a driver to wait for."""
+        marks = self._marks
+        if self._plan.awaited is not Awaited.REACTION or marks.first_sign is None:
+            return False
+        taken = self._driver_taken(self._plan.devices[0])
+        sent = marks.sent or 0  # what was seen before was another device of that id
+        if taken is not None and taken[1] >= sent:
+            since, marks.bound = taken
+            first = marks.first_sign if since is None or since < sent else since
+            marks.unbound = min(marks.bound, first)
+        return any(
+            step.addition is not None and step.addition.type.startswith(_DRIVERS)
+            for step in self._plan.update
+        )
+
+    async def _until(self, end: float) -> None:
+        """Until something comes, or `end`."""
+        self._news.clear()
+        events = [asyncio.ensure_future(e.wait()) for e in (self._news, self._enough)]
+        try:
+            left = max(0.0, end - time.monotonic())
+            await asyncio.wait(events, timeout=left, return_when=asyncio.FIRST_COMPLETED)
+        finally:
+            for event in events:
+                event.cancel()
+
+    def _left(self, end: float) -> bool:
+        return time.monotonic() < end and not self._enough.is_set()
+
+
+def _causes(cause: Cause, kind: str) -> Iterator[Cause]:
+    if cause.type == kind:
+        yield cause
+    for each in cause.causes or ():
+        yield from _causes(each, kind)
+
+
+def _plugs(cause: Cause, seen: Seen) -> bool:
+    """QEMU traced that it maps or unmaps this memory device."""
+    return any(c.device == seen.placed.id for c in _causes(cause, "memory_device"))
+
+
+def _programs(cause: Cause, seen: Seen) -> bool:
+    """QEMU traced a BAR of this device: `driver bus:slot.function`, the bus as the guest numbers
+    it."""
+    if seen.function is None:
+        return False
+    slot, function = seen.function
+    for each in _causes(cause, "pci_bar"):
+        name, _, where = (each.device or "").rpartition(" ")
+        if name == seen.placed.driver and where.endswith(f":{slot:02x}.{function}"):
+            return seen.placed.pci in (None, where)
+    return False
+
+
+def _unusable(seen: Seen) -> Verdict | None:
+    """A DIMM that Linux takes no part of; its _OST says success all the same (acpi_memhotplug,
+    6.1): add_memory wants whole blocks, at addresses of blocks."""
+    placed = seen.placed
+    memory = placed.memory
+    if not seen.answers or memory is None:
+        return None
+    if not memory.size % DIMM_BLOCK and not memory.start % DIMM_BLOCK:
+        return None
+    return Verdict(
+        False,
+        reason=f"{placed.id} is in the map, {mib(memory.size)} at {memory.start:#x}; Linux uses 0 "
+        f"bytes of it: it takes whole blocks of {mib(DIMM_BLOCK)} at least, at multiples of that",
+        remedy="unplug it, and any DIMM of odd size before it; choose a multiple of "
+        f"{mib(DIMM_BLOCK)}",
+    )
