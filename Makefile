@@ -34,6 +34,7 @@ lint: setup
 	@.venv/bin/ruff format --check .
 	@.venv/bin/mypy
 	@.venv/bin/mypy vm-images/svm
+	@.venv/bin/lint-imports --no-logo --no-cache
 
 bench: setup
 	@$(PY) tools/bench/run.py
