@@ -12,9 +12,6 @@ from hypothesis import HealthCheck, settings
 pytest.register_assert_rewrite("tests.support")
 
 TIERS = ("unit", "conformance", "kvm", "live", "fuzz")
-# real guests on a machine with few CPUs, now and then busy: what fails there is run once more and
-# named in the summary, so that nobody takes it for a pass
-AGAIN = ("kvm", "live")
 
 # the machines are slow and noisy: a deadline for one example would test them, not us
 settings.register_profile(
@@ -33,15 +30,8 @@ def tier_of(nodeid: str) -> str:
     return parts[1] if len(parts) > 2 and parts[0] == "tests" else "other"
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Give the tests on real guests a second run."""
-    for item in items:
-        if tier_of(item.nodeid) in AGAIN:
-            item.add_marker(pytest.mark.flaky(reruns=1))
-
-
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """A row a tier, the reasons for what was skipped, and what passed at a second run only."""
+    """A row a tier, and the reasons for what was skipped."""
     counts: dict[str, Counter[str]] = {tier: Counter() for tier in TIERS}
     reasons: Counter[tuple[str, str]] = Counter()
     for outcome in ("passed", "failed", "error", "skipped", "xfailed"):
@@ -58,7 +48,3 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
         )
     for (tier, reason), n in sorted(reasons.items()):
         terminalreporter.line(f"  {tier}: {n} skipped: {reason}")
-    for report in terminalreporter.stats.get("rerun", []):
-        crash = getattr(report.longrepr, "reprcrash", None)
-        why = crash.message.partition("\n")[0] if crash is not None else report.when
-        terminalreporter.line(f"  failed at first: {report.nodeid}: {why}")
