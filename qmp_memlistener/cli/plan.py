@@ -62,7 +62,8 @@ def command(
 
     Example: qmp-memlistener plan --before a.txt --after b.txt --rules 7.2 --strategy qemu
     """
-    from ..memslots import DEFAULT_MAX_HOLES, Rules, SlotTable, plan_document
+    from ..memslots import DEFAULT_MAX_HOLES, Rules, SlotTable
+    from ..reports.plan import plan_document
 
     asked = _log_change(log_start, log_stop)
     limit = DEFAULT_MAX_HOLES if max_holes is None else max_holes
@@ -154,57 +155,10 @@ def _views(path: str) -> dict[int, FlatView]:
 
 
 def print_plans(plans: Sequence[Plan]) -> None:
-    from ..reports.terminal import flags_text, size_text
+    from ..reports.plan import COLUMNS, plan_lines, plan_rows
 
-    for p in plans:
-        say("", f"{p.strategy.value} (rules {p.rules.order.value})")
-        for op in p.ops:
-            if op.slot < 0:
-                say(f"  {op.op.value}")
-                continue
-            space = f"as {op.as_id} " if op.as_id else ""
-            say(
-                f"  {op.op.value:<10} {space}slot {op.slot}: {op.gpa:#x}+{size_text(op.size)} "
-                f"{flags_text(op.flags)}".rstrip()
-            )
-        if not p.ops:
-            say("  nothing to do")
-        for m in p.missing:
-            states = "state" if m.steps == 1 else "states"
-            say(f"  missing in between: {m.start:#x}+{size_text(m.size)} for {m.steps} {states}")
-        for note in p.notes:
-            say(f"  note: {note}")
-    rows = [
-        [
-            p.strategy.value,
-            str(len(p.ops)),
-            size_text(sum(m.size for m in p.missing)) if p.missing else "nothing",
-            "yes" if p.atomic else "no",
-            "yes" if p.vcpus_kicked else "no",
-            ", ".join(map(str, p.exposure.slot_ids_changed)) or "none",
-            _bitmap_text(p),
-        ]
-        for p in plans
-    ]
-    say()
-    print_table(
-        ("strategy", "ops", "exposed", "atomic", "kicks all", "ids changed", "dirty bitmap"),
-        rows,
-    )
-
-
-def _bitmap_text(p: Plan) -> str:
-    parts = [
-        f"{size} B {word}"
-        for size, word in (
-            (p.dirty.kept, "kept"),
-            (p.dirty.dropped, "dropped"),
-            (p.dirty.reallocated, "new"),
-            (p.dirty.handed_back, "handed back"),
-        )
-        if size
-    ]
-    return ", ".join(parts) or "not logged"
+    say(*plan_lines(plans), "")
+    print_table(COLUMNS, plan_rows(plans))
 
 
 class _Tables:

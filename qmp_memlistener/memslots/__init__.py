@@ -5,14 +5,12 @@ Knows nothing of sockets, clocks or processes.
 
 from .commit import QemuOps, qemu_ops
 from .dirty_log import DISPLAY_RAM, DirtyLog, LogChange, migratable
-from .document import plan_document
 from .exposure import DirtyBytes, Exposure, Missing, Step, expose
+from .hole import DEFAULT_MAX_HOLES, follow_blocks
 from .ops import Op, OpKind, TracedOp
-from .planning import Plan, Strategy, plan, plan_all, plan_transition
-from .reconcile import Difference, DifferenceKind, differences, fold
+from .planning import Plan, Strategy, plan, plan_all
 from .rules import ADDRESS_SPACES, Order, Rules, name_backing, slot_table, views_by_as
 from .slots import GUEST_MEMFD, LOG_DIRTY_PAGES, READONLY, Slot, SlotTable, bitmap_bytes
-from .strategies import DEFAULT_MAX_HOLES, follow_blocks
 
 __all__ = [
     "ADDRESS_SPACES",
@@ -21,8 +19,6 @@ __all__ = [
     "GUEST_MEMFD",
     "LOG_DIRTY_PAGES",
     "READONLY",
-    "Difference",
-    "DifferenceKind",
     "DirtyBytes",
     "DirtyLog",
     "Exposure",
@@ -40,16 +36,12 @@ __all__ = [
     "Strategy",
     "TracedOp",
     "bitmap_bytes",
-    "differences",
     "expose",
-    "fold",
     "follow_blocks",
     "migratable",
     "name_backing",
     "plan",
     "plan_all",
-    "plan_document",
-    "plan_transition",
     "qemu_ops",
     "slot_table",
     "views_by_as",

@@ -8,24 +8,15 @@ from enum import StrEnum
 
 from ..errors import InputError
 from ..topology.model import FlatView
-from ..topology.transition import Transition
 from .dirty_log import LogChange
 from .exposure import DirtyBytes, Exposure, Missing, Step, expose
+from .hole import DEFAULT_MAX_HOLES, hole
 from .ops import Op
 from .rules import Rules, name_backing, slot_table, views_by_as
 from .slots import MOST_PAGES, SlotTable
-from .strategies import (
-    DEFAULT_MAX_HOLES,
-    Change,
-    Outcome,
-    batch_full,
-    batch_incremental,
-    hole,
-    pause,
-    qemu,
-)
+from .strategies import Change, batch_full, batch_incremental, pause, qemu
 
-__all__ = ["Plan", "Strategy", "plan", "plan_all", "plan_transition"]
+__all__ = ["Plan", "Strategy", "plan", "plan_all"]
 
 Views = FlatView | Iterable[FlatView] | Mapping[int, FlatView]
 
@@ -126,18 +117,6 @@ def plan_all(
     return tuple(_carry_out(change, strategy, hand_back, max_holes) for strategy in Strategy)
 
 
-def plan_transition(
-    transition: Transition,
-    strategy: Strategy | str = Strategy.QEMU,
-    *,
-    table: SlotTable | None = None,
-    rules: Rules | None = None,
-    log: LogChange | None = None,
-) -> Plan:
-    """Plan a transition of the `memory` address space; arguments as for `plan`."""
-    return plan(transition.before, transition.after, strategy, table=table, rules=rules, log=log)
-
-
 def _change(
     before: Views, after: Views, table: SlotTable | None, rules: Rules, log: LogChange | None
 ) -> Change:
@@ -160,21 +139,7 @@ def _change(
 
 
 def _carry_out(change: Change, strategy: Strategy, hand_back: bool, max_holes: int | None) -> Plan:
-    match strategy:
-        case Strategy.QEMU:
-            done = qemu(change)
-        case Strategy.PAUSE:
-            done = pause(change)
-        case Strategy.BATCH_INCREMENTAL:
-            done = batch_incremental(change)
-        case Strategy.BATCH_FULL:
-            done = batch_full(change)
-        case Strategy.HOLE:
-            done = hole(change, max_holes)
-    return _plan(change, strategy, done, hand_back)
-
-
-def _plan(change: Change, strategy: Strategy, done: Outcome, hand_back: bool) -> Plan:
+    done = hole(change, max_holes) if strategy is Strategy.HOLE else _OTHERS[strategy](change)
     return Plan(
         strategy,
         change.rules,
@@ -186,3 +151,11 @@ def _plan(change: Change, strategy: Strategy, done: Outcome, hand_back: bool) ->
         done.inhibited,
         done.notes,
     )
+
+
+_OTHERS = {
+    Strategy.QEMU: qemu,
+    Strategy.PAUSE: pause,
+    Strategy.BATCH_INCREMENTAL: batch_incremental,
+    Strategy.BATCH_FULL: batch_full,
+}

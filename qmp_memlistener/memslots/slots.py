@@ -15,7 +15,7 @@ from typing import NamedTuple
 import msgspec
 
 from ..errors import InputError
-from .intervals import cut, put
+from .intervals import complement, cut, join, put
 
 __all__ = [
     "GUEST_MEMFD",
@@ -103,15 +103,7 @@ class Slot(msgspec.Struct, frozen=True, gc=False):
         """The ranges the guest reaches through it: all of it, less the holes."""
         if not self.holes:
             return ((self.gpa, self.gpa + self.size),)
-        out = []
-        at = self.gpa
-        for start, end in self.holes:
-            if start > at:
-                out.append((at, start))
-            at = end
-        if at < self.end:
-            out.append((at, self.end))
-        return tuple(out)
+        return tuple(complement(self.gpa, self.end, self.holes))
 
     def with_hole(self, start: int, end: int) -> Slot:
         """The same slot with a hole at `[start, end)`, joined with those that it touches."""
@@ -352,18 +344,12 @@ class SlotTable:
     def mapped(self, as_id: int) -> tuple[tuple[int, int], ...]:
         """The memory the guest reaches: ascending half-open ranges, joined where they touch."""
         space = self._spaces.get(as_id)
-        out: list[tuple[int, int]] = []
-        for start, end, _ in space.pieces if space else ():
-            if out and out[-1][1] == start:
-                out[-1] = (out[-1][0], end)
-            else:
-                out.append((start, end))
-        return tuple(out)
+        return tuple(join((start, end) for start, end, _ in space.pieces)) if space else ()
 
     def slots(self, as_id: int) -> list[Slot]:
         """The slots of one address space by gpa (then id)."""
         space = self._spaces.get(as_id)
-        return sorted(space.by_id.values(), key=_by_place) if space else []
+        return sorted(space.by_id.values(), key=lambda s: (s.gpa, s.slot)) if space else []
 
     def __iter__(self) -> Iterator[Slot]:
         for as_id in sorted(self._spaces):
@@ -395,10 +381,6 @@ class SlotTable:
         if space is None:
             space = self._spaces[as_id] = _Space()
         return space
-
-
-def _by_place(slot: Slot) -> tuple[int, int]:
-    return (slot.gpa, slot.slot)
 
 
 def _check(slot: Slot, space: _Space) -> None:

@@ -20,11 +20,11 @@ from qmp_memlistener.memslots import (
     SlotTable,
     Strategy,
     TracedOp,
-    fold,
     plan,
     plan_all,
 )
 from qmp_memlistener.topology import FlatView, read_maps
+from tests.unit.memslots.memslots_model import fold
 
 SAMPLES = sorted((Path(__file__).parent / "slots").rglob("*.json.gz"))
 

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import pairwise
 
+import msgspec
 from hypothesis import strategies as st
 
-from qmp_memlistener.memslots import Op, OpKind, Slot, SlotTable
+from qmp_memlistener.memslots import Op, OpKind, Slot, SlotTable, TracedOp
 from qmp_memlistener.topology.model import FlatRange, FlatView, Kind
 
 PAGE = 4096
@@ -182,3 +183,27 @@ def observed_gaps(
     after = states[-1] if states else before
     gaps = {page: sum(page not in s for s in states[:-1]) for page in before if page in after}
     return {page: n for page, n in gaps.items() if n}
+
+
+def fold(table: SlotTable, ops: Iterable[TracedOp]) -> SlotTable:
+    """The table after traced ops, as KVM sees it; `table` itself is not touched.
+
+    Size 0 deletes; a live id with another range or flags is set anew; an op that failed
+    (`ret` not 0) changes nothing.  A delete of an id that is not there is passed over: the trace
+    began too late for it.  A slot keeps the name of what backs it while its range stays.
+    Raises InputError when a slot comes where another one is: lines of the trace are missing.
+    """
+    after = table.copy()
+    for op in ops:
+        if op.ret != 0:
+            continue
+        old = after.get(op.as_id, op.slot)
+        if old is not None:
+            after.remove(op.as_id, op.slot)
+        if op.size == 0:
+            continue
+        if old is not None and (old.gpa, old.size) == (op.gpa, op.size):
+            after.add(msgspec.structs.replace(old, flags=op.flags))
+        else:
+            after.add(Slot(op.as_id, op.slot, op.gpa, op.size, op.flags))
+    return after

@@ -20,11 +20,9 @@ from qmp_memlistener.memslots import (
     expose,
     plan,
     plan_all,
-    plan_document,
-    plan_transition,
 )
+from qmp_memlistener.reports.plan import plan_document
 from qmp_memlistener.topology.model import FlatView
-from qmp_memlistener.topology.transition import diff
 from tests.unit.memslots.memslots_model import io, ram, view_of
 
 MIB = 1 << 20
@@ -181,9 +179,6 @@ class TestForms:
         for kind in (OpKind.PARK, OpKind.UNPARK, OpKind.BATCH_BEGIN, OpKind.BATCH_COMMIT):
             op = next(o for p in plan_all(BEFORE, PUNCHED) for o in p.ops if o.op is kind)
             assert (op.slot, op.gpa, op.size, op.flags) == (-1, 0, 0, 0)
-
-    def test_a_transition_will_do(self) -> None:
-        assert plan_transition(diff(BEFORE, PUNCHED)) == plan(BEFORE, PUNCHED)
 
     def test_the_callers_table_is_left_alone(self) -> None:
         table = SlotTable([Slot(0, 3, 0, 64 * MIB, 0)])

@@ -19,14 +19,13 @@ from qmp_memlistener.memslots import (
     Rules,
     SlotTable,
     Strategy,
-    fold,
     plan,
     plan_all,
     slot_table,
 )
 from qmp_memlistener.memslots.dirty_log import DirtyLog
 from qmp_memlistener.topology.model import FlatView, Kind
-from tests.unit.memslots.memslots_model import PAGE, Vm, content_of, observed_gaps, views
+from tests.unit.memslots.memslots_model import PAGE, Vm, content_of, fold, observed_gaps, views
 
 RULES = st.sampled_from([Rules(Order.V7_2), Rules(Order.V8_0)])
 LIMITS = st.sampled_from([None, 0, 1, 2, 64])

@@ -1,4 +1,4 @@
-"""The slot table, its lookups, its file form; interval arithmetic; reconciling with a trace."""
+"""The slot table, its lookups, its file form; interval arithmetic."""
 
 from __future__ import annotations
 
@@ -10,14 +10,9 @@ from hypothesis import strategies as st
 
 from qmp_memlistener.errors import InputError
 from qmp_memlistener.memslots import (
-    Difference,
-    DifferenceKind,
     Slot,
     SlotTable,
-    TracedOp,
     bitmap_bytes,
-    differences,
-    fold,
 )
 from qmp_memlistener.memslots.intervals import (
     complement,
@@ -152,63 +147,6 @@ def test_bitmap_bytes_are_whole_words() -> None:
     assert bitmap_bytes(65 * 4096) == 16
     assert bitmap_bytes(1 << 30) == 32768
     assert bitmap_bytes(1 << 30, 65536) == 2048
-
-
-class TestFold:
-    start = SlotTable([Slot(0, 6, 0x100000, 2146435072, block="pc.ram", offset=0x100000)])
-
-    def test_delete_add_flags(self) -> None:
-        table = fold(
-            self.start,
-            [
-                TracedOp(0, 6, 0x100000, 0, 0),
-                TracedOp(0, 6, 0x100000, 2129657856, 0),
-                TracedOp(0, 6, 0x100000, 2129657856, 1),
-                TracedOp(1, 6, 0x100000, 4096, 2),
-            ],
-        )
-        assert table == SlotTable(
-            [Slot(0, 6, 0x100000, 2129657856, 1), Slot(1, 6, 0x100000, 4096, 2)]
-        )
-        assert len(self.start) == 1
-
-    def test_what_failed_does_not_count(self) -> None:
-        assert fold(self.start, [TracedOp(0, 6, 0x100000, 0, 0, ret=-22)]) == self.start
-        assert fold(self.start, [TracedOp(0, 7, 0x100000, 4096, 0, ret=-17)]) == self.start
-
-    def test_a_delete_of_nothing_is_passed_over(self) -> None:
-        assert fold(self.start, [TracedOp(0, 9, 0, 0, 0)]) == self.start
-
-    def test_flags_leave_the_name_of_what_backs_it(self) -> None:
-        (slot,) = fold(self.start, [TracedOp(0, 6, 0x100000, 2146435072, 1)])
-        assert (slot.block, slot.flags) == ("pc.ram", 1)
-
-    def test_a_lost_line_shows(self) -> None:
-        with pytest.raises(InputError, match="overlaps"):
-            fold(self.start, [TracedOp(0, 7, 0x200000, 4096, 0)])
-
-
-def test_differences() -> None:
-    a, b = Slot(0, 0, 0, 0x1000), Slot(0, 1, 0x1000, 0x1000)
-    assert differences(SlotTable([a, b]), SlotTable([b, a])) == ()
-    moved, flagged = Slot(0, 2, 0, 0x1000), Slot(0, 1, 0x1000, 0x1000, 1)
-    longer = Slot(0, 3, 0x2000, 0x1000)
-    found = differences(SlotTable([a, b]), SlotTable([moved, flagged, longer]))
-    assert found == (
-        Difference(DifferenceKind.OTHER_ID, a, moved),
-        Difference(DifferenceKind.OTHER_FLAGS, b, flagged),
-        Difference(DifferenceKind.EXTRA, None, longer),
-    )
-    assert [str(d) for d in found] == [
-        "slot 0 of address space 0 (0x0+0x1000) has the id 2",
-        "slot 1 of address space 0 (0x1000+0x1000) has flags 1, not 0",
-        "slot 3 of address space 0 (0x2000+0x1000) was not predicted",
-    ]
-    (gone,) = differences(SlotTable([a]), SlotTable())
-    assert (gone.kind, str(gone)) == (
-        DifferenceKind.MISSING,
-        "slot 0 of address space 0 (0x0+0x1000) was predicted and is not there",
-    )
 
 
 def _ranges(points: set[int]) -> list[tuple[int, int]]:

@@ -12,11 +12,11 @@ from itertools import count
 
 import msgspec
 
-from ...topology.model import FlatView
-from ..dirty_log import DirtyLog
-from ..intervals import Range, complement, join
-from ..rules import Rules, Sections, with_id
-from ..slots import LOG_DIRTY_PAGES, BlockKey, Slot, SlotTable
+from ..topology.model import FlatView
+from .dirty_log import DirtyLog
+from .intervals import Range, complement, join
+from .rules import Rules, Sections, with_id
+from .slots import LOG_DIRTY_PAGES, BlockKey, Slot, SlotTable
 
 __all__ = ["Block", "blocks_of", "follow_blocks", "give_ids", "retire", "target"]
 
