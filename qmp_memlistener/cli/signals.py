@@ -10,8 +10,10 @@ the notes that tell what is to be put back stay for the next run and `doctor --c
 resumes a guest that is paused.  Signals that come within `SAME_S` are one: who closes a terminal
 or stops a service sends several.
 
-A thread tells what is waited for (see `waits`), and frees a main thread that is stuck in writing to
-a terminal or pipe that nobody reads.
+A thread reports what is waited for (see `waits`), and frees a main thread that is stuck in writing
+to a terminal or pipe that nobody reads.  It also takes a signal that the main thread has not taken
+after `_DEAF_S`: that thread is in the kernel (a file system that does not answer), where no handler
+runs.  The process then ends, when there is nothing to be put back, or at the second signal.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ EXIT_CODE = 130
 """Of a verb that a signal ended before it was done, whichever signal it was."""
 SAME_S = 0.3
 _STUCK_S = 0.5
+_DEAF_S = 1.0
 _STEP_S = 0.25
 
 
@@ -57,6 +60,8 @@ class Signals:
         self._wake = -1
         self._told: set[Wait] = set()
         self._told_end = False
+        self._pending_since: float | None = None
+        self._deaf = False
 
     @property
     def came(self) -> bool:
@@ -129,12 +134,41 @@ class Signals:
         signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
         while True:
             busy = waits() or (self.came and not self._over)
-            select.select([ours], [], [], _STEP_S if busy else None)
+            select.select([ours], [], [], _STEP_S if busy else _STUCK_S)
             with contextlib.suppress(BlockingIOError):
                 os.read(ours, 4096)
+            self._take_pending()
             self._tell()
             if self._first is not None and time.monotonic() - self._first > _STUCK_S:
                 self._free()
+
+    def _take_pending(self) -> None:
+        """Signals to this process that the main thread does not take: it is stuck in the kernel.
+
+        All signals are blocked in this thread, so `sigpending` is what waits for the process.
+        """
+        pending = signal.sigpending() & set(NUMBERS)
+        if not pending or self._over:
+            self._pending_since = None
+            return
+        now = time.monotonic()
+        self._pending_since = self._pending_since or now
+        if now - self._pending_since < _DEAF_S:
+            return
+        self._pending_since = None
+        if self._deaf or not self._asked:
+            _write(2, "ended at once: the file system of one of the files does not answer\n")
+            os._exit(EXIT_CODE)
+        self._deaf = True
+        _write(
+            2,
+            "a file system does not answer, so nothing can be put back yet; another signal ends "
+            "this at once, `qmp-memlistener doctor` shows what is left\n",
+        )
+        assert self._main is not None
+        for number in pending:
+            if signal.sigtimedwait([number], 0) is not None:  # the thread takes it when it is back
+                signal.pthread_kill(self._main, number)
 
     def _tell(self) -> None:
         now = time.monotonic()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
+import sys
 from pathlib import Path
 
 import pytest
@@ -94,3 +96,39 @@ async def test_names_that_are_no_text(tmp_path: Path) -> None:
         ):
             assert session.in_place
         assert left_behind(qemu.pid) == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a file system")
+@pytest.mark.parametrize("verb", ["report", "plan", "show --from"])
+async def test_a_verb_whose_own_file_does_not_answer_ends_at_sigterm(
+    verb: str, tmp_path: Path
+) -> None:
+    """No handler runs while the main thread is in the kernel: another thread takes the signal."""
+    (tmp_path / "silent").mkdir()
+    with silent(tmp_path / "silent"):
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "qmp_memlistener", *verb.split(), str(tmp_path / "silent/x")),
+            stderr=asyncio.subprocess.PIPE,
+        )
+        try:
+            await _in_the_kernel(process.pid)
+            process.send_signal(signal.SIGTERM)
+            async with asyncio.timeout(10):
+                _, err = await process.communicate()
+        finally:
+            if process.returncode is None:
+                process.kill()
+                await process.communicate()
+    assert process.returncode == 130
+    assert b"does not answer" in err
+
+
+async def _in_the_kernel(pid: int) -> None:
+    async with asyncio.timeout(30):
+        while not _waits_for_fuse(pid):  # noqa: ASYNC110 (no event)
+            await asyncio.sleep(0.05)
+
+
+def _waits_for_fuse(pid: int) -> bool:
+    return "fuse" in Path(f"/proc/{pid}/stack").read_text()
