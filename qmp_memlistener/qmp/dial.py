@@ -6,9 +6,11 @@ Ends where QMP begins.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import errno
 import os
 import socket
+import stat
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -292,6 +294,15 @@ def _busy(target: Target) -> MonitorBusy:
 
 
 def _unreachable(target: SocketTarget, error: OSError) -> TargetUnreachable:
+    if isinstance(target, UnixTarget) and error.errno == errno.ECONNREFUSED:
+        with contextlib.suppress(OSError):
+            mode = os.stat(target.path).st_mode  # the connection has just walked this path
+            if not stat.S_ISSOCK(mode):
+                what = "a directory" if stat.S_ISDIR(mode) else "a file"
+                return TargetUnreachable(
+                    f"cannot connect to {target}: it is {what}, not a socket",
+                    remedy="name a QMP socket; `qmp-memlistener list` shows those of this host",
+                )
     remedies = {
         errno.ENOENT: "no such socket; `qmp-memlistener list` shows the monitors on this host",
         errno.ECONNREFUSED: "nobody listens there any more; is QEMU still running?",

@@ -124,6 +124,9 @@ async def test_nobody_listens(tmp_path: Path) -> None:
                 await Monitor.connect(UnixTarget(str(path)))
         assert error.value.exit_code == 3
         assert str(path) in error.value.message
+        assert ("a file, not a socket" in error.value.message) == (setup == "file")
+    with pytest.raises(TargetUnreachable, match="a directory, not a socket"):
+        await Monitor.connect(UnixTarget(str(tmp_path)))
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port: int = server.getsockname()[1]
