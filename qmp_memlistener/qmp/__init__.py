@@ -17,7 +17,7 @@ from .discovery import (
 )
 from .events import EventStream, QmpEvent
 from .hmp import Flag, hmp, hmp_line, hmp_timed
-from .siblings import Companions, companions_of, find_owner
+from .identity import Companions, companions_of, find_owner
 from .snapshot import (
     GuestFacts,
     IdleRoundTrip,

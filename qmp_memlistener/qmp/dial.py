@@ -21,7 +21,7 @@ from ..host.files import locate
 from ..host.processes import Process
 from .discovery import find_guest
 from .identity import GuestIdentity, identify, peer_pid
-from .sockets import MonitorState, listener_state, listening_pids
+from .sockets import MonitorState, listener_state, listening_pids, unix_sockets
 from .targets import (
     PidTarget,
     SocketTarget,
@@ -29,7 +29,6 @@ from .targets import (
     TcpTarget,
     UnixTarget,
 )
-from .unix_diag import unix_sockets
 
 __all__ = ["Answered", "answered", "dial", "no_answer", "resolve"]
 

@@ -28,9 +28,15 @@ from ..host.processes import (
 from ..waits import waiting
 from .cmdline import CommandLine, MonitorMode, MonitorSpec, is_qemu_name, parse_arguments
 from .qemu_binary import emulator_of
-from .sockets import MonitorState, address_of_inode, listener_state, listening_at
+from .sockets import (
+    MonitorState,
+    UnixSocket,
+    address_of_inode,
+    listener_state,
+    listening_at,
+    unix_sockets,
+)
 from .targets import SocketTarget, TcpTarget, UnixTarget
-from .unix_diag import UnixSocket, unix_sockets
 
 __all__ = [
     "Guest",

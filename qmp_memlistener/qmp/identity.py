@@ -1,4 +1,5 @@
-"""Which guest answers at the other end of a connection, and whether it is the one that was meant.
+"""Which guest answers at the other end of a connection, whether it is the one that was meant, and
+which other monitors of it are free.
 
 A path says nothing about who answers there: a second QEMU may have bound it again, a symbolic link
 may lead elsewhere, a process id may have another owner.  So the guest that is meant is fixed once
@@ -13,6 +14,10 @@ may lead elsewhere, a process id may have another owner.  So the guest that is m
 - Where no QEMU is to be seen (another host, another container, a forwarder) nothing is certain: the
   guest is asked for its UUID and name at each connection, and these must be the same.  One that has
   either may then be reached past the forwarder as well.
+
+A QMP monitor serves one client, and one connection runs one in-band command at a time: a stall
+probe that pings and an operation that takes long need connections of their own.  `companions_of`
+finds monitors for them and says what must be done without when there are none.
 """
 
 from __future__ import annotations
@@ -21,22 +26,23 @@ import os
 import select
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from ..errors import WrongGuest
 from ..host.bounded import in_thread
 from ..host.processes import Process, socket_inodes
 from .discovery import Guest, find_guest, find_guests
-from .sockets import tcp_peer_inode
-from .targets import SocketTarget
-from .unix_diag import unix_sockets
+from .sockets import listening_pids, tcp_peer_inode, unix_sockets
+from .targets import SocketTarget, same_socket
 
 __all__ = [
     "ASKED",
+    "Companions",
     "GuestIdentity",
+    "companions_of",
+    "find_owner",
     "identify",
-    "owner_of",
     "peer_pid",
     "same_answers",
     "wrong_guest",
@@ -171,15 +177,6 @@ def same_answers(
     return replace(identity, told=told)
 
 
-def owner_of(identity: GuestIdentity) -> Guest | None:
-    """The QEMU process, where it is known."""
-    if identity.pid is None or not identity.is_qemu:
-        return None
-    guest = find_guest(identity.pid)
-    same = guest is not None and guest.process.start_ticks == identity.start_ticks
-    return guest if same else None
-
-
 def _who(listener: tuple[int, int] | None, far_end: int | None) -> GuestIdentity:
     """The QEMU that holds the other end; else who listens there."""
     if listener is not None:
@@ -254,3 +251,90 @@ def _named(pid: int, start_ticks: int) -> str:
         name = os.path.basename(process.exe or (process.argv or ("a process",))[0])
         return f"{name} (pid {pid})"
     return f"QEMU {guest.name!r} (pid {pid})" if guest.name else f"QEMU (pid {pid})"
+
+
+# -- the guest's other monitors ------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class Companions:
+    """`ping`, `operations` and `guard` (kept free for a resume guard, when that was asked for):
+    targets for a connection of their own, None when there is none; `without` says, in words for
+    the user, what then does not work."""
+
+    guest: Guest | None
+    ping: SocketTarget | None
+    operations: SocketTarget | None
+    without: tuple[str, ...]
+    guard: SocketTarget | None = None
+
+
+def find_owner(target: SocketTarget, identity: GuestIdentity | None) -> Guest | None:
+    """The QEMU on this host behind a connection that has this identity; None when not visible.
+
+    Without an identity, before anything is connected, the one that holds the listening socket, or,
+    where that cannot be seen, on whose command line `target` is: who answers may be another.
+    """
+    if identity is not None:
+        if identity.pid is None or not identity.is_qemu:
+            return None
+        guest = find_guest(identity.pid)
+        same = guest is not None and guest.process.start_ticks == identity.start_ticks
+        return guest if same else None
+    holders = listening_pids(target)
+    found = map(find_guest, holders) if holders else iter(find_guests())
+    for guest in found:
+        if guest is not None and any(
+            m.target is not None and same_socket(m.target, target) for m in guest.monitors
+        ):
+            return guest
+    return None
+
+
+def companions_of(
+    guest: Guest | None,
+    used: Sequence[SocketTarget],
+    *,
+    ping: SocketTarget | None = None,
+    operations: SocketTarget | None = None,
+    ping_first: bool = False,
+    guarded: bool = False,
+) -> Companions:
+    """Choose the monitors for pinging and for operations, and with `guarded` first of all one that
+    stays free for a resume guard.
+
+    `used` are those that we hold already; `ping` and `operations` are the user's choice, which
+    is taken unseen.  Operations take the first that is free, pings the last.  If only one is,
+    operations come first, they are what a user waits for; or `ping_first`, when stalls are
+    measured: those cannot share a connection.
+    """
+    taken = [t for t in (*used, ping, operations) if t is not None]
+    free = [
+        t
+        for t in (guest.free_targets() if guest is not None else ())
+        if not any(same_socket(t, other) for other in taken)
+    ]
+    guard = free.pop(0) if guarded and free else None
+    if ping is None and ping_first and free:
+        ping = free.pop()
+    if operations is None and free:
+        operations = free.pop(0)
+    if ping is None and free:
+        ping = free.pop()
+    without = []
+    if operations is None:
+        without.append(
+            "no monitor of its own for operations: they share the observer's, so snapshots wait "
+            "until a hotplug command has returned"
+        )
+    if ping is None:
+        without.append(
+            "no monitor of its own for pinging: main-loop stalls are seen only where a command "
+            "of ours happens to wait"
+        )
+    if without and guest is None:
+        without.append(
+            "QEMU's process is not visible here, so its other monitors are not known: name them "
+            "with --ping-monitor and --ops-monitor"
+        )
+    return Companions(guest, ping, operations, tuple(without), guard)

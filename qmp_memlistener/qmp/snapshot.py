@@ -15,7 +15,7 @@ from ..errors import CommandFailed
 from ..host.bounded import in_thread
 from .connection import Monitor
 from .hmp import Flag, hmp_timed
-from .siblings import find_owner
+from .identity import find_owner
 
 __all__ = [
     "GuestFacts",

@@ -1,4 +1,4 @@
-"""Targets: how a user names a guest's monitor.  Parse and format, nothing is opened here.
+"""Targets: how a user names a guest's monitor.  Parse and format, nothing is connected to here.
 
 Accepted forms::
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import os
 import re
+import socket
 from dataclasses import dataclass
 
 from ..errors import InputError
@@ -24,6 +25,7 @@ __all__ = [
     "TcpTarget",
     "UnixTarget",
     "parse_target",
+    "same_socket",
 ]
 
 TARGET_FORMS = "unix:PATH, a path, HOST:PORT, [V6]:PORT or pid:N"
@@ -96,6 +98,33 @@ def parse_target(text: str) -> Target:
     if text and os.path.exists(text):
         return UnixTarget(text)
     raise _not_a_target(text, "no such path, and no form that is known")
+
+
+def same_socket(one: SocketTarget, other: SocketTarget) -> bool:
+    """Both names lead to the same listener."""
+    if one == other:
+        return True
+    if isinstance(one, UnixTarget) and isinstance(other, UnixTarget):
+        if one.is_abstract or other.is_abstract:
+            return False
+        try:
+            return os.path.samefile(one.path, other.path)
+        except OSError:
+            return False
+    if isinstance(one, TcpTarget) and isinstance(other, TcpTarget) and one.port == other.port:
+        return bool(_local_addresses(one.host) & _local_addresses(other.host))
+    return False
+
+
+def _local_addresses(host: str) -> set[str]:
+    """Addresses of a name, only where no name service has to be asked."""
+    if host == "localhost":
+        return {"127.0.0.1", "::1"}
+    try:
+        infos = socket.getaddrinfo(host, None, flags=socket.AI_NUMERICHOST)
+    except OSError:
+        return {host}
+    return {str(info[4][0]) for info in infos}
 
 
 def _pid(text: str) -> PidTarget:

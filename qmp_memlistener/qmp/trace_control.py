@@ -30,8 +30,7 @@ from ..errors import TargetError, TargetUnreachable
 from ..host.bounded import in_thread
 from .connection import Monitor
 from .discovery import Guest, find_guest
-from .identity import GuestIdentity
-from .siblings import find_owner
+from .identity import GuestIdentity, find_owner
 from .targets import PidTarget
 from .trace_errors import TraceReason, TraceUnavailable
 from .trace_log import open_log
