@@ -5,6 +5,7 @@ it, `companions_of` finds further ones, `read_facts` and `take_snapshot` read th
 `start_tracing` has it write down every change, and the session's `tail()` brings the records.
 """
 
+from ..errors import TraceReason, TraceUnavailable
 from .cmdline import CommandLine, MonitorMode
 from .connection import CONNECT_DEADLINE, Command, Monitor, QemuVersion, Reply
 from .discovery import (
@@ -44,7 +45,6 @@ from .trace_control import (
     restore_stale,
     start_tracing,
 )
-from .trace_errors import TraceReason, TraceUnavailable
 from .trace_lines import TraceDecoder
 from .trace_records import (
     BarMapping,

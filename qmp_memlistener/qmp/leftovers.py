@@ -8,13 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..errors import MonitorBusy
+from ..errors import MonitorBusy, TraceUnavailable
 from .connection import Monitor
 from .discovery import Guest, find_guest
 from .identity import GuestIdentity
 from .targets import PidTarget
 from .trace_control import Restored, restore_stale
-from .trace_errors import TraceUnavailable
 from .trace_notes import Place, noted, sweep
 
 __all__ = ["Leftover", "clean_leftovers", "find_leftovers"]

@@ -26,15 +26,13 @@ from typing import Self
 
 import msgspec
 
-from ..errors import TargetError, TargetUnreachable
+from ..errors import TargetError, TargetUnreachable, TraceReason, TraceUnavailable
 from ..host.bounded import in_thread
 from .connection import Monitor
 from .discovery import Guest, find_guest
 from .identity import GuestIdentity, find_owner
 from .targets import PidTarget
-from .trace_errors import TraceReason, TraceUnavailable
-from .trace_log import open_log
-from .trace_notes import Lease, Note, Place, sweep
+from .trace_notes import Lease, Place, TraceNote, sweep
 from .trace_setup import (
     MARKER_EVENT,
     Restored,
@@ -76,7 +74,7 @@ class _Setting:
 
     guest: Guest
     place: Place
-    note: Note
+    note: TraceNote
     lease: Lease
     log: int
 
@@ -278,8 +276,8 @@ async def restore_stale(monitor: Monitor, *, guest: Guest | None = None) -> Rest
 
 
 async def _settle(
-    monitor: Monitor, guest: Guest, place: Place, note: Note | None, before: dict[str, bool]
-) -> Note:
+    monitor: Monitor, guest: Guest, place: Place, note: TraceNote | None, before: dict[str, bool]
+) -> TraceNote:
     """The note on disk, and a log file that the marker has been seen in."""
     if note is None:
         note = place.new_note(before)
@@ -302,7 +300,7 @@ async def _settle(
 
 
 async def _leave(
-    monitor: Monitor, place: Place, guest: Guest, note: Note, others: Sequence[set[str]]
+    monitor: Monitor, place: Place, guest: Guest, note: TraceNote, others: Sequence[set[str]]
 ) -> Restored:
     """The last agent restores everything; another disables what only it wanted."""
     if not others:
@@ -326,10 +324,10 @@ async def _back_out(monitor: Monitor, place: Place, guest: Guest) -> None:
         return
 
 
-def _open(guest: Guest, note: Note) -> tuple[int, str]:
-    """As `open_log` does.  Raises TraceUnavailable."""
+def _open(guest: Guest, note: TraceNote) -> tuple[int, str]:
+    """As `TraceNote.open_log` does.  Raises TraceUnavailable."""
     try:
-        return open_log(guest.process, note)
+        return note.open_log(guest.process)
     except FileNotFoundError:
         raise _elsewhere(guest) from None
     except OSError as error:

@@ -23,13 +23,12 @@ import struct
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 
-from ..errors import CommandFailed
+from ..errors import CommandFailed, TraceReason, TraceUnavailable
 from ..host.bounded import in_thread
 from ..host.files import open_in_root
 from ..host.processes import Process
 from .connection import Command, Monitor
 from .targets import UnixTarget
-from .trace_errors import TraceReason, TraceUnavailable
 
 __all__ = ["open_to_qemu", "remove_foreign_log"]
 

@@ -12,28 +12,38 @@ What util/log.c does with `logfile PATH` (compared in 7.2, 10.0.2 and master):
   nobody reads the open itself would wait for ever, with QEMU's main loop in it.
 - A daemonised QEMU logs only to a file, and `logfile` makes that file its stderr too; without
   -D it had /dev/null there.
+
+Who else writes to the log?  Its lines would be taken for QEMU's own.  The threat: the log is read
+in place where QEMU has one (`-D FILE`, a stderr that is a file).  If the guest's console goes to
+the same file (`-serial file:x -D x`, `-serial stdio >x 2>&1`), the guest writes trace lines of its
+choice: slot operations that never were.  So does any other process that has the file open, and
+passes on what a guest says.  Such a file is refused, with the way out (`check_writers`).  Who
+started QEMU may have kept the file open, other than as its own output: that is only said.
+
+Files are told by device and inode, not by name: by the descriptors that QEMU and the others have.
+Where QEMU's cannot be seen its command line has to do, and doubt is a refusal.
 """
 
 from __future__ import annotations
 
-import errno
 import os
+import re
 import stat
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
+from ..errors import TraceReason, TraceUnavailable
 from ..host.files import NotRegular, open_foreign, stat_foreign
-from ..host.processes import FileDescriptor, Process, path_seen_by
+from ..host.processes import FileDescriptor, Process, path_seen_by, process_ids
 from .cmdline import CommandLine
-from .trace_errors import TraceReason, TraceUnavailable
-from .trace_notes import Note
+from .trace_notes import Redirection
 
-__all__ = [
-    "LogFile",
-    "RestoreTarget",
-    "find_log_files",
-    "open_log",
-    "restore_target",
-]
+__all__ = ["LogFile", "check_writers", "find_log_files", "restore_target"]
+
+_INODE = re.compile(r"^ino:\s*(\d+)", re.MULTILINE)
+_FLAGS = re.compile(r"^flags:\s*([0-7]+)", re.MULTILINE)
+# What query-chardev calls devices whose output may be in a file that cannot be told.
+_OUTPUTS = ("file", "stdio", "console", "fd")
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +58,6 @@ class LogFile:
     def size(self) -> int:
         """Bytes now.  Raises OSError."""
         return stat_foreign(self.path, follow=True).st_size
-
-
-@dataclass(frozen=True, slots=True)
-class RestoreTarget:
-    """What to say to `logfile` when we leave.  `faithful`: the log is then where it was;
-    else `why` says what it will be missing."""
-
-    path: str
-    faithful: bool
-    why: str = ""
 
 
 def find_log_files(process: Process, command_line: CommandLine) -> list[LogFile]:
@@ -97,10 +97,10 @@ def find_log_files(process: Process, command_line: CommandLine) -> list[LogFile]
     return [LogFile(path, command_line.log_file, status.st_dev, status.st_ino)]
 
 
-def restore_target(process: Process, command_line: CommandLine) -> RestoreTarget:
+def restore_target(process: Process, command_line: CommandLine) -> Redirection:
     """How to put the log back where a QEMU has it that does not log to a file of its own."""
     if command_line.daemonize:
-        return RestoreTarget("/dev/null", faithful=True)
+        return Redirection(restore_path="/dev/null", kept=True)
     descriptors = process.file_descriptors()
     if descriptors is None:
         return _silent("what its stderr is cannot be seen by this user")
@@ -116,18 +116,18 @@ def restore_target(process: Process, command_line: CommandLine) -> RestoreTarget
     return _try_stderr(process)
 
 
-def _silent(why: str) -> RestoreTarget:
-    return RestoreTarget("/dev/null", faithful=False, why=why)
+def _silent(why: str) -> Redirection:
+    return Redirection(restore_path="/dev/null", kept=False, why=why)
 
 
-def _try_stderr(process: Process) -> RestoreTarget:
+def _try_stderr(process: Process) -> Redirection:
     flags = os.O_WRONLY | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
     try:
         os.close(os.open(f"/proc/{process.pid}/fd/2", flags))
     except OSError as error:
         # ENXIO: a FIFO without a reader.
         return _silent(f"its stderr cannot be opened again ({os.strerror(error.errno or 0)})")
-    return RestoreTarget("/dev/stderr", faithful=True)
+    return Redirection(restore_path="/dev/stderr", kept=True)
 
 
 def _may_write(process: Process, f: FileDescriptor) -> bool:
@@ -140,23 +140,157 @@ def _may_write(process: Process, f: FileDescriptor) -> bool:
     return bool(f.mode & stat.S_IWOTH)
 
 
-def open_log(process: Process, note: Note) -> tuple[int, str]:
-    """The file that QEMU logs to while it is traced, open, and what it is called: for reading only
-    when it is QEMU's own.  Raises OSError; FileNotFoundError when QEMU no longer has it open.
+# -- who else writes to it -----------------------------------------------------------------
 
-    A limited file is found by what it is: QEMU may have another file under that number by now.
+
+@dataclass(frozen=True, slots=True)
+class _File:
+    device: int
+    inode: int
+
+
+def check_writers(
+    device: int, inode: int, process: Process, command_line: CommandLine, chardevs: Collection[str]
+) -> str:
+    """Refuse a log that somebody else writes to; `chardevs` are QEMU's names of its character
+    devices' other ends (query-chardev).
+
+    Reads the descriptors of every process.  Returns a remark for the user, "" when there is nothing
+    to say.  Raises TraceUnavailable.
     """
-    if note.in_place is not None:
-        return open_foreign(note.in_place, follow=True), note.in_place
-    log = note.log
-    if log is None or not log.inode:
-        return open_foreign(note.path, os.O_RDWR, follow=True), note.path
-    for f in process.file_descriptors() or ():
+    log = _File(device, inode)
+    descriptors = process.file_descriptors()
+    if descriptors is None:
+        why = _by_command_line(log, process, command_line, chardevs)
+    else:
+        why = _by_descriptors(log, process, command_line, descriptors)
+    if why is not None:
+        raise TraceUnavailable(
+            TraceReason.LOG_OF_GUEST,
+            f"a guest could write lines of its own to the log of QEMU (pid {process.pid}): {why}",
+        )
+    ancestors = _ancestors(process)
+    remark = ""
+    for other, numbers in _other_writers(log, process, descriptors or ()):
+        name = os.path.basename(other.argv[0]) if other.argv else "a process"
+        if other.pid in ancestors and numbers.isdisjoint((1, 2)):
+            remark = (
+                f"{name} (pid {other.pid}), which started QEMU, has its log open too: what it "
+                "writes there is read as QEMU's"
+            )
+            continue
+        raise TraceUnavailable(
+            TraceReason.LOG_SHARED,
+            f"another process has the log of QEMU (pid {process.pid}) open for writing: {name} "
+            f"(pid {other.pid})",
+        )
+    return remark
+
+
+def _by_descriptors(
+    log: _File,
+    process: Process,
+    command_line: CommandLine,
+    descriptors: Collection[FileDescriptor],
+) -> str | None:
+    """The log is stderr, or what fopen() made: inheritable.  All else is QEMU's use of the file.
+
+    Every other open() of QEMU's sets O_CLOEXEC (qemu_open, util/osdep.c).
+    """
+    mine = [
+        f for f in descriptors if (f.device, f.inode) == (log.device, log.inode) and f.is_writable
+    ]
+    if any(f.number == 1 for f in mine):
+        return "it is its standard output as well"
+    others = [f for f in mine if f.number != 2]
+    if any(f.flags & os.O_CLOEXEC for f in others):
+        return "a character or block device of the guest is the same file"
+    named = command_line.log_file is not None and _is(
+        log, path_seen_by(process, command_line.log_file.replace("%d", str(process.pid)))
+    )
+    # of one beside stderr it is known that it is the log when -D says so
+    allowed = 1 if named or len(others) == len(mine) else 0
+    if len(others) > allowed:
+        return f"descriptor {others[0].number} that it inherited is the same file"
+    return None
+
+
+def _by_command_line(
+    log: _File, process: Process, command_line: CommandLine, chardevs: Collection[str]
+) -> str | None:
+    if any(_is(log, path_seen_by(process, path)) for path in command_line.guest_files):
+        return "a character device of the guest writes to the same file"
+    unclear = [name for name in chardevs if name.partition(":")[0] in _OUTPUTS]
+    if command_line.guest_on_stdout or command_line.unread or unclear:
+        return "where the output of its character devices goes cannot be seen by this user"
+    return None
+
+
+def _is(log: _File, path: str | None) -> bool:
+    if path is None:
+        return False
+    try:
+        status = os.stat(path)
+    except (OSError, ValueError):
+        return False
+    return (status.st_dev, status.st_ino) == (log.device, log.inode)
+
+
+def _ancestors(process: Process) -> set[int]:
+    found: set[int] = set()
+    parent = Process.read(process.parent)
+    while parent is not None and parent.pid not in found:
+        found.add(parent.pid)
+        parent = Process.read(parent.parent)
+    return found
+
+
+def _other_writers(
+    log: _File, process: Process, descriptors: Collection[FileDescriptor]
+) -> Iterator[tuple[Process, set[int]]]:
+    """Processes, and under which numbers they have it open.  QEMU's children are left out: they
+    inherit the log (`migrate exec:`, scripts)."""
+    inodes = {log.inode}
+    for f in descriptors:
         if (f.device, f.inode) == (log.device, log.inode):
-            path = f"/proc/{process.pid}/fd/{f.number}"
-            handle = open_foreign(path, os.O_RDWR, follow=True)
-            status = os.fstat(handle)
-            if (status.st_dev, status.st_ino) == (log.device, log.inode):
-                return handle, path
-            os.close(handle)
-    raise FileNotFoundError(errno.ENOENT, "QEMU no longer logs to our file", note.path)
+            inodes.add(_info(process.pid, f.number)[0] or log.inode)
+    for pid in process_ids():
+        numbers = _writes(pid, log, inodes) if pid != process.pid else set()
+        other = Process.read(pid) if numbers else None
+        if other is not None and other.parent != process.pid:
+            yield other, numbers
+
+
+def _writes(pid: int, log: _File, inodes: Collection[int]) -> set[int]:
+    """`inodes` are what fdinfo calls the file: on overlayfs another number than stat(2)'s."""
+    directory = f"/proc/{pid}/fd"
+    found: set[int] = set()
+    try:
+        names = os.listdir(directory)
+    except OSError:
+        return found
+    for name in names:
+        try:
+            # no stat(2) of files that are none of our business: theirs may not answer
+            if not os.readlink(f"{directory}/{name}").startswith("/"):
+                continue
+            inode, flags = _info(pid, int(name))
+            if flags & os.O_ACCMODE == os.O_RDONLY or (inode or log.inode) not in inodes:
+                continue
+            status = os.stat(f"{directory}/{name}")
+        except OSError:
+            continue
+        if (status.st_dev, status.st_ino) == (log.device, log.inode):
+            found.add(int(name))
+    return found
+
+
+def _info(pid: int, number: int) -> tuple[int | None, int]:
+    """Inode (None before Linux 5.14) and flags of a descriptor, from the kernel's own memory.
+
+    Raises OSError.
+    """
+    with open(f"/proc/{pid}/fdinfo/{number}") as f:
+        info = f.read()
+    inode, flags = _INODE.search(info), _FLAGS.search(info)
+    return int(inode[1]) if inode else None, int(flags[1], 8) if flags else os.O_RDWR

@@ -19,6 +19,7 @@ a dead agent.
 from __future__ import annotations
 
 import asyncio
+import errno
 import os
 import re
 import struct
@@ -28,15 +29,16 @@ from contextlib import asynccontextmanager
 
 import msgspec
 
-from ..errors import DeadlineExceeded, MissingPrerequisite
+from ..errors import DeadlineExceeded, MissingPrerequisite, TraceReason, TraceUnavailable
+from ..host import notes
+from ..host.files import open_foreign
 from ..host.limited_file import limited_file
 from ..host.locks import try_lock, write_all
 from ..host.processes import Process, boot_id, is_key, process_of
 from ..host.state import StateDirectory, decoded, directories, directory_of, own_directory
 from ..text import json_bytes
-from .trace_errors import TraceReason, TraceUnavailable
 
-__all__ = ["LAG_LIMIT", "LOG_LIMIT", "Lease", "LogChange", "Note", "Place", "noted", "sweep"]
+__all__ = ["LAG_LIMIT", "LOG_LIMIT", "Lease", "Place", "Redirection", "TraceNote", "noted", "sweep"]
 
 LOG_LIMIT = 64 << 20
 """A log holds this much that no agent has read."""
@@ -44,41 +46,36 @@ LAG_LIMIT = LOG_LIMIT // 2
 """An agent that is this far behind another no longer keeps what it has not read."""
 
 _LOCK_POLL = 0.02
-_SCHEMA = 1
 _NOTE, _LOG = "note.json", "trace.log"
 _LEASE = re.compile(r"agent-([0-9]{1,9})\.json")
 _POSITION = struct.Struct("<Q")
 
 
-class LogChange(msgspec.Struct, frozen=True):
-    """How the log was redirected: `path` for us, `restore_path` for `logfile`.
+class Redirection(msgspec.Struct, frozen=True, kw_only=True):
+    """How the log is redirected, and put back with `logfile restore_path`.
 
-    `kept` False means that the log cannot be put back where it was (`why`).  `device` and `inode`
-    are those of a limited file, which has at most `limit` bytes: 0 for any other.  `proven`: QEMU
-    was seen to write there.
+    `kept` False means that it cannot be put back where it was (`why`).  `path` is what we call the
+    file.  `device` and `inode` are those of a limited file, which has at most `limit` bytes: 0 for
+    any other.  `proven`: QEMU was seen to write there.
     """
 
-    path: str
     restore_path: str
     kept: bool
     why: str = ""
+    path: str = ""
     device: int = 0
     inode: int = 0
     limit: int = 0
     proven: bool = True
 
 
-class Note(msgspec.Struct, frozen=True):
+class TraceNote(notes.Note, frozen=True, kw_only=True):
     """How a guest was before.  `events` holds the state of each event that we may change;
     `in_place` is the file that QEMU logs to anyway (`in_place_name` for people), `log` the
     redirection otherwise."""
 
-    schema: int
-    boot: str
-    pid: int
-    start_ticks: int
     events: dict[str, bool]
-    log: LogChange | None = None
+    log: Redirection | None = None
     in_place: str | None = None
     in_place_name: str = ""
     in_place_remark: str = ""
@@ -89,6 +86,27 @@ class Note(msgspec.Struct, frozen=True):
         if self.in_place is not None:
             return self.in_place
         return self.log.path if self.log is not None else ""
+
+    def open_log(self, process: Process) -> tuple[int, str]:
+        """That file, open, and what it is called: for reading only when it is QEMU's own.
+
+        A limited file is found by what it is: QEMU may have another file under that number by now.
+        Raises OSError; FileNotFoundError when QEMU no longer has it open.
+        """
+        if self.in_place is not None:
+            return open_foreign(self.in_place, follow=True), self.in_place
+        log = self.log
+        if log is None or not log.inode:
+            return open_foreign(self.path, os.O_RDWR, follow=True), self.path
+        for f in process.file_descriptors() or ():
+            if (f.device, f.inode) == (log.device, log.inode):
+                path = f"/proc/{process.pid}/fd/{f.number}"
+                handle = open_foreign(path, os.O_RDWR, follow=True)
+                status = os.fstat(handle)
+                if (status.st_dev, status.st_ino) == (log.device, log.inode):
+                    return handle, path
+                os.close(handle)
+        raise FileNotFoundError(errno.ENOENT, "QEMU no longer logs to our file", self.path)
 
 
 class _LeaseDocument(msgspec.Struct, frozen=True):
@@ -158,33 +176,33 @@ class Place:
                 if not self._base.has(self.key):
                     held.remove()
 
-    def read_note(self) -> Note | None:
+    def read_note(self) -> TraceNote | None:
         """The note about this very process, or None.  An unreadable one is no note: it is
         written with an atomic rename, so it was not ours.  Raises TraceUnavailable for a note
         of a later version, and for one that cannot be read."""
         try:
             directory = self._base.subdirectory(self.key, create=False)
-            note = None if directory is None else decoded(directory.read(_NOTE), Note)
+            note = None if directory is None else decoded(directory.read(_NOTE), TraceNote)
         except OSError as exc:
             raise TraceUnavailable(
                 TraceReason.NO_PLACE, f"the note in {self.path} cannot be read: {exc.strerror}"
             ) from exc
         if note is None:
             return None
-        if note.schema != _SCHEMA:
+        if note.schema != notes.SCHEMA:
             raise TraceUnavailable(
                 TraceReason.OTHER_AGENT,
                 f"a newer version of this program left a note about pid {self.process.pid}",
             )
         return note if note.boot == boot_id() else None
 
-    def write_note(self, note: Note) -> None:
+    def write_note(self, note: TraceNote) -> None:
         """Flushed to the file system when it returns."""
         text = msgspec.json.format(json_bytes(note), indent=1)
         self._directory().write(_NOTE, text)
 
-    def new_note(self, events: dict[str, bool]) -> Note:
-        return Note(_SCHEMA, boot_id(), self.process.pid, self.process.start_ticks, events)
+    def new_note(self, events: dict[str, bool]) -> TraceNote:
+        return TraceNote.about(self.process, events=events)
 
     def claim(self, events: Iterable[str], offset: int) -> Lease:
         """A lease of our own.  Call with the place locked."""

@@ -14,7 +14,7 @@ from typing import ParamSpec, TypeVar
 
 import msgspec
 
-from ..errors import CommandFailed
+from ..errors import CommandFailed, TraceReason, TraceUnavailable
 from ..host.bounded import in_thread
 from ..host.files import open_foreign, pieces
 from ..host.limited_file import give_back
@@ -22,18 +22,10 @@ from ..host.processes import Process
 from .connection import Command, Monitor
 from .discovery import Guest
 from .hmp import hmp
-from .log_writers import check_writers
-from .trace_errors import TraceReason, TraceUnavailable
 from .trace_lending import open_to_qemu, remove_foreign_log
 from .trace_lines import new_marker
-from .trace_log import (
-    LogFile,
-    RestoreTarget,
-    find_log_files,
-    open_log,
-    restore_target,
-)
-from .trace_notes import LogChange, Note, Place
+from .trace_log import LogFile, check_writers, find_log_files, restore_target
+from .trace_notes import Place, Redirection, TraceNote
 
 __all__ = [
     "MARKER_EVENT",
@@ -134,7 +126,7 @@ def is_logged(path: str, start: int, number: int) -> bool:
         os.close(handle)
 
 
-async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) -> Note:
+async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: TraceNote) -> TraceNote:
     """Find or make the file that QEMU logs to; the note that is on disk by then.
 
     Raises TraceUnavailable; the caller undoes what was done.
@@ -157,7 +149,7 @@ async def arrange_log(monitor: Monitor, guest: Guest, place: Place, note: Note) 
         if not note.events[MARKER_EVENT]:
             await set_events(monitor, [MARKER_EVENT], False)
     target = await _looked(guest.process, restore_target, guest.process, guest.command_line)
-    if not target.faithful:
+    if not target.kept:
         await _refuse_if_log_in_use(monitor, guest, note, target)
     return await _redirect(monitor, guest, place, note, target)
 
@@ -208,7 +200,7 @@ async def _prove(monitor: Monitor, guest: Guest, candidates: Sequence[LogFile]) 
 
 
 async def _refuse_if_log_in_use(
-    monitor: Monitor, guest: Guest, note: Note, target: RestoreTarget
+    monitor: Monitor, guest: Guest, note: TraceNote, target: Redirection
 ) -> None:
     """A log that cannot be put back may be taken only while nothing is logged."""
     enabled = [name for name, on in (await event_states(monitor, ["*"])).items() if on]
@@ -223,8 +215,8 @@ async def _refuse_if_log_in_use(
 
 
 async def _redirect(
-    monitor: Monitor, guest: Guest, place: Place, note: Note, target: RestoreTarget
-) -> Note:
+    monitor: Monitor, guest: Guest, place: Place, note: TraceNote, target: Redirection
+) -> TraceNote:
     process = guest.process
     try:
         # a limited file is handed over, and found again, by QEMU's descriptors
@@ -235,7 +227,7 @@ async def _redirect(
             TraceReason.NO_PLACE, f"no log file can be made in {place.path}: {error.strerror}"
         ) from error
     try:
-        change = LogChange("", target.path, target.faithful, target.why, proven=False)
+        change = msgspec.structs.replace(target, proven=False)
         if limit:
             status = os.fstat(handle)
             change = msgspec.structs.replace(
@@ -266,10 +258,10 @@ async def _redirect(
     return note
 
 
-async def _called(process: Process, note: Note) -> str:
+async def _called(process: Process, note: TraceNote) -> str:
     """What our log is called."""
     try:
-        handle, path = await _looked(process, open_log, process, note)
+        handle, path = await _looked(process, note.open_log, process)
     except OSError as error:
         raise TraceUnavailable(
             TraceReason.NO_PLACE, f"QEMU's log cannot be opened: {error.strerror}"
@@ -278,7 +270,7 @@ async def _called(process: Process, note: Note) -> str:
     return path
 
 
-async def undo(monitor: Monitor, place: Place, guest: Guest, note: Note) -> Restored:
+async def undo(monitor: Monitor, place: Place, guest: Guest, note: TraceNote) -> Restored:
     """Put back as `note` has it what is still as we left it, and remove the note.
 
     A log that somebody has redirected since, and an event that somebody has switched off, are left
@@ -304,7 +296,9 @@ async def undo(monitor: Monitor, place: Place, guest: Guest, note: Note) -> Rest
     return Restored(tuple(n for n in disabled if n not in refused), where, tuple(remarks))
 
 
-async def _still_logs_here(monitor: Monitor, process: Process, note: Note, *, marked: bool) -> bool:
+async def _still_logs_here(
+    monitor: Monitor, process: Process, note: TraceNote, *, marked: bool
+) -> bool:
     """QEMU's log still goes to our file.
 
     A marker tells where `marked` (its event is on); else whether QEMU has the file open, which it
@@ -315,7 +309,7 @@ async def _still_logs_here(monitor: Monitor, process: Process, note: Note, *, ma
     if log is None or not log.proven:
         return True
     try:
-        handle, _ = await _looked(process, open_log, process, note)
+        handle, _ = await _looked(process, note.open_log, process)
     except FileNotFoundError:
         return False
     except (OSError, TraceUnavailable):
@@ -332,14 +326,14 @@ async def _still_logs_here(monitor: Monitor, process: Process, note: Note, *, ma
 
 
 async def _restore_log(
-    monitor: Monitor, guest: Guest, log: LogChange, remarks: list[str]
+    monitor: Monitor, guest: Guest, log: Redirection, remarks: list[str]
 ) -> str | None:
     path, why = log.restore_path, log.why
     if path == "/dev/stderr":
         # Looked at again: opening a FIFO that has lost its reader would hang QEMU.
         try:
             now = await _looked(guest.process, restore_target, guest.process, guest.command_line)
-            path, why = now.path, now.why
+            path, why = now.restore_path, now.why
         except TraceUnavailable as error:
             path, why = "/dev/null", error.message
     try:

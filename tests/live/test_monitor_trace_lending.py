@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
@@ -23,8 +24,7 @@ from qmp_memlistener.qmp import (
     restore_stale,
     start_tracing,
 )
-from qmp_memlistener.qmp.trace_log import RestoreTarget
-from qmp_memlistener.qmp.trace_notes import LogChange, Place
+from qmp_memlistener.qmp.trace_notes import Place, Redirection
 from tests.support.bare_qemu import NEW_MOUNTS, Running, can_unshare, running
 from tests.support.leftovers import left_behind, log_targets
 from tests.support.live import NO_QEMU, QEMUS, builds
@@ -155,10 +155,8 @@ async def test_a_log_that_an_earlier_version_made_is_removed_and_nothing_else(
                 os.rmdir(root / "dev/shm")
                 os.rename(root / "dev/link", root / "dev/shm")
             place = Place(process)
-            target = RestoreTarget("/dev/null", faithful=True)
-            change = LogChange(f"{root}/dev/shm/{name}", target.path, target.faithful)
-            note = place.new_note({})
-            place.write_note(type(note)(1, note.boot, note.pid, note.start_ticks, {}, change))
+            log = Redirection(path=f"{root}/dev/shm/{name}", restore_path="/dev/null", kept=True)
+            place.write_note(msgspec.structs.replace(place.new_note({}), log=log))
             async with await Monitor.connect(qemu.a) as monitor:
                 assert await restore_stale(monitor) is not None
             assert (outside / name).read_text() == "precious"

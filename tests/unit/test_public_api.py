@@ -118,7 +118,7 @@ def test_every_error_has_an_exit_code_of_the_contract() -> None:
         "TargetError": 3, "TargetUnreachable": 3, "MonitorBusy": 3, "TargetLost": 3,
         "WrongGuest": 3,
         "DeadlineExceeded": 3, "ProtocolViolation": 3,
-        "MissingPrerequisite": 4,
+        "MissingPrerequisite": 4, "TraceUnavailable": 4,
     }  # fmt: skip
     found = {
         name: getattr(errors, name).exit_code

@@ -12,12 +12,13 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qmp_memlistener.errors import DeadlineExceeded
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import TraceReason, TraceUnavailable
-from qmp_memlistener.qmp.trace_notes import LAG_LIMIT, LogChange, Place, sweep
+from qmp_memlistener.qmp.trace_notes import LAG_LIMIT, Place, Redirection, sweep
 from tests.support.own_state import SCRIPT, keep_state_in
 
 
@@ -50,7 +51,8 @@ def test_a_note_is_read_back_as_written(place: Place) -> None:
     assert stat.S_IMODE(os.stat(place.path).st_mode) == 0o700
     assert note.path == ""
     changed = place.new_note({})
-    changed = type(note)(1, note.boot, 1, 2, {}, LogChange("/l", "/dev/stderr", True))
+    log = Redirection(path="/l", restore_path="/dev/stderr", kept=True)
+    changed = msgspec.structs.replace(note, pid=1, start_ticks=2, events={}, log=log)
     place.write_note(changed)
     assert place.read_note() == changed
     assert changed.path == "/l"
@@ -91,13 +93,13 @@ def test_a_note_that_is_none(place: Place, text: bytes) -> None:
 
 def test_a_note_of_another_boot_does_not_count(place: Place) -> None:
     note = place.new_note({"runstate_set": True})
-    place.write_note(type(note)(1, "another boot", note.pid, note.start_ticks, note.events))
+    place.write_note(msgspec.structs.replace(note, boot="another boot"))
     assert place.read_note() is None
 
 
 def test_a_note_of_a_later_version_is_respected(place: Place) -> None:
     note = place.new_note({})
-    place.write_note(type(note)(2, note.boot, note.pid, note.start_ticks, {}))
+    place.write_note(msgspec.structs.replace(note, schema=2))
     with pytest.raises(TraceUnavailable) as refused:
         place.read_note()
     assert refused.value.reason is TraceReason.OTHER_AGENT
