@@ -28,7 +28,7 @@ from ..probes.registry import known_names
 from ..qmp import CONNECT_DEADLINE, Companions, GuestFacts, Monitor, Target
 from ..records import Header, ProbeState, Record
 from ..topology import MemoryMap
-from ..updates.guest_facts import backends_of
+from ..updates.guest_view import backends_of
 from ..updates.model import Addition, Intent, Outcome, Plug, Role, Strategy, Unplug, Value
 from ..updates.operation import UpdateOptions, perform
 from ..updates.options import parse_addition, parse_resize

@@ -6,7 +6,6 @@ What a failure looks like and what may be concluded from it is in `postmortem`.
 from __future__ import annotations
 
 import asyncio
-import re
 import stat
 import time
 from collections import deque
@@ -17,13 +16,13 @@ from pathlib import Path
 from ..errors import CommandFailed, MemListenerError, TargetError
 from ..host.bounded import in_thread
 from ..probes import Kind
-from ..qmp import Flag, Monitor, QmpEvent, hmp
+from ..qmp import Monitor, QmpEvent
+from ..qmp.guest import read_registers, read_vcpus, translate
 from ..records import GuestReset, GuestState, Record, SlotOp, StallRecord, TransitionRecord
 from ..topology import MemoryMap
 from .postmortem import (
     MapChange,
     Stopped,
-    Vcpu,
     explain_reset,
     explain_stop,
     parse_dumps,
@@ -43,8 +42,6 @@ _AGAIN_NS = 10_000_000_000
 _GUEST_RESET = "guest-reset"
 _KNOWN = "the guest asked for it, or a vCPU had a triple fault: QEMU does not tell which"
 _ASKED = "QEMU was told to, or its machine did it"
-
-_GPA = re.compile(r"\s*gpa: (0x[0-9a-f]+|0)\s*")
 
 
 @dataclass(slots=True)
@@ -190,11 +187,8 @@ class FailureWatch:
         )
 
     async def _count_vcpus(self) -> int | None:
-        try:
-            cpus = await self._monitor.execute("query-cpus-fast", deadline=_ASK_S)
-        except (TargetError, CommandFailed):
-            return None
-        return len(cpus) if isinstance(cpus, list) else None
+        vcpus = await read_vcpus(self._monitor, deadline=_ASK_S)
+        return len(vcpus) if vcpus is not None else None
 
     async def _wait_settled(self) -> None:
         """The transition may still be on its way; a guest that is gone leaves what there is."""
@@ -217,26 +211,18 @@ class FailureWatch:
 async def stopped_vcpus(monitor: Monitor, pid: int | None) -> list[Stopped]:
     """Registers and next instruction of every vCPU of a stopped guest; empty if it does not say."""
     try:
-        text = await hmp(monitor, "info registers", Flag("a"), deadline=_ASK_S)
-        vcpus = parse_registers(text)
+        vcpus = parse_registers(await read_registers(monitor, deadline=_ASK_S))
         dumps = await in_thread(_dumps_of, pid) if pid is not None else frozenset[str]()
         found = []
         until = time.monotonic() + _ASK_S
         for vcpu in vcpus:
-            gpa = await _translate(monitor, vcpu) if time.monotonic() < until else None
+            gpa = None
+            if time.monotonic() < until:
+                gpa = await translate(monitor, vcpu.index, vcpu.linear, deadline=_ASK_S)
             found.append(Stopped(vcpu, gpa, vcpu.general in dumps))
         return found
     except (TargetError, CommandFailed):
         return []
-
-
-async def _translate(monitor: Monitor, vcpu: Vcpu) -> int | None:
-    """As `gva2gpa` on that vCPU; `cpu-index` spares the monitor a change of its current CPU."""
-    line = f"gva2gpa {vcpu.linear:#x}"
-    arguments = {"command-line": line, "cpu-index": vcpu.index}
-    text = await monitor.execute("human-monitor-command", arguments, deadline=_ASK_S)
-    match = _GPA.fullmatch(text) if isinstance(text, str) else None
-    return int(match[1], 16) if match is not None else None
 
 
 def _dumps_of(pid: int) -> frozenset[str]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 
-from ..errors import CommandFailed, TargetError
 from ..qmp import Monitor, QmpEvent
+from ..qmp.guest import try_status
 from ..records import GuestState, Lost, Record
 from ..records import QmpEvent as EventRecord
 from .source import Publish, Source
@@ -79,7 +79,8 @@ class GuestEvents:
         while self._waiting:
             events, self._waiting = self._waiting, []
             dropped, self._dropped = self._dropped, 0
-            answer = await self._status()
+            # none: it is going down
+            answer = await try_status(self._monitor, deadline=2.0)
             records: list[Record] = [
                 GuestState(
                     t_ns=event.t_ns,
@@ -90,21 +91,14 @@ class GuestEvents:
                 for event in events
             ]
             if answer is not None:
-                status, running = answer
                 last = events[-1]
                 records[-1] = GuestState(
-                    t_ns=last.t_ns, status=status, running=running, event=last.name
+                    t_ns=last.t_ns,
+                    status=answer.status,
+                    running=answer.running,
+                    event=last.name,
                 )
             if dropped:
                 what = "events of the guest's state came faster than it could be asked"
                 records.append(Lost(t_ns=events[-1].t_ns, what=what, count=dropped))
             self._publish(records)
-
-    async def _status(self) -> tuple[str, bool] | None:
-        try:
-            value = await self._monitor.execute("query-status", deadline=2.0)
-        except (TargetError, CommandFailed):
-            return None  # it is going down
-        if not isinstance(value, dict):
-            return None
-        return str(value.get("status")), value.get("running") is True

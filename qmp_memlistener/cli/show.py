@@ -122,7 +122,10 @@ class _Live:
                 "accel": f.accel,
                 "status": f.status,
             },
-            "memory_devices": list(f.memory_devices),
+            "memory_devices": [
+                {"kind": kind, "id": name, "addr": addr, "size": size}
+                for kind, name, addr, size in self._devices()
+            ],
             "slots": [
                 {"as_id": s.as_id, "slot": s.slot, "gpa": s.gpa, "size": s.size, "flags": s.flags}
                 for s in self._slots(self.text)
@@ -149,15 +152,23 @@ class _Live:
                     for s in self._slots(text)
                 ),
             )
-        if self.facts.memory_devices:
+        if devices := self._devices():
             say("", "memory devices")
             print_table(
                 ("kind", "id", "range", "size"),
                 (
-                    [d.kind, d.id or "", span_text(d.addr, d.size), size_text(d.size)]
-                    for d in self.facts.memory_devices
+                    [kind, name or "", span_text(addr, size), size_text(size)]
+                    for kind, name, addr, size in devices
                 ),
             )
+
+    def _devices(self) -> list[tuple[str, str | None, int, int]]:
+        """Kind, id, gpa and size of the memory devices that are in the map."""
+        return [
+            (d.kind, d.id, d.addr, d.size)
+            for d in self.facts.memory_devices
+            if d.addr is not None and d.size is not None
+        ]
 
     def _slots(self, text: str) -> SlotTable:
         from ..memslots import ADDRESS_SPACES, slot_table

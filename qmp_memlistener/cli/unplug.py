@@ -54,7 +54,7 @@ def command(
         raise click.BadParameter("no device is called that", param_hint="'ID'")
 
     async def intend(agent: Agent) -> Unplug:
-        from ..updates.guest_facts import backends_of
+        from ..updates.guest_view import backends_of
         from ..updates.model import Unplug
 
         return Unplug(device, await backends_of(agent.monitor, device) if backends else ())

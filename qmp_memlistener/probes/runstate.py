@@ -10,11 +10,11 @@ go (vm_prepare_start): a vCPU stands still a little longer than the window.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..errors import MemListenerError
 from ..qmp import QmpEvent
+from ..qmp.guest import try_status
 from .model import Context, Kind, Observation, ProbeInfo, ProbeUnavailable, Sink, Verdict
 from .progress import Progress
 
@@ -171,7 +171,7 @@ class RunStateProbe:
     async def flush(self) -> None:
         """When an answer has come, so have all events before it."""
         called_ns = time.monotonic_ns()
-        await self._status()
+        await try_status(self._context.monitor, deadline=_DEADLINE_S)
         if self._sink is not None:
             self._sink.advance(self.info.name, called_ns)
 
@@ -180,7 +180,7 @@ class RunStateProbe:
         self._progress.stop()
         try:
             if self._stopped is not None and not self._since_before:
-                await self._status()
+                await try_status(self._context.monitor, deadline=_DEADLINE_S)
             self._report_open()
         finally:
             self._sink = None
@@ -192,21 +192,13 @@ class RunStateProbe:
 
     async def _ask_first(self) -> None:
         asked_ns = time.monotonic_ns()
-        status = await self._status()
-        running = self._context.facts.running if status is None else status.get("running")
+        status = await try_status(self._context.monitor, deadline=_DEADLINE_S)
+        running = self._context.facts.running if status is None else status.running
         now = time.monotonic_ns()
         # an event since we asked knows better
         if running is False and self._event_ns < asked_ns:
             self._stopped = Moment(asked_ns, now, None, read_offset())
             self._since_before = True
-
-    async def _status(self) -> Mapping[str, object] | None:
-        """query-status; None when QEMU does not answer in time, or is gone."""
-        try:
-            value = await self._context.monitor.execute("query-status", deadline=_DEADLINE_S)
-        except MemListenerError:
-            return None
-        return value if isinstance(value, Mapping) else None
 
     def _take(self, event: QmpEvent) -> None:
         if event.name not in ("STOP", "RESUME") or self._sink is None:

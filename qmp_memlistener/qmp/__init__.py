@@ -17,17 +17,10 @@ from .discovery import (
     list_document,
 )
 from .events import EventStream, QmpEvent
+from .guest import GuestFacts, MemoryDevice, read_facts
 from .hmp import Flag, hmp, hmp_line, hmp_timed
 from .identity import Companions, companions_of, find_owner
-from .snapshot import (
-    GuestFacts,
-    IdleRoundTrip,
-    MemoryDevice,
-    Snapshot,
-    measure_idle,
-    read_facts,
-    take_snapshot,
-)
+from .snapshot import IdleRoundTrip, Snapshot, measure_idle, take_snapshot
 from .sockets import MonitorState
 from .targets import (
     TARGET_FORMS,

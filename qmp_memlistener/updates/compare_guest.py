@@ -16,13 +16,13 @@ from typing import Protocol
 from ..errors import CommandFailed, OperationFailed
 from ..probes import Kind
 from ..qmp import Command, Monitor
+from ..qmp.guest import read_status
 from ..records import ProbeState, Record
-from .guest_facts import backends_of, read_facts
 from .guest_response import QUIET_S
-from .guest_view import read_guest, read_status
-from .migrating import remove
+from .guest_view import backends_of, read_facts, read_guest
 from .model import Intent, Outcome, Plug, Resize, Role, Strategy, Unplug, UpdateRefused
 from .operation import Host, UpdateOptions, perform
+from .removing import remove
 
 __all__ = ["ComparedGuest", "GuestState", "HostGuest", "NotPutBack", "read_state"]
 
@@ -97,7 +97,7 @@ async def read_state(monitor: Monitor, intent: Intent) -> GuestState:
             for name in facts.ids(role)
             if name.startswith(prefix)
         ),
-        {v.id: (v.requested, v.size) for v in view.virtio_mems if v.id is not None},
+        {v.id: (v.requested, v.size or 0) for v in view.virtio_mems if v.id is not None},
     )
 
 

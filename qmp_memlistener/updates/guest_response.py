@@ -14,12 +14,12 @@ from dataclasses import dataclass, replace
 
 from .. import waits
 from ..qmp import Monitor, QmpEvent
+from ..qmp.guest import read_memory_devices
+from ..qmp.guest_devices import PERIPHERAL, read_children
 from ..records import Cause, Record, TransitionRecord
-from .guest_facts import read_devices
-from .guest_view import read_virtio_mem
-from .memory_plans import DIMM_BLOCK
 from .phases import Marks
 from .placement import Seen, look_at
+from .plans import DIMM_BLOCK
 from .steps import Awaited, UpdatePlan, mib
 from .waiting import Waiting
 
@@ -139,7 +139,7 @@ class Reaction:
     def _take_deleted(self, data: Mapping[str, object], t_ns: int) -> None:
         """The device itself has its id in `device`; a backend of it has only a path below it."""
         name, path = data.get("device"), str(data.get("path", ""))
-        ours = [d for d in self._plan.devices if path.startswith(f"/machine/peripheral/{d}/")]
+        ours = [d for d in self._plan.devices if path.startswith(f"{PERIPHERAL}/{d}/")]
         if name in self._plan.devices:
             self._gone.add(str(name))
         elif ours:
@@ -207,7 +207,7 @@ class Reaction:
         if self._refusal is not None:
             return Verdict(False, True, self._refusal, "stop using it in the guest, and try again")
         left = wanted - self._gone
-        if not left & await read_devices(self._monitor):
+        if left.isdisjoint(await read_children(self._monitor, PERIPHERAL)):
             return Verdict(
                 False,
                 reason=f"{', '.join(sorted(left))} left the guest, and QEMU has not freed it yet: "
@@ -255,8 +255,11 @@ class Reaction:
         )
 
     async def _read_sizes(self) -> dict[str, int]:
-        found = await read_virtio_mem(self._monitor)
-        return {v.id: v.size for v in found if v.id is not None and v.id in self._plan.sizes}
+        return {
+            d.id: d.size
+            for d in await read_memory_devices(self._monitor)
+            if d.id in self._plan.sizes and d.id is not None and d.size is not None
+        }
 
     async def _wait_reaction(self, end: float) -> Verdict:
         devices = list((self._seen or {}).values())

@@ -1,69 +1,56 @@
-"""What an update must know of a guest before it touches anything: its state and its memory.
+"""What an update must know of a guest before it touches anything: its state, memory, ids in use.
 
-Reads only, with commands that cost QEMU well under a millisecond each.  What follows from it is
-the business of `plans`.
+`qmp.guest` and `qmp.guest_devices` ask; what follows from it is in `plans`.  All reads here raise
+TargetError.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import TypeVar
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
 
-import msgspec
-
-from ..errors import CommandFailed, ProtocolViolation
-from ..qmp import Monitor
+from ..qmp import MemoryDevice, Monitor
+from ..qmp.asking import qom_get
+from ..qmp.guest import (
+    read_backends,
+    read_block_jobs,
+    read_device_memory,
+    read_machine,
+    read_memory_devices,
+    read_memory_sizes,
+    read_migration,
+    read_status,
+    takes_nvdimm,
+)
+from ..qmp.guest_devices import (
+    PERIPHERAL,
+    PciBus,
+    device_properties,
+    read_block_nodes,
+    read_buses,
+    read_children,
+    read_netdevs,
+)
+from .model import Addition, Intent, Plug, Role
 from .promise import is_migrating
 
-__all__ = [
-    "Dimm",
-    "GuestView",
-    "VirtioMem",
-    "ask",
-    "read_guest",
-    "read_status",
-    "read_virtio_mem",
-]
+__all__ = ["Facts", "GuestView", "backends_of", "read_facts", "read_guest", "read_ids"]
 
-T = TypeVar("T")
-
-
-@dataclass(frozen=True, slots=True)
-class Dimm:
-    """A pc-dimm or nvdimm; `id` is None when it was given none."""
-
-    id: str | None
-    kind: str
-    size: int
-    memdev: str
-    hotpluggable: bool
-
-
-@dataclass(frozen=True, slots=True)
-class VirtioMem:
-    """A virtio-mem device: the guest has `size` of `max_size` bytes, `requested` are wanted."""
-
-    id: str | None
-    size: int
-    requested: int
-    max_size: int
-    block_size: int
+_DIMMS = ("dimm", "nvdimm")
+_OTHERS = ("virtio-pmem", "hv-balloon")
 
 
 @dataclass(frozen=True, slots=True)
 class GuestView:
     """A guest as it is before an update; sizes are bytes.
 
-    `machine` is QEMU's name of it, alias resolved.  `dimm_slots` is what `-m slots=` gave,
-    `max_memory` what `maxmem=` gave, None when that is not known: QEMU tells it only if there are
-    slots (machine_get_mem of hw/core/machine.c).  `device_memory` is the range that the machine
-    keeps for memory devices, None when it has none; `base_memory` what the guest booted with.
-    `jobs` are block jobs that copy (types).  `migration` is the status of a migration under way,
-    else None.
+    `migration` is its status while it is under way, None otherwise.  `dimm_slots` is what
+    `-m slots=` gave, `max_memory` what `maxmem=` gave, None when that is not known.
+    `device_memory` is the range that the machine keeps for memory devices, None when it has none;
+    `base_memory` what the guest booted with.
     """
 
     status: str
-    running: bool
     migration: str | None
     jobs: tuple[str, ...]
     machine: str
@@ -71,16 +58,22 @@ class GuestView:
     base_memory: int
     max_memory: int | None
     dimm_slots: int
-    dimms: tuple[Dimm, ...]
-    virtio_mems: tuple[VirtioMem, ...]
+    memory_devices: tuple[MemoryDevice, ...]
     device_memory: tuple[int, int] | None
-    other_memory: int = 0
-    """What memory devices of other kinds take of `device_memory`."""
+
+    @property
+    def dimms(self) -> list[MemoryDevice]:
+        """Those that take a slot, NVDIMMs among them."""
+        return [d for d in self.memory_devices if d.kind in _DIMMS]
+
+    @property
+    def virtio_mems(self) -> list[MemoryDevice]:
+        return [d for d in self.memory_devices if d.kind == "virtio-mem"]
 
     @property
     def memory(self) -> int:
         """All memory the guest has, or is about to have of virtio-mem devices."""
-        plugged = sum(d.size for d in self.dimms) + sum(v.requested for v in self.virtio_mems)
+        plugged = sum(d.size or 0 for d in self.dimms) + sum(v.requested for v in self.virtio_mems)
         return self.base_memory + plugged
 
     @property
@@ -99,139 +92,99 @@ class GuestView:
             return None
         start, end = self.device_memory
         room = end - start if self.max_memory is None else self.max_memory - self.base_memory
-        taken = sum(d.size for d in self.dimms) + sum(v.max_size for v in self.virtio_mems)
-        return max(0, room - taken - self.other_memory)
-
-
-class _Status(msgspec.Struct):
-    status: str
-    running: bool
-
-
-class _Migration(msgspec.Struct):
-    status: str | None = None
-
-
-class _Job(msgspec.Struct):
-    type: str
-    device: str = ""
-
-
-class _Sizes(msgspec.Struct, rename="kebab"):
-    """MemorySizeConfiguration of qapi/machine.json: without slots there is no `slots`."""
-
-    size: int
-    max_size: int | None = None
-    slots: int = 0
-
-
-class _Device(msgspec.Struct, rename="kebab"):
-    """`data` of query-memory-devices, of all types (qapi/machine.json, MemoryDeviceInfo)."""
-
-    id: str | None = None
-    size: int = 0
-    memdev: str = ""
-    hotpluggable: bool = False
-    requested_size: int = 0
-    max_size: int = 0
-    block_size: int = 1
-
-
-class _MemoryDevice(msgspec.Struct):
-    type: str
-    data: _Device
-
-
-class _Child(msgspec.Struct):
-    name: str
-
-
-_MEMORY_TYPES = {"dimm": "pc-dimm", "nvdimm": "nvdimm"}
-_OTHERS = frozenset({"virtio-pmem", "hv-balloon"})
-_DEVICE_MEMORY = "device-memory[0]"
-"""The region that every machine makes which has one (machine_memory_devices_init of
-hw/core/machine.c and its forerunners in 7.2)."""
+        taken = sum(v.max_size for v in self.virtio_mems)
+        taken += sum(d.size or 0 for d in self.memory_devices if d.kind in (*_DIMMS, *_OTHERS))
+        return max(0, room - taken)
 
 
 async def read_guest(monitor: Monitor) -> GuestView:
-    """Raises TargetError."""
-    status, running = await read_status(monitor)
-    migration = await ask(monitor, "query-migrate", _Migration, _Migration())
-    jobs = await ask(monitor, "query-block-jobs", list[_Job], [])
-    sizes = await _machine_property(monitor, "memory", _Sizes, _Sizes(0))
-    devices = await _memory_devices(monitor)
+    """What every update must know."""
+    status = await read_status(monitor)
+    migration = await read_migration(monitor)
+    sizes = await read_memory_sizes(monitor)
     return GuestView(
-        status=status,
-        running=running,
-        migration=migration.status if is_migrating(migration.status or "") else None,
-        jobs=tuple(job.type for job in jobs),
-        machine=await _machine_property(monitor, "type", str, ""),
-        nvdimm=await _machine_property(monitor, "nvdimm", bool, False),
+        status=status.status,
+        migration=migration if is_migrating(migration) else None,
+        jobs=await read_block_jobs(monitor),
+        machine=await read_machine(monitor),
+        nvdimm=await takes_nvdimm(monitor),
         base_memory=sizes.size,
         max_memory=sizes.max_size,
         dimm_slots=sizes.slots,
-        dimms=tuple(
-            Dimm(d.data.id, _MEMORY_TYPES[d.type], d.data.size, d.data.memdev, d.data.hotpluggable)
-            for d in devices
-            if d.type in _MEMORY_TYPES
-        ),
-        virtio_mems=_virtio_mems(devices),
-        device_memory=await _device_memory(monitor),
-        other_memory=sum(d.data.size for d in devices if d.type in _OTHERS),
+        memory_devices=await read_memory_devices(monitor),
+        device_memory=await read_device_memory(monitor),
     )
 
 
-async def read_status(monitor: Monitor) -> tuple[str, bool]:
-    """QEMU's RunState, and whether the guest runs.  Raises TargetError."""
-    found = await ask(monitor, "query-status", _Status)
-    return found.status, found.running
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What the plan for a certain intent needs beside the view.
+
+    `backends` are the memory backends that exist, with their sizes in bytes; `pci` says whether the
+    device to be plugged is a PCI device, `memory` whether it is one that is mapped as memory beside
+    the boot memory, `slot` whether that needs a slot for a DIMM; `buses` are those for a PCI
+    device; `used` are the ids there are, by what they are ids of.
+    """
+
+    backends: Mapping[str, int]
+    pci: bool = False
+    used: Mapping[Role, frozenset[str]] = field(default_factory=dict)
+    memory: bool = False
+    slot: bool = False
+    buses: Sequence[PciBus] = ()
+
+    def ids(self, role: Role) -> frozenset[str]:
+        return self.used.get(role, frozenset())
 
 
-async def _device_memory(monitor: Monitor) -> tuple[int, int] | None:
-    there = await ask(monitor, "qom-list", list[_Child], path="/machine")
-    if _DEVICE_MEMORY not in {child.name for child in there}:
-        return None
-    path = f"/machine/{_DEVICE_MEMORY}"
-    start = await ask(monitor, "qom-get", int, path=path, property="addr")
-    size = await ask(monitor, "qom-get", int, path=path, property="size")
-    return (start, start + size)
-
-
-async def read_virtio_mem(monitor: Monitor) -> tuple[VirtioMem, ...]:
-    """The virtio-mem devices, in QEMU's order.  Raises TargetError."""
-    return _virtio_mems(await _memory_devices(monitor))
-
-
-def _virtio_mems(devices: list[_MemoryDevice]) -> tuple[VirtioMem, ...]:
-    return tuple(
-        VirtioMem(d.data.id, d.data.size, d.data.requested_size, d.data.max_size, d.data.block_size)
-        for d in devices
-        if d.type == "virtio-mem"
+async def read_facts(monitor: Monitor, intent: Intent) -> Facts:
+    """What the plan for `intent` needs."""
+    backends = await read_backends(monitor)
+    roles = {b.role for b in intent.backends} if isinstance(intent, Plug) else set()
+    used = await read_ids(monitor, roles)
+    if not isinstance(intent, Plug):
+        return Facts(backends, used=used)
+    # qom-list-types would know, and load all of QEMU's modules
+    types = await device_properties(monitor, intent.device.type)
+    pci = "multifunction" in types  # every PCI device has it (hw/pci/pci.c)
+    # of a PCI device `addr` is its place on the bus
+    dimm = not pci and "memdev" in types and types.get("addr") == "uint64"
+    return Facts(
+        backends,
+        pci,
+        used,
+        memory=dimm or "memaddr" in types,
+        slot=dimm and "slot" in types,
+        buses=await read_buses(monitor) if pci else (),
     )
 
 
-async def _memory_devices(monitor: Monitor) -> list[_MemoryDevice]:
-    return await ask(monitor, "query-memory-devices", list[_MemoryDevice], [])
+async def read_ids(monitor: Monitor, roles: Collection[Role]) -> dict[Role, frozenset[str]]:
+    """The ids that are in use, of devices and objects and what else is among `roles`."""
+    used = {
+        Role.DEVICE: frozenset(await read_children(monitor, PERIPHERAL)),
+        Role.OBJECT: frozenset(await read_children(monitor, "/objects")),
+    }
+    if Role.NETDEV in roles:
+        used[Role.NETDEV] = await read_netdevs(monitor)
+    if Role.BLOCKDEV in roles:
+        used[Role.BLOCKDEV] = await read_block_nodes(monitor)
+    return used
 
 
-async def ask(
-    monitor: Monitor, command: str, kind: type[T], default: T | None = None, **arguments: object
-) -> T:
-    """The answer as `kind`; `default` when this QEMU or this machine does not have the command."""
-    try:
-        answer = await monitor.execute(command, arguments or None)
-    except CommandFailed:
-        if default is None:
-            raise
-        return default
-    try:
-        return msgspec.convert(answer, type=kind)
-    except msgspec.ValidationError as exc:
-        raise ProtocolViolation(
-            f"{monitor.target}: the answer to {command} is none of QEMU's: {exc}",
-            remedy="please report it with the version of QEMU",
-        ) from exc
+async def backends_of(monitor: Monitor, device: str) -> tuple[Addition, ...]:
+    """What the device `device` stands on and what can be removed after it: memory, network, block.
 
-
-async def _machine_property(monitor: Monitor, name: str, kind: type[T], default: T) -> T:
-    return await ask(monitor, "qom-get", kind, default, path="/machine", property=name)
+    A backend that is part of QEMU's own command line is among them; QEMU removes it like others.
+    """
+    found = []
+    for name, role in (
+        ("memdev", Role.OBJECT),
+        ("netdev", Role.NETDEV),
+        ("drive", Role.BLOCKDEV),
+    ):
+        value = await qom_get(monitor, f"{PERIPHERAL}/{device}", name, str, "")
+        backend = value.rpartition("/")[2] if role is Role.OBJECT else value
+        if backend:
+            found.append(Addition(role, backend, {role.id_key: backend}, typed=True))
+    return tuple(found)

@@ -12,9 +12,9 @@ from collections.abc import Coroutine, Iterable
 
 from ..errors import CommandFailed, MemListenerError, TargetUnreachable
 from ..qmp import Monitor
-from .guest_facts import read_devices
-from .migrating import remove
+from ..qmp.guest_devices import PERIPHERAL, read_children
 from .model import Role
+from .removing import remove
 from .steps import Step
 
 __all__ = ["Journal"]
@@ -110,7 +110,7 @@ class Journal:
         changed = [step for step in self.asked if step.command.name in commands]
         if not changed:
             return False
-        there = await read_devices(ops)
+        there = await read_children(ops, PERIPHERAL)
         for step in changed:
             is_there = (step.command.arguments or {}).get("id") in there
             if step.addition is None and is_there:

@@ -12,10 +12,12 @@ from ..errors import CommandFailed, OperationFailed
 from ..host import notes
 from ..qmp import Command, Monitor
 from ..qmp.freeze import FreezeKey
+from ..qmp.guest import LOOK, Look
 from ..qmp.identity import GuestIdentity
 from .guard_notes import GuardNote, unfinished
 from .made_notes import MadeNote, left_made, still_there
-from .migrating import LOOK, Look, remove
+from .migrating import has_guest
+from .removing import remove
 from .steps import removal
 
 __all__ = ["REMEDY", "LeftBehind", "confirmed", "left_behind", "take_away"]
@@ -124,7 +126,7 @@ def _check_process(monitor: Monitor, note: notes.Note) -> None:
 async def _resume(monitor: Monitor, note: GuardNote) -> None:
     look = Look.of(*await monitor.pipeline(LOOK))
     why = ""
-    if look.is_migrating:
+    if has_guest(look):
         why = f"a migration has it (migration {look.migration}, state {look.status})"
     elif look.status != "paused":
         why = f"it is in the state {look.status}"

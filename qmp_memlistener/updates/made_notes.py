@@ -18,9 +18,9 @@ from ..host import notes
 from ..host.locks import HeldFile
 from ..host.processes import Process
 from ..qmp import Monitor
+from ..qmp.guest_devices import PERIPHERAL, read_children
 from ..qmp.identity import GuestIdentity
-from .guest_facts import backends_of, read_devices, read_ids
-from .guest_view import ask
+from .guest_view import backends_of, read_ids
 from .model import Addition, Role
 from .steps import UpdatePlan
 
@@ -63,11 +63,6 @@ class MadeNote(notes.Note, frozen=True, kw_only=True):
         )
 
 
-class _Property(msgspec.Struct):
-    name: str
-    type: str
-
-
 @asynccontextmanager
 async def noted(monitor: Monitor, plan: UpdatePlan) -> AsyncIterator[None]:
     """Note what is prepared inside the block, and at its end that nothing of it is left over.
@@ -96,20 +91,19 @@ def left_made(key: str | None = None) -> list[notes.Stale[MadeNote]]:
 
 async def still_there(monitor: Monitor, note: MadeNote) -> list[Addition]:
     """What of it exists and is used by no device, in the order in which it can be removed."""
-    devices = await read_devices(monitor)
-    if devices & set(note.devices):
+    devices = await read_children(monitor, PERIPHERAL)
+    if not devices.keys().isdisjoint(note.devices):
         return []  # and they stand on it
     there = [made.addition for made in note.things]
     ids = await read_ids(monitor, {a.role for a in there})
-    objects = await ask(monitor, "qom-list", list[_Property], path="/objects")
-    kinds = {child.name: child.type for child in objects}
+    kinds = await read_children(monitor, "/objects")
     used = {(b.role, b.id) for name in devices for b in await backends_of(monitor, name)}
     return [
         a
         for a in reversed(there)
         if a.id in ids.get(a.role, ())
         and (a.role, a.id) not in used
-        and (a.role is not Role.OBJECT or kinds.get(a.id) == f"child<{a.type}>")
+        and (a.role is not Role.OBJECT or kinds.get(a.id) == a.type)
     ]
 
 

@@ -32,15 +32,16 @@ from ..errors import (
 )
 from ..probes import Kind
 from ..qmp import Companions, Monitor, Reply
+from ..qmp.guest import count_ram_blocks, read_status
+from ..qmp.guest_devices import Window, read_windows
 from ..records import Header, ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .guard import ResumeGuard
 from .guard_targets import guard_targets
-from .guest_facts import read_facts
 from .guest_response import Reaction, Verdict
-from .guest_view import read_guest, read_status
+from .guest_view import read_facts, read_guest
 from .journal import Journal
 from .made_notes import noted
-from .migrating import refuse_if_migrating, remove
+from .migrating import refuse_if_migrating
 from .model import (
     GuestStates,
     Intent,
@@ -50,12 +51,11 @@ from .model import (
     Strategy,
 )
 from .pause import run_paused
-from .pci_buses import Window, read_windows
 from .phases import Marks, phases_of
 from .placement import Seen, look_at
 from .plans import plan_update
 from .property_types import add, type_arguments
-from .ram_blocks import count_blocks, memory_backends, wait_freed
+from .removing import count_memory_backends, remove, wait_freed
 from .steps import Awaited, Step, UpdatePlan
 from .through_guest import ThroughGuest
 from .waiting import Waiting
@@ -154,7 +154,7 @@ class _Operation:
         async with AsyncExitStack() as stack:
             stack.callback(self._host.subscribe(self._records.append))
             try:
-                self._before, _ = await read_status(self._host.monitor)
+                self._before = (await read_status(self._host.monitor)).status
                 plan = await self._plan(intent)
                 guard = await self._start_guard(stack, plan)
                 self._go_on("nothing was touched")
@@ -250,8 +250,7 @@ class _Operation:
     async def _wait(self, reaction: Reaction) -> Verdict:
         """A guest that does not run does nothing."""
         try:
-            _, running = await read_status(self._host.monitor)
-            if running:
+            if (await read_status(self._host.monitor)).running:
                 return await reaction.wait(self._options.wait_s, self._waiting)
         except CommandFailed as exc:
             why = f"it was changed, but what the guest does about it is not known: {exc.message}"
@@ -347,8 +346,8 @@ class _Operation:
             for s in plan.finish
             if s.command.name == Role.OBJECT.remove_command
         ]
-        backends = await memory_backends(ops, objects) if objects else 0
-        blocks = await count_blocks(ops) if backends else None
+        backends = await count_memory_backends(ops, objects) if objects else 0
+        blocks = await count_ram_blocks(ops) if backends else None
         for step in plan.finish:
             try:
                 await remove(ops, step.command)
@@ -422,6 +421,6 @@ class _Operation:
 
     async def _status(self) -> str:
         try:
-            return (await read_status(self._host.monitor))[0]
+            return (await read_status(self._host.monitor)).status
         except CommandFailed:
             return _UNKNOWN

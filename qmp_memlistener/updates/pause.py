@@ -43,9 +43,10 @@ from ..errors import (
     TargetLost,
 )
 from ..qmp import Command, Monitor, QmpEvent, Reply
+from ..qmp.guest import LOOK, Look
 from ..qmp.identity import wrong_guest
 from .guard import ResumeGuard, Settled
-from .migrating import LOOK, Look, refuse_if_migrating
+from .migrating import has_guest, refuse_if_migrating
 from .promise import LOOK_EVERY_NS
 from .resuming import End, lost, stop_again
 
@@ -312,7 +313,7 @@ async def _stop(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: fl
         raise stop
     pause.start_ns = stop.t_end_ns
     pause.look = look
-    if look.is_migrating:
+    if has_guest(look):
         began = f"a migration began ({look.migration}, {look.status})"
         raise GuestMigrating(
             f"{began} when the guest was about to be paused; it was not held",
@@ -335,7 +336,7 @@ async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: 
             await end.release(guard)
             if end.runs and not guard.acted:
                 end.notes.append("somebody else resumed the guest meanwhile")
-        elif asked and (look.status != "paused" or look.is_migrating):
+        elif asked and (look.status != "paused" or has_guest(look)):
             # one of us sends `cont`, and the guard is at it already
             began = f"a migration began ({look.migration})"
             why = began if look.status == "paused" else f"the guest became {look.status}"

@@ -11,8 +11,8 @@ import re
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ..qmp.guest_devices import PciBus, slot_text
 from .model import Addition, Strategy, UpdateRefused
-from .pci_buses import PciBus, slot_text
 from .steps import mib
 
 __all__ = ["on_a_bus"]

@@ -22,11 +22,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fractions import Fraction
 
-import msgspec
-
-from ..errors import CommandFailed, DeadlineExceeded, InputError, ProtocolViolation
+from ..errors import CommandFailed, DeadlineExceeded, InputError
 from ..qmp import Monitor
 from ..qmp.allowed import may_be_examined
+from ..qmp.guest_devices import device_properties
 from .model import Addition, Role, UpdateRefused, Value
 from .options import shown
 
@@ -158,11 +157,6 @@ async def add(monitor: Monitor, addition: Addition, deadline: float) -> Addition
 # -- devices -------------------------------------------------------------------------------------
 
 
-class _Property(msgspec.Struct, frozen=True):
-    name: str
-    type: str
-
-
 async def _device_types(
     monitor: Monitor, driver: str, deadline: float
 ) -> tuple[str, Mapping[str, str]]:
@@ -177,22 +171,13 @@ async def _device_types(
     refusal: CommandFailed | None = None
     for name in (driver, alias) if alias else (driver,):
         try:
-            found = await monitor.execute(
-                "device-list-properties", {"typename": name}, deadline=deadline
-            )
+            types = await device_properties(monitor, name, deadline=deadline)
         except CommandFailed as error:
             refusal = refusal or error
-        else:
-            try:
-                properties = msgspec.convert(found, list[_Property])
-            except msgspec.ValidationError as error:
-                raise ProtocolViolation(
-                    f"{monitor.target} answered device-list-properties oddly: {error}"
-                ) from None
-            types = {p.name: p.type for p in properties}
-            if types.get("addr") == _PCI_ADDR_BEFORE_9_2:
-                types["addr"] = "str"
-            return name, types
+            continue
+        if types.get("addr") == _PCI_ADDR_BEFORE_9_2:
+            types["addr"] = "str"
+        return name, types
     assert refusal is not None
     raise CommandFailed(
         refusal.command, refusal.error_class, refusal.desc, remedy=_no_such_type(Role.DEVICE)

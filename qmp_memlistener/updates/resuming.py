@@ -6,8 +6,9 @@ from dataclasses import dataclass, field
 
 from ..errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
 from ..qmp import Monitor
+from ..qmp.guest import LOOK, Look
 from .guard import ResumeGuard, Settled
-from .migrating import LOOK, RAN_TWICE, Look
+from .migrating import RAN_TWICE
 from .promise import MIGRATED
 
 __all__ = ["End", "lost", "stop_again"]

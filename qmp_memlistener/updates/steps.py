@@ -1,16 +1,15 @@
-"""What a plan is made of: steps, what they wait for, and the facts that they rest on.  Pure."""
+"""What a plan is made of: steps, and what they wait for.  Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from enum import StrEnum
 
 from ..qmp import Command
 from .model import Addition, Role
-from .pci_buses import PciBus
 
-__all__ = ["Awaited", "Facts", "Step", "UpdatePlan", "adding", "mib", "removal"]
+__all__ = ["Awaited", "Step", "UpdatePlan", "adding", "mib", "removal"]
 
 
 class Awaited(StrEnum):
@@ -60,27 +59,6 @@ class UpdatePlan:
     devices: tuple[str, ...]
     sizes: Mapping[str, int]
     notes: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Facts:
-    """What plans need beside the view.
-
-    `backends` are the memory backends that exist, with their sizes in bytes; `pci` says whether the
-    device to be plugged is a PCI device, `memory` whether it is one that is mapped as memory beside
-    the boot memory, `slot` whether that needs a slot for a DIMM; `buses` are those for a PCI
-    device; `used` are the ids there are, by what they are ids of.
-    """
-
-    backends: Mapping[str, int]
-    pci: bool = False
-    used: Mapping[Role, frozenset[str]] = field(default_factory=dict)
-    memory: bool = False
-    slot: bool = False
-    buses: Sequence[PciBus] = ()
-
-    def ids(self, role: Role) -> frozenset[str]:
-        return self.used.get(role, frozenset())
 
 
 def adding(addition: Addition) -> Step:

@@ -10,9 +10,9 @@ import pytest
 from qmp_memlistener.errors import CommandFailed
 from qmp_memlistener.guests import GuestSpec, QemuBuild, launch
 from qmp_memlistener.qmp import Monitor
+from qmp_memlistener.qmp.guest_devices import PciBus, read_buses, slot_text
 from qmp_memlistener.updates.model import Plug, Role
 from qmp_memlistener.updates.options import parse_addition
-from qmp_memlistener.updates.pci_buses import PciBus, read_buses, slot_text
 from tests.support.live import attach_bare, builds, qmp
 
 pytestmark = pytest.mark.qemu

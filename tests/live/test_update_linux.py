@@ -13,10 +13,10 @@ import pytest
 from qmp_memlistener import Agent, Outcome, Strategy, attach
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.guests.linux import LinuxGuest, LinuxSpec
+from qmp_memlistener.qmp.guest import count_ram_blocks
 from qmp_memlistener.updates.model import Plug, Role, Unplug
 from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
-from qmp_memlistener.updates.ram_blocks import count_blocks
 from tests.support.linux import LinuxVm, booted_linux
 from tests.support.live import QEMUS, builds
 
@@ -97,7 +97,7 @@ async def test_cards(build: QemuBuild, machine: str) -> None:
 
 async def plug_and_unplug(vm: LinuxVm, agent: Agent, card: Card, strategy: Strategy) -> None:
     backend = parse_addition(card.role, card.backend)
-    blocks = await count_blocks(vm.monitor)
+    blocks = await count_ram_blocks(vm.monitor)
     plug = Plug(parse_addition(Role.DEVICE, card.device), (backend,))
     plugged = await agent.update(plug, strategy, PATIENT)
     assert (plugged.outcome, plugged.reason) == ("done", None)
@@ -119,7 +119,7 @@ async def plug_and_unplug(vm: LinuxVm, agent: Agent, card: Card, strategy: Strat
     assert (gone.outcome, gone.reason) == ("done", None)
     assert "guest_acts" in names(gone)
     # what is not freed makes QEMU abort when the same device is plugged again
-    assert await count_blocks(vm.monitor) == blocks
+    assert await count_ram_blocks(vm.monitor) == blocks
 
 
 @builds(of=QEMUS[:2])

@@ -174,5 +174,5 @@ async def test_a_machine_without_device_memory(build: QemuBuild) -> None:
         for device in ("virtio-mem-pci,id=v0,memdev=m0,bus=p", "pc-dimm,id=v0,memdev=m0"):
             outcome = await plug(agent, device, "id=m0,size=128M")
             assert outcome.outcome == "refused"
-            assert "microvm-machine has no device memory" in str(outcome.reason)
+            assert "microvm has no device memory" in str(outcome.reason)
             assert "q35" in str(outcome.remedy)

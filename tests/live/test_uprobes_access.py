@@ -19,6 +19,7 @@ from qmp_memlistener.probes.uprobes import Batch, UprobeReader, UprobesProbe, wa
 from qmp_memlistener.probes.uprobes.names import ThreadNames
 from qmp_memlistener.probes.uprobes.program import examine
 from qmp_memlistener.qmp import find_guest
+from qmp_memlistener.qmp.guest import read_vcpus
 from tests.support.live import QEMUS, Vm, booted, builds, qmp
 from tests.support.probes import guest_context
 
@@ -193,7 +194,7 @@ async def test_a_qemu_in_another_process_namespace(build: QemuBuild, tmp_path: P
         pid = child_of(shell)
         assert find_guest(pid) is not None
         names = ThreadNames(pid)
-        names.learn_vcpus(await monitor.execute("query-cpus-fast"))
+        names.learn_vcpus(await read_vcpus(monitor, deadline=10.0) or ())
         threads = [int(name) for name in os.listdir(f"/proc/{pid}/task")]
         assert sorted(names[tid] for tid in threads).count("CPU 0") == 1
         assert names[pid] == "main"

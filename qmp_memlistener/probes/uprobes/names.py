@@ -4,19 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterable
 
-import msgspec
+from ...qmp.guest import VcpuThread
 
 __all__ = ["ThreadNames"]
 
 _VCPU = re.compile(r"CPU (\d+)/\w+")  # with -name debug-threads=on
-
-
-class _Cpu(msgspec.Struct, rename="kebab"):
-    """What we want of an entry of query-cpus-fast."""
-
-    cpu_index: int
-    thread_id: int
 
 
 class ThreadNames:
@@ -27,10 +21,10 @@ class ThreadNames:
         self._vcpus: dict[int, str] = {}
         self._others: dict[int, str] = {}
 
-    def learn_vcpus(self, reply: object) -> None:
-        """Take in the value of query-cpus-fast; raises msgspec.ValidationError."""
+    def learn_vcpus(self, vcpus: Iterable[VcpuThread]) -> None:
+        """These are the threads of the vCPUs."""
         threads: dict[int, list[int]] = {}
-        for cpu in msgspec.convert(reply, list[_Cpu]):
+        for cpu in vcpus:
             threads.setdefault(cpu.thread_id, []).append(cpu.cpu_index)
         inner = {self._inner(tid): tid for tid in self._tids()}
         # TCG with one thread for all: it is named after all of them

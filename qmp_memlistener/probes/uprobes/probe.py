@@ -9,10 +9,9 @@ import asyncio
 import time
 from concurrent.futures import Future
 
-import msgspec
-
-from ...errors import DeadlineExceeded, MemListenerError
+from ...errors import DeadlineExceeded
 from ...host.bounded import in_thread
+from ...qmp.guest import read_vcpus, try_status
 from ..inbox import Inbox
 from ..model import (
     CommandSpan,
@@ -183,19 +182,15 @@ class UprobesProbe:
     async def _get_to_know(self, reader: UprobeReader) -> None:
         """Names of the vCPUs, and whether the guest runs."""
         await self._learn_names()
-        try:
-            status = await self._context.monitor.execute("query-status", deadline=_ASK_DEADLINE)
-        except MemListenerError:
-            return
-        if isinstance(status, dict):
-            await _within(reader.guest_runs(status.get("running") is True))
+        status = await try_status(self._context.monitor, deadline=_ASK_DEADLINE)
+        if status is not None:
+            await _within(reader.guest_runs(status.running))
 
     async def _learn_names(self) -> None:
-        try:
-            cpus = await self._context.monitor.execute("query-cpus-fast", deadline=_ASK_DEADLINE)
-            self._names.learn_vcpus(cpus)
-        except (MemListenerError, msgspec.ValidationError):
-            pass  # threads are then called as they call themselves
+        # without an answer threads are called as they call themselves
+        vcpus = await read_vcpus(self._context.monitor, deadline=_ASK_DEADLINE)
+        if vcpus is not None:
+            self._names.learn_vcpus(vcpus)
 
     async def _look(self, on: bool) -> None:
         if self._reader is None or (on and not self._may_look):

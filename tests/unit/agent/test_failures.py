@@ -304,7 +304,7 @@ class _Monitor:
 
     async def execute(self, command: str, *_: object, **__: object) -> object:
         assert command == "query-cpus-fast"
-        return [{"cpu-index": i} for i in range(self._vcpus)]
+        return [{"cpu-index": i, "thread-id": 100 + i} for i in range(self._vcpus)]
 
 
 def watch_of(found: list[Record], vcpus: int) -> FailureWatch:

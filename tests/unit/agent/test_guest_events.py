@@ -22,7 +22,7 @@ class Asked:
         self.may = asyncio.Event()
         self.questions = 0
 
-    async def execute(self, command: str, *, deadline: float) -> object:
+    async def execute(self, command: str, _: object = None, *, deadline: float) -> object:
         assert (command, deadline) == ("query-status", 2.0)
         self.questions += 1
         await self.may.wait()

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qmp_memlistener.qmp.guest_devices import PciBus, slot_text
 from qmp_memlistener.updates.model import Addition, Role, Strategy, UpdateRefused, Value
-from qmp_memlistener.updates.pci_buses import PciBus, slot_text
 from qmp_memlistener.updates.pci_plans import on_a_bus
 
 MIB = 1 << 20

@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.updates.guest_view import Dimm, GuestView, VirtioMem
+from qmp_memlistener.qmp import MemoryDevice
+from qmp_memlistener.updates.guest_view import Facts, GuestView
 from qmp_memlistener.updates.model import (
     Addition,
     Plug,
@@ -20,27 +21,35 @@ from qmp_memlistener.updates.model import (
     Value,
 )
 from qmp_memlistener.updates.plans import plan_update
-from qmp_memlistener.updates.steps import Awaited, Facts, UpdatePlan
+from qmp_memlistener.updates.steps import Awaited, UpdatePlan
 
 MIB = 1 << 20
 GIB = 1 << 30
 PC = GuestView(
     status="running",
-    running=True,
     migration=None,
     jobs=(),
-    machine="pc-i440fx-10.0-machine",
+    machine="pc-i440fx-10.0",
     nvdimm=False,
     base_memory=GIB,
     max_memory=4 * GIB,
     dimm_slots=4,
-    dimms=(),
-    virtio_mems=(),
+    memory_devices=(),
     device_memory=(4 * GIB, 12 * GIB),
 )
 NONE = Facts({})
 DIMM = Facts({}, memory=True, slot=True)
 D0 = {Role.DEVICE: frozenset({"d0"})}
+
+
+def dimm(name: str, size: int, memdev: str, hotpluggable: bool) -> MemoryDevice:
+    return MemoryDevice("dimm", name, GIB, size, memdev, hotpluggable)
+
+
+def virtio_mem(name: str, size: int, requested: int, most: int, block: int) -> MemoryDevice:
+    return MemoryDevice(
+        "virtio-mem", name, GIB, size, requested=requested, max_size=most, block_size=block
+    )
 
 
 def device(driver: str, name: str = "d0", **properties: Value) -> Addition:
@@ -98,13 +107,13 @@ def test_block_jobs_forbid_only_a_pause() -> None:
     [
         (replace(PC, dimm_slots=0), 256 * MIB, "no slots"),
         (
-            replace(PC, dimm_slots=1, dimms=(Dimm("a", "pc-dimm", MIB, "/objects/a", True),)),
+            replace(PC, dimm_slots=1, memory_devices=(dimm("a", MIB, "/objects/a", True),)),
             256 * MIB,
             "all 1 memory slots",
         ),
         (PC, 4 * GIB, "has room for 3072 MiB"),
         (
-            replace(PC, virtio_mems=(VirtioMem("v", 0, 0, 3 * GIB, 2 * MIB),)),
+            replace(PC, memory_devices=(virtio_mem("v", 0, 0, 3 * GIB, 2 * MIB),)),
             256 * MIB,
             "has room for 0 MiB",
         ),
@@ -121,7 +130,7 @@ def test_no_room_for_a_dimm(view: GuestView, size: int, words: str) -> None:
 @pytest.mark.parametrize(
     ("view", "words"),
     [
-        (replace(PC, device_memory=None, machine="microvm-machine"), "microvm-machine has no"),
+        (replace(PC, device_memory=None, machine="microvm"), "machine microvm has no"),
         (replace(PC, device_memory=None, max_memory=None), "the guest has no device memory"),
     ],
 )
@@ -195,7 +204,7 @@ def test_unplug_of_what_is_not_there() -> None:
 
 
 def test_a_dimm_from_the_command_line_stays() -> None:
-    view = replace(PC, dimms=(Dimm("d0", "pc-dimm", MIB, "/objects/m", False),))
+    view = replace(PC, memory_devices=(dimm("d0", MIB, "/objects/m", False),))
     with pytest.raises(UpdateRefused, match="not hotpluggable"):
         plan_update(Unplug("d0"), Strategy.DIRECT, view, Facts({}, used=D0))
 
@@ -213,7 +222,7 @@ def test_a_size_that_no_guest_can_use() -> None:
 
 
 def test_equals_counts_all_memory() -> None:
-    view = replace(PC, dimms=(Dimm("a", "pc-dimm", GIB, "/objects/am", True),))
+    view = replace(PC, memory_devices=(dimm("a", GIB, "/objects/am", True),))
     assert commands(plan_update(Resize("=", 2 * GIB), Strategy.DIRECT, view, NONE)) == []
     less = plan_update(Resize("=", GIB), Strategy.DIRECT, view, NONE)
     assert commands(less) == [("device_del", "a"), ("object-del", "am")]
@@ -222,7 +231,7 @@ def test_equals_counts_all_memory() -> None:
 
 
 def test_equals_waits_for_what_was_asked_for_before() -> None:
-    view = replace(PC, virtio_mems=(VirtioMem("v", 256 * MIB, 0, GIB, 2 * MIB),))
+    view = replace(PC, memory_devices=(virtio_mem("v", 256 * MIB, 0, GIB, 2 * MIB),))
     plan = plan_update(Resize("=", GIB), Strategy.HOLE, view, NONE)
     assert commands(plan) == []
     assert plan.sizes == {"v": 0}
@@ -231,8 +240,8 @@ def test_equals_waits_for_what_was_asked_for_before() -> None:
 
 def test_shrinking_takes_whole_dimms_the_newest_first() -> None:
     sizes = (256 * MIB, 512 * MIB, 256 * MIB)
-    dimms = tuple(Dimm(f"d{i}", "pc-dimm", s, f"/objects/m{i}", True) for i, s in enumerate(sizes))
-    view = replace(PC, dimms=dimms)
+    dimms = tuple(dimm(f"d{i}", s, f"/objects/m{i}", True) for i, s in enumerate(sizes))
+    view = replace(PC, memory_devices=dimms)
     one = plan_update(Resize("-", 256 * MIB), Strategy.DIRECT, view, NONE)
     assert one.devices == ("d2",)
     two = plan_update(Resize("-", 768 * MIB), Strategy.DIRECT, view, NONE)
@@ -255,10 +264,10 @@ DEVICES = st.lists(st.tuples(st.integers(0, 64), st.integers(0, 64)), min_size=1
 def test_virtio_mem_devices_share_a_change(pairs: list[tuple[int, int]], change: int) -> None:
     """They take all of it within their bounds, or nothing at all."""
     mems = tuple(
-        VirtioMem(f"v{i}", a * BLOCK, min(a, b) * BLOCK, max(a, b) * BLOCK, BLOCK)
+        virtio_mem(f"v{i}", a * BLOCK, min(a, b) * BLOCK, max(a, b) * BLOCK, BLOCK)
         for i, (a, b) in enumerate(pairs)
     )
-    view = replace(PC, virtio_mems=mems)
+    view = replace(PC, memory_devices=mems)
     room = sum(v.max_size - v.requested if change > 0 else v.requested for v in mems)
     intent = Resize("+" if change > 0 else "-", abs(change) * BLOCK)
     if abs(change) * BLOCK > room:
@@ -276,6 +285,6 @@ def test_virtio_mem_devices_share_a_change(pairs: list[tuple[int, int]], change:
 
 
 def test_a_part_of_a_block_is_refused() -> None:
-    view = replace(PC, virtio_mems=(VirtioMem("v", 0, 0, GIB, BLOCK),))
+    view = replace(PC, memory_devices=(virtio_mem("v", 0, 0, GIB, BLOCK),))
     with pytest.raises(UpdateRefused, match="block size, 2 MiB"):
         plan_update(Resize("+", MIB), Strategy.HOLE, view, NONE)
