@@ -101,7 +101,7 @@ def _end_of_output(exc: SystemExit | OSError) -> int:
 
 
 def run() -> None:
-    """Entry point of the `qmp-memlistener` script."""
+    """Run this process's command line, and exit with its code."""
     # Python leaves a stream that was closed at the start None; print() would then take stdout
     sys.stdin = sys.stdin or open(os.devnull)  # noqa: SIM115 - for the rest of the process
     sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115
@@ -110,11 +110,11 @@ def run() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     sys.excepthook = print_traceback
-    signals.install()
     try:
+        signals.install()
         code = main()
         signals.finish()
-    except Interrupted:  # between the two
+    except Interrupted:  # between them
         signals.finish()
         code = EXIT_CODE
     sys.exit(code)
