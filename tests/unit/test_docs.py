@@ -95,7 +95,8 @@ def test_every_option_that_a_page_names_exists() -> None:
 def test_files_that_a_page_names_exist(page: Path) -> None:
     package = ROOT / "qmp_memlistener"
     qemu = {"system/memory.c", "accel/kvm/kvm-all.c", "util/log.c"}
-    for path in re.findall(r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|toml|sh|md|c|s))?)`", page.read_text()):
+    named = r"`((?:[\w.-]+/)+(?:[\w-]+\.(?:py|toml|sh|md|c|s))?)`"
+    for path in re.findall(named, page.read_text()):
         assert path in qemu or (package / path).exists() or (ROOT / path).exists(), path
 
 
