@@ -7,7 +7,6 @@ import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ import pytest
 
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.probes import Kind, ProbeUnavailable
-from qmp_memlistener.probes.uprobes import Batch, UprobeReader, UprobesProbe, wait_released
+from qmp_memlistener.probes.uprobes import Batch, UprobeReader, UprobesProbe
 from qmp_memlistener.probes.uprobes.names import ThreadNames
 from qmp_memlistener.probes.uprobes.program import examine
 from qmp_memlistener.qmp import find_guest
@@ -37,13 +36,6 @@ except ProbeUnavailable as why:
 else:
     print("usable")
 """
-
-
-@pytest.fixture(autouse=True)
-def released() -> Iterator[None]:
-    """The kernel opens new probes slowly as long as it takes out old ones."""
-    yield
-    assert wait_released(100)
 
 
 def needs(*tools: str) -> None:

@@ -14,14 +14,14 @@ import signal
 import statistics
 import time
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Iterable, Iterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
 
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.probes import Kind
-from qmp_memlistener.probes.uprobes import Batch, UprobeReader, wait_released
+from qmp_memlistener.probes.uprobes import Batch, UprobeReader
 from tests.support.live import Vm, booted, cases, qmp
 
 Span = tuple[int, int, int]
@@ -62,13 +62,6 @@ OLD = ("qemu_mutex_lock_iothread_impl", "qemu_mutex_unlock_iothread")
 NEW = ("bql_lock_impl", "bql_unlock")
 SKEW_NS = 20_000_000  # one stamps after the other, and the host may be busy in between
 SLOT_IOCTLS = (0x4020AE46, 0x40A0AE49)
-
-
-@pytest.fixture(autouse=True)
-def released() -> Iterator[None]:
-    """The kernel opens new probes slowly as long as it takes out old ones."""
-    yield
-    assert wait_released(100)
 
 
 class Witness:
