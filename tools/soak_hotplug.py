@@ -34,8 +34,8 @@ from qmp_memlistener.guests.linux import (  # noqa: E402
     boot_linux,
 )
 from qmp_memlistener.updates.model import Intent, Plug, Role, Unplug  # noqa: E402
-from qmp_memlistener.updates.operation import UpdateOptions  # noqa: E402
 from qmp_memlistener.updates.options import parse_addition, parse_resize  # noqa: E402
+from qmp_memlistener.updates.settings import UpdateOptions  # noqa: E402
 
 MIB = 1 << 20
 PATIENT = UpdateOptions(wait_s=30.0)

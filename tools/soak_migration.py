@@ -55,9 +55,9 @@ from qmp_memlistener.qmp import Monitor, UnixTarget
 from qmp_memlistener.updates.compare import CompareOptions, compare
 from qmp_memlistener.updates.guard import ResumeGuard
 from qmp_memlistener.updates.model import Intent, Plug, Role, Strategy, Unplug
-from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition, parse_resize
 from qmp_memlistener.updates.pause import Pause, paused_guest
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.support.any_monitor import AnyMonitor
 
 __all__ = ["KINDS", "Pair", "Round", "migrated_pair", "one_round", "status_of", "wrong_of"]

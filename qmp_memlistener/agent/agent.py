@@ -30,8 +30,9 @@ from ..records import Header, ProbeState, Record
 from ..topology import MemoryMap
 from ..updates.guest_view import backends_of
 from ..updates.model import Addition, Intent, Outcome, Plug, Role, Strategy, Unplug, Value
-from ..updates.operation import UpdateOptions, perform
+from ..updates.operation import perform
 from ..updates.options import parse_addition, parse_resize
+from ..updates.settings import UpdateOptions
 from ..waits import waiting
 from .background import Background
 from .opening import Attached, AttachOptions, Opening

@@ -18,7 +18,7 @@ from .update_options import (
 if TYPE_CHECKING:
     from ..updates.compare import CompareOptions, Comparison
     from ..updates.model import Intent, Strategy
-    from ..updates.operation import UpdateOptions
+    from ..updates.settings import UpdateOptions
 
 
 def _strategies(_: click.Context, __: click.Parameter, text: str) -> tuple[Strategy, ...]:

@@ -20,7 +20,7 @@ from .update_options import (
 if TYPE_CHECKING:
     from ..agent import Agent
     from ..updates.model import Plug
-    from ..updates.operation import UpdateOptions
+    from ..updates.settings import UpdateOptions
 
 
 @click.command("hotplug")

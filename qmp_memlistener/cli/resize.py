@@ -18,7 +18,7 @@ from .update_options import (
 if TYPE_CHECKING:
     from ..agent import Agent
     from ..updates.model import Resize
-    from ..updates.operation import UpdateOptions
+    from ..updates.settings import UpdateOptions
 
 
 @click.command("resize", context_settings={"ignore_unknown_options": True})

@@ -16,7 +16,7 @@ from .follow import not_put_back, probe_names
 if TYPE_CHECKING:
     from ..agent import Agent
     from ..updates.model import Intent, Outcome, Plug
-    from ..updates.operation import UpdateOptions
+    from ..updates.settings import UpdateOptions
 
 __all__ = [
     "Attaching",
@@ -112,24 +112,19 @@ def update_options(function: Callable[..., int]) -> Callable[..., int]:
     """
 
     @wraps(function)
-    def verb(
-        max_pause: int, wait: int, through_guest: bool, guard_monitor: str | None, **rest: object
-    ) -> int:
+    def verb(max_pause: int, wait: int, guard_monitor: str | None, **rest: object) -> int:
         from ..qmp import parse_target
-        from ..updates.operation import UpdateOptions
+        from ..updates.settings import UpdateOptions
 
         if not max_pause:
             raise click.BadParameter("a pause is longer than 0", param_hint="'--max-pause'")
-        if rest.get("strategy", "pause") != "pause":
-            for given, name in ((through_guest, "through-guest"), (guard_monitor, "guard-monitor")):
-                if given:
-                    raise click.UsageError(f"--{name} goes with --strategy pause only")
         if guard_monitor is not None:
+            if rest.get("strategy", "pause") != "pause":
+                raise click.UsageError("--guard-monitor goes with --strategy pause only")
             parse_target(guard_monitor)
         options = UpdateOptions(
             max_pause_s=max_pause / 1e9,
             wait_s=wait / 1e9,
-            through_guest=through_guest,
             guard_monitor=guard_monitor,
         )
         return function(options=options, **rest)
@@ -137,8 +132,6 @@ def update_options(function: Callable[..., int]) -> Callable[..., int]:
     for option in (
         click.option("--guard-monitor", metavar="TARGET", help="Another QMP monitor of the same "
                      "QEMU, for the guard that resumes the guest if we cannot."),
-        click.option("--through-guest", is_flag=True, help="With --strategy pause, an experiment: "
-                     "pause again at each transition that the guest makes itself."),
         click.option("--wait", type=duration, default="10s", show_default=True, metavar="DURATION",
                      help="How long the guest may take for its part."),
         click.option("--max-pause", type=duration, default="2s", show_default=True,
@@ -197,7 +190,7 @@ def run_update(
     A first signal ends the update in order; what came of it is printed all the same, and
     Interrupted is raised then.
     """
-    from ..updates.waiting import Waiting
+    from ..updates.settings import Waiting
 
     waiting = Waiting()
     tell = _Tell(what, as_json)

@@ -23,7 +23,8 @@ from ..records import ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .compare_guest import ComparedGuest, HostGuest, NotPutBack
 from .compare_stats import Difference, Measured, Summary, differences, summaries
 from .model import Intent, Outcome, Strategy, UpdateRefused
-from .operation import Host, UpdateOptions
+from .operation import Host
+from .settings import UpdateOptions
 
 __all__ = [
     "CONTROL",

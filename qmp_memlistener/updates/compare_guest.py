@@ -21,8 +21,9 @@ from ..records import ProbeState, Record
 from .guest_response import QUIET_S
 from .guest_view import backends_of, read_facts, read_guest
 from .model import Intent, Outcome, Plug, Resize, Role, Strategy, Unplug, UpdateRefused
-from .operation import Host, UpdateOptions, perform
+from .operation import Host, perform
 from .removing import remove
+from .settings import UpdateOptions
 
 __all__ = ["ComparedGuest", "GuestState", "HostGuest", "NotPutBack", "read_state"]
 
@@ -248,7 +249,7 @@ class HostGuest:
                     continue
 
     def _patient(self, seconds: float) -> UpdateOptions:
-        return replace(self._options, wait_s=seconds, through_guest=False)
+        return replace(self._options, wait_s=seconds)
 
     def _differences(self, now: GuestState) -> str:
         """In words."""

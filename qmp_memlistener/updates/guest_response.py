@@ -20,8 +20,8 @@ from ..records import Cause, Record, TransitionRecord
 from .phases import Marks
 from .placement import Seen, look_at
 from .plans import DIMM_BLOCK
+from .settings import Waiting
 from .steps import Awaited, UpdatePlan, mib
-from .waiting import Waiting
 
 __all__ = ["Reaction", "Verdict"]
 

@@ -6,8 +6,8 @@ Everything that was made for an update that fails is taken back, whatever the re
 cancellation too.  Where the answer to the change itself never came, QEMU is asked: a change that it
 has made stands, and what it stands on with it, since to force a device out would be worse.
 
-What to send is `plans`' business, the pause `pausing`'s, the promise that no
-guest stays paused `guard`'s, and what the guest does about it `reaction`'s.
+What to send is in `plans`, the pause in `pause`, the promise that no guest stays paused in `guard`,
+and what the guest does about it in `guest_response`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
@@ -56,34 +56,14 @@ from .placement import Seen, look_at
 from .plans import plan_update
 from .property_types import add, type_arguments
 from .removing import count_memory_backends, remove, wait_freed
+from .settings import UpdateOptions, Waiting
 from .steps import Awaited, Step, UpdatePlan
-from .through_guest import ThroughGuest
-from .waiting import Waiting
 
-__all__ = ["Host", "UpdateOptions", "perform"]
+__all__ = ["Host", "perform"]
 
 UPDATE_DEADLINE = 60.0
 """A backend that is preallocated is cleared while its command runs."""
 _UNKNOWN = "unknown"
-
-
-@dataclass(frozen=True, slots=True)
-class UpdateOptions:
-    """How an update is carried out.
-
-    The guard resumes the guest after `max_pause_s`.  The guest has `wait_s` for its part.
-    `through_guest` (an experiment) pauses it again at each transition of its own making.
-    `pipelined=False` sends stop, update and cont one after the other, to compare.
-    `guard_monitor` names a monitor for the guard; otherwise a free one is found.  `waiting` can end
-    the update in order, and keeps what came of it.
-    """
-
-    max_pause_s: float = 2.0
-    wait_s: float = 10.0
-    through_guest: bool = False
-    pipelined: bool = True
-    guard_monitor: str | None = None
-    waiting: Waiting | None = None
 
 
 class Host(Protocol):
@@ -224,15 +204,9 @@ class _Operation:
             self._notes += plan.notes
             if plan.awaited is not Awaited.GONE:
                 reaction.look(await self._look())
-            through = None
-            if guard is not None and self._options.through_guest:
-                through = ThroughGuest(ops, guard, self._host.subscribe)
-                await stack.enter_async_context(through)
             verdict = await self._wait(reaction)
             if (gone := self._migrated) is not None:
                 verdict = replace(verdict, done=False, reason=gone.message, remedy=gone.remedy)
-        if through is not None:
-            self._notes.append(through.result())
         self._notes += verdict.notes
         if verdict.done:
             verdict = await self._finish(plan, ops, verdict)

@@ -18,8 +18,8 @@ from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.guests.linux import LinuxSpec
 from qmp_memlistener.qmp import allowed, read_facts
 from qmp_memlistener.updates.model import Plug, Role, Strategy, Unplug
-from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.live.verbs_support import one_build
 from tests.support.linux import booted_linux
 from tests.support.live import booted, builds, why_no_kvm

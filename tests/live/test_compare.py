@@ -17,8 +17,8 @@ from qmp_memlistener.qmp.guest import read_status
 from qmp_memlistener.updates.compare import CONTROL, INTERRUPTED, CompareOptions, compare
 from qmp_memlistener.updates.compare_guest import read_state
 from qmp_memlistener.updates.model import Plug, Role, UpdateRefused
-from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition, parse_resize
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.support.linux import booted_linux
 from tests.support.live import QEMUS, booted, builds
 

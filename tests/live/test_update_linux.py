@@ -15,8 +15,8 @@ from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.guests.linux import LinuxGuest, LinuxSpec
 from qmp_memlistener.qmp.guest import count_ram_blocks
 from qmp_memlistener.updates.model import Plug, Role, Unplug
-from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.support.linux import LinuxVm, booted_linux
 from tests.support.live import QEMUS, builds
 
@@ -178,20 +178,3 @@ async def test_virtio_mem(build: QemuBuild) -> None:
         assert too_much.outcome == "refused"
         assert too_much.reason is not None
         assert "cannot grow by 1024 MiB" in too_much.reason
-
-
-@pytest.mark.full
-@builds(of=QEMUS[:2])
-@pytest.mark.asyncio
-async def test_pausing_through_the_guests_part_reports_what_it_gave(build: QemuBuild) -> None:
-    options = UpdateOptions(wait_s=30.0, through_guest=True)
-    async with (
-        booted_linux(build, LinuxSpec(machine="pc")) as vm,
-        attach(await follow(vm), guarded=True, probes=PROBES) as agent,
-    ):
-        outcome = await agent.hotplug("virtio-rng-pci", id="r0", strategy="pause", options=options)
-        assert (outcome.outcome, outcome.reason) == ("done", None)
-        (note,) = [n for n in outcome.notes if "transitions of the guest's own" in n]
-        assert note.startswith("paused ")
-        assert paused(outcome) >= 1
-        assert outcome.guest_state.after == "running"

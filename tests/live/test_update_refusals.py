@@ -17,8 +17,8 @@ from qmp_memlistener import Agent, Outcome
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.qmp import Monitor
 from qmp_memlistener.updates.model import Plug, Resize, Role, Strategy, Unplug
-from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.live.verbs_support import one_build
 from tests.support.live import Vm, attach_bare, best_accel, booted, builds, qmp
 from tests.support.verbs import run_verb, started_verb

@@ -15,8 +15,8 @@ from qmp_memlistener import Agent, Outcome
 from qmp_memlistener.guests import GuestSpec, QemuBuild, launch
 from qmp_memlistener.updates import guest_response
 from qmp_memlistener.updates.model import Plug, Range, Role
-from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.live.verbs_support import one_build
 from tests.support.live import attach_bare, builds
 

@@ -17,8 +17,8 @@ from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, High, QemuBuild
 from qmp_memlistener.qmp import Monitor
 from qmp_memlistener.records import Recording, SlotOp, StallRecord, SummaryRecord
 from qmp_memlistener.updates.model import Addition, Intent, Plug, Resize, Role, Unplug
-from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.support.live import QEMUS, Vm, attach_bare, best_accel, booted, builds, cases, qmp
 from tests.support.verbs import started_verb
 

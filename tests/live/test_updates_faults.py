@@ -28,9 +28,9 @@ from qmp_memlistener.qmp import Monitor, UnixTarget, hmp
 from qmp_memlistener.records import Recording, SummaryRecord
 from qmp_memlistener.updates import guest_response, operation
 from qmp_memlistener.updates.model import Intent, Outcome, Plug, Role, Unplug
-from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition, parse_resize
 from qmp_memlistener.updates.property_types import type_arguments
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.support.live import NO_QEMU, QEMUS, attach_bare, qmp
 from tests.support.qmp_proxy import INJECTED, Fault, How, QmpProxy
 

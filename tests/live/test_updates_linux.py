@@ -12,8 +12,8 @@ from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.guests.linux import LinuxSpec
 from qmp_memlistener.records import QmpEvent
 from qmp_memlistener.updates.model import Plug, Role, Unplug
-from qmp_memlistener.updates.operation import UpdateOptions
 from qmp_memlistener.updates.options import parse_addition
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.support.linux import LinuxVm, booted_linux
 from tests.support.live import QEMUS, Seen, attach_bare, builds
 

@@ -16,7 +16,7 @@ from collections import defaultdict
 from qmp_memlistener import Agent, Strategy, attach
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.guests.linux import LinuxImage, LinuxSpec, boot_linux
-from qmp_memlistener.updates.operation import UpdateOptions
+from qmp_memlistener.updates.settings import UpdateOptions
 from tools.bench.growth import Figure, Sample, print_table, ratios
 from tools.bench.live import hosts
 

@@ -27,7 +27,7 @@ from qmp_memlistener.updates.model import (
     Role,
     Unplug,
 )
-from qmp_memlistener.updates.operation import UpdateOptions
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.unit.cli.cli_support import Ran, check_types, run
 
 Capture = pytest.CaptureFixture[str]
@@ -100,7 +100,7 @@ def test_everything(capsys: Capture, asked: list[Asked]) -> None:
         run(
             capsys,
             *("resize", NOBODY, "+256M", "--strategy", "pause", "--max-pause", "1.5s"),
-            *("--wait", "200ms", "--through-guest", "--guard-monitor", "/x/guard", "--no-trace"),
+            *("--wait", "200ms", "--guard-monitor", "/x/guard", "--no-trace"),
             *("--probes", "ping,trace", "-o", "file", "--ping-monitor", "/x/ping"),
             *("--ops-monitor", "/x/ops", "--json"),
         ),
@@ -108,9 +108,7 @@ def test_everything(capsys: Capture, asked: list[Asked]) -> None:
     )
     assert one.attaching == Attaching(NOBODY, True, ("ping", "trace"), "file", "/x/ping", "/x/ops")
     assert one.strategy == "pause"
-    assert one.options == UpdateOptions(
-        max_pause_s=1.5, wait_s=0.2, through_guest=True, guard_monitor="/x/guard"
-    )
+    assert one.options == UpdateOptions(max_pause_s=1.5, wait_s=0.2, guard_monitor="/x/guard")
     assert one.as_json
 
 
@@ -209,8 +207,7 @@ def test_names_that_qemu_does_not_take(capsys: Capture, name: str, role: Role) -
         ("hotplug", NOBODY, *DEVICE, "--probes", "other"),
         ("hotplug", NOBODY, *DEVICE, "--guard-monitor", "a:b:c", "--strategy", "pause"),
         ("hotplug", NOBODY, *DEVICE, "--guard-monitor", "/x/guard"),
-        ("hotplug", NOBODY, *DEVICE, "--through-guest"),
-        ("hotplug", NOBODY, *DEVICE, "--through-guest", "--strategy", "hole"),
+        ("hotplug", NOBODY, *DEVICE, "--guard-monitor", "/x/guard", "--strategy", "hole"),
         ("unplug", NOBODY),
         ("unplug", NOBODY, "d0", "d1"),
         ("resize", NOBODY),

@@ -23,7 +23,8 @@ from qmp_memlistener.updates.model import (
     Unplug,
     UpdateRefused,
 )
-from qmp_memlistener.updates.operation import Host, UpdateOptions
+from qmp_memlistener.updates.operation import Host
+from qmp_memlistener.updates.settings import UpdateOptions
 from tests.unit.updates.compare_fakes import outcome
 
 MIB = 1 << 20

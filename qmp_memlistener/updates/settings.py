@@ -1,23 +1,39 @@
-"""Ending an update in order before it is done, which is what a first signal does.
-
-An update that is told so makes nothing more, takes back what it has made as long as no device
-was changed, waits for the guest no longer, and returns an Outcome that says what it left.
-"""
+"""How an update is carried out, and how it is ended in order before it is done."""
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 
 from .. import waits
 from .model import Outcome
 
-__all__ = ["Waiting"]
+__all__ = ["UpdateOptions", "Waiting"]
+
+
+@dataclass(frozen=True, slots=True)
+class UpdateOptions:
+    """How an update is carried out.
+
+    The guard resumes the guest after `max_pause_s`.  The guest has `wait_s` for its part.
+    `pipelined=False` sends stop, update and cont one after the other, to compare.
+    `guard_monitor` names a monitor for the guard; otherwise a free one is found.  `waiting` can end
+    the update in order, and keeps what came of it.
+    """
+
+    max_pause_s: float = 2.0
+    wait_s: float = 10.0
+    pipelined: bool = True
+    guard_monitor: str | None = None
+    waiting: Waiting | None = None
 
 
 class Waiting:
-    """Who carries out an update, and who may end it, share one of these.
+    """Shared by an update and whoever may end it early, as a first signal does.
 
-    `enough` ends the update early.  `outcome` is what came of it, also when it was cancelled.
+    `enough` is set then: the update makes nothing more, takes back what it has made as long as no
+    device was changed, and waits for the guest no longer.  `outcome` is what came of it, also when
+    it was cancelled.
     """
 
     def __init__(self) -> None:
