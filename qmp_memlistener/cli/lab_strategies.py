@@ -19,10 +19,10 @@ def command(device: str, as_json: bool) -> None:
     Example: qmp-memlistener lab strategies
     """
     from ..errors import MissingPrerequisite
-    from ..kvmlab.cpus import Cpus
-    from ..kvmlab.device import Kvm
     from ..kvmlab.race import host_facts
     from ..kvmlab.strategies import STRATEGIES, why_not
+    from ..kvmlab.system import Cpus
+    from ..kvmlab.vm import Kvm
     from ..reports.lab import strategy_lines
 
     facts: dict[str, object] | None = None

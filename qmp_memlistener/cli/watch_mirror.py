@@ -203,7 +203,7 @@ def opened_mirror(options: MirrorOptions) -> Iterator[WatchedMirror]:
             yield WatchedMirror(options, ModelBackend(), None)
             return
         from ..kvmlab import KvmBackend
-        from ..kvmlab.device import Kvm
+        from ..kvmlab.vm import Kvm
 
         kvm = stack.enter_context(Kvm())
         lab = stack.enter_context(KvmBackend(kvm, vcpus=options.vcpus))

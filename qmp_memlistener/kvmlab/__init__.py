@@ -10,16 +10,15 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from .abi import Cap
     from .backend import KvmBackend
-    from .capabilities import Cap, Capability
-    from .device import Kvm
     from .machine import Machine
     from .programs import GuestKind
     from .race import RaceOptions, RaceReport, race_document, run_race
     from .replay import ReplayOptions, ReplayReport, replay_document, run_replay
     from .replay_input import read_replay
     from .strategies import STRATEGIES, LabStrategy, select, why_not
-    from .vm import LabVm, SlotRefused
+    from .vm import Kvm, LabVm, SlotRefused
 
 __all__ = [
     "run_race",
@@ -38,7 +37,6 @@ __all__ = [
     "why_not",
     "Kvm",
     "Cap",
-    "Capability",
     "LabVm",
     "SlotRefused",
     "Machine",
@@ -46,10 +44,9 @@ __all__ = [
 ]
 
 _HOME = {
-    "Cap": "capabilities",
-    "Capability": "capabilities",
+    "Cap": "abi",
     "GuestKind": "programs",
-    "Kvm": "device",
+    "Kvm": "vm",
     "KvmBackend": "backend",
     "LabStrategy": "strategies",
     "LabVm": "vm",

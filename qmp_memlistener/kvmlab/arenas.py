@@ -3,7 +3,7 @@
 KVM refuses slots that overlap, so where the `hole` plan has one slot in another's hole (ROM in
 front of RAM) both share one real slot, an arena: it spans all that they ever span, and what is
 behind each part of it is decided by host mappings.  Which slot shows where is arithmetic; mapping
-is done in `hole_execution`.
+is done in `real_slots`.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from dataclasses import dataclass
 
 from msgspec.structs import replace
 
-from ..memslots import READONLY, Op, OpKind, Slot, SlotTable
+from ..memslots import READONLY, Op, OpKind, Plan, Slot, SlotTable
 from ..memslots.intervals import Range, complement, subtract
-from .execution import BlockName
+from .memory import BlockName
 
 __all__ = ["Arena", "Piece", "Step", "arenas_of", "shown", "slots_by_arena", "steps_of"]
 
@@ -79,30 +79,28 @@ class Step:
     ops: tuple[int, ...]
 
 
-def steps_of(
-    ops: Sequence[Op], groups: Iterable[tuple[int, int]], before: SlotTable, after: SlotTable
-) -> list[Step]:
+def steps_of(plan: Plan) -> list[Step]:
     """The steps of a `hole` plan, in order.  A slot that comes has its holes from the start.
 
-    `groups` has first operation and number of operations of each.  Where one slot gives way to
+    Where one slot gives way to
     another in the same step there is one piece, so that nothing is missing in between.
     """
-    now: dict[tuple[int, int], Slot] = {(s.as_id, s.slot): s for s in before}
+    now: dict[tuple[int, int], Slot] = {(s.as_id, s.slot): s for s in plan.before}
     out: list[Step] = []
-    for first, count in groups:
+    for step in plan.steps:
         leaving: list[tuple[int, Range]] = []
         coming: list[tuple[Slot, Range]] = []
         indices = []
         new: set[tuple[int, int]] = set()
-        for i in range(first, first + count):
-            op = ops[i]
+        for i in range(step.first, step.first + step.count):
+            op = plan.ops[i]
             if op.slot < 0:
                 continue
             indices.append(i)
             if op.op is OpKind.ADD:
                 new.add((op.as_id, op.slot))
             if op.op is not OpKind.SET_HOLE or (op.as_id, op.slot) not in new:
-                _apply(op, now, after, leaving, coming)
+                _apply(op, now, plan.after, leaving, coming)
         out.append(Step(_pieces(leaving, coming), tuple(now.values()), tuple(indices)))
     return out
 

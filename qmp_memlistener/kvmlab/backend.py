@@ -4,8 +4,8 @@
         async with attach(target) as agent, mirroring(agent, backend, Strategy.HOLE): ...
 
 `KvmBackend` has the methods of `mirror.backend.SlotBackend`.  How slots of a plan become
-slots of KVM is in `backend_slots`, what lies behind them in `backend_memory`, how they are looked
-at in `backend_probe`.  The guest's memory is not here: the lab has RAM blocks of its own.
+slots of KVM is in `real_slots`, how they are looked at in `backend_probe`.  The guest's memory is
+not here: the lab has RAM blocks of its own.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from ..errors import InputError, MissingPrerequisite, OperationFailed
 from ..host.bounded import in_thread
 from ..memslots import Slot
 from ..memslots.intervals import Range, join, subtract
-from .backend_memory import Blocks
+from .abi import Cap
 from .backend_probe import GuestProbe, Verified, samples_of, verify_slots
-from .backend_slots import RealSlots
-from .capabilities import Cap
-from .closing import Closing
-from .device import Kvm
 from .machine import Machine
+from .memory import Blocks
 from .programs import GAP, MAX_VCPUS
+from .real_slots import RealSlots
+from .system import Closing
+from .vm import Kvm
 from .x86 import GIB, MAX_GIB
 
 __all__ = ["KvmBackend", "LabFacts"]
@@ -100,7 +100,13 @@ class KvmBackend(Closing):
         self._moved = 0
         self._holds: list[int] = [0, 0, 0]  # how many, ns in all, the longest
         self._machine, self._probe = self._build(())
-        self._slots = RealSlots(self._machine.vm, self._private_slot, self._standing)
+        self._blocks = Blocks()
+        self._slots = RealSlots(
+            self._machine.vm,
+            self._blocks.reach,
+            last_id=self._private_slot,
+            standing=self._standing,
+        )
 
     # -- what a mirror calls -------------------------------------------------------------------
 
@@ -111,7 +117,7 @@ class KvmBackend(Closing):
 
     def delete_slot(self, slot: Slot) -> Awaitable[None] | None:
         """Raises SlotRefused."""
-        return self._operate(slot, lambda: self._slots.delete(slot))
+        return self._operate(slot, lambda: self._delete(slot))
 
     def set_flags(self, slot: Slot) -> Awaitable[None] | None:
         """Raises SlotRefused: KVM changes nothing but LOG_DIRTY_PAGES in a live slot."""
@@ -150,7 +156,7 @@ class KvmBackend(Closing):
     @property
     def memory(self) -> Blocks:
         """The lab's own memory of each RAM block."""
-        return self._slots.blocks
+        return self._blocks
 
     def kvm_slots(self) -> list[Slot]:
         """The slots as KVM has them: one for each slot held, or for several that share it."""
@@ -194,7 +200,7 @@ class KvmBackend(Closing):
             slots, probe = self._slots, self._probe
             samples = samples_of(slots.table, _private(self._machine), most)
             try:
-                misread = tuple(verify_slots(slots.table, slots.blocks, probe, samples))
+                misread = tuple(verify_slots(slots.table, self._blocks, probe, samples))
             except OSError as exc:
                 raise OperationFailed(f"the lab cannot look at its slots: {exc.strerror}") from exc
             unreached = sum(gpa >= probe.reach for gpa in samples)
@@ -242,6 +248,10 @@ class KvmBackend(Closing):
         if slot.as_id == 0 and slot.gpa < end and start < slot.end:
             self._move_out_of(slot)
         self._slots.add(slot)
+
+    def _delete(self, slot: Slot) -> None:
+        gone = self._slots.delete(slot)
+        self._blocks.let_go((gone.block, gone.owner), self._slots.table)
 
     def _move_out_of(self, slot: Slot) -> None:
         """Another VM, with its private slot elsewhere and the same slots otherwise.
@@ -319,6 +329,7 @@ class KvmBackend(Closing):
         with self._lock:
             self._machine.close()
             self._slots.close()
+            self._blocks.close()
 
 
 def _private(machine: Machine) -> Range:

@@ -16,9 +16,8 @@ from ..memslots.intervals import join, subtract
 from ..memslots.slots import Backing
 from . import abi, system, x86
 from .abi import ExitReason
-from .backend_memory import Blocks
-from .host_memory import PAGE
 from .machine import Machine
+from .memory import PAGE, Blocks
 from .programs import SIZE
 
 __all__ = ["GuestProbe", "Misread", "Verified", "samples_of", "verify_slots"]

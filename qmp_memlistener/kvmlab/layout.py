@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..errors import InputError
 from ..memslots import LOG_DIRTY_PAGES, Rules, Slot, SlotTable, slot_table
 from ..topology import FlatRange, FlatView, Kind
-from .host_memory import PAGE
+from .memory import PAGE
 
 __all__ = ["RAM", "Layout"]
 

@@ -10,13 +10,12 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..errors import MissingPrerequisite, OperationFailed
-from .capabilities import Cap
-from .closing import Closing
-from .device import Kvm
-from .dirty_ring import DirtyRings, ring_capability
+from .abi import Cap
+from .dirty_logs import DirtyRings, ring_capability
 from .programs import GAP, Private
+from .system import Closing
 from .vcpu_thread import Exits, VcpuThread
-from .vm import LabVm
+from .vm import Kvm, LabVm
 from .x86 import GIB, MAX_GIB, address_bits, tsc_khz
 
 __all__ = ["Machine", "Program"]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import msgspec
 
 from ..distribution import Distribution
-from .execution import ExecutionResult
+from .executor import ExecutionResult
 from .machine import Machine
 
 __all__ = ["BEATS", "Totals", "Update", "measure"]

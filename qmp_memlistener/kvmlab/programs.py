@@ -15,7 +15,7 @@ from functools import cache
 from ..errors import InputError
 from ..images import find_built_image
 from . import x86
-from .host_memory import HostMemory
+from .memory import PAGE, HostMemory
 
 __all__ = ["MAX_VCPUS", "GuestKind", "Private", "Report", "code"]
 
@@ -34,11 +34,10 @@ SIZE = 0x200
 
 MAX_VCPUS = 16
 
-_PAGE = 4096
 _LARGE_PAGE = 2 << 20
 _CODE = 0x1000
 _REPORTS = 0x2000
-_SCRATCH = _REPORTS + MAX_VCPUS * _PAGE
+_SCRATCH = _REPORTS + MAX_VCPUS * PAGE
 _TABLES = 0x20000
 _TABLE_BYTES = 0x4000
 _PAGE_TABLES = _TABLES + MAX_VCPUS * 2 * _TABLE_BYTES
@@ -143,13 +142,13 @@ class Private:
         self.memory.write(_CODE, code())
         self.memory.write(_PAGE_TABLES, self.page_tables(gpa + _PAGE_TABLES))
         self.memory.populate()
-        self.reports = [Report(self.memory, _REPORTS + i * _PAGE) for i in range(vcpus)]
+        self.reports = [Report(self.memory, _REPORTS + i * PAGE) for i in range(vcpus)]
         self._half = [0] * vcpus
 
     @staticmethod
     def size_for(gibibytes: int) -> int:
         """Bytes of the slot."""
-        return _PAGE_TABLES + x86.TABLE_BYTES + gibibytes * _PAGE
+        return _PAGE_TABLES + x86.TABLE_BYTES + gibibytes * PAGE
 
     @property
     def code_gpa(self) -> int:
@@ -172,7 +171,7 @@ class Private:
         return [first + page * _LARGE_PAGE for page in range(aliases * 512)]
 
     def report_gpa(self, vcpu: int) -> int:
-        return self.gpa + _REPORTS + vcpu * _PAGE
+        return self.gpa + _REPORTS + vcpu * PAGE
 
     def scratch_gpa(self, vcpu: int) -> int:
         """A word of the vCPU's own to read and write, in this slot."""

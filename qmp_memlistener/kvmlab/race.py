@@ -16,15 +16,15 @@ import msgspec
 
 from ..errors import InputError, MissingPrerequisite
 from ..memslots import Rules, plan
-from .bitmaps import keeps_bitmap
-from .competitor import Competitor
-from .cpus import Cpus
-from .device import Kvm, flavour
-from .host_memory import PAGE
+from .abi import Cap
+from .competitor import Competitor, keeps_bitmap
 from .layout import Layout
 from .measuring import Totals
+from .memory import PAGE
 from .programs import MAX_VCPUS, GuestKind
 from .strategies import CONTROL, LabStrategy, select, why_not
+from .system import Cpus
+from .vm import Kvm, flavour
 
 __all__ = [
     "RaceOptions",
@@ -216,7 +216,7 @@ def host_facts(kvm: Kvm, cpus: Cpus) -> dict[str, object]:
         "kvm": flavour(),
         "cpus": os.cpu_count() or 0,
         "cpus_apart": cpus.apart,
-        "capabilities": {c.cap.name: c.value for c in kvm.capabilities()},
+        "capabilities": {cap.name: kvm.capability(cap) for cap in Cap},
     }
 
 

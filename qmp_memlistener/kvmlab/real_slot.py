@@ -2,8 +2,7 @@
 
 An arena (see `arenas`) shows one or several slots of plans.  Punching and filling a hole, and
 swapping one RAM block for another, change what is mapped there; KVM is told by its MMU notifier,
-and no slot operation is made.  Which slots share an arena is decided in `hole_execution`, where all
-plans are known beforehand, and in `backend_slots`, where they come one by one.
+and no slot operation is made.  Which slots share an arena is decided in `real_slots`.
 """
 
 from __future__ import annotations
@@ -17,8 +16,7 @@ from ..memslots.intervals import Range, cut, intersect, put, subtract
 from ..memslots.slots import AS_SHIFT
 from . import system
 from .arenas import Arena, Piece, shown
-from .execution import BlockName
-from .host_memory import PAGE, Reservation
+from .memory import PAGE, BlockName, Reservation
 from .strategies import HoleKind
 from .userfault import Userfault
 from .vm import LabVm, SlotRefused

@@ -13,24 +13,12 @@ from contextlib import ExitStack
 import msgspec
 
 from ..errors import InputError
+from .abi import Cap
 from .arenas import arenas_of
-from .capabilities import Cap
-from .closing import Closing
-from .cpus import Cpus
-from .device import Kvm
-from .execution import (
-    BlockName,
-    ExecutionResult,
-    Executor,
-    HostMemories,
-    SlotExecutor,
-    nothing,
-    refused,
-)
-from .hole_execution import HoleExecutor
-from .host_memory import PAGE, HostMemory
+from .executor import ExecutionResult, Executor, nothing
 from .machine import Machine
 from .measuring import Totals, Update, measure
+from .memory import PAGE, BlockName, HostMemories, HostMemory
 from .programs import DATA, Private
 from .race import host_facts
 from .replay_input import HostBlock, ReplayInput, ReplayTransition, read_replay
@@ -44,6 +32,8 @@ from .replay_plans import (
     without,
 )
 from .strategies import HoleKind, LabStrategy, select, why_not
+from .system import Closing, Cpus
+from .vm import Kvm
 from .x86 import GIB, MAX_GIB
 
 __all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay_document", "run_replay"]
@@ -205,14 +195,13 @@ class _Player(Closing):
         """Make the slots that are there before the first transition, and start the guest."""
         machine, strategy = self._machine, self.strategy
         table, tables, self._plans = plans_for(strategy, self._source)
-        if strategy.hole is None:
-            self._executor = SlotExecutor(
-                machine,
-                _Chunks(self._memory) if strategy.chunk else self._memory,
-                sync=strategy.sync,
-            )
-        else:
-            self._executor = HoleExecutor(machine, self._memory, strategy.hole, arenas_of(tables))
+        self._executor = Executor(
+            machine,
+            _Chunks(self._memory) if strategy.chunk else self._memory,
+            hole=strategy.hole,
+            arenas=arenas_of(tables),
+            sync=strategy.sync,
+        )
         self._executor.install(table)
         entry, private = machine.entry(DATA), machine.private
         machine.set_tables([[private.scratch_gpa(i)] for i in range(self._vcpus)])
@@ -251,13 +240,9 @@ class _Player(Closing):
 
     def _carry_out(self, planned: Planned) -> ExecutionResult:
         assert self._executor is not None, "begun"
-        if planned.slots is not None:
-            assert isinstance(self._executor, SlotExecutor), "only slots repeat what was recorded"
-            return self._executor.carry_out(planned.plan, planned.slots)
-        carried = self._executor.carry_out(planned.plan)
-        error = refused(carried.results, planned.plan.ops)
-        if error is not None:
-            raise error
+        carried = self._executor.carry_out(planned.plan, planned.slots)
+        if planned.slots is None:
+            carried.check(planned.plan.ops)
         return carried
 
     def close(self) -> None:

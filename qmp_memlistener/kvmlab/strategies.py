@@ -16,8 +16,8 @@ from ..errors import InputError
 from ..memslots import Order
 from ..memslots import Strategy as PlanStrategy
 from . import userfault
-from .capabilities import Cap
-from .device import Kvm
+from .abi import Cap
+from .vm import Kvm
 
 __all__ = ["CONTROL", "STRATEGIES", "HoleKind", "LabStrategy", "select", "why_not"]
 

@@ -1,4 +1,4 @@
-"""System calls of the lab with raw addresses: ioctl, mmap with MAP_FIXED, mprotect, madvise.
+"""The host's side of the lab: system calls with raw addresses, CPUs, and closing what was opened.
 
 Python's own modules do not take addresses.  Each call releases the interpreter's lock and raises
 OSError; interrupted ones (EINTR) are made again unless the caller asks to see that.
@@ -9,6 +9,12 @@ from __future__ import annotations
 import ctypes
 import errno
 import os
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Self
 
 __all__ = [
     "MADV_DONTNEED",
@@ -22,6 +28,8 @@ __all__ = [
     "PROT_NONE",
     "PROT_READ",
     "PROT_WRITE",
+    "Closing",
+    "Cpus",
     "ioctl",
     "madvise",
     "mmap",
@@ -99,3 +107,68 @@ def madvise(address: int, size: int, advice: int) -> None:
 def _error(call: str) -> OSError:
     number = ctypes.get_errno()
     return OSError(number, os.strerror(number), call)
+
+
+class Closing(ABC):
+    """Gives a class with `close` the `with` statement."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Give everything back; may be called at any time, and again."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+@dataclass(frozen=True, slots=True)
+class Cpus:
+    """Which CPUs are for the thread that changes slots, and which for vCPUs; the same with one CPU.
+
+    With enough CPUs that thread has one of its own.  Otherwise the scheduler tends to wake it where
+    a vCPU runs, and an update of slots whose vCPUs do not run is a cheap one: there are no readers
+    to wait for (SRCU), because KVM_RUN lets go of the slots before it lets others run.
+    """
+
+    own: frozenset[int]
+    vcpus: frozenset[int]
+
+    @classmethod
+    def split(cls) -> Self:
+        """The first CPU that the caller may use is its own."""
+        allowed = frozenset(os.sched_getaffinity(0))
+        if len(allowed) == 1:
+            return cls(allowed, allowed)
+        own = frozenset({min(allowed)})
+        return cls(own, allowed - own)
+
+    @classmethod
+    def for_vcpus(cls, vcpus: int) -> Self:
+        """The same where each of so many vCPUs then has a CPU; else all for all."""
+        found = cls.split()
+        if vcpus <= len(found.vcpus):
+            return found
+        every = found.own | found.vcpus
+        return cls(every, every)
+
+    @property
+    def apart(self) -> bool:
+        return self.own != self.vcpus
+
+    @staticmethod
+    @contextmanager
+    def on(cpus: frozenset[int]) -> Iterator[None]:
+        """The calling thread, and those that it begins, run on these; afterwards as before."""
+        before = os.sched_getaffinity(0)
+        os.sched_setaffinity(0, cpus)
+        try:
+            yield
+        finally:
+            os.sched_setaffinity(0, before)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.kvmlab import abi, userfault, x86
-from qmp_memlistener.kvmlab.capabilities import Cap
+from qmp_memlistener.kvmlab.abi import Cap
 from qmp_memlistener.memslots import GUEST_MEMFD, LOG_DIRTY_PAGES, READONLY
 
 COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)

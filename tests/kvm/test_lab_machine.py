@@ -12,7 +12,7 @@ import pytest
 
 from qmp_memlistener.errors import InputError, OperationFailed
 from qmp_memlistener.kvmlab import Kvm, Machine, SlotRefused
-from qmp_memlistener.kvmlab.host_memory import HostMemory
+from qmp_memlistener.kvmlab.memory import HostMemory
 from qmp_memlistener.kvmlab.programs import DATA, MAX_VCPUS
 
 pytestmark = pytest.mark.kvm

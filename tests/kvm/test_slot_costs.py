@@ -14,8 +14,8 @@ import msgspec
 import pytest
 
 from qmp_memlistener.errors import InputError, MissingPrerequisite, OperationFailed
-from qmp_memlistener.kvmlab.capabilities import Cap
-from qmp_memlistener.kvmlab.device import Kvm
+from qmp_memlistener.kvmlab.abi import Cap
+from qmp_memlistener.kvmlab.vm import Kvm
 from tools.bench.bench_lab_cost import CProgram
 from tools.bench.slot_costs.access import AccessVm
 from tools.bench.slot_costs.costs import (

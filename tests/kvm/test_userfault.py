@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import pytest
 
 from qmp_memlistener.kvmlab import system
-from qmp_memlistener.kvmlab.host_memory import PAGE, HostMemory
+from qmp_memlistener.kvmlab.memory import PAGE, HostMemory
 from qmp_memlistener.kvmlab.userfault import UFFDIO_CONTINUE, Userfault, _Continue, _Range, why_not
 
 PAGES = 64

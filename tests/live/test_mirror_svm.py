@@ -20,7 +20,7 @@ LOOKED_AT = """
 import json
 from msgspec.structs import replace
 from qmp_memlistener.kvmlab.backend import KvmBackend
-from qmp_memlistener.kvmlab.device import Kvm
+from qmp_memlistener.kvmlab.vm import Kvm
 from qmp_memlistener.kvmlab.vm import SlotRefused
 from qmp_memlistener.memslots import Slot
 

@@ -43,7 +43,7 @@ LAB_KEYS = {
 LIE = """
 from qmp_memlistener.kvmlab.backend import KvmBackend
 from qmp_memlistener.kvmlab.real_slot import RealSlot
-from qmp_memlistener.kvmlab.device import Kvm
+from qmp_memlistener.kvmlab.vm import Kvm
 from qmp_memlistener.kvmlab.vm import LabVm
 {lie}
 from qmp_memlistener.cli.main import run

@@ -15,11 +15,11 @@ from contextlib import ExitStack
 
 from qmp_memlistener.errors import MissingPrerequisite
 from qmp_memlistener.kvmlab.competitor import Competitor
-from qmp_memlistener.kvmlab.cpus import Cpus
-from qmp_memlistener.kvmlab.device import Kvm, flavour
 from qmp_memlistener.kvmlab.layout import Layout
 from qmp_memlistener.kvmlab.programs import GuestKind
 from qmp_memlistener.kvmlab.strategies import CONTROL, select, why_not
+from qmp_memlistener.kvmlab.system import Cpus
+from qmp_memlistener.kvmlab.vm import Kvm, flavour
 from tools.bench.growth import Figure, Sample, print_table, ratios
 
 NAMES = (

@@ -23,7 +23,7 @@ from typing import Self
 
 from qmp_memlistener.errors import MissingPrerequisite, OperationFailed
 from qmp_memlistener.kvmlab import programs, x86
-from qmp_memlistener.kvmlab.device import Kvm
+from qmp_memlistener.kvmlab.vm import Kvm
 from tools.bench.growth import Figure, Sample, print_table, ratios
 from tools.bench.slot_costs import vm as cost_vm
 from tools.bench.slot_costs.lookup_native import build

@@ -61,8 +61,7 @@ def test_steps_lead_from_map_to_map_and_miss_nothing(maps: list[FlatView]) -> No
     for done, view in zip(plans, maps[1:], strict=True):
         now = content(done.before, arenas)
         stays = now.keys() & content_of(view).keys()
-        groups = [(s.first, s.count) for s in done.steps]
-        for step in steps_of(done.ops, groups, done.before, done.after):
+        for step in steps_of(done):
             for piece in step.pieces:
                 put(now, piece)
                 assert now.keys() >= stays, "RAM that stays is missing within a step"
@@ -88,8 +87,7 @@ def test_rom_in_front_of_ram_shares_a_slot_with_it() -> None:
     (done,) = plans_of([before, after])
     arenas = arenas_of([done.before, done.after])
     assert [(a.gpa, a.size, a.readonly) for a in arenas] == [(0, 8 * PAGE, False)]
-    groups = [(s.first, s.count) for s in done.steps]
-    (step,) = steps_of(done.ops, groups, done.before, done.after)
+    (step,) = steps_of(done)
     (piece,) = step.pieces
     assert (piece.start, piece.end, piece.block) == (2 * PAGE, 3 * PAGE, ("pc.rom", None))
 

@@ -6,7 +6,7 @@ import msgspec
 import pytest
 
 from qmp_memlistener.errors import InputError
-from qmp_memlistener.kvmlab.capabilities import Cap
+from qmp_memlistener.kvmlab.abi import Cap
 from qmp_memlistener.kvmlab.layout import Layout
 from qmp_memlistener.kvmlab.measuring import Totals, Update
 from qmp_memlistener.kvmlab.race import model_of

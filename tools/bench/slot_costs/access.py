@@ -12,11 +12,11 @@ import time
 
 from qmp_memlistener.errors import InputError, OperationFailed
 from qmp_memlistener.kvmlab import programs
-from qmp_memlistener.kvmlab.capabilities import Cap
-from qmp_memlistener.kvmlab.closing import Closing
-from qmp_memlistener.kvmlab.device import Kvm
-from qmp_memlistener.kvmlab.host_memory import PAGE, HostMemory
+from qmp_memlistener.kvmlab.abi import Cap
 from qmp_memlistener.kvmlab.machine import Machine
+from qmp_memlistener.kvmlab.memory import PAGE, HostMemory
+from qmp_memlistener.kvmlab.system import Closing
+from qmp_memlistener.kvmlab.vm import Kvm
 from qmp_memlistener.kvmlab.x86 import GIB
 
 __all__ = ["AccessVm"]

@@ -15,8 +15,8 @@ from contextlib import ExitStack
 import msgspec
 
 from qmp_memlistener.distribution import Distribution
-from qmp_memlistener.kvmlab.capabilities import Cap
-from qmp_memlistener.kvmlab.device import Kvm, flavour
+from qmp_memlistener.kvmlab.abi import Cap
+from qmp_memlistener.kvmlab.vm import Kvm, flavour
 
 from .access import AccessVm
 from .lookup import MOST_SLOTS

@@ -19,12 +19,11 @@ from enum import StrEnum
 
 from qmp_memlistener.errors import InputError, OperationFailed
 from qmp_memlistener.kvmlab import programs, system
-from qmp_memlistener.kvmlab.capabilities import Cap
-from qmp_memlistener.kvmlab.closing import Closing
-from qmp_memlistener.kvmlab.cpus import Cpus
-from qmp_memlistener.kvmlab.device import Kvm
-from qmp_memlistener.kvmlab.host_memory import PAGE, HostMemory
+from qmp_memlistener.kvmlab.abi import Cap
 from qmp_memlistener.kvmlab.machine import Machine
+from qmp_memlistener.kvmlab.memory import PAGE, HostMemory
+from qmp_memlistener.kvmlab.system import Closing, Cpus
+from qmp_memlistener.kvmlab.vm import Kvm
 from qmp_memlistener.kvmlab.x86 import GIB, MAX_GIB
 from qmp_memlistener.memslots import LOG_DIRTY_PAGES
 

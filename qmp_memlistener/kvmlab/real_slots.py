@@ -1,26 +1,28 @@
-"""The real slots of a mirror on the lab: which slot of KVM shows which slots of the plans.
+"""The real slots of one VM: which slot of KVM shows which slots of plans.
 
-`RealSlots` keeps them in one VM.  A slot that shares no address with another is a slot of KVM's
-own, with its flags.  One that lies in another's hole (ROM in front of RAM) shares a real slot with
-it, an arena (see `arenas`).  Since nobody knows beforehand what a running guest will map, arenas
-are made, and made larger, as slots come.  vCPUs and the private slot are the business of `backend`.
+A slot that shares no address with another is a slot of KVM's own, with its flags.  One that lies in
+another's hole (ROM in front of RAM) shares a real slot with it, an arena (see `arenas`).  A race or
+replay has its plans beforehand, and so its arenas (`change`).  What a running guest will map is not
+known, so for a mirror arenas are made, and made larger, as slots come (`add` to `clear_hole`).
 """
 
 from __future__ import annotations
 
 import errno
 from bisect import bisect_left, bisect_right, insort
-from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 from msgspec.structs import replace
 
 from ..errors import InputError, OperationFailed
 from ..memslots import LOG_DIRTY_PAGES, READONLY, Slot, SlotTable
-from .arenas import Arena, Piece, piece_of
-from .backend_memory import Blocks
-from .host_memory import PAGE
+from ..memslots.slots import AS_SHIFT
+from .arenas import Arena, Piece, piece_of, slots_by_arena
+from .memory import PAGE, BlockName
 from .real_slot import LabContext, RealSlot, refused
+from .strategies import HoleKind
+from .userfault import Userfault
 from .vm import LabVm, SlotRefused
 
 __all__ = ["RealSlots"]
@@ -29,24 +31,63 @@ _MEMORY = 0  # the address space that a mirror follows
 
 
 class RealSlots:
-    """Slots of `vm` that show the slots of plans; their ids stay below `last_id`.
+    """Slots of `vm` that show the slots of plans.
 
-    `standing` makes a block in which no vCPU runs.  `table` is what is held, also after a call that
-    raised: what KVM refused is not in it, what went on the way is not either.
+    `reach` gives the file of a RAM block, at least so many bytes long; `kind` says how holes are
+    made.  With `arenas` each is a slot while something is in it; without, ids stay below `last_id`,
+    and `standing` makes a block in which no vCPU runs.  `table` is what a mirror holds, also after
+    a call that raised: what KVM refused is not in it, what went on the way is not either.
     """
 
     def __init__(
-        self, vm: LabVm, last_id: int, standing: Callable[[], AbstractContextManager[None]]
+        self,
+        vm: LabVm,
+        reach: Callable[[BlockName, int], int],
+        *,
+        kind: HoleKind = HoleKind.MUNMAP,
+        userfault: Userfault | None = None,
+        arenas: Sequence[Arena] = (),
+        last_id: int = 0,
+        standing: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.table = SlotTable()
-        self.blocks = Blocks()
-        self.context = LabContext(vm, self.blocks.reach)
+        self.context = LabContext(vm, reach, kind, userfault)
+        self._arenas = {a: a.as_id << AS_SHIFT | i for i, a in enumerate(arenas)}
         self._last_id = last_id
         self._standing = standing
-        self._reals: list[RealSlot] = []  # by gpa
+        self._reals: list[RealSlot] = []  # by address space and gpa
         self._numbers: set[int] = set()
 
-    # -- one operation of a plan each ----------------------------------------------------------
+    def change(self, pieces: Sequence[Piece], after: Iterable[Slot]) -> list[int]:
+        """One step of a plan: show `pieces`, after which the slots `after` are there.
+
+        Returns KVM's ids of the slots that were deleted.  Raises SlotRefused, OperationFailed.
+        """
+        deleted = []
+        there = slots_by_arena(tuple(self._arenas), after)
+        here = {real.arena: real for real in self._reals}
+        for arena, number in self._arenas.items():
+            slots, real = there.get(arena), here.get(arena)
+            if slots is None:
+                if real is not None:
+                    deleted.append(number)
+                    real.delete(real.slot)
+                    self._leave(real)
+            elif real is None:
+                self._make(arena, slots, number, None)
+            else:
+                for piece in pieces:
+                    if arena.gpa <= piece.start < arena.end:
+                        real.show(piece, slots[0])
+                real.members = {s.slot: s for s in slots}
+                real.set_log(slots[0])
+        return deleted
+
+    def gpas_of(self, addresses: Iterable[int]) -> list[int]:
+        """The guest's addresses of ours, of those that lie behind a slot."""
+        return [gpa for a in addresses for real in self._reals if (gpa := real.gpa_of(a)) >= 0]
+
+    # -- one operation of a mirror each --------------------------------------------------------
 
     def add(self, slot: Slot) -> None:
         """Raises SlotRefused, with KVM's errno; InputError for what no mirror has; and
@@ -63,15 +104,16 @@ class RealSlots:
             self._let_kvm_refuse(slot)
         touched = self._overlapping(slot.gpa, slot.end)
         if not touched:
-            self._make(slot)
+            arena = Arena(_MEMORY, slot.gpa, slot.size, bool(slot.flags & READONLY))
+            self._make(arena, [slot], self._free_number(slot.slot), slot.flags)
         elif len(touched) == 1 and touched[0].fits(slot):
             self._place(touched[0], slot)
         else:
             self._grow(touched, slot)
         self.table.add(slot)
 
-    def delete(self, slot: Slot) -> None:
-        """Raises SlotRefused."""
+    def delete(self, slot: Slot) -> Slot:
+        """The slot that was held.  Raises SlotRefused."""
         held = self._held(slot, "delete")
         real = self._at(held.gpa)
         alone = len(real.members) == 1
@@ -83,9 +125,9 @@ class RealSlots:
                 real.show(Piece(start, end), held)
             del real.members[held.slot]
         self.table.remove(held.as_id, held.slot)
-        self.blocks.let_go((held.block, held.owner), self.table)
         if not alone:
             real.set_log(held)
+        return held
 
     def set_flags(self, slot: Slot) -> None:
         """Raises SlotRefused: EINVAL when anything but LOG_DIRTY_PAGES would change."""
@@ -172,21 +214,20 @@ class RealSlots:
                 yield f"KVM's slot {real.number} at {real.gpa:#x}+{real.arena.size:#x} {has}"
 
     def close(self) -> None:
-        """Give host mappings and memory back; the VM must be gone."""
+        """Give host mappings back; the VM must be gone."""
         for real in self._reals:
             real.close()
         self._reals.clear()
         self._numbers.clear()
         self.table = SlotTable()
-        self.blocks.close()
 
     # -- how a slot comes ----------------------------------------------------------------------
 
-    def _make(self, slot: Slot) -> None:
-        arena = Arena(_MEMORY, slot.gpa, slot.size, bool(slot.flags & READONLY))
-        real = RealSlot(self.context, arena, [slot], self._free_number(slot.slot), slot)
+    def _make(self, arena: Arena, slots: Sequence[Slot], number: int, flags: int | None) -> None:
+        """`flags` None: those that the slots need."""
+        real = RealSlot(self.context, arena, slots, number, slots[0])
         try:
-            real.set(slot.flags, "add", slot)
+            real.set(real.wanted_flags if flags is None else flags, "add", slots[0])
         except BaseException:
             real.close()
             raise
@@ -245,7 +286,7 @@ class RealSlots:
         raise refused("add", slot, -result)
 
     def _enter(self, real: RealSlot) -> None:
-        insort(self._reals, real, key=_gpa)
+        insort(self._reals, real, key=_place)
         self._numbers.add(real.number)
 
     def _leave(self, real: RealSlot) -> None:
@@ -255,13 +296,13 @@ class RealSlots:
     # -- finding -------------------------------------------------------------------------------
 
     def _overlapping(self, start: int, end: int) -> list[RealSlot]:
-        first = bisect_right(self._reals, start, key=_gpa) - 1
+        first = bisect_right(self._reals, (_MEMORY, start), key=_place) - 1
         if first < 0 or self._reals[first].end <= start:
             first += 1
-        return self._reals[first : bisect_left(self._reals, end, key=_gpa)]
+        return self._reals[first : bisect_left(self._reals, (_MEMORY, end), key=_place)]
 
     def _at(self, gpa: int) -> RealSlot:
-        return self._reals[bisect_right(self._reals, gpa, key=_gpa) - 1]
+        return self._reals[bisect_right(self._reals, (_MEMORY, gpa), key=_place) - 1]
 
     def _clashes(self, slot: Slot) -> bool:
         return any(self.table.overlapping(_MEMORY, *r) for r in slot.mapped)
@@ -287,5 +328,5 @@ class RealSlots:
         real.members[new.slot] = new
 
 
-def _gpa(real: RealSlot) -> int:
-    return real.gpa
+def _place(real: RealSlot) -> tuple[int, int]:
+    return real.arena.as_id, real.gpa

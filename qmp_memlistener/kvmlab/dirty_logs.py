@@ -1,4 +1,4 @@
-"""Dirty rings: the pages that each vCPU wrote, in the order in which it wrote them.
+"""Dirty logs: bitmaps of slots, and rings of vCPUs with the pages in the order they were written.
 
 KVM_CAP_DIRTY_LOG_RING (Documentation/virt/kvm/api.rst 8.29): a ring for each vCPU instead of a
 bitmap for each slot.  An entry names a slot by its id and a page in it; what that was when the page
@@ -8,13 +8,16 @@ was written is for the reader to know.
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
+from dataclasses import dataclass
 
+from ..memslots import Slot
 from . import abi, system
-from .capabilities import Cap
-from .host_memory import PAGE
+from .abi import Cap
+from .memory import PAGE
 from .vm import LabVm, Vcpu
 
-__all__ = ["ENTRIES", "DirtyRings", "ring_capability"]
+__all__ = ["DirtyRings", "FetchedLog", "Log", "RingLog", "ring_capability", "ring_log"]
 
 ENTRIES = 1 << 14
 """Of each ring: 256 KiB, which every kernel that has rings takes."""
@@ -77,3 +80,38 @@ class DirtyRings:
         while self._rings:
             address, _ = self._rings.pop()
             system.munmap(address, ENTRIES * abi.DIRTY_GFN_BYTES)
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedLog:
+    """A dirty bitmap as KVM gave it: a bit a page from `gpa` on."""
+
+    gpa: int
+    size: int
+    bitmap: bytes
+
+    def dirty(self, gpa: int) -> bool:
+        """The page that holds `gpa` is in it and marked."""
+        page = (gpa - self.gpa) >> 12
+        return 0 <= page < self.size >> 12 and bool(self.bitmap[page >> 3] >> (page & 7) & 1)
+
+
+@dataclass(frozen=True, slots=True)
+class RingLog:
+    """Pages that dirty rings reported."""
+
+    pages: frozenset[int]
+
+    def dirty(self, gpa: int) -> bool:
+        return gpa & ~0xFFF in self.pages
+
+
+Log = FetchedLog | RingLog
+
+
+def ring_log(rings: DirtyRings, slots: Iterable[Slot]) -> RingLog:
+    """What is in the rings, of slots that are there now; whatever else is lost.  Raises OSError."""
+    start = {slot.kvm_slot: slot.gpa for slot in slots}
+    return RingLog(
+        frozenset(start[slot] + (page << 12) for slot, page in rings.take() if slot in start)
+    )
