@@ -20,43 +20,33 @@ __all__ = ["main"]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The exit code."""
+    """The exit code.  The options of `race` are the fields of `RaceOptions`."""
     parser = argparse.ArgumentParser(prog="python -m qmp_memlistener.kvmlab")
-    verbs = parser.add_subparsers(dest="verb", required=True)
-    racing = verbs.add_parser("race", help="punch and fill a hole under each strategy")
-    racing.add_argument("--strategy", default="all", metavar="NAME[,NAME]")
-    racing.add_argument("--updates", type=int, default=400)
-    racing.add_argument("--guest", type=GuestKind, default=GuestKind.DATA)
-    racing.add_argument("--vcpus", type=int, default=1)
-    racing.add_argument("--slot-size", type=int, default=64 << 20, metavar="BYTES")
-    racing.add_argument("--hole-size", type=int, default=4096, metavar="BYTES")
-    racing.add_argument("--hole-offset", type=int, metavar="BYTES")
-    racing.add_argument("--slots", type=int, default=0)
-    for name in ("dirty-log", "rings", "populate", "touch-hole", "json"):
-        racing.add_argument(f"--{name}", action="store_true")
-    options = parser.parse_args(argv)
+    racing = parser.add_subparsers(dest="verb", required=True).add_parser(
+        "race",
+        help="punch and fill a hole under each strategy",
+        argument_default=argparse.SUPPRESS,
+    )
+    racing.add_argument("--json", action="store_true", help="the only form there is")
+    racing.add_argument("--strategy", dest="strategies", type=_names, metavar="NAME[,NAME]")
+    for field in msgspec.structs.fields(RaceOptions):
+        option = f"--{field.name.replace('_', '-')}"
+        if field.type is bool:
+            racing.add_argument(option, action="store_true")
+        elif field.name != "strategies":
+            racing.add_argument(option, type=GuestKind if field.type is GuestKind else int)
+    given = vars(parser.parse_args(argv))
     try:
-        report = run_race(
-            RaceOptions(
-                strategies=tuple(options.strategy.split(",")),
-                updates=options.updates,
-                guest=options.guest,
-                vcpus=options.vcpus,
-                slot_size=options.slot_size,
-                hole_size=options.hole_size,
-                hole_offset=options.hole_offset,
-                slots=options.slots,
-                dirty_log=options.dirty_log,
-                rings=options.rings,
-                populate=options.populate,
-                touch_hole=options.touch_hole,
-            )
-        )
+        report = run_race(RaceOptions(**{k: given[k] for k in given if k not in ("verb", "json")}))
     except MemListenerError as exc:
         return _tell(exc)
     sys.stdout.write(msgspec.json.encode(race_document(report)).decode() + "\n")
     problem = none_ran((r.name, r.skipped) for r in report.results)
     return 0 if problem is None else _tell(problem)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(text.split(","))
 
 
 def _tell(error: MemListenerError) -> int:

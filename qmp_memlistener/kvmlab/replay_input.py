@@ -240,7 +240,7 @@ class _Fold:
             done.append(self._delete(old, table))
         for slot in doomed:
             self._remark("the deletion of a slot is missing and was put in", op)
-            done.append(self._delete(slot, table, missing=True))
+            done.append(self._delete(slot, table))
         table.add(new)
         self._private += bool(op.flags & GUEST_MEMFD)
         return [*done, _applied(OpKind.ADD, new)]
@@ -254,15 +254,15 @@ class _Fold:
             return _applied(OpKind.FLAGS, msgspec.structs.replace(old, flags=op.flags), op.ret)
         return _applied(OpKind.ADD, new, op.ret)
 
-    def _delete(self, slot: Slot, table: SlotTable, *, missing: bool = False) -> AppliedOp:
+    def _delete(self, slot: Slot, table: SlotTable) -> AppliedOp:
         table.remove(slot.as_id, slot.slot)
-        return _applied(OpKind.DELETE, slot, missing=missing)
+        return _applied(OpKind.DELETE, slot)
 
 
-def _applied(kind: OpKind, slot: Slot, ret: int = 0, *, missing: bool = False) -> AppliedOp:
+def _applied(kind: OpKind, slot: Slot, ret: int = 0) -> AppliedOp:
     flags = 0 if kind is OpKind.DELETE else slot.flags
     op = Op(kind, slot.as_id, slot.slot, slot.gpa, slot.size, flags)
-    return AppliedOp(op, slot, ret, missing)
+    return AppliedOp(op, slot, ret)
 
 
 def _slot(as_id: int, slot: int, gpa: int, size: int, flags: int, backing: Backing | None) -> Slot:

@@ -218,7 +218,7 @@ def _plain(slot: Slot) -> Slot:
 
 def _plain_op(a: AppliedOp) -> AppliedOp:
     op = replace(a.op, flags=a.op.flags & ~GUEST_MEMFD)
-    return AppliedOp(op, _plain(a.slot), a.ret, a.missing)
+    return AppliedOp(op, _plain(a.slot), a.ret)
 
 
 def _table(table: SlotTable, most_spaces: int) -> SlotTable:

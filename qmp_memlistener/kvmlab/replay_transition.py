@@ -21,14 +21,13 @@ class AppliedOp:
     """One operation of a transition, as KVM took it.
 
     `ret` is the return code, 0 or a negative errno; `slot` the one that the op adds, changes or
-    deletes, as it is when the op succeeds (of a delete: as it was), with what backs it; `missing`
-    that the file lacks it and it was put in.  A delete that was refused may name no slot: size 0.
+    deletes, as it is when the op succeeds (of a delete: as it was), with what backs it.  A delete
+    that was refused may name no slot: size 0.
     """
 
     op: Op
     slot: Slot
     ret: int = 0
-    missing: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +59,6 @@ class ReplayTransition:
     @property
     def slots(self) -> tuple[Slot, ...]:
         return tuple(a.slot for a in self.applied)
-
-    @property
-    def missing(self) -> tuple[bool, ...]:
-        return tuple(a.missing for a in self.applied)
 
     @property
     def view_before(self) -> dict[int, FlatView]:

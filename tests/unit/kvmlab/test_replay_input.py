@@ -53,7 +53,7 @@ def test_a_boot_and_a_pam_write(tmp_path: Path) -> None:
         HostBlock("ram1", None, 0x20000),
     )
     boot, pam = found.transitions
-    assert (boot.seq, boot.rets, boot.missing, boot.log) == (1, (0,) * 3, (False,) * 3, None)
+    assert (boot.seq, boot.rets, boot.log) == (1, (0,) * 3, None)
     assert pam.slots == (
         Slot(0, 2, 0xE0000, 15 * MIB, 0, "ram0", None, 0xE0000),
         Slot(0, 2, 0xE0000, 0x10000, 0, "ram0", None, 0xE0000),
@@ -129,7 +129,7 @@ def test_readonly_cannot_change_on_a_live_slot(tmp_path: Path) -> None:
     assert shape(found)[1:] == [
         [("delete", 1, 0xC0000, 0x20000), ("add", 1, 0xC0000, 0x20000)],
     ]
-    assert found.transitions[1].missing == (False, False)
+    assert found.notes == ()
 
 
 def test_what_kvm_refused_is_kept_and_changes_nothing(tmp_path: Path) -> None:
