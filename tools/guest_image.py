@@ -21,9 +21,9 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import qmp_memlistener.cpio
-from qmp_memlistener.cpio import Entry, cpio, directories
+import tools.cpio
 from tools import releases
+from tools.cpio import Entry, cpio, directories
 from tools.kernel_modules import Modules, built_in, in_order
 from tools.private_apt import Apt, Unavailable, machine_archive, run
 from tools.releases import Broken, Release, say
@@ -87,7 +87,7 @@ class Kind:
     def recipe(self) -> str:
         """Changes when something does that an image is made of, the packages apart."""
         digest = hashlib.sha256(repr((self.modules, self.settings)).encode())
-        ours = (Path(__file__), Path(qmp_memlistener.cpio.__file__))
+        ours = (Path(__file__), Path(tools.cpio.__file__))
         for path in (*ours, self.init, *self.sources):
             digest.update(path.read_bytes())
         return digest.hexdigest()

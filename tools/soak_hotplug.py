@@ -27,15 +27,11 @@ sys.path.insert(0, str(ROOT))
 from qmp_memlistener import Agent, attach  # noqa: E402 - the path comes first
 from qmp_memlistener.errors import MemListenerError  # noqa: E402
 from qmp_memlistener.guests import QemuBuild, find_qemus  # noqa: E402
-from qmp_memlistener.guests.linux import (  # noqa: E402
-    LinuxGuest,
-    LinuxImage,
-    LinuxSpec,
-    boot_linux,
-)
+from qmp_memlistener.guests.linux import LinuxImage, LinuxSpec  # noqa: E402
 from qmp_memlistener.updates.model import Intent, Plug, Role, Unplug  # noqa: E402
 from qmp_memlistener.updates.options import parse_addition, parse_resize  # noqa: E402
 from qmp_memlistener.updates.settings import UpdateOptions  # noqa: E402
+from tests.support.linux_guest import LinuxGuest, boot_linux  # noqa: E402
 
 MIB = 1 << 20
 PATIENT = UpdateOptions(wait_s=30.0)

@@ -1,37 +1,34 @@
-"""A small Linux guest for hotplug: its image, booting it, and what it sees.
+"""A small Linux guest for hotplug: its image, and booting it.
 
 The image (vm-images/linux: kernel, initramfs, agent, pulse program) is built by a script there and
 kept in the user's cache.  `boot_linux` starts it with `launch`; monitors stay free for the caller.
-The console's protocol is in `linux_console`, the parsers of what the guest prints in `linux_views`.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 import tempfile
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Self, TypeVar
+from typing import Self
 
-from ..errors import DeadlineExceeded, OperationFailed
-from ..host.bounded import in_thread
-from . import layout, linux_views
+from ..errors import DeadlineExceeded, TargetError, TargetLost
+from . import layout
+from .images import Description, Images
 from .launch import Guest, GuestSpec, launch, sized_file
-from .linux_console import Console, Outcome
-from .linux_images import Description, Images
-from .linux_views import BlockDevice, MemoryBlocks, NetDevice, PciDevice
-from .qemus import KvmProbe, QemuBuild, kvm_usable
+from .qemus import QemuBuild
+from .serial import SerialPort
 
-__all__ = ["LinuxGuest", "LinuxImage", "LinuxSpec", "boot_linux", "linux_kvm_usable"]
+__all__ = ["Agent", "LinuxGuest", "LinuxImage", "LinuxSpec", "boot_linux"]
 
 BOOT_TIMEOUT = 90.0
 DEFAULT_LABEL = "6.1"
 
 _IMAGES = Images("linux", "Linux guest", "QMP_MEMLISTENER_LINUX")
-_POLL = 0.1  # seconds between two looks of the guest at itself; each look costs it some forks
 _KERNEL_ARGS = (
     "console=ttyS0",
     "loglevel=4",
@@ -43,8 +40,6 @@ _KERNEL_ARGS = (
 # stored (case 0x1c7 in target/i386/tcg/translate.c), and an interrupt right after it saves them.
 # Linux 6.12 dies of that at boot or soon after.  Without cx16 Linux does not use the instruction.
 _TCG_CPU = "qemu64,-cx16"
-
-T = TypeVar("T")
 
 
 class _Description(Description):
@@ -139,20 +134,62 @@ class LinuxSpec:
     kernel_args: tuple[str, ...] = ()
 
 
+class Agent(SerialPort):
+    """The serial port of the guest's agent, which says `ready` whenever the guest has come up."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.boots = 0
+        """How often the guest has come up since QEMU started."""
+        self._said_ready = asyncio.Event()
+        self._lost: TargetError | None = None
+
+    async def wait_boot(self, number: int = 1, timeout: float = 60.0) -> None:
+        """Until the guest has come up `number` times.
+
+        Raises DeadlineExceeded after `timeout` seconds and TargetLost when QEMU has ended.
+        """
+        try:
+            async with asyncio.timeout(timeout):
+                while self.boots < number:
+                    self.check_lost()
+                    self._said_ready.clear()
+                    await self._said_ready.wait()
+        except TimeoutError:
+            raise DeadlineExceeded(
+                f"the Linux guest was not up within {timeout:g} s",
+                remedy="its kernel's messages are in the log; under KVM inside a VM try TCG",
+            ) from None
+
+    def check_lost(self) -> None:
+        """Raises TargetLost when QEMU has ended."""
+        if self._lost is not None:
+            raise self._lost
+
+    def line_received(self, line: bytes) -> None:
+        if re.fullmatch(rb"\s*ready\s+\S+\s*", line):
+            self.boots += 1
+            self._said_ready.set()
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        why = f" ({exc})" if exc is not None else ""
+        self._lost = TargetLost(f"QEMU has ended, or closed the Linux guest's console{why}")
+        self._said_ready.set()
+
+
 @dataclass(frozen=True, slots=True)
 class LinuxGuest:
     """A running Linux guest; paths are valid until the `boot_linux` block is left.
 
     `guest` has the process and the free monitors.  `page` is the memory that the pulse program
-    writes, for `Pulse(page)`.  Methods that ask the guest raise what `run` raises, and
-    OperationFailed when its command fails.
+    writes, for `Pulse(page)`.
     """
 
     spec: LinuxSpec
     image: LinuxImage
     guest: Guest
     page: Path
-    console: Console
+    agent: Agent
     log_path: Path
 
     async def wait_booted(self, boots: int = 1, timeout: float = BOOT_TIMEOUT) -> None:
@@ -160,77 +197,7 @@ class LinuxGuest:
 
         Raises DeadlineExceeded, and TargetLost when QEMU has ended.
         """
-        await self.console.wait_boot(boots, timeout)
-
-    async def run(self, command: str, timeout: float = 10.0) -> Outcome:
-        """`status, text = await guest.run("cat /proc/meminfo")`; a shell runs it, as root.
-
-        Standard error is part of the text.  Raises DeadlineExceeded (the command is killed after
-        `timeout` seconds), OperationFailed when the guest boots meanwhile, TargetLost when QEMU
-        ends.
-        """
-        return await self.console.run(command, timeout)
-
-    async def check(self, command: str, timeout: float = 10.0) -> str:
-        """What a command prints.  Raises OperationFailed unless its exit status is 0."""
-        status, text = await self.run(command, timeout)
-        if status:
-            raise OperationFailed(
-                f"{command!r} failed in the Linux guest ({status}): {text[-400:]}"
-            )
-        return text
-
-    async def until(
-        self, look: Callable[[], Awaitable[T]], true: Callable[[T], bool], timeout: float = 20.0
-    ) -> T:
-        """Look again and again until `true` of it, and return that.
-
-        Raises DeadlineExceeded that tells the last look.
-        """
-        seen: list[T] = []
-        try:
-            async with asyncio.timeout(timeout):
-                while True:
-                    seen[:] = [await look()]
-                    if true(seen[0]):
-                        return seen[0]
-                    await asyncio.sleep(_POLL)
-        except TimeoutError:
-            last = seen[0] if seen else "nothing"
-            raise DeadlineExceeded(
-                f"the Linux guest still sees {last} after {timeout:g} s"
-            ) from None
-
-    async def memory_total(self) -> int:
-        """MemTotal in bytes."""
-        return linux_views.parse_meminfo(await self.check(linux_views.MEMINFO_COMMAND))
-
-    async def memory_blocks(self) -> MemoryBlocks:
-        """Blocks of memory that are online; they change by exactly what was plugged."""
-        return linux_views.parse_memory(await self.check(linux_views.MEMORY_COMMAND))
-
-    async def pci_devices(self) -> tuple[PciDevice, ...]:
-        """PCI functions with their BARs and drivers, by address."""
-        return linux_views.parse_pci(await self.check(linux_views.PCI_COMMAND))
-
-    async def net_devices(self) -> tuple[NetDevice, ...]:
-        """Network interfaces but the loopback, by name."""
-        return linux_views.parse_net(await self.check(linux_views.NET_COMMAND))
-
-    async def block_devices(self) -> tuple[BlockDevice, ...]:
-        """Disks and pmem devices, by name."""
-        return linux_views.parse_block(await self.check(linux_views.BLOCK_COMMAND))
-
-    async def set_workload(self, on: bool) -> None:
-        """Keep every CPU and a part of the memory busy, or no longer."""
-        await self.check(f"workload {'start' if on else 'stop'}")
-
-    async def set_pulse(self, on: bool, period_us: int = 1000) -> None:
-        """Let the CPUs beat, `period_us` apart (0: all the time that is left), or no longer.
-
-        A pulse that runs goes on as it is.  `Pulse(page).wait_ready()` waits until it beats.
-        """
-        await self.check(f"pulse start {period_us}" if on else "pulse stop")
+        await self.agent.wait_boot(boots, timeout)
 
     def log(self) -> str:
         """What the kernel has printed on its console: warnings, mostly; `dmesg` tells the rest."""
@@ -245,31 +212,32 @@ async def boot_linux(
     *,
     timeout: float = BOOT_TIMEOUT,
     wait: bool = True,
+    port: Callable[[Path], Agent] = Agent,
 ) -> AsyncIterator[LinuxGuest]:
     """Boot a Linux guest on `build` (default: the installed QEMU); ends it when the block is left.
 
-    The block is entered when the guest takes commands; with `wait=False` as soon as QEMU has a
-    monitor, for a guest that begins stopped (`args=("-S",)`), and `wait_booted` is the caller's.
-    An image without the pulse program boots as well; `image.why_no_pulse` tells.  Raises
-    DeadlineExceeded with the end of the kernel's log when the guest is not up within `timeout`
-    seconds, and what `launch` raises.
+    The block is entered when the guest is up; with `wait=False` as soon as QEMU has a monitor, for
+    a guest that begins stopped (`args=("-S",)`), and `wait_booted` is the caller's.  `port` makes
+    the agent's serial port at a path.  An image without the pulse program boots as well;
+    `image.why_no_pulse` tells.  Raises DeadlineExceeded with the end of the kernel's log when the
+    guest is not up within `timeout` seconds, and what `launch` raises.
     """
     spec = spec or LinuxSpec()
     where = Path("/dev/shm" if os.access("/dev/shm", os.W_OK) else tempfile.gettempdir())
     with _directory() as directory, sized_file(where, ".pulse", layout.RAM_NEEDED) as page:
-        agent, log = directory / "agent", directory / "log"
+        socket, log = directory / "agent", directory / "log"
         machine = GuestSpec(
             machine=f"{spec.machine},nvdimm=on",
             accel=spec.accel,
             memory=spec.memory,
             smp=spec.smp,
             monitors=spec.monitors,
-            args=tuple(_arguments(image, spec, agent, log, page)),
+            args=tuple(_arguments(image, spec, socket, log, page)),
         )
         if build is not None:
             machine = machine.on(build)
-        async with Console(agent) as console, launch(machine) as guest:
-            linux = LinuxGuest(spec, image, guest, page, console, log)
+        async with port(socket) as agent, launch(machine) as guest:
+            linux = LinuxGuest(spec, image, guest, page, agent, log)
             try:
                 if wait:
                     await linux.wait_booted(timeout=timeout)
@@ -282,7 +250,7 @@ async def boot_linux(
 
 
 def _arguments(
-    image: LinuxImage, spec: LinuxSpec, agent: Path, log: Path, page: Path
+    image: LinuxImage, spec: LinuxSpec, socket: Path, log: Path, page: Path
 ) -> Iterator[str]:
     pulse = () if spec.pulse_us is None else (f"guest.pulse={spec.pulse_us}",)
     yield from ("-kernel", str(image.kernel), "-initrd", str(image.initramfs))
@@ -292,7 +260,7 @@ def _arguments(
         yield from ("-m", f"slots={spec.slots},maxmem={most}B")
     # The first serial port is the kernel's, the second one the agent's.
     yield from ("-chardev", f"file,id=log,path={_quoted(log)}", "-serial", "chardev:log")
-    yield from ("-chardev", f"socket,id=agent,path={_quoted(agent)}", "-serial", "chardev:agent")
+    yield from ("-chardev", f"socket,id=agent,path={_quoted(socket)}", "-serial", "chardev:agent")
     backend = f"memory-backend-file,id=pulse,share=on,mem-path={_quoted(page)}"
     yield from ("-object", f"{backend},size={layout.RAM_NEEDED}")
     yield from ("-device", "ivshmem-plain,memdev=pulse,id=pulse0")
@@ -317,24 +285,3 @@ def _quoted(path: Path) -> str:
 def _directory() -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="qmp-memlistener-", dir="/tmp") as name:
         yield Path(name)
-
-
-async def linux_kvm_usable(
-    image: LinuxImage, build: QemuBuild | None = None, *, timeout: float = 10.0
-) -> KvmProbe:
-    """Whether the guest boots under KVM within `timeout` seconds: by booting it.
-
-    That KVM works is not enough: where it has no hardware to use it runs kernels in an emulator,
-    and a boot takes longer than anybody waits.
-    """
-    basic = await in_thread(kvm_usable, build or "qemu-system-x86_64")
-    if not basic:
-        return basic
-    spec = LinuxSpec(accel="kvm", pulse_us=None, monitors=1)
-    try:
-        async with boot_linux(image, spec, build, timeout=timeout):
-            return KvmProbe(True)
-    except DeadlineExceeded:
-        return KvmProbe(False, f"Linux does not boot under KVM within {timeout:g} s here")
-    except OperationFailed as exc:
-        return KvmProbe(False, exc.message)

@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Literal
 
 from ..errors import DeadlineExceeded, OperationFailed
-from ..images import find_built_image
 from . import layout
+from .images import find_built_image
 from .pci import PciAddress
 from .pulse_memory import Header, High, PulseMemory, ToggleLog
 

@@ -13,7 +13,7 @@ from enum import StrEnum
 from functools import cache
 
 from ..errors import InputError
-from ..images import find_built_image
+from ..guests.images import find_built_image
 from . import x86
 from .memory import PAGE, HostMemory
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from qmp_memlistener.images import find_built_image
+from qmp_memlistener.guests.images import find_built_image
 from qmp_memlistener.kvmlab import programs
 from tests.support.images import check_image
 

@@ -11,8 +11,8 @@ import pytest
 
 from qmp_memlistener.guests import Pulse, QemuBuild
 from qmp_memlistener.guests.linux import LinuxSpec
-from qmp_memlistener.guests.linux_views import MemoryBlocks
 from tests.support.linux import LinuxVm, booted_linux, image
+from tests.support.linux_views import MemoryBlocks
 from tests.support.live import NO_QEMU, QEMUS, builds
 
 pytestmark = [pytest.mark.qemu, pytest.mark.full]
@@ -146,7 +146,7 @@ async def test_the_newer_kernel(build: QemuBuild) -> None:
         assert await vm.guest.check("uname -r") == f"{vm.guest.image.release}\n"
         await net_there_and_back(vm)
         await dimm_there_and_back(vm, vm.guest.spec.memory)
-        assert vm.guest.console.boots == 1
+        assert vm.guest.agent.boots == 1
 
 
 @pytest.mark.skipif(not QEMUS, reason=NO_QEMU)

@@ -16,10 +16,11 @@ import pytest
 
 from qmp_memlistener.errors import DeadlineExceeded, OperationFailed, TargetLost
 from qmp_memlistener.guests import Pulse, QemuBuild
-from qmp_memlistener.guests.linux import LinuxGuest, LinuxImage, LinuxSpec, boot_linux
+from qmp_memlistener.guests.linux import LinuxImage, LinuxSpec
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.probes.pulse_ram import open_pulse
 from tests.support.linux import booted_linux, image
+from tests.support.linux_guest import LinuxGuest, boot_linux
 from tests.support.live import QEMUS, builds
 
 pytestmark = [pytest.mark.qemu, pytest.mark.full, pytest.mark.asyncio]

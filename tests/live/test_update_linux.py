@@ -12,12 +12,13 @@ import pytest
 
 from qmp_memlistener import Agent, Outcome, Strategy, attach
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.guests.linux import LinuxGuest, LinuxSpec
+from qmp_memlistener.guests.linux import LinuxSpec
 from qmp_memlistener.qmp.guest import count_ram_blocks
 from qmp_memlistener.updates.model import Plug, Role, Unplug
 from qmp_memlistener.updates.options import parse_addition
 from qmp_memlistener.updates.settings import UpdateOptions
 from tests.support.linux import LinuxVm, booted_linux
+from tests.support.linux_guest import LinuxGuest
 from tests.support.live import QEMUS, builds
 
 pytestmark = pytest.mark.qemu

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmp_memlistener.cpio import Entry
+from tools.cpio import Entry
 
 __all__ = ["unpacked"]
 

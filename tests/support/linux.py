@@ -16,10 +16,11 @@ import pytest
 
 from qmp_memlistener.errors import MissingPrerequisite
 from qmp_memlistener.guests import PciAddress, QemuBuild
-from qmp_memlistener.guests.linux import LinuxGuest, LinuxImage, LinuxSpec, boot_linux
-from qmp_memlistener.guests.linux_views import Bar, PciDevice
+from qmp_memlistener.guests.linux import LinuxImage, LinuxSpec
 from qmp_memlistener.qmp import Monitor, UnixTarget
 from tests.support.any_monitor import AnyMonitor
+from tests.support.linux_guest import LinuxGuest, boot_linux
+from tests.support.linux_views import Bar, PciDevice
 
 __all__ = ["LinuxVm", "booted_linux", "image"]
 

@@ -15,15 +15,15 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Annotated, Self
 
 import msgspec
 
 from qmp_memlistener.errors import MissingPrerequisite, OperationFailed
+from qmp_memlistener.guests.images import Description, Images
 from qmp_memlistener.guests.launch import GuestSpec, launch
-from qmp_memlistener.guests.linux_images import Description, Images
 from qmp_memlistener.guests.qemus import QemuBuild, find_qemus
+from qmp_memlistener.guests.serial import SerialPort
 from qmp_memlistener.host.bounded import in_thread
 from tests.support.svm_files import added_files
 
@@ -246,36 +246,17 @@ def _lines(text: str) -> list[str]:
     return [line.strip() for line in text.splitlines() if line.strip()]
 
 
-class _Status(asyncio.Protocol):
+class _Status(SerialPort):
     """What the guest's init tells on its first port, on a socket at `path`; a context manager.
 
-    The lines are described in vm-images/svm/init.  QEMU connects when it starts, so none is lost.
+    The lines are described in vm-images/svm/init.
     """
 
     def __init__(self, path: Path) -> None:
+        super().__init__(path)
         self.release = ""  # of the kernel; empty until the guest is up
-        self._path = path
-        self._input = b""
-        self._server: asyncio.Server | None = None
-        self._transport: asyncio.Transport | None = None
         self._changed = asyncio.Event()
         self._outcome: int | str | None = None
-
-    async def __aenter__(self) -> Self:
-        loop = asyncio.get_running_loop()
-        self._server = await loop.create_unix_server(lambda: self, str(self._path))
-        return self
-
-    async def __aexit__(
-        self,
-        exc_type: type[BaseException] | None,
-        exc: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._server is not None:
-            self._server.close()
-        if self._transport is not None:
-            self._transport.abort()
 
     async def outcome(self) -> int | str:
         """The program's exit status, or why there is none."""
@@ -283,20 +264,14 @@ class _Status(asyncio.Protocol):
         assert self._outcome is not None
         return self._outcome
 
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
-        self._transport = transport
-
-    def data_received(self, data: bytes) -> None:
-        *lines, self._input = (self._input + data).split(b"\n")
-        for line in lines:
-            word, _, rest = line.decode(errors="replace").partition(" ")
-            if word == "up":
-                self.release = rest
-            elif word == "exit" and rest.isdecimal():
-                self._settle(int(rest))
-            elif word == "failed":
-                self._settle(f"cannot run it: {rest}")
+    def line_received(self, line: bytes) -> None:
+        word, _, rest = line.decode(errors="replace").partition(" ")
+        if word == "up":
+            self.release = rest
+        elif word == "exit" and rest.isdecimal():
+            self._settle(int(rest))
+        elif word == "failed":
+            self._settle(f"cannot run it: {rest}")
 
     def connection_lost(self, _exc: Exception | None) -> None:
         self._settle("ended before its program did" if self.release else "ended while it booted")

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path, PurePosixPath
 
 import qmp_memlistener
-from qmp_memlistener.cpio import Entry, cpio, directories
+from tools.cpio import Entry, cpio, directories
 
 __all__ = ["added_files"]
 

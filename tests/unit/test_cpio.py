@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from qmp_memlistener.cpio import Entry, cpio, directories
 from tests.support.cpio import unpacked
+from tools.cpio import Entry, cpio, directories
 
 
 def test_everything_comes_out_again() -> None:

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import DeadlineExceeded, OperationFailed, TargetLost
-from qmp_memlistener.guests import linux_console
-from qmp_memlistener.guests.linux_console import COMMAND_MAX, Console, Outcome
+from tests.support import linux_console
+from tests.support.linux_console import COMMAND_MAX, Console, Outcome
 
 pytestmark = pytest.mark.asyncio
 

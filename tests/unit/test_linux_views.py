@@ -5,8 +5,9 @@ from __future__ import annotations
 import pytest
 
 from qmp_memlistener.errors import InputError
-from qmp_memlistener.guests import PciAddress, linux_views
-from qmp_memlistener.guests.linux_views import Bar, BlockDevice, MemoryBlocks, NetDevice, PciDevice
+from qmp_memlistener.guests import PciAddress
+from tests.support import linux_views
+from tests.support.linux_views import Bar, BlockDevice, MemoryBlocks, NetDevice, PciDevice
 
 
 def pci_line(bdf: str, ids: str, starts: list[str], sizes: list[str], driver: str = "") -> str:

@@ -32,7 +32,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parents[1]))
 
-from qmp_memlistener.cpio import Entry  # noqa: E402 - needs the path
+from tools.cpio import Entry  # noqa: E402 - needs the path
 from tools.guest_image import Kind, Made, main  # noqa: E402
 from tools.private_apt import Unavailable, run  # noqa: E402
 from tools.releases import Broken  # noqa: E402

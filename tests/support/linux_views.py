@@ -1,6 +1,6 @@
 """What a Linux guest sees: parsers of its /proc and /sys, and the commands that print them.
 
-Pure: text in, values out.  Who runs the commands is `linux`.  Text that a kernel does not print
+Pure: text in, values out.  `linux_guest` runs the commands.  Text that a kernel does not print
 raises InputError.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 
-from ..errors import InputError
-from .pci import PciAddress
+from qmp_memlistener.errors import InputError
+from qmp_memlistener.guests.pci import PciAddress
 
 __all__ = [
     "BLOCK_COMMAND",

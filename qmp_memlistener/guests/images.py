@@ -1,8 +1,8 @@
-"""Images of Linux guests: a kernel and an initramfs, built from packages by scripts in vm-images.
+"""Where the images of our guests are, and building those that are not there.
 
-They lie in the user's cache, one directory a kernel series, each with a description.  Here they are
-found, or built by running the script; what is in them and how they are booted is their guests'
-business (`linux`, `svm`).
+Those of the bare-metal guests are package data, or in a checkout's vm-images.  Those of Linux
+guests, a kernel and an initramfs, lie in the user's cache, one directory a kernel series, each with
+a description; scripts in vm-images build them from packages.
 """
 
 from __future__ import annotations
@@ -18,10 +18,26 @@ import msgspec
 
 from ..errors import InputError, MissingPrerequisite
 
-__all__ = ["Description", "Images"]
+__all__ = ["Description", "Images", "find_built_image"]
 
 _VM_IMAGES = Path(__file__).resolve().parents[2] / "vm-images"
 _BUILD_TIMEOUT = 900.0
+
+
+def find_built_image(guest: str, name: str) -> Path:
+    """The image `name` of `vm-images/<guest>`.  Raises MissingPrerequisite when it is nowhere."""
+    package = Path(__file__).resolve().parents[1]
+    candidates = (
+        package / "_images" / name,
+        _VM_IMAGES / guest / name,
+    )
+    for path in candidates:
+        if path.is_file():
+            return path
+    raise MissingPrerequisite(
+        f"the {guest} guest's image is at none of {', '.join(map(str, candidates))}",
+        remedy=f"build it with `make -C vm-images/{guest}`, or install the package again",
+    )
 
 
 class Description(msgspec.Struct):
