@@ -15,10 +15,10 @@ from typing import Generic, Self, TypeVar
 
 import msgspec
 
+from .directory import HeldFile, StateDirectory, decoded
 from .files import NotRegular
-from .locks import HeldFile
 from .processes import Process, boot_id, is_key, process_of
-from .state import StateDirectory, decoded, directories, directory_of, own_directory
+from .state import directories, directory_of, own_directory
 
 __all__ = ["Note", "Stale", "hold", "new_name", "stale"]
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import msgspec
 
 from ..host import notes
-from ..host.locks import HeldFile
+from ..host.directory import HeldFile
 from ..host.processes import process_of
 from ..qmp import Monitor, hmp
 

@@ -15,7 +15,7 @@ from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
 from ..errors import MemListenerError, ProtocolViolation
-from ..host.locks import HeldFile
+from ..host.directory import HeldFile
 from ..qmp import hmp, hmp_timed
 from .leftover_notes import note, restore, stale
 from .lockprofile_text import Profile, Waits, difference, read_profile

@@ -8,14 +8,7 @@ it, `companions_of` finds further ones, `read_facts` and `take_snapshot` read th
 from ..errors import TraceReason, TraceUnavailable
 from .cmdline import CommandLine, MonitorMode
 from .connection import CONNECT_DEADLINE, Command, Monitor, QemuVersion, Reply
-from .discovery import (
-    Guest,
-    GuestMonitor,
-    ListDocument,
-    find_guest,
-    find_guests,
-    list_document,
-)
+from .discovery import Guest, GuestMonitor, find_guest, find_guests
 from .events import EventStream, QmpEvent
 from .guest import GuestFacts, MemoryDevice, read_facts
 from .hmp import Flag, hmp, hmp_line, hmp_timed
@@ -71,8 +64,6 @@ __all__ = [
     "MonitorMode",
     "MonitorState",
     "CommandLine",
-    "list_document",
-    "ListDocument",
     # talking to them
     "CONNECT_DEADLINE",
     "Monitor",

@@ -7,27 +7,41 @@ as another user is seen by its command line; what only its owner or root may rea
 Where a monitor's socket is for *us* is found by the socket, not by its name: the name was bound in
 a directory, a root (-chroot) and a mount namespace that QEMU may have left since, and another
 process may have bound it again.  A path counts when it leads to the inode that QEMU listens on.
+
+Whether a process is a QEMU, and of which version, its binary's text decides.  A process calls
+itself what it likes, and so do those who package QEMU (`qemu-acme-system-x86_64`,
+`.qemu-system-x86_64-wrapped`, `qemu-kvm`).  The text that `-version` prints is in every system
+emulator and in nothing else: it is looked for, the file is never run.  Only the binaries of
+processes that something hints at are read, each once.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TypedDict
 
 from ..host import bounded
-from ..host.files import may_write, open_foreign, pieces, stat_foreign
+from ..host.files import find_text, may_write, open_foreign, pieces, stat_foreign
 from ..host.processes import (
     Process,
     Sketch,
+    path_seen_by,
     paths_seen_by,
     process_ids,
     socket_inodes,
 )
 from ..waits import waiting
-from .cmdline import CommandLine, MonitorMode, MonitorSpec, is_qemu_name, parse_arguments
-from .qemu_binary import emulator_of
+from .cmdline import (
+    CommandLine,
+    MonitorMode,
+    MonitorSpec,
+    has_qemu_options,
+    is_qemu_name,
+    parse_arguments,
+    program_index,
+)
 from .sockets import (
     MonitorState,
     UnixSocket,
@@ -38,16 +52,7 @@ from .sockets import (
 )
 from .targets import SocketTarget, TcpTarget, UnixTarget
 
-__all__ = [
-    "Guest",
-    "GuestDocument",
-    "GuestMonitor",
-    "ListDocument",
-    "MonitorDocument",
-    "find_guest",
-    "find_guests",
-    "list_document",
-]
+__all__ = ["Guest", "GuestMonitor", "emulator_of", "find_guest", "find_guests"]
 
 _CONFIG_LONGEST = 1 << 20
 _CLOCK_SLACK_S = 2.0
@@ -56,33 +61,13 @@ _SOFT_S, _HARD_S = 0.1, 3.0
 _ASKED_FOR_S = 10.0
 _NO_PERMISSION = "no permission"
 
-
-class MonitorDocument(TypedDict):
-    """One monitor in `list --json`; `why` it is unreachable, where that is known."""
-
-    target: str
-    state: str
-    why: str | None
-
-
-class GuestDocument(TypedDict):
-    """One guest in `list --json`."""
-
-    pid: int
-    name: str | None
-    version: str | None
-    machine: str | None
-    accel: str | None
-    monitors: list[MonitorDocument]
-    visible: bool
-    notes: list[str]
-
-
-class ListDocument(TypedDict):
-    """`list --json`, schema 1."""
-
-    schema: int
-    guests: list[GuestDocument]
+# version() in softmmu/vl.c and system/vl.c prints this, joined by the compiler into one literal.
+_VERSION_TEXT = b"QEMU emulator version "
+_LONGEST_VERSION = 16
+_VERSION = re.compile(rb"QEMU emulator version (\d+\.\d+\.\d+)")
+_MOST_SEARCHED = 256
+_searched: dict[tuple[int, ...], bytes] = {}
+"""What was found in a file, by its device, inode and times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,29 +204,6 @@ def _find(pid: int, diag: dict[int, UnixSocket] | None, *, asked_for: bool) -> G
     )
 
 
-def list_document(guests: Sequence[Guest]) -> ListDocument:
-    """The document of `list --json`."""
-    return {
-        "schema": 1,
-        "guests": [
-            {
-                "pid": guest.pid,
-                "name": guest.name,
-                "version": guest.version,
-                "machine": guest.machine,
-                "accel": guest.accel,
-                "monitors": [
-                    {"target": m.label, "state": str(m.state), "why": m.why or None}
-                    for m in guest.qmp_monitors
-                ],
-                "visible": guest.visible,
-                "notes": list(guest.notes),
-            }
-            for guest in guests
-        ],
-    }
-
-
 @dataclass(frozen=True, slots=True)
 class _Sockets:
     """The sockets of one process: by descriptor (None when we may not look), and what the kernel
@@ -278,7 +240,11 @@ def _monitor(spec: MonitorSpec, sockets: _Sockets) -> GuestMonitor:
         # connect(2) on a path needs write permission on the socket file (unix(7)).
         if not may_write(path, follow=True):
             return GuestMonitor(
-                spec.mode, spec.text, target, MonitorState.UNREACHABLE, _why_not(path)
+                spec.mode,
+                spec.text,
+                target,
+                MonitorState.UNREACHABLE,
+                _trouble(path) or _NO_PERMISSION,
             )
     state = listener_state(bound, pid=process.pid, inodes=sockets.owned)
     # Without the kernel's table a socket that is there counts as free: connecting to find out
@@ -302,8 +268,8 @@ def _socket_path(bound: UnixTarget, sockets: _Sockets) -> tuple[str | None, str]
         path = listener.choose(paths)
         if path is not None:
             return path, ""
-    there = [p for p in paths if _is_there(p)]
-    if any(_why_not(p) == _NO_PERMISSION for p in paths if p not in there):
+    there = [p for p in paths if not _trouble(p)]
+    if any(_trouble(p) == _NO_PERMISSION for p in paths):
         return None, _NO_PERMISSION
     if known:
         return None, "the path leads to another socket now, or to none"
@@ -311,22 +277,15 @@ def _socket_path(bound: UnixTarget, sockets: _Sockets) -> tuple[str | None, str]
     return ((there or paths)[0], "") if paths else (None, _NO_PERMISSION)
 
 
-def _is_there(path: str) -> bool:
-    try:
-        stat_foreign(path, follow=True)
-    except (OSError, ValueError):
-        return False
-    return True
-
-
-def _why_not(path: str) -> str:
+def _trouble(path: str) -> str:
+    """What keeps us from seeing what is at this path, "" when nothing does."""
     try:
         stat_foreign(path, follow=True)
     except PermissionError:
         return _NO_PERMISSION
     except (OSError, ValueError):
         return "no such socket"
-    return _NO_PERMISSION
+    return ""
 
 
 def _accel(process: Process, command_line: CommandLine) -> str | None:
@@ -367,3 +326,72 @@ def _config_text(process: Process, path: str) -> str | None:
         finally:
             os.close(handle)
     return None
+
+
+# -- the emulator's binary ----------------------------------------------------------------
+
+
+def emulator_of(process: Process, *, asked_for: bool) -> tuple[int, str | None] | None:
+    """Where in its `argv` the emulator is named and its version, None when it is no QEMU.
+
+    The version is None when the binary does not tell.  Without `asked_for` a process that nothing
+    hints at is not looked into.
+    """
+    argv = process.argv
+    at = program_index(argv)
+    if at is None:
+        return None
+    named = is_qemu_name(argv[at])
+    names = os.path.basename(argv[at]) + os.path.basename(process.exe or "")
+    hinted = named or has_qemu_options(argv[at + 1 :]) or "qemu" in names
+    if not (hinted or asked_for):
+        return None
+    read = False
+    for path in _binaries(process, argv[at], through_loader=at > 0):
+        text = _version_text(path)
+        if text is None:
+            continue
+        read = True
+        if text:
+            match = _VERSION.match(text)
+            return at, match[1].decode() if match is not None else None
+    if process.exe is None:
+        # of another user: there is nothing but the name to go by
+        return (at, None) if named else None
+    return (at, None) if is_qemu_name(process.exe) or (named and at > 0 and not read) else None
+
+
+def _binaries(process: Process, binary: str, *, through_loader: bool) -> Iterator[str]:
+    """Files that may be the emulator: what the kernel runs, or what its loader was told to."""
+    if not through_loader:
+        yield f"/proc/{process.pid}/exe"
+        if process.exe is not None:
+            return
+    if "/" in binary:
+        path = path_seen_by(process, binary)
+        if path is not None:
+            yield path
+    else:
+        yield from (f"{d}/{binary}" for d in ("/usr/bin", "/usr/local/bin"))
+
+
+def _version_text(path: str) -> bytes | None:
+    """The version as the binary has it, b"" when it has none, None when it cannot be read."""
+    try:
+        # a link may be what it was started by; where its own executable is known that is read
+        handle = open_foreign(path, follow=True)
+    except (OSError, ValueError):
+        return None
+    try:
+        status = os.fstat(handle)
+        file = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
+        if file not in _searched:
+            found = find_text(handle, _VERSION_TEXT, extra=_LONGEST_VERSION) or b""
+            if len(_searched) >= _MOST_SEARCHED:
+                _searched.clear()
+            _searched[file] = found
+        return _searched[file]
+    except OSError:
+        return None
+    finally:
+        os.close(handle)

@@ -34,36 +34,43 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import fcntl
 import hashlib
 import ipaddress
 import os
 import secrets
 import time
-from collections.abc import AsyncIterator
-from contextlib import ExitStack, asynccontextmanager
-from dataclasses import dataclass
+from collections.abc import AsyncIterator, Iterator
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
-from typing import TypedDict
+
+import msgspec
 
 from ..errors import GuestFrozen, MissingPrerequisite
 from ..host import state
+from ..host.directory import LONGEST, StateDirectory, decoded, is_write_locked, set_lock
+from ..host.files import open_in_root
 from ..host.processes import Process
-from . import freeze_files as files
+from ..text import json_bytes
 from .discovery import Guest
 from .targets import PidTarget, Target, UnixTarget
 
 __all__ = [
     "Freeze",
-    "FreezeDocument",
     "FreezeKey",
     "Holder",
     "check_not_frozen",
-    "freeze_document",
     "freeze_key",
     "frozen_by",
     "hold_freeze",
     "process_key",
 ]
+
+_FILE = "freeze-"
+# Byte 0 is locked as long as the holder lives, byte 1 until its claim has become a freeze: the
+# other way round a stranger's read lock on byte 1 could keep it from becoming one.
+_ALIVE, _CLAIMED = 0, 1
 
 _PATIENCE = 2.0
 _POLL = 0.005
@@ -90,7 +97,7 @@ class FreezeKey:
 
 @dataclass(frozen=True, slots=True)
 class Holder:
-    """Who holds a freeze: user id, `since_ns` (CLOCK_MONOTONIC), why.
+    """Who holds a freeze: user id, `since_ns` (CLOCK_MONOTONIC), why; as in `list --json`.
 
     `pid` is as the holder knows itself, None when it cannot be read.
     """
@@ -113,15 +120,6 @@ class Freeze:
 
     key: FreezeKey
     remarks: tuple[str, ...]
-
-
-class FreezeDocument(TypedDict):
-    """A freeze in `list --json`."""
-
-    pid: int | None
-    uid: int
-    since_ns: int
-    reason: str
 
 
 def freeze_key(target: Target, guest: Guest | None) -> FreezeKey:
@@ -179,7 +177,7 @@ async def hold_freeze(key: FreezeKey, reason: str) -> AsyncIterator[Freeze]:
         claims, remarks = _claim(key, token, reason, stack)
         await _win(key, (os.geteuid(), token))
         for handle in claims:
-            files.confirm(handle)
+            set_lock(handle, fcntl.F_UNLCK, _CLAIMED)  # the claim is a freeze from now on
         _ours.add(token)
         stack.callback(_ours.discard, token)
         yield Freeze(key, tuple(remarks))
@@ -187,7 +185,7 @@ async def hold_freeze(key: FreezeKey, reason: str) -> AsyncIterator[Freeze]:
 
 def frozen_by(key: FreezeKey) -> Holder | None:
     """Who has frozen the guest; None when nobody has.  A freeze of this process counts as well."""
-    return next((_holder(f) for f in _find(key) if f.held), None)
+    return next((f.holder for f in _find(key) if f.held), None)
 
 
 def check_not_frozen(key: FreezeKey) -> None:
@@ -197,30 +195,18 @@ def check_not_frozen(key: FreezeKey) -> None:
             raise _frozen(key, found)
 
 
-def freeze_document(holder: Holder | None) -> FreezeDocument | None:
-    """For `list --json`."""
-    if holder is None:
-        return None
-    return {
-        "pid": holder.pid,
-        "uid": holder.uid,
-        "since_ns": holder.since_ns,
-        "reason": holder.reason,
-    }
-
-
 def _claim(
     key: FreezeKey, token: str, reason: str, stack: ExitStack
 ) -> tuple[list[int], list[str]]:
     """A claim in each place, gone when `stack` is closed; and what the user should know."""
-    content = files.Content(os.getpid(), time.monotonic_ns(), reason)
+    content = _Content(os.getpid(), time.monotonic_ns(), reason)
     handles: list[int] = []
-    claimed: list[files.Place] = []
+    claimed: list[_Place] = []
     why = ""
-    with files.places(key.process, key.name, key.inner_name) as places:
+    with _places(key) as places:
         for place in places:
             try:
-                handles.append(files.claim(place, token, content, stack))
+                handles.append(_claim_at(place, token, content, stack))
                 claimed.append(place)
             except OSError as exc:
                 why = why or f": {exc.strerror}"
@@ -250,43 +236,152 @@ async def _win(key: FreezeKey, order: tuple[int, str]) -> None:
     """
     until = time.monotonic() + _PATIENCE
     while True:
-        rivals = [f for f in _find(key) if _order(f) != order]
+        rivals = [f for f in _find(key) if f.order != order]
         if not rivals:
             return
         for rival in rivals:
-            if rival.held or _order(rival) < order or time.monotonic() > until:
+            if rival.held or rival.order < order or time.monotonic() > until:
                 raise _frozen(key, rival)
         await asyncio.sleep(_POLL)
 
 
-def _order(found: files.Found) -> tuple[int, str]:
-    return found.uid, found.token
-
-
-def _find(key: FreezeKey) -> list[files.Found]:
-    """Freezes and claims that count."""
+def _find(key: FreezeKey) -> list[_Found]:
+    """Live freezes and claims that count, each token once.  Dead ones are removed where we may."""
     honoured = {0, os.geteuid()} | ({key.owner} if key.owner is not None else set())
-    with files.places(key.process, key.name, key.inner_name) as places:
-        return files.find(places, honoured)
+    found: dict[str, _Found] = {}
+    with _places(key) as places:
+        for place in places:
+            for directory in state.directories_in(place.shm, state.SHM, honoured):
+                found.update({f.token: f for f in _look_into(directory, place.name)})
+    return list(found.values())
 
 
-def _holder(found: files.Found) -> Holder:
-    """What the file says, as far as it can be: a container's root may write what it likes."""
-    content = found.content
-    now = time.monotonic_ns()
-    if content is None:
-        return Holder(None, found.uid, now, "")
-    pid = content.pid if 0 < content.pid <= _PID_MAX else None
-    reason = "".join(c if c.isprintable() else "?" for c in content.reason[:_REASON_LENGTH])
-    return Holder(pid, found.uid, min(max(0, content.since_ns), now), reason)
-
-
-def _frozen(key: FreezeKey, found: files.Found) -> GuestFrozen:
+def _frozen(key: FreezeKey, found: _Found) -> GuestFrozen:
     return GuestFrozen(
-        f"{key.who} is frozen for real-time work by {_holder(found)}",
+        f"{key.who} is frozen for real-time work by {found.holder}",
         remedy="wait until that has ended, or end it; `qmp-memlistener list` shows what is frozen",
     )
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(os.fsencode(text)).hexdigest()[:16]
+
+
+# -- the files ---------------------------------------------------------------------------------
+
+
+class _Content(msgspec.Struct, frozen=True):
+    """What a holder says of itself; `since_ns` is CLOCK_MONOTONIC."""
+
+    pid: int
+    since_ns: int
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    """A live freeze, or (not `held`) a claim that may become one.
+
+    `uid` is the file's owner; `content` is None when it makes no sense.
+    """
+
+    token: str
+    uid: int
+    held: bool
+    content: _Content | None
+
+    @property
+    def order(self) -> tuple[int, str]:
+        return self.uid, self.token
+
+    @property
+    def holder(self) -> Holder:
+        """What the file says, as far as it can be: a container's root may write what it likes."""
+        content = self.content
+        now = time.monotonic_ns()
+        if content is None:
+            return Holder(None, self.uid, now, "")
+        pid = content.pid if 0 < content.pid <= _PID_MAX else None
+        reason = "".join(c if c.isprintable() else "?" for c in content.reason[:_REASON_LENGTH])
+        return Holder(pid, self.uid, min(max(0, content.since_ns), now), reason)
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A tmpfs where freezes of a guest are: an open directory, and the guest's name there.
+
+    `here`: processes like us look there; `inside`: those in QEMU's container do.
+    """
+
+    shm: int
+    name: str
+    here: bool
+    inside: bool
+
+
+@contextmanager
+def _places(key: FreezeKey) -> Iterator[list[_Place]]:
+    """/dev/shm here and, where that is another one or has another name, as QEMU sees it."""
+    with ExitStack() as stack:
+        found: list[_Place] = []
+        with contextlib.suppress(OSError):
+            handle = os.open(state.SHM, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            stack.callback(os.close, handle)
+            found.append(_Place(handle, key.name, here=True, inside=False))
+        if key.process is not None:
+            with contextlib.suppress(OSError):
+                handle = open_in_root(key.process, state.SHM, os.O_RDONLY | os.O_DIRECTORY)
+                stack.callback(os.close, handle)
+                if found and key.name == key.inner_name and _is_same(found[0].shm, handle):
+                    found[0] = replace(found[0], inside=True)
+                else:
+                    found.append(_Place(handle, key.inner_name, here=False, inside=True))
+        yield found
+
+
+def _claim_at(place: _Place, token: str, content: _Content, stack: ExitStack) -> int:
+    """A locked file for this guest, until `stack` is closed.  Raises OSError."""
+    directory = state.directory_in(place.shm, state.SHM)
+    # without a name nobody can open it before it is locked
+    flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
+    handle = os.open(".", flags, 0o600, dir_fd=directory.handle)
+    stack.callback(os.close, handle)
+    os.write(handle, json_bytes(content))
+    for byte in (_ALIVE, _CLAIMED):
+        set_lock(handle, fcntl.F_WRLCK, byte)
+    os.fchmod(handle, 0o644)
+    name = f"{_FILE}{place.name}.{token}"
+    link = f"/proc/self/fd/{handle}"
+    os.link(link, name, dst_dir_fd=directory.handle, follow_symlinks=True)
+    stack.callback(directory.remove, name)
+    return handle
+
+
+def _look_into(directory: StateDirectory, name: str) -> Iterator[_Found]:
+    for file in directory.names():
+        if not file.startswith(_FILE):
+            continue
+        try:
+            handle = directory.open(file)
+        except OSError:
+            continue
+        try:
+            if not is_write_locked(handle, _ALIVE, 1):
+                directory.remove(file)
+            elif file.startswith(f"{_FILE}{name}."):
+                token = file.removeprefix(f"{_FILE}{name}.")
+                held = not is_write_locked(handle, _CLAIMED, 1)
+                yield _Found(token, directory.uid, held, _content(handle))
+        finally:
+            os.close(handle)
+
+
+def _content(handle: int) -> _Content | None:
+    try:
+        return decoded(os.pread(handle, LONGEST, 0), _Content)
+    except OSError:
+        return None
+
+
+def _is_same(one: int, other: int) -> bool:
+    return os.path.samestat(os.fstat(one), os.fstat(other))

@@ -31,11 +31,11 @@ import msgspec
 
 from ..errors import DeadlineExceeded, MissingPrerequisite, TraceReason, TraceUnavailable
 from ..host import notes
+from ..host.directory import StateDirectory, decoded, try_lock, write_all
 from ..host.files import open_foreign
 from ..host.limited_file import limited_file
-from ..host.locks import try_lock, write_all
 from ..host.processes import Process, boot_id, is_key, process_of
-from ..host.state import StateDirectory, decoded, directories, directory_of, own_directory
+from ..host.state import directories, directory_of, own_directory
 from ..text import json_bytes
 
 __all__ = ["LAG_LIMIT", "LOG_LIMIT", "Lease", "Place", "Redirection", "TraceNote", "noted", "sweep"]

@@ -19,7 +19,7 @@ import msgspec
 
 from ..errors import MissingPrerequisite
 from ..host import notes
-from ..host.locks import HeldFile
+from ..host.directory import HeldFile
 from ..host.processes import Process
 from ..qmp.freeze import FreezeKey
 from ..text import valid_text

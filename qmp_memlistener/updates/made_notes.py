@@ -15,7 +15,7 @@ import msgspec
 
 from ..errors import MemListenerError, MissingPrerequisite
 from ..host import notes
-from ..host.locks import HeldFile
+from ..host.directory import HeldFile
 from ..host.processes import Process
 from ..qmp import Monitor
 from ..qmp.guest_devices import PERIPHERAL, read_children

@@ -155,8 +155,9 @@ async def test_the_qemu_of_another_user(tmp_path: Path) -> None:
         pytest.skip("needs root and setpriv(1) to look as another user")
     script = (
         "import json\n"
-        "from qmp_memlistener.qmp import find_guests, list_document\n"
-        "print(json.dumps(list_document(find_guests())))"
+        "from qmp_memlistener.qmp import find_guests\n"
+        "from qmp_memlistener.reports.guests import guest_document\n"
+        "print(json.dumps([guest_document(g) for g in find_guests()]))"
     )
     async with running(QEMUS[0], tmp_path, "-name", "theirs") as qemu:
         process = await asyncio.create_subprocess_exec(
@@ -165,7 +166,7 @@ async def test_the_qemu_of_another_user(tmp_path: Path) -> None:
             stdout=asyncio.subprocess.PIPE,
         )
         out, _ = await process.communicate()
-        (guest,) = [g for g in json.loads(out)["guests"] if g["pid"] == qemu.pid]
+        (guest,) = [g for g in json.loads(out) if g["pid"] == qemu.pid]
         assert not guest["visible"]
         assert {(m["state"], m["why"]) for m in guest["monitors"]} == {
             ("unreachable", "no permission")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import shutil
 import signal
@@ -34,11 +33,11 @@ from qmp_memlistener.qmp import (
     find_guests,
     find_owner,
     hmp,
-    list_document,
     measure_idle,
     read_facts,
     take_snapshot,
 )
+from qmp_memlistener.reports.guests import guest_document
 from tests.support.any_monitor import AnyMonitor
 from tests.support.bare_qemu import NEW_MOUNTS, can_unshare, moved, running
 from tests.support.live import NO_QEMU, QEMUS, best_accel, builds
@@ -72,28 +71,25 @@ async def test_discovery_reads_everything_and_disturbs_nothing(
     async with running(build, tmp_path, *args, accel=accel) as qemu:
         async with await Monitor.connect(UnixTarget(f"{tmp_path}/c")):
             guests = [g for g in find_guests() if g.pid == qemu.pid]
-            document = list_document(guests)
-        assert json.loads(json.dumps(document)) == {
-            "schema": 1,
-            "guests": [
-                {
-                    "pid": qemu.pid,
-                    "name": "vm,1",
-                    "version": build.version,
-                    "machine": "q35",
-                    "accel": accel,
-                    "monitors": [
-                        {"target": str(qemu.a), "state": "free", "why": None},
-                        {"target": str(qemu.b), "state": "free", "why": None},
-                        {"target": f"unix:{tmp_path}/relative", "state": "free", "why": None},
-                        {"target": f"127.0.0.1:{port}", "state": "free", "why": None},
-                        {"target": f"unix:{tmp_path}/c", "state": "busy", "why": None},
-                    ],
-                    "visible": True,
-                    "notes": [],
-                }
-            ],
-        }
+            documents = [guest_document(guest) for guest in guests]
+        assert documents == [
+            {
+                "pid": qemu.pid,
+                "name": "vm,1",
+                "version": build.version,
+                "machine": "q35",
+                "accel": accel,
+                "monitors": [
+                    {"target": str(qemu.a), "state": "free", "why": None},
+                    {"target": str(qemu.b), "state": "free", "why": None},
+                    {"target": f"unix:{tmp_path}/relative", "state": "free", "why": None},
+                    {"target": f"127.0.0.1:{port}", "state": "free", "why": None},
+                    {"target": f"unix:{tmp_path}/c", "state": "busy", "why": None},
+                ],
+                "visible": True,
+                "notes": [],
+            }
+        ]
         human = [m for m in guests[0].monitors if m not in guests[0].qmp_monitors]
         assert [str(m.target) for m in human] == [f"unix:{tmp_path}/h"]
         # Looking has not taken a place: each free monitor still greets at once.

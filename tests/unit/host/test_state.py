@@ -17,9 +17,16 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import MissingPrerequisite
-from qmp_memlistener.host import locks, state
-from qmp_memlistener.host.locks import LONGEST, HeldFile, set_lock, try_lock
-from qmp_memlistener.host.state import StateDirectory, directories, own_directory
+from qmp_memlistener.host import directory as directory_module
+from qmp_memlistener.host import state
+from qmp_memlistener.host.directory import (
+    LONGEST,
+    HeldFile,
+    StateDirectory,
+    set_lock,
+    try_lock,
+)
+from qmp_memlistener.host.state import directories, own_directory
 from tests.support.own_state import keep_state_in
 
 UID = os.geteuid()
@@ -390,14 +397,14 @@ def test_it_is_removed_once(place: StateDirectory) -> None:
 def test_one_that_was_removed_meanwhile_is_not_held(
     place: StateDirectory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    lock = locks.try_lock
+    lock = directory_module.try_lock
 
     def removed_first(handle: int, *, shared: bool = False) -> bool:
-        monkeypatch.setattr(state, "try_lock", lock)
+        monkeypatch.setattr(directory_module, "try_lock", lock)
         place.remove("note")
         return lock(handle, shared=shared)
 
-    monkeypatch.setattr(state, "try_lock", removed_first)
+    monkeypatch.setattr(directory_module, "try_lock", removed_first)
     held = place.hold("note")
     assert isinstance(held, HeldFile)
     assert place.has("note")

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.qmp import discovery
-from qmp_memlistener.qmp.discovery import Guest, find_guest, find_guests, list_document
+from qmp_memlistener.qmp.discovery import Guest, find_guest, find_guests
+from qmp_memlistener.reports.guests import guest_document
 from qmp_memlistener.text import json_bytes
 
 
@@ -48,7 +49,7 @@ def test_it_is_listed_and_costs_the_others_nothing(
     (note,) = guest.notes
     assert ("in time" if hangs else "ValueError") in note
     assert not guest.monitors
-    assert b"could not be looked into" in json_bytes(list_document([guest]))
+    assert b"could not be looked into" in json_bytes(guest_document(guest))
     again = find_guest(odd)
     assert again is not None
     assert again.notes == guest.notes

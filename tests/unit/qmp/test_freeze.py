@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import re
 import subprocess
@@ -11,18 +12,19 @@ from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qmp_memlistener.errors import GuestFrozen, MissingPrerequisite
 from qmp_memlistener.host import state
+from qmp_memlistener.host.directory import set_lock
 from qmp_memlistener.host.processes import Process
-from qmp_memlistener.qmp import freeze, freeze_files
+from qmp_memlistener.qmp import freeze
 from qmp_memlistener.qmp.cmdline import parse_command_line
 from qmp_memlistener.qmp.discovery import Guest
 from qmp_memlistener.qmp.freeze import (
     FreezeKey,
     check_not_frozen,
-    freeze_document,
     freeze_key,
     frozen_by,
     hold_freeze,
@@ -195,12 +197,12 @@ class Rival:
 
     def __init__(self, key: FreezeKey, token: str) -> None:
         self._stack = ExitStack()
-        content = freeze_files.Content(os.getpid(), time.monotonic_ns(), "rival")
-        with freeze_files.places(None, key.name, "") as places:
-            self.handle = freeze_files.claim(places[0], token, content, self._stack)
+        content = freeze._Content(os.getpid(), time.monotonic_ns(), "rival")
+        with freeze._places(freeze.FreezeKey("", key.name, None)) as places:
+            self.handle = freeze._claim_at(places[0], token, content, self._stack)
 
     def hold(self) -> None:
-        freeze_files.confirm(self.handle)
+        set_lock(self.handle, fcntl.F_UNLCK, freeze._CLAIMED)
 
     def give_up(self) -> None:
         self._stack.close()
@@ -395,10 +397,11 @@ async def test_an_address_can_be_frozen() -> None:
         assert held.remarks == ()
         holder = frozen_by(freeze_key(parse_target("tcp:10.0.0.1:4444"), None))
         assert holder is not None
-        assert freeze_document(holder) == {
+        assert holder is not None
+        assert msgspec.to_builtins(holder) == {
             "pid": os.getpid(),
             "uid": os.geteuid(),
             "since_ns": holder.since_ns,
             "reason": "",
         }
-    assert freeze_document(frozen_by(key)) is None
+    assert frozen_by(key) is None

@@ -20,7 +20,7 @@ from qmp_memlistener.errors import (
     ProtocolViolation,
     TargetLost,
 )
-from qmp_memlistener.host.locks import HeldFile
+from qmp_memlistener.host.directory import HeldFile
 from qmp_memlistener.qmp import Command, Monitor, Reply, UnixTarget
 from qmp_memlistener.updates import guard as guard_module
 from qmp_memlistener.updates.guard import ResumeGuard, Settled
