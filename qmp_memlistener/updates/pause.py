@@ -31,8 +31,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from types import TracebackType
-from typing import Self, TypeVar
+from typing import TypeVar
 
 from ..errors import (
     CommandFailed,
@@ -42,15 +41,15 @@ from ..errors import (
     TargetError,
     TargetLost,
 )
-from ..qmp import Command, Monitor, QmpEvent, Reply
+from ..qmp import Command, Monitor, Reply
 from ..qmp.guest import LOOK, Look
 from ..qmp.identity import wrong_guest
 from .guard import ResumeGuard, Settled
 from .migrating import has_guest, refuse_if_migrating
 from .promise import LOOK_EVERY_NS
-from .resuming import End, lost, stop_again
+from .resuming import End, StopAndResume, lost, stop_again
 
-__all__ = ["Pause", "PausedRun", "paused_guest", "run_paused"]
+__all__ = ["Pause", "paused_guest", "run_paused"]
 
 T = TypeVar("T")
 
@@ -62,32 +61,15 @@ _STOP, _CONT = Command("stop"), Command("cont")
 
 
 @dataclass(slots=True)
-class PausedRun:
-    """What came of `run_paused`.
-
-    `status_before` is QEMU's RunState right before the pause; `replies` those to the commands, a
-    CommandFailed for each that QEMU refused.  `[start_ns, end_ns)` is the pause: it ends when the
-    RESUME event arrives here, and is as long as the stamps of the events say; without a pause it is
-    the time of the commands.  `paused_before`: the guest did not run, and was left so.  `resumed`:
-    it runs again.  `note` is what is worth telling.  `migrated`: a migration took the guest while
-    it was paused, so that it is paused at the destination, too.
-    """
-
-    status_before: str
-    replies: list[Reply | CommandFailed]
-    start_ns: int
-    end_ns: int
-    paused_before: bool
-    resumed: bool
-    note: str | None
-    migrated: GuestMigrating | None = None
-
-
-@dataclass(slots=True)
 class Pause:
-    """A pause that `paused_guest` holds; as in PausedRun.  What comes of its end is filled in then.
+    """A pause, what was sent meanwhile and what came of its end.
 
-    `is_over`: the guest runs already, most likely because the guard found the pause too long.
+    `status_before` is QEMU's RunState right before the pause.  `[start_ns, end_ns)` is the pause:
+    it ends when the RESUME event arrives here, and is as long as the stamps of the events say;
+    without a pause it is the time of the commands.  `paused_before`: the guest did not run, and was
+    left so.  `resumed`: it runs again.  `note` is what is worth telling.  `migrated`: a migration
+    took the guest while it was paused, so that it is paused at the destination, too.  `replies` are
+    those to the commands of `run_paused`, a CommandFailed for each that QEMU refused.
     """
 
     status_before: str = ""
@@ -97,11 +79,13 @@ class Pause:
     resumed: bool = False
     note: str | None = None
     migrated: GuestMigrating | None = None
+    replies: list[Reply | CommandFailed] = field(default_factory=list)
     look: Look | None = field(default=None, repr=False)
-    seen: _Seen | None = field(default=None, repr=False)
+    seen: StopAndResume | None = field(default=None, repr=False)
 
     @property
     def is_over(self) -> bool:
+        """The guest runs already, most likely because the guard found the pause too long."""
         return self.seen is not None and self.seen.window is not None
 
 
@@ -113,7 +97,7 @@ async def run_paused(
     deadline: float,
     pipelined: bool = True,
     sending: Callable[[], None] = lambda: None,
-) -> PausedRun:
+) -> Pause:
     """Run the commands while the guest is paused; every one, also after one that QEMU refuses.
 
     `sending` is called when they are about to be sent: what is raised before left them unsent.
@@ -155,7 +139,7 @@ async def paused_guest(
     entered = False
     async with guard.lock:
         pause.status_before = await guard.arm()
-        with _Seen(monitor) as seen:
+        with StopAndResume(monitor) as seen:
             pause.seen = seen
             try:
                 pause.start_ns = time.monotonic_ns()
@@ -190,10 +174,10 @@ async def _run_pipelined(
     commands: Sequence[Command],
     deadline: float,
     sending: Callable[[], None],
-) -> PausedRun:
+) -> Pause:
     await _look_again(monitor, guard, deadline)
     sending()
-    with _Seen(monitor) as seen:
+    with StopAndResume(monitor) as seen:
         try:
             replies = await monitor.pipeline(
                 [*LOOK, _STOP, *commands, _CONT, *LOOK], deadline=deadline
@@ -221,7 +205,7 @@ async def _run_pipelined(
         _end_of(stop, replies[1]),
         _end_of(cont, *reversed(rest), stop),
     )
-    return PausedRun(
+    return Pause(
         status_before=before.status,
         replies=rest,
         start_ns=start_ns,
@@ -235,10 +219,10 @@ async def _run_pipelined(
 
 async def _run_unpaused(
     monitor: Monitor, commands: Sequence[Command], deadline: float, status: str
-) -> PausedRun:
+) -> Pause:
     start = time.monotonic_ns()
     replies = await monitor.pipeline(commands, deadline=deadline) if commands else []
-    return PausedRun(
+    return Pause(
         status_before=status,
         replies=replies,
         start_ns=start,
@@ -277,22 +261,12 @@ async def _one_by_one(
     commands: Sequence[Command],
     deadline: float,
     sending: Callable[[], None],
-) -> PausedRun:
-    replies: list[Reply | CommandFailed] = []
+) -> Pause:
     async with paused_guest(monitor, guard, deadline=deadline) as pause:
         sending()
         for command in commands:
-            replies += await monitor.pipeline([command], deadline=deadline)
-    return PausedRun(
-        status_before=pause.status_before,
-        replies=replies,
-        start_ns=pause.start_ns,
-        end_ns=pause.end_ns,
-        paused_before=pause.paused_before,
-        resumed=pause.resumed,
-        note=pause.note,
-        migrated=pause.migrated,
-    )
+            pause.replies += await monitor.pipeline([command], deadline=deadline)
+    return pause
 
 
 async def _stop(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: float) -> None:
@@ -359,46 +333,6 @@ async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: 
 
 
 # -- both --------------------------------------------------------------------------------------
-
-
-class _Seen:
-    """The first STOP event, and the first RESUME after it; within its block."""
-
-    def __init__(self, monitor: Monitor) -> None:
-        self._stop: QmpEvent | None = None
-        self._resume: QmpEvent | None = None
-        self._monitor = monitor
-
-    @property
-    def window(self) -> tuple[int, int] | None:
-        """From STOP to RESUME; None until both were seen.
-
-        Events of one write arrive together, so that only QEMU's stamps tell how long it was.
-        """
-        if self._stop is None or self._resume is None:
-            return None
-        end, took = self._resume.t_ns, self._resume.t_ns - self._stop.t_ns
-        if self._stop.stamp_ns is not None and self._resume.stamp_ns is not None:
-            took = max(0, self._resume.stamp_ns - self._stop.stamp_ns)
-        return end - took, end
-
-    def __enter__(self) -> Self:
-        self._end = self._monitor.subscribe(self._on_event)
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._end()
-
-    def _on_event(self, event: QmpEvent) -> None:
-        if event.name == "STOP" and self._stop is None:
-            self._stop = event
-        elif event.name == "RESUME" and self._stop is not None and self._resume is None:
-            self._resume = event
 
 
 async def _to_the_end(work: Coroutine[object, object, T]) -> T:

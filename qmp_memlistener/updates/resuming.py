@@ -1,17 +1,59 @@
-"""The end of a pause: whether the guest runs again, and what is worth telling about that."""
+"""How a pause ends: when, whether the guest runs again, and what is worth telling about that."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Self
 
 from ..errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
-from ..qmp import Monitor
+from ..qmp import Monitor, QmpEvent
 from ..qmp.guest import LOOK, Look
 from .guard import ResumeGuard, Settled
 from .migrating import RAN_TWICE
 from .promise import MIGRATED
 
-__all__ = ["End", "lost", "stop_again"]
+__all__ = ["End", "StopAndResume", "lost", "stop_again"]
+
+
+class StopAndResume:
+    """The first STOP event, and the first RESUME after it; within its block."""
+
+    def __init__(self, monitor: Monitor) -> None:
+        self._stop: QmpEvent | None = None
+        self._resume: QmpEvent | None = None
+        self._monitor = monitor
+
+    @property
+    def window(self) -> tuple[int, int] | None:
+        """From STOP to RESUME; None until both were seen.
+
+        Events of one write arrive together, so that only QEMU's stamps tell how long it was.
+        """
+        if self._stop is None or self._resume is None:
+            return None
+        end, took = self._resume.t_ns, self._resume.t_ns - self._stop.t_ns
+        if self._stop.stamp_ns is not None and self._resume.stamp_ns is not None:
+            took = max(0, self._resume.stamp_ns - self._stop.stamp_ns)
+        return end - took, end
+
+    def __enter__(self) -> Self:
+        self._end = self._monitor.subscribe(self._on_event)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._end()
+
+    def _on_event(self, event: QmpEvent) -> None:
+        if event.name == "STOP" and self._stop is None:
+            self._stop = event
+        elif event.name == "RESUME" and self._stop is not None and self._resume is None:
+            self._resume = event
 
 
 @dataclass(slots=True)

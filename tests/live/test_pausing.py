@@ -16,7 +16,7 @@ from qmp_memlistener.errors import CommandFailed, OperationFailed, TargetLost, W
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.qmp import Command, Monitor, Reply, UnixTarget
 from qmp_memlistener.updates.guard import ResumeGuard
-from qmp_memlistener.updates.pause import PausedRun, paused_guest, run_paused
+from qmp_memlistener.updates.pause import Pause, paused_guest, run_paused
 from tests.support.live import QEMUS, builds
 from tools.soak_guard import Watcher, gone, watched
 
@@ -48,7 +48,7 @@ async def ready(
 
 async def run(
     monitor: Monitor, guard: ResumeGuard, *commands: Command, pipelined: bool = True
-) -> PausedRun:
+) -> Pause:
     return await run_paused(monitor, guard, commands, deadline=DEADLINE_S, pipelined=pipelined)
 
 
