@@ -17,7 +17,7 @@ from ..memslots import DEFAULT_MAX_HOLES, Rules
 from ..qmp import Companions, Monitor, take_snapshot
 from ..topology import read_map
 from ..updates.guard import ResumeGuard
-from ..updates.guard_targets import guard_targets
+from ..updates.guard_start import guard_targets
 from ..updates.model import Strategy
 from ..updates.pause import paused_guest
 from .backend import SlotBackend

@@ -1,8 +1,8 @@
 """The resume guard, as the agent sees it: a process that resumes the guest if the agent cannot.
 
 `ResumeGuard.start` takes a free monitor of the guest and gives it to a process of its own
-(`guard_process`, where the rules are); `arm` comes before every `stop`, `release` when the guest
-runs again.  How a guest is paused between the two is `pausing`'s business.
+(`guard_process`; the rules are in `promise`).  `arm` comes before every `stop`, `release` when the
+guest runs again.  How a guest is paused between the two is in `pause`.
 """
 
 from __future__ import annotations
@@ -12,47 +12,33 @@ import json
 import os
 import socket
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
 from itertools import count
-from pathlib import Path
 from types import TracebackType
 from typing import Self
 
 import msgspec
 
-from ..errors import (
-    DeadlineExceeded,
-    MonitorBusy,
-    OperationFailed,
-    ProtocolViolation,
-    TargetError,
-    TargetLost,
-    WrongGuest,
-)
+from ..errors import OperationFailed, TargetError
 from ..host.bounded import in_thread
 from ..qmp import SocketTarget, find_owner
-from ..qmp.allowed import names
-from ..qmp.dial import answered
 from ..qmp.freeze import freeze_key
-from ..qmp.identity import ASKED, GuestIdentity, same_answers
-from .guard_notes import NoteForm, new_note
+from ..qmp.identity import GuestIdentity, same_answers
+from .guard_notes import new_note
+from .guard_start import greeted, no_monitor, spawned
 from .migrating import check_not_migrating
-from .model import UpdateRefused
 
 __all__ = ["ResumeGuard", "Settled"]
 
 MAX_PAUSE_S = 2.0
-_COMMANDS = ("qmp_capabilities", "query-cpus-fast", "query-migrate", "query-status", "stop", "cont")
 _CONNECT_S = 1.0
 _ARM_S = 2.0
 _RELEASE_S = 1.0
 _CLOSE_S = 2.0
-_REMEDY = "start QEMU with another -qmp unix:PATH,server=on,wait=off; the guard needs it for itself"
 
 
 class Settled(StrEnum):
@@ -74,7 +60,7 @@ class _Message(msgspec.Struct):
     n: int | None = None
     ready: bool = False
     told: dict[str, object] = {}
-    phase: str = ""
+    stage: str = ""
     status: str = ""
     migration: str = ""
     looked_ns: int = 0
@@ -144,14 +130,14 @@ class ResumeGuard:
         for target in targets:
             try:
                 left = min(_CONNECT_S, max(0.1, until - time.monotonic()))
-                sock, identity = await _greeted(target, meant, left)
+                sock, identity = await greeted(target, meant, left)
             except TargetError as error:
                 failures.append(error)
                 continue
             with sock:
                 left = max(0.5, until - time.monotonic())
                 return await cls._on(sock, target, identity, max_pause_s, left)
-        raise _no_monitor(failures)
+        raise no_monitor(failures)
 
     @classmethod
     async def _on(
@@ -167,7 +153,7 @@ class ResumeGuard:
         ours, theirs = socket.socketpair()
         try:
             with theirs:
-                process = _spawn(theirs, sock, identity, note, max_pause_s)
+                process = spawned(theirs, sock, identity, note, max_pause_s)
         except BaseException:
             ours.close()
             if note.held is not None:
@@ -266,7 +252,7 @@ class ResumeGuard:
         except (TimeoutError, OperationFailed):
             return Settled.UNKNOWN
         self._take(answer)
-        if answer.phase == "left":
+        if answer.stage == "left":
             return Settled.LEFT
         return Settled.RESUMED if answer.acted else Settled.RUNS
 
@@ -342,93 +328,6 @@ class ResumeGuard:
             f"the resume guard of {self.target} has ended{why}; the guest was not stopped",
             remedy="QEMU quit, or somebody killed the guard: try again",
         )
-
-
-def _spawn(
-    control: socket.socket,
-    monitor: socket.socket,
-    identity: GuestIdentity,
-    note: NoteForm,
-    max_pause_s: float,
-) -> subprocess.Popen[bytes]:
-    settings = {
-        "control": control.fileno(),
-        "monitor": monitor.fileno(),
-        "agent": os.getpid(),
-        "commands": names(*_COMMANDS, *ASKED),
-        "questions": [*(identity.told or ())],
-        "max_pause_ns": int(max_pause_s * 1e9),
-        "note_path": note.path,
-        "note_file": -1 if note.held is None else note.held.fileno(),
-        "note": note.content,
-    }
-    handed = [settings["control"], settings["monitor"], settings["note_file"]]
-    script = Path(__file__).with_name("guard_process.py")
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-I", "-S", str(script), json.dumps(settings)],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.DEVNULL,
-            cwd="/",
-            pass_fds=[int(str(number)) for number in handed if number != -1],
-            # Ctrl-C and the end of our terminal are not for it.
-            start_new_session=True,
-        )
-    except OSError as error:
-        raise OperationFailed(
-            f"the resume guard cannot be started: {error}; nothing was touched",
-            remedy="it needs a Python interpreter: is sys.executable one, may we start a process?",
-        ) from error
-
-
-async def _greeted(
-    target: SocketTarget, meant: GuestIdentity | None, deadline: float
-) -> tuple[socket.socket, GuestIdentity]:
-    """A connected socket whose QEMU has sent its greeting, and who it is.  Raises as
-    `Monitor.connect` does."""
-    loop = asyncio.get_running_loop()
-    until = loop.time() + deadline
-    found = await answered(target, meant, deadline)
-    greeting = b""
-    try:
-        async with asyncio.timeout_at(until):
-            while b"\n" not in greeting and len(greeting) < 1 << 16:
-                data = await loop.sock_recv(found.sock, 4096)
-                if not data:
-                    raise TargetLost(f"{target} hung up before it greeted")
-                greeting += data
-        if not greeting.startswith(b'{"QMP"'):
-            raise ProtocolViolation(
-                f"{target} does not speak QMP",
-                remedy="is this a QMP monitor (-qmp, or -mon mode=control)?",
-            )
-    except TimeoutError:
-        found.sock.close()
-        raise DeadlineExceeded(
-            f"{target} did not greet within {deadline:g} s", remedy="QEMU hangs; try again"
-        ) from None
-    except OSError as cause:
-        found.sock.close()
-        raise TargetLost(f"the connection to {target} broke: {cause}") from cause
-    except BaseException:
-        found.sock.close()
-        raise
-    return found.sock, found.identity
-
-
-def _no_monitor(failures: Sequence[TargetError]) -> UpdateRefused | TargetError:
-    for failure in failures:
-        if isinstance(failure, WrongGuest):  # whatever is wrong with that guest's other monitors
-            return failure
-    if failures and not any(isinstance(e, MonitorBusy | DeadlineExceeded) for e in failures):
-        return failures[0]
-    why = "; ".join(e.message for e in failures) or "no other monitor of this QEMU is known"
-    return UpdateRefused(
-        "the guest cannot be paused safely: there is no free monitor for the resume guard "
-        f"({why}); nothing was touched",
-        remedy=_REMEDY,
-    )
 
 
 def _reap_later(process: subprocess.Popen[bytes]) -> None:

@@ -25,11 +25,11 @@ import sys
 import time
 
 if __name__ != "__main__":
-    from .promise import Due, Phase, Promise
+    from .promise import Due, Promise, Stage
 else:
     # last, so that no file beside this one is taken for a module of the standard library
     sys.path.append(os.path.dirname(__file__))
-    from promise import Due, Phase, Promise  # type: ignore[import-not-found,no-redef]
+    from promise import Due, Promise, Stage  # type: ignore[import-not-found,no-redef]
 
 __all__ = ["Guard", "main"]
 
@@ -117,11 +117,11 @@ class Guard:
             return True
         if not self._gone_at:
             return False
-        if self._promise.phase.is_settled and self._on_its_way is None:
+        if self._promise.stage.is_settled and self._on_its_way is None:
             return True
         if time.monotonic_ns() < self._gone_at + _LINGER_NS:
             return False
-        if not self._promise.phase.is_settled:
+        if not self._promise.stage.is_settled:
             self._leave_note("QEMU did not answer")
         return True
 
@@ -184,12 +184,12 @@ class Guard:
                 self._promise.release()
                 self._promise.status = "paused"
             self._promise.stopped(now)
-            if self._promise.phase is Phase.STOPPED and self._note.get("state") == "armed":
+            if self._promise.stage is Stage.STOPPED and self._note.get("state") == "armed":
                 self._write("stopped", vcpus=self._have_run())
                 self._is_fresh = True
         elif name == "RESUME":
             self._promise.resumed()
-            if self._promise.phase is Phase.KEPT:
+            if self._promise.stage is Stage.KEPT:
                 self._write("idle")
         elif name == "MIGRATION":
             self._promise.migrating(now, _member(message.get("data"), "status"))
@@ -220,11 +220,11 @@ class Guard:
 
     def _note_if_settled(self) -> None:
         promise = self._promise
-        if promise.phase is Phase.DOUBTED:
+        if promise.stage is Stage.DOUBTED:
             return
         if promise.acted and not self._is_noted:
             self._leave_note("")
-        elif promise.phase is Phase.LEFT and not self._is_noted:
+        elif promise.stage is Stage.LEFT and not self._is_noted:
             self._leave_note(promise.obstacle or f"the guest is {promise.status}")
 
     # -- the agent -------------------------------------------------------------------------------
@@ -246,7 +246,7 @@ class Guard:
         """The agent has released us; but of a `cont` that is on its way it is to be told why it was
         sent, and whether it came too late is to be found out."""
         sent = self._on_its_way[0] if self._on_its_way is not None else None
-        if self._is_released and self._promise.phase is not Phase.DOUBTED and sent is not Due.CONT:
+        if self._is_released and self._promise.stage is not Stage.DOUBTED and sent is not Due.CONT:
             self._is_released = False
             self._promise.release()
 
@@ -256,17 +256,17 @@ class Guard:
         if self._question is None or self._on_its_way is not None:
             return
         question, number = self._question
-        if promise.phase is (Phase.ASKED if question == "arm" else Phase.DOUBTED):
+        if promise.stage is (Stage.ASKED if question == "arm" else Stage.DOUBTED):
             return
-        if question == "lost" and not promise.phase.is_settled:
+        if question == "lost" and not promise.stage.is_settled:
             return
         self._question = None
-        if question == "arm" and promise.phase is Phase.ARMED:
+        if question == "arm" and promise.stage is Stage.ARMED:
             self._write("armed", sync=True)
         noted = self._note if self._is_noted else {}
         answer: dict[str, object] = {
             "n": number,
-            "phase": promise.phase.value,
+            "stage": promise.stage.value,
             "status": promise.status,
             "migration": promise.migration,
             "looked_ns": promise.looked_ns,

@@ -15,7 +15,7 @@ from ..qmp.freeze import FreezeKey
 from ..qmp.guest import LOOK, Look
 from ..qmp.identity import GuestIdentity
 from .guard_notes import GuardNote, unfinished
-from .made_notes import MadeNote, left_made, still_there
+from .journal import MadeNote, left_made, still_there
 from .migrating import has_guest
 from .removing import remove
 from .steps import removal

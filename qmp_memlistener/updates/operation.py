@@ -36,11 +36,10 @@ from ..qmp.guest import count_ram_blocks, read_status
 from ..qmp.guest_devices import Window, read_windows
 from ..records import Header, ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .guard import ResumeGuard
-from .guard_targets import guard_targets
+from .guard_start import guard_targets
 from .guest_response import Reaction, Verdict
 from .guest_view import read_facts, read_guest
-from .journal import Journal
-from .made_notes import noted
+from .journal import Journal, noted
 from .migrating import refuse_if_migrating
 from .model import (
     GuestStates,

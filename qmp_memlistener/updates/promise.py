@@ -30,7 +30,7 @@ from __future__ import annotations
 
 import enum
 
-__all__ = ["LOOK_EVERY_NS", "TAKEN", "Due", "Phase", "Promise", "is_migrating"]
+__all__ = ["LOOK_EVERY_NS", "TAKEN", "Due", "Stage", "Promise", "is_migrating"]
 
 LOOK_EVERY_NS = 2_000_000
 """How often QEMU is asked for migrations while the guest is stopped.
@@ -72,7 +72,7 @@ class Due(enum.Enum):
     STOP = (b"stop",)
 
 
-class Phase(enum.Enum):
+class Stage(enum.Enum):
     """What is promised at the moment."""
 
     IDLE = "idle"
@@ -92,7 +92,7 @@ class Phase(enum.Enum):
 
     @property
     def is_settled(self) -> bool:
-        return self in (Phase.IDLE, Phase.KEPT, Phase.LEFT)
+        return self in (Stage.IDLE, Stage.KEPT, Stage.LEFT)
 
 
 class Promise:
@@ -104,7 +104,7 @@ class Promise:
     """
 
     def __init__(self, max_pause_ns: int) -> None:
-        self.phase = Phase.IDLE
+        self.stage = Stage.IDLE
         self.why = ""
         self.acted = False
         self.status = ""
@@ -127,9 +127,9 @@ class Promise:
         False while an earlier pause is not over, or may still come: then there would be no telling
         which STOP is whose.
         """
-        if self.phase in (Phase.ARMED, Phase.STOPPED, Phase.DOUBTED):
+        if self.stage in (Stage.ARMED, Stage.STOPPED, Stage.DOUBTED):
             return False
-        self._forget(Phase.ASKED)
+        self._forget(Stage.ASKED)
         self.acted = False
         self._held = held
         self._since = now
@@ -137,24 +137,24 @@ class Promise:
 
     def release(self) -> None:
         """The agent says that the guest runs, or that it was never stopped."""
-        self._forget(Phase.IDLE)
+        self._forget(Stage.IDLE)
 
     def stopped(self, now: int) -> None:
         """A STOP event."""
-        if self.phase is Phase.ARMED:
-            self.phase = Phase.STOPPED
+        if self.stage is Stage.ARMED:
+            self.stage = Stage.STOPPED
             self._since = now
             if not self.why:
                 self._not_before = now + (LOOK_EVERY_NS if self._held else _FIRST_LOOK_NS)
 
     def resumed(self) -> None:
         """A RESUME event."""
-        if self.phase is Phase.STOPPED:
-            self.phase = Phase.KEPT
+        if self.stage is Stage.STOPPED:
+            self.stage = Stage.KEPT
 
     def migrating(self, now: int, migration: str) -> None:
         """A MIGRATION event."""
-        if self.phase is Phase.STOPPED and not self.why and is_migrating(migration):
+        if self.stage is Stage.STOPPED and not self.why and is_migrating(migration):
             self._not_before = now
 
     def abandoned(self, now: int, why: str, sure_at: int) -> None:
@@ -165,64 +165,64 @@ class Promise:
 
     def due(self, now: int) -> Due | None:
         """What to send now; call it when nothing is on its way."""
-        if self.phase is Phase.ASKED:
+        if self.stage is Stage.ASKED:
             return Due.LOOK
-        if self.phase is Phase.DOUBTED:
+        if self.stage is Stage.DOUBTED:
             return Due.STOP if self.obstacle else Due.LOOK
-        if self.phase is Phase.STOPPED and not self.why and now >= self._since + self._max_pause_ns:
+        if self.stage is Stage.STOPPED and not self.why and now >= self._since + self._max_pause_ns:
             self._act(now, f"it was paused for more than {self._max_pause_ns / 1e9:g} s")
         if now < self._not_before:
             return None
-        if self.phase is Phase.STOPPED:
+        if self.stage is Stage.STOPPED:
             return Due.CONT if self._is_paused else Due.LOOK
-        return Due.LOOK if self.phase is Phase.ARMED and self.why else None
+        return Due.LOOK if self.stage is Stage.ARMED and self.why else None
 
     def wake_at(self) -> int | None:
         """When `due` may have something new to say without an event."""
-        if self.phase is Phase.STOPPED and not self.why:
+        if self.stage is Stage.STOPPED and not self.why:
             return min(self._not_before, self._since + self._max_pause_ns)
-        if self.phase is Phase.STOPPED or (self.phase is Phase.ARMED and self.why):
+        if self.stage is Stage.STOPPED or (self.stage is Stage.ARMED and self.why):
             return self._not_before
         return None
 
     def told(self, sent: int, now: int, status: str, migration: str) -> None:
         """QEMU's answers to a look that was sent at `sent`."""
-        if self.phase is Phase.ASKED and sent < self._since:
+        if self.stage is Stage.ASKED and sent < self._since:
             return  # it was about the pause before
         self.status, self.migration, self.looked_ns = status, migration, sent
-        if self.phase is Phase.ASKED:
+        if self.stage is Stage.ASKED:
             free = status == "running" and not is_migrating(migration)
-            self.phase = Phase.ARMED if free else Phase.IDLE
-        elif self.phase is Phase.STOPPED:
+            self.stage = Stage.ARMED if free else Stage.IDLE
+        elif self.stage is Stage.STOPPED:
             self._told_stopped(now)
-        elif self.phase is Phase.DOUBTED:
+        elif self.stage is Stage.DOUBTED:
             if status == "running" and migration == "completed":
                 self.obstacle = MIGRATED
             else:
-                self.phase = Phase.KEPT
-        elif self.phase is Phase.ARMED and self.why:
+                self.stage = Stage.KEPT
+        elif self.stage is Stage.ARMED and self.why:
             self._checks += sent >= self._sure_at
             self._not_before = now + _CHECK_EVERY_NS
             if self._checks >= _CHECKS:
-                self.phase = Phase.IDLE
+                self.stage = Stage.IDLE
 
     def continued(self, now: int, refusal: str | None) -> None:
         """QEMU's answer to `cont`; the status is asked for again before the next one."""
         self._is_paused = False
         if refusal is None:
             self.acted = True
-            if self.phase in (Phase.STOPPED, Phase.KEPT):
+            if self.stage in (Stage.STOPPED, Stage.KEPT):
                 late = is_migrating(self.migration)
-                self.phase = Phase.DOUBTED if late else Phase.KEPT
-        elif self.phase is Phase.STOPPED:
+                self.stage = Stage.DOUBTED if late else Stage.KEPT
+        elif self.stage is Stage.STOPPED:
             self.obstacle = refusal
             self._try_again(now)
 
     def stopped_again(self) -> None:
         """QEMU's answer to `stop`."""
-        if self.phase is Phase.DOUBTED:
+        if self.stage is Stage.DOUBTED:
             self.acted = False
-            self.phase = Phase.LEFT
+            self.stage = Stage.LEFT
 
     def _told_stopped(self, now: int) -> None:
         if not self.why:
@@ -237,27 +237,27 @@ class Promise:
         if self._is_paused:
             return
         if self.status == "running":
-            self.phase = Phase.KEPT
+            self.stage = Stage.KEPT
         elif self.status == "finish-migrate":
             # one that fails now may leave it `paused`
             self.obstacle = MIGRATED
             self._try_again(now)
         else:
             self.obstacle = MIGRATED if self.status in TAKEN else ""
-            self.phase = Phase.LEFT
+            self.stage = Stage.LEFT
 
     def _try_again(self, now: int) -> None:
         self._not_before = now + _RETRY_EVERY_NS
         if now >= self._give_up:
-            self.phase = Phase.LEFT
+            self.stage = Stage.LEFT
 
     def _act(self, now: int, why: str) -> None:
         self.why = why
         self._not_before = now
         self._give_up = now + _RETRY_FOR_NS
 
-    def _forget(self, phase: Phase) -> None:
-        self.phase = phase
+    def _forget(self, stage: Stage) -> None:
+        self.stage = stage
         self.why = self.obstacle = ""
         self._is_paused = False
         self._checks = self._sure_at = self._not_before = 0

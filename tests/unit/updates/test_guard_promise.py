@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qmp_memlistener.updates.promise import LOOK_EVERY_NS, MIGRATED, Due, Phase, Promise
+from qmp_memlistener.updates.promise import LOOK_EVERY_NS, MIGRATED, Due, Promise, Stage
 
 S = 1_000_000_000
 MAX_PAUSE = 2 * S
@@ -17,7 +17,7 @@ def promise() -> Promise:
     assert promise.arm(0)
     assert promise.due(0) is Due.LOOK
     promise.told(0, 0, "running", "none")
-    assert promise.phase is Phase.ARMED
+    assert promise.stage is Stage.ARMED
     return promise
 
 
@@ -26,7 +26,7 @@ def test_nothing_is_due_while_nothing_is_promised() -> None:
     promise.stopped(0)
     assert promise.due(10 * S) is None
     assert promise.wake_at() is None
-    assert promise.phase is Phase.IDLE
+    assert promise.stage is Stage.IDLE
 
 
 @pytest.mark.parametrize("status", ["paused", "prelaunch", "inmigrate", "io-error", "suspended"])
@@ -35,7 +35,7 @@ def test_a_guest_that_does_not_run_is_not_guarded(status: str) -> None:
     promise.arm(0)
     promise.told(0, 0, status, "none")
     promise.stopped(1)
-    assert (promise.phase, promise.status) == (Phase.IDLE, status)
+    assert (promise.stage, promise.status) == (Stage.IDLE, status)
     assert promise.due(10 * S) is None
 
 
@@ -44,10 +44,10 @@ def test_an_ordinary_pause_needs_no_command(promise: Promise) -> None:
     assert promise.due(1 * S) is None
     assert promise.wake_at() == 1 * S + LOOK_EVERY_NS
     promise.resumed()
-    assert promise.phase is Phase.KEPT
+    assert promise.stage is Stage.KEPT
     assert promise.due(100 * S) is None
     promise.release()
-    assert (promise.phase, promise.acted) == (Phase.IDLE, False)
+    assert (promise.stage, promise.acted) == (Stage.IDLE, False)
 
 
 def test_a_pause_that_lasts_too_long_is_ended(promise: Promise) -> None:
@@ -60,7 +60,7 @@ def test_a_pause_that_lasts_too_long_is_ended(promise: Promise) -> None:
     assert promise.due(3 * S) is Due.CONT
     promise.resumed()
     promise.continued(3 * S, None)
-    assert (promise.phase, promise.acted) == (Phase.KEPT, True)
+    assert (promise.stage, promise.acted) == (Stage.KEPT, True)
     assert promise.why == "it was paused for more than 2 s"
 
 
@@ -69,7 +69,7 @@ def test_a_stop_after_the_resume_is_somebody_elses(promise: Promise) -> None:
     promise.resumed()
     promise.stopped(2 * S)
     promise.abandoned(2 * S, "gone", 2 * S)
-    assert promise.phase.is_settled
+    assert promise.stage.is_settled
     assert promise.due(100 * S) is None
 
 
@@ -83,7 +83,7 @@ def test_a_guest_that_stands_for_another_reason_is_left_alone(
     promise.abandoned(2 * S, "gone", 2 * S)
     assert promise.due(2 * S) is Due.LOOK
     promise.told(2 * S, 2 * S, status, "none")
-    assert (promise.phase, promise.status, promise.acted) == (Phase.LEFT, status, False)
+    assert (promise.stage, promise.status, promise.acted) == (Stage.LEFT, status, False)
     assert promise.due(100 * S) is None
 
 
@@ -103,7 +103,7 @@ def test_a_stop_may_take_effect_after_the_agents_end(promise: Promise) -> None:
 def test_looking_on_after_the_agents_end_is_bounded(promise: Promise) -> None:
     promise.abandoned(1 * S, "gone", 1 * S)
     now, asked = 1 * S, 0
-    while not promise.phase.is_settled:
+    while not promise.stage.is_settled:
         assert promise.due(now) is Due.LOOK
         promise.told(now, now, "running", "none")
         asked += 1
@@ -119,7 +119,7 @@ def test_answers_from_before_the_agents_end_prove_nothing(promise: Promise) -> N
     while now < 2 * S:
         assert promise.due(now) is Due.LOOK
         promise.told(now, now, "running", "none")
-        assert promise.phase is Phase.ARMED
+        assert promise.stage is Stage.ARMED
         now = promise.wake_at() or now
 
 
@@ -127,14 +127,14 @@ def test_cont_is_tried_again_for_a_while(promise: Promise) -> None:
     promise.stopped(1 * S)
     promise.abandoned(1 * S, "gone", 1 * S)
     now, tries = 1 * S, 0
-    while promise.phase is Phase.STOPPED:
+    while promise.stage is Stage.STOPPED:
         assert promise.due(now) is Due.LOOK
         promise.told(now, now, "paused", "none")
         assert promise.due(now) is Due.CONT
         promise.continued(now, "There is a dump in process, please wait.")
         tries += 1
         now = promise.wake_at() or now
-    assert promise.phase is Phase.LEFT
+    assert promise.stage is Stage.LEFT
     assert promise.obstacle == "There is a dump in process, please wait."
     assert 10 < tries < 1000
     assert 5 * S < now < 60 * S
@@ -146,7 +146,7 @@ def test_a_second_pause_is_refused_while_the_first_is_not_over(promise: Promise)
     assert not promise.arm(0)
     promise.resumed()
     assert promise.arm(0)
-    assert promise.phase is Phase.ASKED
+    assert promise.stage is Stage.ASKED
 
 
 def test_arming_again_forgets_what_was(promise: Promise) -> None:
@@ -165,7 +165,7 @@ def test_a_release_in_the_middle_ends_it(promise: Promise) -> None:
     assert promise.due(MAX_PAUSE) is Due.LOOK
     promise.release()
     promise.told(0, 0, "paused", "none")
-    assert promise.phase is Phase.IDLE
+    assert promise.stage is Stage.IDLE
     assert promise.due(100 * S) is None
 
 
@@ -177,7 +177,7 @@ def test_a_guest_that_migrates_is_not_to_be_stopped(migration: str) -> None:
     promise = Promise(MAX_PAUSE)
     promise.arm(0)
     promise.told(0, 0, "running", migration)
-    assert (promise.phase, promise.migration) == (Phase.IDLE, migration)
+    assert (promise.stage, promise.migration) == (Stage.IDLE, migration)
 
 
 @pytest.mark.parametrize("migration", ["", "none", "completed", "failed", "cancelled"])
@@ -185,7 +185,7 @@ def test_a_migration_that_is_over_is_none(migration: str) -> None:
     promise = Promise(MAX_PAUSE)
     promise.arm(0)
     promise.told(0, 0, "running", migration)
-    assert promise.phase is Phase.ARMED
+    assert promise.stage is Stage.ARMED
 
 
 def test_the_answer_to_an_earlier_question_is_none(promise: Promise) -> None:
@@ -194,7 +194,7 @@ def test_the_answer_to_an_earlier_question_is_none(promise: Promise) -> None:
     promise.told(4 * S, 5 * S, "paused", "none")
     assert promise.due(5 * S) is Due.LOOK
     promise.told(5 * S, 5 * S, "running", "none")
-    assert promise.phase is Phase.ARMED
+    assert promise.stage is Stage.ARMED
 
 
 def looks(promise: Promise, now: int, end: int) -> int:
@@ -234,7 +234,7 @@ def test_a_migration_ends_the_pause(promise: Promise, told: str) -> None:
     promise.continued(at, None)
     assert promise.due(at) is Due.LOOK, "it may have come too late"
     promise.told(at, at, "running", "active")
-    assert (promise.phase, promise.acted) == (Phase.KEPT, True)
+    assert (promise.stage, promise.acted) == (Stage.KEPT, True)
     assert promise.why == "a migration began (setup)"
 
 
@@ -247,15 +247,15 @@ def test_a_guest_that_runs_after_its_migration_is_stopped_again(promise: Promise
     promise.told(2 * S, 2 * S, "running", "completed")
     assert promise.due(2 * S) is Due.STOP
     promise.stopped_again()
-    assert (promise.phase, promise.acted, promise.obstacle) == (Phase.LEFT, False, MIGRATED)
+    assert (promise.stage, promise.acted, promise.obstacle) == (Stage.LEFT, False, MIGRATED)
 
 
 def test_a_guest_that_was_migrated_in_the_pause_is_left_alone(promise: Promise) -> None:
     promise.stopped(1 * S)
     promise.told(2 * S, 2 * S, "postmigrate", "completed")
     assert promise.due(2 * S) is None
-    assert (promise.phase, promise.why, promise.obstacle) == (
-        Phase.LEFT,
+    assert (promise.stage, promise.why, promise.obstacle) == (
+        Stage.LEFT,
         "it was migrated",
         MIGRATED,
     )
