@@ -166,7 +166,7 @@ class WatchedMirror:
         """What became of it, once `following` was left; the lab is looked at for that."""
 
         from ..kvmlab.backend_probe import Verified
-        from ..reports.mirror import lab_mirror, mirror_record
+        from ..reports.mirror import lab_mirror
 
         assert self._mirror is not None, "it has followed"
         lab = None
@@ -177,7 +177,7 @@ class WatchedMirror:
             except MemListenerError as exc:
                 self.fault = f"the lab could not be looked at: {exc.message}"
             lab = lab_mirror(self._lab.facts(), verified)
-        record = mirror_record(self._mirror.report(), self.options.backend, lab)
+        record = self._mirror.report(self.options.backend, lab)
         if record.faults:
             places = f"{record.faults} place{'s' if record.faults > 1 else ''}"
             self.fault = f"the mirror differed from the guest's map in {places}"

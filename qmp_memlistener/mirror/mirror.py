@@ -9,7 +9,7 @@ or, with a guard for pauses and a check at the end,
 
 What is done for a transition is the plan that the verb `plan` prints (`memslots.plan`), carried out
 operation by operation on a `SlotBackend`.  A mirror learns of a transition when QEMU has made it,
-so it is behind the guest by `MirrorReport.lag`, whatever the strategy.  It follows the address
+so it is behind the guest by `MirrorRecord.lag`, whatever the strategy.  It follows the address
 space `memory`.
 """
 
@@ -26,20 +26,20 @@ from ..errors import GuestMigrating, MemListenerError, OperationFailed
 from ..listener import MemoryListener
 from ..memslots import DEFAULT_MAX_HOLES, LogChange, Op, OpKind, Plan, Rules, SlotTable, plan
 from ..memslots import Strategy as PlanStrategy
-from ..records import SlotOp
+from ..records import LabMirror, MirrorDifference, MirrorRecord, MirrorTimes, SlotOp
 from ..topology import FlatRange, FlatView, MemoryMap, Transition
 from ..tracking.live_slots import UNKNOWN_BLOCK
 from ..updates.model import Strategy
 from ..updates.pause import Pause
 from .backend import MEMORY, SlotBackend, SlotWriter
-from .report import MapDifference, MirrorReport, Times, map_differences
+from .differences import map_differences
 
 __all__ = ["Mirror", "Pauser"]
 
 log = logging.getLogger(__name__)
 
 Pauser = Callable[[Pause], AbstractAsyncContextManager[Pause]]
-"""Makes a block inside which no vCPU of the guest runs (`pausing.paused_guest`)."""
+"""Makes a block inside which no vCPU of the guest runs (`pause.paused_guest`)."""
 
 _PLANS = {
     Strategy.DIRECT: PlanStrategy.QEMU,
@@ -93,8 +93,8 @@ class Mirror(MemoryListener):
         self._starts: set[str] = set()
         self._stops: set[str] = set()
         self._counts: Counter[str] = Counter()
-        self._updates, self._pauses, self._lag = Times(), Times(), Times()
-        self._differences: tuple[MapDifference, ...] = ()
+        self._updates, self._pauses, self._lag = MirrorTimes(), MirrorTimes(), MirrorTimes()
+        self._differences: tuple[MirrorDifference, ...] = ()
         self._notes: deque[str] = deque(maxlen=_NOTES)
 
     @property
@@ -107,25 +107,29 @@ class Mirror(MemoryListener):
         """How many maps were told so far, the present one perhaps not yet shown."""
         return self._counts["transitions"]
 
-    def report(self) -> MirrorReport:
-        """What was done so far."""
+    def report(self, backend: str = "", lab: LabMirror | None = None) -> MirrorRecord:
+        """What was done so far; `backend` and `lab` are what a recording has of the backend."""
         counts = {name: self._counts[name] for name in _COUNTED}
         calls = self._writer.calls
-        return MirrorReport(
-            strategy=self.strategy,
+        return MirrorRecord(
+            t_ns=time.monotonic_ns(),
+            backend=backend,
+            strategy=str(self.strategy),
             in_step=self.in_step,
             why_not=self._why_not,
+            compared=counts["checks"] > 0,
             updates=self._updates,
             pauses=self._pauses,
             lag=self._lag,
-            differences=self._differences,
-            notes=tuple(self._notes),
+            differences=list(self._differences),
+            notes=list(self._notes),
             operations=self._writer.operations,
             slots_added=calls["add_slot"],
             slots_deleted=calls["delete_slot"],
             flags_changed=calls["set_flags"],
             holes_marked=calls["set_hole"],
             holes_unmarked=calls["clear_hole"],
+            lab=lab,
             **counts,
         )
 
@@ -172,7 +176,7 @@ class Mirror(MemoryListener):
 
     # -- on request ----------------------------------------------------------------------------
 
-    async def check(self, source: MemoryMap | FlatView) -> tuple[MapDifference, ...]:
+    async def check(self, source: MemoryMap | FlatView) -> tuple[MirrorDifference, ...]:
         """Compare what the backend holds with a map; empty when it shows just that.
 
         A mirror that differs is out of step until `resync`.  Raises InputError when the slots of

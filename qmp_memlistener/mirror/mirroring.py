@@ -15,6 +15,7 @@ from ..errors import MemListenerError, OperationFailed
 from ..listener import MemoryListener
 from ..memslots import DEFAULT_MAX_HOLES, Rules
 from ..qmp import Companions, Monitor, take_snapshot
+from ..records import MirrorDifference
 from ..topology import read_map
 from ..updates.guard import ResumeGuard
 from ..updates.guard_start import guard_targets
@@ -22,7 +23,6 @@ from ..updates.model import Strategy
 from ..updates.pause import paused_guest
 from .backend import SlotBackend
 from .mirror import Mirror, Pauser
-from .report import MapDifference
 
 __all__ = ["GuestToMirror", "check_guest", "mirroring"]
 
@@ -90,7 +90,7 @@ async def mirroring(
             await agent.unregister(mirror)
 
 
-async def check_guest(mirror: Mirror, agent: GuestToMirror) -> tuple[MapDifference, ...]:
+async def check_guest(mirror: Mirror, agent: GuestToMirror) -> tuple[MirrorDifference, ...]:
     """Compare what the mirror's backend holds with a fresh snapshot of the guest.
 
     Taken again when the map changed meanwhile.  Raises TargetError, and OperationFailed when it

@@ -16,9 +16,12 @@ class MirrorTimes(msgspec.Struct, frozen=True):
     """How often something was done, and how long it took in all and at most: None for what was
     never done (0 in recordings of former versions)."""
 
-    count: int
-    total_ns: int
-    longest_ns: int | None
+    count: int = 0
+    total_ns: int = 0
+    longest_ns: int | None = None
+
+    def plus(self, ns: int) -> MirrorTimes:
+        return MirrorTimes(self.count + 1, self.total_ns + ns, max(self.longest_ns or 0, ns))
 
 
 class MemoryShown(msgspec.Struct, frozen=True):
@@ -33,6 +36,10 @@ class MemoryShown(msgspec.Struct, frozen=True):
     offset: int | None
     readonly: bool | None
 
+    def __str__(self) -> str:
+        at = "unknown memory" if self.offset is None else f"{self.block} @{self.offset:#x}"
+        return f"{at} (read-only)" if self.readonly else at
+
 
 class MirrorDifference(msgspec.Struct, frozen=True):
     """In `[start, end)` the mirror has `found`, the guest's map `wanted`; None: no memory."""
@@ -41,6 +48,10 @@ class MirrorDifference(msgspec.Struct, frozen=True):
     end: int
     wanted: MemoryShown | None
     found: MemoryShown | None
+
+    def __str__(self) -> str:
+        found, wanted = self.found or "no memory", self.wanted or "no memory"
+        return f"{self.start:#x}-{self.end - 1:#x} has {found} instead of {wanted}"
 
 
 class LabMirror(msgspec.Struct, frozen=True, kw_only=True):
@@ -67,10 +78,27 @@ class LabMirror(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class MirrorRecord(Record, frozen=True, kw_only=True, tag="mirror"):
-    """A mirror's report, as `mirror.report.MirrorReport` has it.
+    """What a mirror has done so far, and whether it is in step.
 
-    `backend` is `kvm` or `model`; `lab` is that of `kvm`.  `compared`: it was compared with a fresh
-    snapshot of the guest at the end, and `differences` are those found.
+    backend           `kvm` or `model`, empty for another; `lab` is that of `kvm`
+    in_step           the backend shows the last map that was told; `why_not` says why it does not
+    compared          it was compared with a map; `differences` are those found last
+    transitions       maps told, the one at the beginning included
+    operations        calls that changed the backend
+    slots_added, slots_deleted, flags_changed, holes_marked, holes_unmarked    the same by kind
+    slots_touched     slots that a transition changed, summed over the transitions
+    exposed           updates between whose operations memory was missing that is there before and
+                      after: users of the backend could see that
+    bitmaps_dropped   bytes of dirty bitmaps that went with slots and holes
+    updates           from the first call to the last, pause included
+    pauses            of the guest by the mirror, from STOP to RESUME
+    already_paused    updates under `pause` of a guest that stood still anyhow
+    unpaused          updates under `pause` in which the guest ran, wholly or in part
+    lag               from QEMU's first operation for a transition to the end of the mirror's
+    rebuilt           times the backend was emptied and filled again
+    dropped           changes that were never told because the mirror was too slow
+    checks            comparisons with a map
+    notes             the last hundred remarks
     """
 
     t_ns: int

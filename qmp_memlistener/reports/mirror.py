@@ -1,4 +1,4 @@
-"""What became of a mirror beside a watch: its record, and the same in words.
+"""What became of a mirror beside a watch, in words.
 
 Nothing is printed here, and text that a guest chose is passed on as it is: who prints makes it
 harmless.
@@ -7,58 +7,17 @@ harmless.
 from __future__ import annotations
 
 import textwrap
-import time
 from collections.abc import Iterator
 
 from ..kvmlab.backend import LabFacts
 from ..kvmlab.backend_probe import WORD, Verified
 from ..memslots.slots import Backing
-from ..mirror.report import MirrorReport, Shown, Times
 from ..records import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
 from .lengths import count_text, duration_text
 
-__all__ = ["lab_mirror", "mirror_lines", "mirror_record"]
+__all__ = ["lab_mirror", "mirror_lines"]
 
 _SHOWN = 8  # of differences, and of notes
-
-
-# -- the record --------------------------------------------------------------------------------
-
-
-def mirror_record(report: MirrorReport, backend: str, lab: LabMirror | None = None) -> MirrorRecord:
-    """The record of a mirror that has ended."""
-    return MirrorRecord(
-        t_ns=time.monotonic_ns(),
-        backend=backend,
-        strategy=str(report.strategy),
-        in_step=report.in_step,
-        why_not=report.why_not,
-        compared=report.checks > 0,
-        differences=[
-            MirrorDifference(d.start, d.end, _shown(d.wanted), _shown(d.found))
-            for d in report.differences
-        ],
-        transitions=report.transitions,
-        operations=report.operations,
-        slots_added=report.slots_added,
-        slots_deleted=report.slots_deleted,
-        flags_changed=report.flags_changed,
-        holes_marked=report.holes_marked,
-        holes_unmarked=report.holes_unmarked,
-        slots_touched=report.slots_touched,
-        exposed=report.exposed,
-        bitmaps_dropped=report.bitmaps_dropped,
-        updates=_times(report.updates),
-        pauses=_times(report.pauses),
-        already_paused=report.already_paused,
-        unpaused=report.unpaused,
-        lag=_times(report.lag),
-        rebuilt=report.rebuilt,
-        dropped=report.dropped,
-        checks=report.checks,
-        notes=list(report.notes),
-        lab=lab,
-    )
 
 
 def lab_mirror(facts: LabFacts, verified: Verified) -> LabMirror:
@@ -88,16 +47,6 @@ def lab_mirror(facts: LabFacts, verified: Verified) -> LabMirror:
         ],
         wrong_logs=list(verified.wrong_logs),
     )
-
-
-def _times(times: Times) -> MirrorTimes:
-    return MirrorTimes(times.count, times.total_ns, times.longest_ns)
-
-
-def _shown(shown: Shown | None) -> MemoryShown | None:
-    if shown is None:
-        return None
-    return MemoryShown(shown.block, shown.owner, shown.offset, shown.readonly)
 
 
 def _behind(behind: Backing | None) -> MemoryShown | None:
@@ -202,14 +151,6 @@ def _average(times: MirrorTimes) -> str:
 
 def _differences(differences: list[MirrorDifference]) -> Iterator[str]:
     for d in differences[:_SHOWN]:
-        found, wanted = _memory(d.found), _memory(d.wanted)
-        yield f"- {d.start:#x}-{d.end - 1:#x} has {found} instead of {wanted}"
+        yield f"- {d}"
     if len(differences) > _SHOWN:
         yield f"- and {len(differences) - _SHOWN:,} more"
-
-
-def _memory(shown: MemoryShown | None) -> str:
-    if shown is None:
-        return "no memory"
-    at = "unknown memory" if shown.offset is None else f"{shown.block} @{shown.offset:#x}"
-    return f"{at} (read-only)" if shown.readonly else at

@@ -57,7 +57,7 @@ def test_mirrors_show_each_map_of_a_guests_life(path: Path) -> None:
             if backend.backing(ABOVE) is not None:
                 main |= {(s.slot, s.gpa) for s in backend.slots() if s.gpa <= ABOVE < s.end}
         report = mirror.report()
-        assert (report.in_step, report.rebuilt, report.notes) == (True, 0, ())
+        assert (report.in_step, report.rebuilt, report.notes) == (True, 0, [])
         assert report.transitions == len(maps)
         if strategy is Strategy.HOLE:
             assert len(main) <= 1

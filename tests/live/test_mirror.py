@@ -145,7 +145,7 @@ async def test_in_step_through_all_that_changes_a_map(
         if strategy is Strategy.HOLE:
             assert m.slot_at(RAM_ABOVE) == above
     report = m.mirror.report()
-    assert (report.in_step, report.differences, report.notes) == (True, (), ())
+    assert (report.in_step, report.differences, report.notes) == (True, [], [])
     assert (report.rebuilt, report.dropped, report.unpaused) == (0, 0, 0)
     assert report.lag.count > 0
     assert (report.lag.longest_ns or 0) > (report.updates.longest_ns or 0) / 2

@@ -211,7 +211,7 @@ async def test_a_lab_vm_follows_all_that_changes_a_map(
         assert beats > 0
         facts = m.lab.facts()
     report = m.mirror.report()
-    assert (report.in_step, report.differences, report.notes) == (True, (), ())
+    assert (report.in_step, report.differences, report.notes) == (True, [], [])
     assert report.unpaused == 0
     assert (report.exposed > 0) == (strategy is Strategy.DIRECT)
     assert report.pauses.count == (report.updates.count if strategy is Strategy.PAUSE else 0)
@@ -255,7 +255,7 @@ async def test_a_boot_through_the_bios_and_a_reset_are_followed(
                 assert mirror.report().transitions > booted_once.transitions
                 logged = {s.block for s in lab.slots() if s.logged}
                 assert logged == {"vga.vram"}
-            assert mirror.report().notes == ()
+            assert mirror.report().notes == []
 
 
 @builds()

@@ -56,7 +56,7 @@ async def test_counts(strategy: Strategy) -> None:
     assert report.exposed == (2 if strategy is Strategy.DIRECT else 0)
     assert report.pauses.count == (3 if strategy is Strategy.PAUSE else 0)
     assert report.pauses.total_ns == report.pauses.count * 10
-    assert report.notes == ()
+    assert report.notes == []
     assert msgspec.json.decode(msgspec.json.encode(report))["strategy"] == str(strategy)
 
 
@@ -75,7 +75,7 @@ async def test_a_guest_that_cannot_be_paused_is_followed_all_the_same() -> None:
     assert backend.content() == content_of(HOLED)
     report = mirror.report()
     assert (report.in_step, report.unpaused, report.pauses.count) == (True, 1, 1)
-    assert report.notes == ("before an update of the mirror: the guard is gone",)
+    assert report.notes == ["before an update of the mirror: the guard is gone"]
 
 
 @pytest.mark.asyncio
@@ -98,7 +98,7 @@ async def test_a_guest_that_goes_while_it_is_paused_leaves_the_mirror_in_step() 
     assert len(backend.calls) == 3, "and the update was made once"
     report = mirror.report()
     assert (report.in_step, report.unpaused) == (True, 0)
-    assert report.notes == ("after an update of the mirror: QEMU is gone",)
+    assert report.notes == ["after an update of the mirror: QEMU is gone"]
 
 
 @STRATEGIES
@@ -122,7 +122,7 @@ async def test_a_failure_is_reported_once_and_following_ends(strategy: Strategy)
     assert backend.content() == content_of(HOLED)
     notes = mirror.report().notes
     assert notes[0].startswith("out of step: the backend failed in ")
-    assert notes[1:] == ("in step again",)
+    assert notes[1:] == ["in step again"]
 
 
 @pytest.mark.asyncio
@@ -149,7 +149,7 @@ async def test_a_check_that_finds_something_ends_following() -> None:
     (found,) = await mirror.check(WHOLE)
     assert (found.start, found.end) == (2 * PAGE, 3 * PAGE)
     report = mirror.report()
-    assert report.differences == (found,)
+    assert report.differences == [found]
     assert report.why_not == str(found)
     assert (report.in_step, report.checks) == (False, 2)
     await mirror.resync(WHOLE)

@@ -14,7 +14,8 @@ from qmp_memlistener.errors import InputError, OperationFailed
 from qmp_memlistener.memslots import LOG_DIRTY_PAGES, READONLY, Op, OpKind, Slot, SlotTable
 from qmp_memlistener.memslots import plan as make_plan
 from qmp_memlistener.mirror.backend import ModelBackend, SlotWriter
-from qmp_memlistener.mirror.report import MapDifference, Shown, map_differences
+from qmp_memlistener.mirror.differences import map_differences
+from qmp_memlistener.records import MemoryShown, MirrorDifference
 from qmp_memlistener.topology import FlatView
 from tests.unit.memslots.memslots_model import PAGE, content_of, io, pam_rom, ram, rom, views
 
@@ -145,20 +146,20 @@ def test_differences_say_which_range_has_what_instead_of_what() -> None:
     )
     found = map_differences(VIEW, slots)
     assert found == (
-        MapDifference(
+        MirrorDifference(
             2 * PAGE,
             3 * PAGE,
-            Shown("pc.rom", None, 0, True),
-            Shown("pc.ram", None, 2 * PAGE, False),
+            MemoryShown("pc.rom", None, 0, True),
+            MemoryShown("pc.ram", None, 2 * PAGE, False),
         ),
-        MapDifference(
+        MirrorDifference(
             4 * PAGE,
             6 * PAGE,
-            Shown("pc.ram", None, 4 * PAGE, False),
-            Shown("pc.ram", None, 5 * PAGE, False),
+            MemoryShown("pc.ram", None, 4 * PAGE, False),
+            MemoryShown("pc.ram", None, 5 * PAGE, False),
         ),
-        MapDifference(6 * PAGE, 8 * PAGE, Shown("pc.ram", None, 6 * PAGE, False), None),
-        MapDifference(16 * PAGE, 17 * PAGE, None, Shown(None, None, None, True)),
+        MirrorDifference(6 * PAGE, 8 * PAGE, MemoryShown("pc.ram", None, 6 * PAGE, False), None),
+        MirrorDifference(16 * PAGE, 17 * PAGE, None, MemoryShown(None, None, None, True)),
     )
     assert [str(d) for d in found] == [
         "0x2000-0x2fff has pc.ram @0x2000 instead of pc.rom @0x0 (read-only)",

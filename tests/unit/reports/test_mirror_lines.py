@@ -12,23 +12,25 @@ from hypothesis import strategies as st
 from qmp_memlistener.kvmlab.backend import LabFacts
 from qmp_memlistener.kvmlab.backend_probe import Misread, Verified
 from qmp_memlistener.memslots.slots import Backing
-from qmp_memlistener.mirror.report import MapDifference, MirrorReport, Shown, Times
 from qmp_memlistener.records import (
     Header,
     LabMirror,
     MemoryShown,
     MirrorDifference,
     MirrorRecord,
+    MirrorTimes,
     Recording,
     RecordingWriter,
 )
-from qmp_memlistener.reports.mirror import lab_mirror, mirror_lines, mirror_record
-from qmp_memlistener.updates.model import Strategy
+from qmp_memlistener.reports.mirror import lab_mirror, mirror_lines
 
-RAM = Shown("pc.ram", "/objects/pc.ram", 0xF0000, readonly=False)
-BIOS = Shown("pc.bios", None, 0x30000, readonly=True)
-REPORT = MirrorReport(
-    strategy=Strategy.HOLE,
+RAM = MemoryShown("pc.ram", "/objects/pc.ram", 0xF0000, readonly=False)
+BIOS = MemoryShown("pc.bios", None, 0x30000, readonly=True)
+REPORT = MirrorRecord(
+    t_ns=5,
+    backend="",
+    strategy="hole",
+    compared=True,
     in_step=True,
     why_not=None,
     transitions=21,
@@ -41,16 +43,16 @@ REPORT = MirrorReport(
     slots_touched=40,
     exposed=0,
     bitmaps_dropped=0,
-    updates=Times(21, 42_000_000, 5_000_000),
-    pauses=Times(),
+    updates=MirrorTimes(21, 42_000_000, 5_000_000),
+    pauses=MirrorTimes(),
     already_paused=0,
     unpaused=0,
-    lag=Times(20, 60_000_000, 9_000_000),
+    lag=MirrorTimes(20, 60_000_000, 9_000_000),
     rebuilt=0,
     dropped=0,
     checks=1,
-    differences=(),
-    notes=(),
+    differences=[],
+    notes=[],
 )
 FACTS = LabFacts(
     vcpus=0,
@@ -69,6 +71,10 @@ FACTS = LabFacts(
 )
 GOOD = Verified(21, 0, (), ())
 replaced = msgspec.structs.replace
+
+
+def mirror_record(report: MirrorRecord, backend: str, lab: LabMirror | None = None) -> MirrorRecord:
+    return replaced(report, backend=backend, lab=lab)
 
 
 def words(record: MirrorRecord) -> str:
@@ -94,11 +100,13 @@ def test_a_good_mirror_in_words() -> None:
 
 
 def test_differences_and_trouble_are_said() -> None:
-    differences = (
-        MapDifference(0xF0000, 0x100000, RAM, BIOS),
-        MapDifference(1 << 32, (1 << 32) + 4096, None, Shown(None, None, None, readonly=False)),
-        MapDifference(0, 4096, RAM, None),
-    )
+    differences = [
+        MirrorDifference(0xF0000, 0x100000, RAM, BIOS),
+        MirrorDifference(
+            1 << 32, (1 << 32) + 4096, None, MemoryShown(None, None, None, readonly=False)
+        ),
+        MirrorDifference(0, 4096, RAM, None),
+    ]
     report = replaced(
         REPORT,
         in_step=False,
@@ -109,8 +117,8 @@ def test_differences_and_trouble_are_said() -> None:
         dropped=2,
         unpaused=4,
         already_paused=5,
-        pauses=Times(2, 4_000_000, 3_000_000),
-        notes=("a note",),
+        pauses=MirrorTimes(2, 4_000_000, 3_000_000),
+        notes=["a note"],
     )
     record = mirror_record(report, "model")
     assert record.faults == 3
@@ -174,14 +182,14 @@ def test_what_the_lab_found_is_said() -> None:
 
 
 def test_many_differences_are_told_in_part() -> None:
-    many = tuple(MapDifference(n << 16, (n << 16) + 4096, RAM, None) for n in range(30))
+    many = [MirrorDifference(n << 16, (n << 16) + 4096, RAM, None) for n in range(30)]
     text = words(mirror_record(replaced(REPORT, differences=many), "model"))
     assert text.count(" instead of ") == 8
     assert "- and 22 more" in text
 
 
 def test_a_mirror_that_was_not_compared() -> None:
-    record = mirror_record(replaced(REPORT, checks=0), "model")
+    record = mirror_record(replaced(REPORT, checks=0, compared=False), "model")
     assert not record.compared
     assert "not compared with the guest's map at the end" in words(record)
 
@@ -193,14 +201,14 @@ def test_a_mirror_that_was_not_compared() -> None:
 )
 def test_no_line_is_wider_than_it_may_be(width: int, text: str, number: int) -> None:
     """Whatever a guest calls its memory."""
-    shown = Shown(text, text, number, readonly=True)
+    shown = MemoryShown(text, text, number, readonly=True)
     report = replaced(
         REPORT,
         why_not=text,
         operations=number,
-        updates=Times(1, number, number),
-        differences=(MapDifference(0, number + 1, shown, None),),
-        notes=(text,),
+        updates=MirrorTimes(1, number, number),
+        differences=[MirrorDifference(0, number + 1, shown, None)],
+        notes=[text],
     )
     lab = lab_mirror(replaced(FACTS, vcpus=1, slot_ioctls=number), GOOD)
     assert max(
@@ -223,7 +231,7 @@ def test_the_record_is_read_back(tmp_path: Path, lab: LabMirror | None) -> None:
         pid=None,
         source="x",
     )
-    report = replaced(REPORT, differences=(MapDifference(0, 4096, RAM, BIOS),))
+    report = replaced(REPORT, differences=[MirrorDifference(0, 4096, RAM, BIOS)])
     record = mirror_record(report, "kvm" if lab else "model", lab)
     path = str(tmp_path / "r.jsonl")
     with RecordingWriter(path, header) as writer:
