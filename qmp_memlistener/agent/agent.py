@@ -23,7 +23,7 @@ import msgspec
 from ..errors import MemListenerError, TargetError
 from ..listener import MemoryListener
 from ..memslots import Rules, SlotTable
-from ..probes import Kind
+from ..probes import StallKind
 from ..probes.registry import known_names
 from ..qmp import CONNECT_DEADLINE, Companions, GuestFacts, Monitor, Target
 from ..records import Header, ProbeState, Record
@@ -51,7 +51,7 @@ def attach(
     trace: bool = True,
     probes: Sequence[str] | None = None,
     max_overhead: float | None = None,
-    must_see: Mapping[Kind, int] | None = None,
+    must_see: Mapping[StallKind, int] | None = None,
     freeze: str | None = None,
     record: str | None = None,
     ping_monitor: str | Target | None = None,
@@ -190,7 +190,7 @@ class Agent:
         """Which probes are at work, and why others are not."""
         return self.measuring.state().probes
 
-    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[StallKind]:
         """The kinds of stall of which everything in `[start_ns, end_ns)` was seen."""
         return self.measuring.measured(start_ns, end_ns)
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from ..errors import CommandFailed, MemListenerError, TargetError
 from ..host.bounded import in_thread
-from ..probes import Kind
+from ..probes import StallKind
 from ..qmp import Monitor, QmpEvent
 from ..qmp.guest import read_registers, read_vcpus, translate
 from ..records import GuestReset, GuestState, Record, SlotOp, StallRecord, TransitionRecord
@@ -61,7 +61,7 @@ class _History:
             transition, ops = self.changes[-1]
             if record.transition == transition.seq:
                 ops.append(record)
-        elif isinstance(record, StallRecord) and record.kind == Kind.COMMIT:
+        elif isinstance(record, StallRecord) and record.kind == StallKind.COMMIT:
             cause = record.cause
             if cause is not None and isinstance(cause.ref, int) and record.thread is not None:
                 self.threads[cause.ref] = record.thread

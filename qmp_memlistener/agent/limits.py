@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..probes import Kind
+from ..probes import StallKind
 from ..records import PossibleViolation, Record, StallRecord, TransitionRecord, Violation
 
 __all__ = ["FREEZE_LIMIT_NS", "Limits"]
@@ -22,12 +22,12 @@ class Limits:
     have been longer, by its `at_most_ns`, is told as possible.
     """
 
-    stalls: Mapping[Kind, int] = field(default_factory=dict)
+    stalls: Mapping[StallKind, int] = field(default_factory=dict)
     frozen: bool = False
     default_ns: int | None = None
 
     @classmethod
-    def freeze(cls, stalls: Mapping[Kind, int]) -> Limits:
+    def freeze(cls, stalls: Mapping[StallKind, int]) -> Limits:
         """No transition, and no stall longer than its limit or `FREEZE_LIMIT_NS`."""
         return cls(stalls, frozen=True, default_ns=FREEZE_LIMIT_NS)
 
@@ -47,7 +47,7 @@ class Limits:
                     found_ns=None,
                 )
             case StallRecord():
-                limit = self.stalls.get(Kind(record.kind), self.default_ns)
+                limit = self.stalls.get(record.kind, self.default_ns)
                 if limit is None or record.at_most_ns <= limit:
                     return None
                 who = f" of {record.thread}" if record.thread else ""

@@ -15,7 +15,7 @@ from functools import partial
 
 from ..host.bounded import in_thread
 from ..memslots import Rules
-from ..probes import Context, Kind, leftover_notes
+from ..probes import Context, StallKind, leftover_notes
 from ..probes.registry import choose
 from ..qmp import (
     Guest,
@@ -57,7 +57,7 @@ class AttachOptions:
     trace: bool
     probes: tuple[str, ...] | None
     max_overhead: float | None
-    must_see: Mapping[Kind, int]
+    must_see: Mapping[StallKind, int]
     freeze: str | None
     record: str | None
     ping_monitor: str | Target | None

@@ -12,9 +12,10 @@ import msgspec
 
 from ..errors import MemListenerError
 from ..memslots import SlotTable
-from ..probes import CommandSpan, Kind, Measurement, Observation, Probe
+from ..probes import Observation, Probe, StallKind
 from ..probes.registry import Choice
 from ..records import (
+    CommandRecord,
     GuestState,
     Lost,
     MeasurementRecord,
@@ -94,7 +95,7 @@ class Measuring:
         names = (probe.info.name for probe in self._active)
         return tuple(name for name in names if name not in self._why_not)
 
-    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[StallKind]:
         """The kinds of stall of which everything in `[start_ns, end_ns)` was seen."""
         return self._coverage.measured(start_ns, end_ns)
 
@@ -193,7 +194,7 @@ class Measuring:
             probes=[
                 ProbeState(
                     name=choice.info.name,
-                    measures=[str(kind) for kind in choice.info.measures],
+                    measures=list(choice.info.measures),
                     active=choice.info.name in active,
                     reason=None if choice.info.name in active else self._reason(choice)[0],
                     remedy=None if choice.info.name in active else self._reason(choice)[1],
@@ -222,7 +223,11 @@ class Measuring:
 
     def own_command(self, name: str, start_ns: int, end_ns: int) -> None:
         """QEMU was busy with a command of ours."""
-        self._timeline.command(CommandSpan(name, start_ns, end_ns, end_ns, "agent"))
+        self._timeline.command(
+            CommandRecord(
+                name=name, start_ns=start_ns, busy_until_ns=end_ns, end_ns=end_ns, probe="agent"
+            )
+        )
 
     async def keep_releasing(self) -> None:
         """Publish stalls as they are decided, for ever."""
@@ -243,12 +248,14 @@ class Measuring:
         ops, ioctls = self._timeline.strays()
         measured = self._coverage.measured_by
         forged = [
-            op for op in ops if Kind.SLOT_UPDATE in measured("uprobes", op.t_ns - SLACK_NS, op.t_ns)
+            op
+            for op in ops
+            if StallKind.SLOT_UPDATE in measured("uprobes", op.t_ns - SLACK_NS, op.t_ns)
         ]
         untold = [
             seen
             for seen in ioctls
-            if Kind.SLOT_UPDATE in measured("trace", seen.start_ns, seen.end_ns + SLACK_NS)
+            if StallKind.SLOT_UPDATE in measured("trace", seen.start_ns, seen.end_ns + SLACK_NS)
         ]
         if forged:
             self.note(
@@ -358,29 +365,20 @@ class Measuring:
         """Windows of a probe."""
         self._timeline.observe(observations)
 
-    def command(self, span: CommandSpan) -> None:
+    def command(self, span: CommandRecord) -> None:
         """A command that a probe saw."""
         self._timeline.command(span)
 
-    def measure(self, measurement: Measurement) -> None:
+    def measure(self, measurement: MeasurementRecord) -> None:
         """Counters of a probe."""
-        self._publish(
-            [
-                MeasurementRecord(
-                    probe=measurement.probe,
-                    start_ns=measurement.start_ns,
-                    end_ns=measurement.end_ns,
-                    values=measurement.values,
-                )
-            ]
-        )
+        self._publish([measurement])
 
     def advance(self, probe: str, t_ns: int) -> None:
         """How far a probe is."""
         self._timeline.advance(probe, t_ns)
         self._coverage.advance(probe, t_ns)
 
-    def measures(self, probe: str, kinds: Iterable[Kind]) -> None:
+    def measures(self, probe: str, kinds: Iterable[StallKind]) -> None:
         """What a probe measures from now on."""
         self._coverage.measures(probe, kinds, time.monotonic_ns())
         self._changed.set()

@@ -83,17 +83,17 @@ def command(
 
 def _limits(max_stalls: tuple[str, ...], freeze: bool) -> Limits | None:
     from ..agent.limits import Limits
-    from ..probes import Kind
+    from ..probes import StallKind
 
-    found: dict[Kind, int] = {}
+    found: dict[StallKind, int] = {}
     for text in max_stalls:
         name, sign, length = text.partition("=")
-        if name not in set(Kind) or not sign:
+        if name not in set(StallKind) or not sign:
             raise click.BadParameter(
-                f"{text!r} is not KIND=DURATION; the kinds are {', '.join(Kind)}",
+                f"{text!r} is not KIND=DURATION; the kinds are {', '.join(StallKind)}",
                 param_hint="'--max-stall'",
             )
-        found[Kind(name)] = duration(length)
+        found[StallKind(name)] = duration(length)
     if freeze:
         return Limits.freeze(found)
     return Limits(found) if found else None

@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 from .model import (
-    CommandSpan,
     Context,
-    Kind,
-    Measurement,
     Observation,
     Probe,
     ProbeInfo,
     ProbeUnavailable,
     Sink,
     SlotUpdate,
+    StallKind,
     Verdict,
 )
 
 __all__ = [
-    "Kind",
+    "StallKind",
     "Probe",
     "ProbeInfo",
     "Verdict",
@@ -25,7 +23,5 @@ __all__ = [
     "Sink",
     "Observation",
     "SlotUpdate",
-    "CommandSpan",
-    "Measurement",
     "ProbeUnavailable",
 ]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 
 from ..errors import CommandFailed, MemListenerError
 from ..qmp import Monitor
-from .model import Context, Measurement, ProbeInfo, ProbeUnavailable, Sink, Verdict
+from ..records import MeasurementRecord
+from .model import Context, ProbeInfo, ProbeUnavailable, Sink, Verdict
 from .progress import Progress
 
 __all__ = ["Counters", "KvmStatsProbe", "changes", "read_counters"]
@@ -37,7 +38,7 @@ class Counters:
 
 
 class KvmStatsProbe:
-    """Delivers a Measurement for every burst, and one for the whole attachment when it ends.
+    """Delivers a measurement for every burst, and one for the whole attachment when it ends.
 
     Its values are the differences of KVM's counters under KVM's own names, vCPUs added up: of
     cumulative ones (`exits`, `mmio_exits`, `tlb_flush`, …) and of gauges (`pages_4k`, …; these may
@@ -135,7 +136,14 @@ class KvmStatsProbe:
     def _deliver(self, before: Counters, after: Counters | None) -> None:
         if self._sink is not None and after is not None:
             values: dict[str, int | float | str] = {**changes(before, after)}
-            self._sink.measure(Measurement(self.info.name, before.from_ns, after.to_ns, values))
+            self._sink.measure(
+                MeasurementRecord(
+                    probe=self.info.name,
+                    start_ns=before.from_ns,
+                    end_ns=after.to_ns,
+                    values=values,
+                )
+            )
 
 
 async def read_counters(monitor: Monitor, kept: frozenset[str]) -> Counters:

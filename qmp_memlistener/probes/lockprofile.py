@@ -17,18 +17,10 @@ from dataclasses import dataclass
 from ..errors import MemListenerError, ProtocolViolation
 from ..host.directory import HeldFile
 from ..qmp import hmp, hmp_timed
+from ..records import MeasurementRecord
 from .leftover_notes import note, restore, stale
 from .lockprofile_text import Profile, Waits, difference, read_profile
-from .model import (
-    Context,
-    Kind,
-    Measurement,
-    Observation,
-    ProbeInfo,
-    ProbeUnavailable,
-    Sink,
-    Verdict,
-)
+from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
 from .progress import Progress
 
 __all__ = ["LockProfileProbe"]
@@ -58,7 +50,7 @@ class _Snapshot:
 
 
 class LockProfileProbe:
-    """Delivers, for each span between two snapshots, a Measurement with for each call site
+    """Delivers, for each span between two snapshots, a measurement with for each call site
 
     - `bql_wait_ns@SITE`: how long taking the BQL took there, in ns, over all threads;
     - `count@SITE`: how often it was taken there, with or without a wait,
@@ -71,7 +63,7 @@ class LockProfileProbe:
 
     info = ProbeInfo(
         name="lockprofile",
-        measures=(Kind.BQL_WAIT,),
+        measures=(StallKind.BQL_WAIT,),
         needs="nothing but the monitor",
         resolution_ns=_RESOLUTION_NS,
         cost="0.6 ms of main loop for each snapshot (around operations; every 2 s when named), "
@@ -81,7 +73,7 @@ class LockProfileProbe:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._always = context.named or Kind.BQL_WAIT in context.must_see
+        self._always = context.named or StallKind.BQL_WAIT in context.must_see
         self._progress = Progress(self._tell)
         self._lock = asyncio.Lock()
         self._bursts = 0
@@ -255,7 +247,14 @@ class LockProfileProbe:
             values[f"count@{site}"] = waits.count
             if waits.low_ns >= _RESOLUTION_NS and waits.count:
                 observations.append(self._observation(site, waits, before, after))
-        sink.measure(Measurement(self.info.name, before.from_ns, after.to_ns, values))
+        sink.measure(
+            MeasurementRecord(
+                probe=self.info.name,
+                start_ns=before.from_ns,
+                end_ns=after.to_ns,
+                values=values,
+            )
+        )
         if observations:
             sink.observe(observations)
         sink.advance(self.info.name, after.from_ns)
@@ -268,7 +267,7 @@ class LockProfileProbe:
         start = max(self._on_ns, before.from_ns - waits.high_ns)
         at_most = min(waits.high_ns, after.to_ns - start)
         return Observation(
-            kind=Kind.BQL_WAIT,
+            kind=StallKind.BQL_WAIT,
             start_ns=start,
             end_ns=after.to_ns,
             at_least_ns=min(waits.low_ns // waits.count, at_most),

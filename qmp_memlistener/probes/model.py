@@ -10,49 +10,25 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
 from typing import Protocol
 
 import msgspec
 
 from ..errors import MissingPrerequisite
 from ..qmp import Companions, Guest, GuestFacts, Monitor
+from ..records import CommandRecord, MeasurementRecord, StallKind
 
 __all__ = [
-    "Kind",
+    "StallKind",
     "ProbeInfo",
     "Verdict",
     "Context",
     "Observation",
     "SlotUpdate",
-    "CommandSpan",
-    "Measurement",
     "Sink",
     "Probe",
     "ProbeUnavailable",
 ]
-
-
-class Kind(StrEnum):
-    """The kinds of stall window.
-
-    MAIN_LOOP: in-band QMP waits.  BQL_WAIT: a thread waits for the big QEMU lock.  BQL_HOLD: a
-    thread has it.  COMMIT: memory_region_transaction_commit runs.  SLOT_UPDATE: one
-    KVM_SET_USER_MEMORY_REGION (or REGION2) ioctl.  VCPU_INHIBIT: ioctls of vCPUs are kept out
-    (accel_ioctl_inhibit_begin, QEMU 8.0 and later).  VCPU_PAUSE: from STOP to RESUME.  VCPU_GAP:
-    the guest itself saw time go by without running.  MISSING: RAM that is there before and after
-    a commit had no slot.
-    """
-
-    MAIN_LOOP = "main_loop"
-    BQL_WAIT = "bql_wait"
-    BQL_HOLD = "bql_hold"
-    COMMIT = "commit"
-    SLOT_UPDATE = "slot_update"
-    VCPU_INHIBIT = "vcpu_inhibit"
-    VCPU_PAUSE = "vcpu_pause"
-    VCPU_GAP = "vcpu_gap"
-    MISSING = "missing"
 
 
 class ProbeUnavailable(MissingPrerequisite):
@@ -69,7 +45,7 @@ class ProbeInfo:
     """
 
     name: str
-    measures: tuple[Kind, ...]
+    measures: tuple[StallKind, ...]
     needs: str
     resolution_ns: int
     cost: str
@@ -111,7 +87,7 @@ class Context:
     trace_remedy: str | None = None
     named: bool = False
     max_share: float | None = None
-    must_see: Mapping[Kind, int] = field(default_factory=dict)
+    must_see: Mapping[StallKind, int] = field(default_factory=dict)
 
 
 class SlotUpdate(msgspec.Struct, frozen=True, gc=False):
@@ -135,7 +111,7 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     paused, how often another thread took the BQL in between.
     """
 
-    kind: Kind
+    kind: StallKind
     start_ns: int
     end_ns: int
     at_least_ns: int
@@ -155,45 +131,22 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
             raise ValueError(f"not a window: {self}")
 
 
-class CommandSpan(msgspec.Struct, frozen=True, gc=False):
-    """A QMP or HMP command that QEMU's main loop carried out.
-
-    It began at `start_ns`, was still running at `busy_until_ns`, and had ended at `end_ns`.
-    """
-
-    name: str
-    start_ns: int
-    busy_until_ns: int
-    end_ns: int
-    probe: str
-
-
-@dataclass(frozen=True, slots=True)
-class Measurement:
-    """Numbers over a span of time that are no windows: counters before and after."""
-
-    probe: str
-    start_ns: int
-    end_ns: int
-    values: dict[str, int | float | str] = field(default_factory=dict)
-
-
 class Sink(Protocol):
     """Where a probe delivers; every method is called in the event loop's thread."""
 
     def observe(self, observations: list[Observation]) -> None:
         """Windows, in any order; each once."""
 
-    def command(self, span: CommandSpan) -> None:
+    def command(self, span: CommandRecord) -> None:
         """A command that was seen."""
 
-    def measure(self, measurement: Measurement) -> None:
+    def measure(self, measurement: MeasurementRecord) -> None:
         """Counters over a span."""
 
     def advance(self, probe: str, t_ns: int) -> None:
         """Every window of `probe` that ended before `t_ns` has been delivered."""
 
-    def measures(self, probe: str, kinds: Iterable[Kind]) -> None:
+    def measures(self, probe: str, kinds: Iterable[StallKind]) -> None:
         """From now on `probe` measures these kinds and no others; without a word of this it
         measures all that it declares from the end of `start` on."""
 

@@ -25,7 +25,7 @@ from ..qmp.dial import answered
 from ..qmp.identity import GuestIdentity
 from ..qmp.sockets import listener_state
 from .inbox import Inbox
-from .model import Context, Kind, Observation, ProbeInfo, ProbeUnavailable, Sink, Verdict
+from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
 from .ping_brackets import RESOLUTION_NS, Pace, Ping, Stall, StallFinder
 from .ping_link import PingLink, Stopped
 
@@ -65,7 +65,7 @@ class PingProbe:
 
     info = ProbeInfo(
         name="ping",
-        measures=(Kind.MAIN_LOOP,),
+        measures=(StallKind.MAIN_LOOP,),
         needs="a QMP monitor of its own (a second or third -qmp)",
         resolution_ns=RESOLUTION_NS,
         cost="0.2 to 0.8 ms of QEMU's CPU time for each ping: 10 a second, 1000 a second at most "
@@ -75,7 +75,7 @@ class PingProbe:
 
     def __init__(self, context: Context) -> None:
         self._context = context
-        self._pace = Pace(context.max_share, context.must_see.get(Kind.MAIN_LOOP))
+        self._pace = Pace(context.max_share, context.must_see.get(StallKind.MAIN_LOOP))
         self._found: deque[Stall] = deque()
         self._reached_ns = 0
         self._posted_ns = 0
@@ -206,7 +206,7 @@ class PingProbe:
 
     def _observation(self, stall: Stall) -> Observation:
         return Observation(
-            kind=Kind.MAIN_LOOP,
+            kind=StallKind.MAIN_LOOP,
             start_ns=stall.start_ns,
             end_ns=stall.end_ns,
             at_least_ns=stall.at_least_ns,

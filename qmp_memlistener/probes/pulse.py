@@ -22,7 +22,7 @@ from typing import ParamSpec
 from ..guests import PulseMemory
 from ..host.bounded import in_thread
 from .inbox import Inbox
-from .model import Context, Kind, ProbeInfo, ProbeUnavailable, Sink, Verdict
+from .model import Context, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
 from .pulse_guest import GuestFollower, News
 from .pulse_ram import open_pulse
 
@@ -55,7 +55,7 @@ class PulseProbe:
 
     info = ProbeInfo(
         name=_NAME,
-        measures=(Kind.VCPU_GAP,),
+        measures=(StallKind.VCPU_GAP,),
         needs="the pulse guest, in RAM that QEMU shares with us",
         resolution_ns=500_000,  # 0x100000 ticks at 2.1 GHz or more
         cost="nothing in QEMU; 1 % of a CPU for us, 6 % while gaps come by the hundred a second",

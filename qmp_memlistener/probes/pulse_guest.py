@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from statistics import median
 
 from ..guests import Gap, Heartbeat, PulseMemory, layout
-from .model import Kind, Observation
+from .model import Observation, StallKind
 from .pulse_clock import Anchor, BeatClock, BeatSampler
 
 __all__ = ["SILENT_NS", "GuestFollower", "News"]
@@ -280,7 +280,7 @@ class GuestFollower:
                 continue
             news.gaps.append(
                 Observation(
-                    kind=Kind.VCPU_GAP,
+                    kind=StallKind.VCPU_GAP,
                     start_ns=window.start_ns,
                     end_ns=window.end_ns,
                     at_least_ns=window.at_least_ns,

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 
 from ..qmp import QmpEvent
 from ..qmp.guest import try_status
-from .model import Context, Kind, Observation, ProbeInfo, ProbeUnavailable, Sink, Verdict
+from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
 from .progress import Progress
 
 __all__ = ["Moment", "Offset", "RunStateProbe", "StopClock", "read_offset"]
@@ -128,7 +128,7 @@ class RunStateProbe:
 
     info = ProbeInfo(
         name="runstate",
-        measures=(Kind.VCPU_PAUSE,),
+        measures=(StallKind.VCPU_PAUSE,),
         needs="nothing",
         resolution_ns=10_000,
         cost="nothing",
@@ -225,7 +225,7 @@ class RunStateProbe:
         self._sink.observe(
             [
                 Observation(
-                    kind=Kind.VCPU_PAUSE,
+                    kind=StallKind.VCPU_PAUSE,
                     start_ns=start,
                     end_ns=end,
                     at_least_ns=min(at_least, at_most),

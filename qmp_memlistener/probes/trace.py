@@ -6,7 +6,7 @@ The lines are read by the agent anyway, for the transitions; the timeline turns 
 
 from __future__ import annotations
 
-from .model import Context, Kind, ProbeInfo, Sink, Verdict
+from .model import Context, ProbeInfo, Sink, StallKind, Verdict
 
 __all__ = ["TraceProbe"]
 
@@ -16,7 +16,7 @@ class TraceProbe:
 
     info = ProbeInfo(
         name="trace",
-        measures=(Kind.SLOT_UPDATE, Kind.MISSING),
+        measures=(StallKind.SLOT_UPDATE, StallKind.MISSING),
         needs="QEMU's `log` trace backend and a file that QEMU and we both reach",
         resolution_ns=200_000,
         cost="one line of log for each slot operation and map change; nothing when idle",

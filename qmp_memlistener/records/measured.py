@@ -5,6 +5,8 @@ Lines of `watch --json` and of a recording beside those of `records`.
 
 from __future__ import annotations
 
+from enum import StrEnum
+
 import msgspec
 
 from .records import Record
@@ -18,11 +20,43 @@ __all__ = [
     "ProbeState",
     "ProbesRecord",
     "StallCause",
+    "StallKind",
     "StallRecord",
     "StallStatistics",
     "SummaryRecord",
     "Violation",
 ]
+
+
+class StallKind(StrEnum):
+    """The kinds of stall window.
+
+    MAIN_LOOP: in-band QMP waits.  BQL_WAIT: a thread waits for the big QEMU lock.  BQL_HOLD: a
+    thread has it.  COMMIT: memory_region_transaction_commit runs.  SLOT_UPDATE: one
+    KVM_SET_USER_MEMORY_REGION (or REGION2) ioctl.  VCPU_INHIBIT: ioctls of vCPUs are kept out
+    (accel_ioctl_inhibit_begin, QEMU 8.0 and later).  VCPU_PAUSE: from STOP to RESUME.  VCPU_GAP:
+    the guest itself saw time go by without running.  MISSING: RAM that is there before and after
+    a commit had no slot.
+    """
+
+    MAIN_LOOP = "main_loop"
+    BQL_WAIT = "bql_wait"
+    BQL_HOLD = "bql_hold"
+    COMMIT = "commit"
+    SLOT_UPDATE = "slot_update"
+    VCPU_INHIBIT = "vcpu_inhibit"
+    VCPU_PAUSE = "vcpu_pause"
+    VCPU_GAP = "vcpu_gap"
+    MISSING = "missing"
+
+    @classmethod
+    def _missing_(cls, value: object) -> StallKind | None:
+        """A kind of a later version, which keeps its name: readers do not fail at it."""
+        if not isinstance(value, str):
+            return None
+        kind = str.__new__(cls, value)
+        kind._name_ = kind._value_ = value
+        return kind
 
 
 class StallCause(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -48,7 +82,7 @@ class StallRecord(Record, frozen=True, kw_only=True, tag="stall", gc=False):
     that were under way meanwhile, whether or not they made it.
     """
 
-    kind: str
+    kind: StallKind
     start_ns: int
     end_ns: int
     at_least_ns: int
@@ -63,8 +97,11 @@ class StallRecord(Record, frozen=True, kw_only=True, tag="stall", gc=False):
     handoffs: int | None = None
 
 
-class CommandRecord(Record, frozen=True, kw_only=True, tag="command"):
-    """A command that QEMU carried out; still busy at `busy_until_ns`, over at `end_ns`."""
+class CommandRecord(Record, frozen=True, kw_only=True, tag="command", gc=False):
+    """A QMP or HMP command that QEMU's main loop carried out.
+
+    It began at `start_ns`, was still running at `busy_until_ns`, and had ended at `end_ns`.
+    """
 
     name: str
     start_ns: int
@@ -74,7 +111,7 @@ class CommandRecord(Record, frozen=True, kw_only=True, tag="command"):
 
 
 class MeasurementRecord(Record, frozen=True, kw_only=True, tag="measurement"):
-    """Counters of a probe over a span of time."""
+    """Numbers over a span of time that are no windows: counters of a probe before and after."""
 
     probe: str
     start_ns: int
@@ -86,7 +123,7 @@ class ProbeState(msgspec.Struct, frozen=True):
     """A probe of this attachment: at work, or why not."""
 
     name: str
-    measures: list[str]
+    measures: list[StallKind]
     active: bool
     reason: str | None
     remedy: str | None
@@ -186,7 +223,7 @@ class StallStatistics(msgspec.Struct, frozen=True):
     lengths in `[bounds_ns[i], bounds_ns[i + 1])`, the last one all from `bounds_ns[-1]` on.
     """
 
-    kind: str
+    kind: StallKind
     cause: str
     count: int
     total_ns: int

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..probes import Kind
+from ..probes import StallKind
 
 __all__ = [
     "KIND_ORDER",
@@ -14,15 +14,15 @@ __all__ = [
 ]
 
 _KINDS = {
-    Kind.MAIN_LOOP: "main loop",
-    Kind.BQL_WAIT: "BQL wait",
-    Kind.BQL_HOLD: "BQL hold",
-    Kind.COMMIT: "commit",
-    Kind.SLOT_UPDATE: "slot update",
-    Kind.VCPU_INHIBIT: "vCPU inhibit",
-    Kind.VCPU_PAUSE: "vCPU pause",
-    Kind.VCPU_GAP: "vCPU gap",
-    Kind.MISSING: "RAM missing",
+    StallKind.MAIN_LOOP: "main loop",
+    StallKind.BQL_WAIT: "BQL wait",
+    StallKind.BQL_HOLD: "BQL hold",
+    StallKind.COMMIT: "commit",
+    StallKind.SLOT_UPDATE: "slot update",
+    StallKind.VCPU_INHIBIT: "vCPU inhibit",
+    StallKind.VCPU_PAUSE: "vCPU pause",
+    StallKind.VCPU_GAP: "vCPU gap",
+    StallKind.MISSING: "RAM missing",
 }
 KIND_ORDER = {str(kind): i for i, kind in enumerate(_KINDS)}
 _WORDS = {str(kind): words for kind, words in _KINDS.items()}

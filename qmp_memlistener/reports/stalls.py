@@ -9,7 +9,7 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from ..probes import Kind
+from ..probes import StallKind
 from ..records import (
     CommandRecord,
     GuestFailure,
@@ -113,7 +113,7 @@ def _stall(s: StallRecord) -> str:
     if s.handoffs:
         parts.append(f"BQL handed over {count_text(s.handoffs, 'time')}")
     # of these the site is a range or an operation, of others a place in QEMU's sources
-    link = ", " if s.kind in (Kind.MISSING, Kind.SLOT_UPDATE) else " at "
+    link = ", " if s.kind in (StallKind.MISSING, StallKind.SLOT_UPDATE) else " at "
     where = f"{link}{s.site}" if s.site else ""
     length = bracket_text(s.at_least_ns, s.at_most_ns)
     return (

@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterable
 
-from ..probes import Kind
+from ..probes import StallKind
 from ..records import StallCause
 from .evidence import Evidence, Stall, overlap, together, witness
 
@@ -32,19 +32,19 @@ MAIN = "main"
 def decide(stall: Stall, evidence: Evidence) -> Stall | None:
     """Set the stall's cause; returns the window that it belongs with, if any."""
     match stall.seen.kind:
-        case Kind.COMMIT:
+        case StallKind.COMMIT:
             return _commit(stall, evidence)
-        case Kind.SLOT_UPDATE | Kind.VCPU_INHIBIT | Kind.MISSING:
+        case StallKind.SLOT_UPDATE | StallKind.VCPU_INHIBIT | StallKind.MISSING:
             return _part_of_commit(stall, evidence)
-        case Kind.BQL_HOLD:
+        case StallKind.BQL_HOLD:
             return _hold(stall, evidence)
-        case Kind.BQL_WAIT:
+        case StallKind.BQL_WAIT:
             return _wait(stall, evidence)
-        case Kind.MAIN_LOOP:
+        case StallKind.MAIN_LOOP:
             return _main_loop(stall, evidence)
-        case Kind.VCPU_PAUSE:
+        case StallKind.VCPU_PAUSE:
             return None
-        case Kind.VCPU_GAP:
+        case StallKind.VCPU_GAP:
             return _gap(stall, evidence)
 
 
@@ -70,7 +70,7 @@ def _part_of_commit(stall: Stall, evidence: Evidence) -> Stall | None:
         stall.cause = StallCause("slot_op", stall.why_logs, stall.length_ns)
     if stall.commit is not None:
         return _taken_from(stall, stall.commit)
-    for commit in evidence.overlapping(Kind.COMMIT, seen.start_ns, seen.end_ns):
+    for commit in evidence.overlapping(StallKind.COMMIT, seen.start_ns, seen.end_ns):
         # the BQL admits one commit at a time: what concerns all vCPUs is of the one it lies in
         same = seen.tid in (commit.seen.tid, None) or (
             stall.transition is not None and commit.transition == stall.transition
@@ -91,7 +91,7 @@ def _hold(stall: Stall, evidence: Evidence) -> Stall | None:
     seen = stall.seen
     commits = [
         c
-        for c in evidence.overlapping(Kind.COMMIT, seen.start_ns, seen.end_ns)
+        for c in evidence.overlapping(StallKind.COMMIT, seen.start_ns, seen.end_ns)
         if c.seen.tid == seen.tid
     ]
     if seen.thread == MAIN and _by_command(stall, evidence):
@@ -103,12 +103,12 @@ def _wait(stall: Stall, evidence: Evidence) -> Stall | None:
     seen = stall.seen
     holds = (
         h
-        for h in evidence.overlapping(Kind.BQL_HOLD, seen.start_ns, seen.end_ns)
+        for h in evidence.overlapping(StallKind.BQL_HOLD, seen.start_ns, seen.end_ns)
         if h.seen.tid != seen.tid
     )
     commits = (
         c
-        for c in evidence.overlapping(Kind.COMMIT, seen.start_ns, seen.end_ns)
+        for c in evidence.overlapping(StallKind.COMMIT, seen.start_ns, seen.end_ns)
         if c.seen.tid != seen.tid
     )
     return _by_windows(stall, holds) or _by_windows(stall, commits)
@@ -116,15 +116,17 @@ def _wait(stall: Stall, evidence: Evidence) -> Stall | None:
 
 def _main_loop(stall: Stall, evidence: Evidence) -> Stall | None:
     start, end = stall.seen.start_ns, stall.seen.end_ns
-    holds = list(evidence.overlapping(Kind.BQL_HOLD, start, end))
+    holds = list(evidence.overlapping(StallKind.BQL_HOLD, start, end))
     if _by_command(stall, evidence):
         mine = (h for h in holds if h.seen.thread == MAIN and h.cause.ref == stall.cause.ref)
         return max(mine, key=lambda h: _shared(stall, h), default=None)
-    waits = (w for w in evidence.overlapping(Kind.BQL_WAIT, start, end) if w.seen.thread == MAIN)
+    waits = (
+        w for w in evidence.overlapping(StallKind.BQL_WAIT, start, end) if w.seen.thread == MAIN
+    )
     return (
         _by_windows(stall, holds)
         or _by_windows(stall, waits)
-        or _by_windows(stall, evidence.overlapping(Kind.COMMIT, start, end))
+        or _by_windows(stall, evidence.overlapping(StallKind.COMMIT, start, end))
     )
 
 
@@ -133,7 +135,7 @@ def _gap(stall: Stall, evidence: Evidence) -> Stall | None:
     start, end = seen.start_ns, seen.end_ns
     commits = [
         c
-        for c in evidence.overlapping(Kind.COMMIT, start, end)
+        for c in evidence.overlapping(StallKind.COMMIT, start, end)
         if c.seen.thread == seen.thread and _shared(stall, c) * 2 >= c.length_ns
     ]
     if commits:
@@ -141,10 +143,10 @@ def _gap(stall: Stall, evidence: Evidence) -> Stall | None:
         commit = max(commits, key=lambda c: _shared(stall, c))
         _take(stall, commit, _covered(stall, [c for c in commits if _same(c, commit)]))
         return commit
-    own = (Kind.BQL_WAIT, Kind.BQL_HOLD)
+    own = (StallKind.BQL_WAIT, StallKind.BQL_HOLD)
     blockers = (
         w
-        for kind in (Kind.VCPU_PAUSE, Kind.VCPU_INHIBIT, *own)
+        for kind in (StallKind.VCPU_PAUSE, StallKind.VCPU_INHIBIT, *own)
         for w in evidence.overlapping(kind, start, end)
         if kind not in own or w.seen.thread == seen.thread
     )

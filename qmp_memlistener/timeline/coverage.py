@@ -9,7 +9,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from ..probes import Kind
+from ..probes import StallKind
 
 __all__ = ["Coverage"]
 
@@ -21,14 +21,16 @@ _KEPT = 1024
 class _Covered:
     """`changes`: from when on which kinds were measured.  `gaps`: when something was lost."""
 
-    changes: deque[tuple[int, frozenset[Kind]]] = field(default_factory=lambda: deque(maxlen=_KEPT))
+    changes: deque[tuple[int, frozenset[StallKind]]] = field(
+        default_factory=lambda: deque(maxlen=_KEPT)
+    )
     gaps: deque[tuple[int, int]] = field(default_factory=lambda: deque(maxlen=_KEPT))
     reached_ns: int = 0
 
-    def kinds(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+    def kinds(self, start_ns: int, end_ns: int) -> frozenset[StallKind]:
         if any(start < end_ns and end > start_ns for start, end in self.gaps):
             return frozenset()
-        found: frozenset[Kind] | None = None
+        found: frozenset[StallKind] | None = None
         for since, kinds in reversed(self.changes):
             if since < end_ns:
                 found = kinds if found is None else found & kinds
@@ -52,7 +54,7 @@ class Coverage:
         covered = self._probes.get(probe)
         return covered is not None and bool(covered.changes[-1][1])
 
-    def measures(self, probe: str, kinds: Iterable[Kind], t_ns: int) -> None:
+    def measures(self, probe: str, kinds: Iterable[StallKind], t_ns: int) -> None:
         """From now on `probe` measures these kinds, and no others."""
         covered = self._probes.setdefault(probe, _Covered())
         wanted = frozenset(kinds)
@@ -71,12 +73,14 @@ class Coverage:
         if covered is not None:
             covered.gaps.append((min(covered.reached_ns, t_ns), t_ns + 1))
 
-    def measured_by(self, probe: str, start_ns: int, end_ns: int) -> frozenset[Kind]:
+    def measured_by(self, probe: str, start_ns: int, end_ns: int) -> frozenset[StallKind]:
         """The kinds that this probe measured during all of `[start_ns, end_ns)`."""
         covered = self._probes.get(probe)
         return frozenset() if covered is None else covered.kinds(start_ns, end_ns)
 
-    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[StallKind]:
         """The kinds that one probe or another measured during all of `[start_ns, end_ns)`."""
         end_ns = max(end_ns, start_ns + 1)
-        return frozenset[Kind]().union(*(c.kinds(start_ns, end_ns) for c in self._probes.values()))
+        return frozenset[StallKind]().union(
+            *(c.kinds(start_ns, end_ns) for c in self._probes.values())
+        )

@@ -11,8 +11,8 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 
-from ..probes import CommandSpan, SlotUpdate
-from ..records import QmpEvent
+from ..probes import SlotUpdate
+from ..records import CommandRecord, QmpEvent
 from .evidence import Stall
 
 __all__ = ["DirtyLogging"]
@@ -30,7 +30,7 @@ class DirtyLogging:
     def __init__(self) -> None:
         self._asked: list[tuple[int, str]] = []
 
-    def command(self, span: CommandSpan) -> None:
+    def command(self, span: CommandRecord) -> None:
         """A command that was seen."""
         if span.name in _COMMANDS:
             self._ask(span.start_ns, _COMMANDS[span.name])

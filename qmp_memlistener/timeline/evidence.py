@@ -14,8 +14,8 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from ..probes import CommandSpan, Kind, Observation
-from ..records import StallCause
+from ..probes import Observation, StallKind
+from ..records import CommandRecord, StallCause
 
 __all__ = ["KEEP_NS", "LIMIT", "Evidence", "Stall", "overlap", "together", "witness"]
 
@@ -124,8 +124,8 @@ class Evidence:
     """Windows by kind and probe, and commands, of the last `KEEP_NS`."""
 
     def __init__(self) -> None:
-        self._windows: defaultdict[Kind, dict[str, Spans[Stall]]] = defaultdict(dict)
-        self._commands: Spans[CommandSpan] = Spans()
+        self._windows: defaultdict[StallKind, dict[str, Spans[Stall]]] = defaultdict(dict)
+        self._commands: Spans[CommandRecord] = Spans()
 
     def add(self, stall: Stall) -> None:
         """Remember a window."""
@@ -136,11 +136,11 @@ class Evidence:
             spans = of_kind[seen.probe] = Spans()
         spans.add(seen.start_ns, seen.end_ns, stall)
 
-    def add_command(self, span: CommandSpan) -> None:
+    def add_command(self, span: CommandRecord) -> None:
         """Remember a command."""
         self._commands.add(span.start_ns, span.end_ns, span)
 
-    def overlapping(self, kind: Kind, start_ns: int, end_ns: int) -> Iterator[Stall]:
+    def overlapping(self, kind: StallKind, start_ns: int, end_ns: int) -> Iterator[Stall]:
         """Windows of one kind that share time with `[start_ns, end_ns)`."""
         for spans in self._windows[kind].values():
             yield from spans.find(start_ns, end_ns)
@@ -152,7 +152,7 @@ class Evidence:
             if probe != seen.probe:
                 yield from spans.find(seen.start_ns, seen.end_ns)
 
-    def commands(self, start_ns: int, end_ns: int) -> Iterator[CommandSpan]:
+    def commands(self, start_ns: int, end_ns: int) -> Iterator[CommandRecord]:
         """Commands that were under way in `[start_ns, end_ns)`."""
         return self._commands.find(start_ns, end_ns)
 

@@ -14,7 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
-from ..probes import Kind
+from ..probes import StallKind
 from ..records import SlotOp
 from .evidence import KEEP_NS, Stall, overlap, together, witness
 
@@ -182,14 +182,14 @@ def twins(one: Stall, other: Stall) -> bool:
     shared = overlap(a.start_ns, a.end_ns, b.start_ns, b.end_ns)
     if a.probe == b.probe or not shared:
         return False
-    if a.kind is Kind.SLOT_UPDATE:
+    if a.kind is StallKind.SLOT_UPDATE:
         return _key(one) == _key(other)
-    if a.kind is Kind.MISSING:
+    if a.kind is StallKind.MISSING:
         return one.transition is not None and one.transition == other.transition
-    if a.kind is Kind.BQL_WAIT:
+    if a.kind is StallKind.BQL_WAIT:
         fits = a.at_least_ns <= b.at_most_ns and b.at_least_ns <= a.at_most_ns
         return a.site == b.site and fits
-    if a.kind is Kind.VCPU_PAUSE or a.thread == b.thread:
+    if a.kind is StallKind.VCPU_PAUSE or a.thread == b.thread:
         return shared * 2 >= min(one.length_ns, other.length_ns)
     return False
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import NamedTuple
 
-from ..records import StallRecord, StallStatistics, SummaryRecord
+from ..records import StallKind, StallRecord, StallStatistics, SummaryRecord
 
 __all__ = ["BOUNDS_NS", "EXACT", "RELATIVE_ERROR", "Statistics"]
 
@@ -46,14 +46,16 @@ class Statistics:
     """
 
     def __init__(self, records: Iterable[StallRecord] = ()) -> None:
-        self._series: dict[tuple[str, str], _Series] = {}
+        self._series: dict[tuple[StallKind, str], _Series] = {}
         for record in records:
             self.add_record(record)
 
     def __len__(self) -> int:
         return sum(s.count for s in self._series.values())
 
-    def add(self, kind: str, cause: str, at_most_ns: int, at_least_ns: int | None = None) -> None:
+    def add(
+        self, kind: StallKind, cause: str, at_most_ns: int, at_least_ns: int | None = None
+    ) -> None:
         """One stall, of exactly that length without a second one; ValueError when there is none."""
         least = at_most_ns if at_least_ns is None else at_least_ns
         if not 0 <= least <= at_most_ns:
@@ -183,7 +185,7 @@ class _Series:
         self.least.merge(other.least)
         self.most.merge(other.most)
 
-    def statistics(self, kind: str, cause: str) -> StallStatistics:
+    def statistics(self, kind: StallKind, cause: str) -> StallStatistics:
         most, least = self.most.told(), self.least.told()
         return StallStatistics(
             kind=kind,

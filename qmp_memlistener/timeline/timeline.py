@@ -16,7 +16,7 @@ from heapq import heappop, heappush
 from itertools import count
 from operator import attrgetter
 
-from ..probes import CommandSpan, Kind, Observation
+from ..probes import Observation, StallKind
 from ..records import (
     CommandRecord,
     GuestState,
@@ -46,18 +46,18 @@ _END = 1 << 62
 
 # what others are decided by comes first
 _ORDER = (
-    Kind.COMMIT,
-    Kind.SLOT_UPDATE,
-    Kind.VCPU_INHIBIT,
-    Kind.MISSING,
-    Kind.VCPU_PAUSE,
-    Kind.BQL_HOLD,
-    Kind.BQL_WAIT,
-    Kind.MAIN_LOOP,
-    Kind.VCPU_GAP,
+    StallKind.COMMIT,
+    StallKind.SLOT_UPDATE,
+    StallKind.VCPU_INHIBIT,
+    StallKind.MISSING,
+    StallKind.VCPU_PAUSE,
+    StallKind.BQL_HOLD,
+    StallKind.BQL_WAIT,
+    StallKind.MAIN_LOOP,
+    StallKind.VCPU_GAP,
 )
 
-_PARTS = (Kind.COMMIT, Kind.SLOT_UPDATE, Kind.VCPU_INHIBIT, Kind.MISSING)
+_PARTS = (StallKind.COMMIT, StallKind.SLOT_UPDATE, StallKind.VCPU_INHIBIT, StallKind.MISSING)
 
 
 class Timeline:
@@ -102,10 +102,10 @@ class Timeline:
         for seen in sorted(observations, key=attrgetter("start_ns")):
             stall = Stall(seen, witness(seen.probe))
             self._wait(stall)
-            if seen.kind is Kind.SLOT_UPDATE and seen.update is not None:
+            if seen.kind is StallKind.SLOT_UPDATE and seen.update is not None:
                 self._pairing.ioctl(stall)
 
-    def command(self, span: CommandSpan) -> None:
+    def command(self, span: CommandRecord) -> None:
         """A command that was seen."""
         ours = any(
             other.probe == "agent" and overlap(*_span(other), *_span(span)) * 2 >= _length(span)
@@ -114,15 +114,7 @@ class Timeline:
         self._evidence.add_command(span)
         self._logging.command(span)
         if span.probe != "agent" and not ours:
-            self._records.append(
-                CommandRecord(
-                    name=span.name,
-                    start_ns=span.start_ns,
-                    busy_until_ns=span.busy_until_ns,
-                    end_ns=span.end_ns,
-                    probe=span.probe,
-                )
-            )
+            self._records.append(span)
 
     def record(self, record: Record) -> None:
         """A record of the map or the guest; those that do not matter here are ignored."""
@@ -193,18 +185,18 @@ class Timeline:
         self._pairing.pair()
         self._from_trace(horizon)
         ready, horizon = self._take(horizon)
-        by_kind: dict[Kind, list[Stall]] = {kind: [] for kind in _ORDER}
+        by_kind: dict[StallKind, list[Stall]] = {kind: [] for kind in _ORDER}
         for stall in sorted(ready, key=_start):
             by_kind[stall.seen.kind].append(stall)
-        updates = Updates(by_kind[Kind.SLOT_UPDATE])
-        self._logging.explain(by_kind[Kind.SLOT_UPDATE])
+        updates = Updates(by_kind[StallKind.SLOT_UPDATE])
+        self._logging.explain(by_kind[StallKind.SLOT_UPDATE])
         decided: list[Stall] = []
         for kind in _ORDER:
             stalls = by_kind[kind]
-            if kind is Kind.COMMIT:
+            if kind is StallKind.COMMIT:
                 self._know_commits(stalls, updates, horizon)
-            elif kind is Kind.MISSING:
-                stalls = stalls + self._missing(by_kind[Kind.COMMIT], updates)
+            elif kind is StallKind.MISSING:
+                stalls = stalls + self._missing(by_kind[StallKind.COMMIT], updates)
             for stall in self._merge(stalls):
                 self._decide(stall)
                 decided.append(stall)
@@ -236,7 +228,7 @@ class Timeline:
 
     def _decide(self, stall: Stall) -> None:
         partner = decide(stall, self._evidence)
-        if stall.seen.kind is Kind.VCPU_PAUSE:
+        if stall.seen.kind is StallKind.VCPU_PAUSE:
             stall.cause = self._stop_cause(stall)
         if partner is not None:
             stall.incident = partner.incident
@@ -386,7 +378,7 @@ class Timeline:
     def _to_record(self, stall: Stall) -> StallRecord:
         seen = stall.seen
         return StallRecord(
-            kind=str(seen.kind),
+            kind=seen.kind,
             start_ns=seen.start_ns,
             end_ns=seen.end_ns,
             at_least_ns=seen.at_least_ns,
@@ -412,7 +404,7 @@ class Timeline:
         start, end = stall.seen.start_ns, stall.seen.end_ns
         found = {
             other.transition
-            for kind in (Kind.COMMIT, Kind.SLOT_UPDATE)
+            for kind in (StallKind.COMMIT, StallKind.SLOT_UPDATE)
             for other in self._evidence.overlapping(kind, start, end)
             if other.transition is not None
         }
@@ -423,9 +415,9 @@ def _start(stall: Stall) -> int:
     return stall.seen.start_ns
 
 
-def _span(command: CommandSpan) -> tuple[int, int]:
+def _span(command: CommandRecord) -> tuple[int, int]:
     return command.start_ns, command.end_ns
 
 
-def _length(command: CommandSpan) -> int:
+def _length(command: CommandRecord) -> int:
     return max(1, command.end_ns - command.start_ns)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import msgspec
 
-from ..probes import Kind, Observation, SlotUpdate
+from ..probes import Observation, SlotUpdate, StallKind
 from ..records import SlotOp
 
 __all__ = ["TimedOp", "missing_window", "trace_windows"]
@@ -67,7 +67,7 @@ def missing_window(ops: Sequence[TimedOp], probe: str) -> Observation | None:
     if first is None or last is None or last.to_ns <= first.from_ns:
         return None
     return Observation(
-        kind=Kind.MISSING,
+        kind=StallKind.MISSING,
         start_ns=first.from_ns,
         end_ns=last.to_ns,
         at_least_ns=max(0, last.from_ns - first.to_ns),
@@ -95,7 +95,7 @@ def trace_windows(begin_ns: int, ops: Sequence[SlotOp], bound_ns: int) -> list[O
         before = max(before, op.t_ns)
         found.append(
             Observation(
-                kind=Kind.SLOT_UPDATE,
+                kind=StallKind.SLOT_UPDATE,
                 start_ns=from_ns,
                 end_ns=to_ns,
                 at_least_ns=0,

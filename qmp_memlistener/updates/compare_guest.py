@@ -14,7 +14,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..errors import CommandFailed, OperationFailed
-from ..probes import Kind
+from ..probes import StallKind
 from ..qmp import Command, Monitor
 from ..qmp.guest import read_status
 from ..records import ProbeState, Record
@@ -62,7 +62,7 @@ class ComparedGuest(Protocol):
     async def settle(self) -> None: ...
     def probes(self) -> list[ProbeState]: ...
 
-    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[StallKind]:
         """The kinds of stall of which everything in `[start_ns, end_ns)` was seen."""
 
     async def probes_ready(self, timeout_s: float) -> tuple[str, ...]:
@@ -138,7 +138,7 @@ class HostGuest:
     def probes(self) -> list[ProbeState]:
         return self._host.probes()
 
-    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[StallKind]:
         return self._host.measured(start_ns, end_ns)
 
     async def probes_ready(self, timeout_s: float) -> tuple[str, ...]:

@@ -11,7 +11,7 @@ import pytest
 from qmp_memlistener import Strategy, attach
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.guests.linux import LinuxSpec
-from qmp_memlistener.probes import Kind, Sink
+from qmp_memlistener.probes import Sink, StallKind
 from qmp_memlistener.probes.ping import PingProbe
 from qmp_memlistener.qmp.guest import read_status
 from qmp_memlistener.updates.compare import CONTROL, INTERRUPTED, CompareOptions, compare
@@ -122,8 +122,8 @@ async def test_a_probe_that_begins_late_measures_from_then_on_and_takes_part_in_
             await agent.settle()
         assert bursts == [True, False]
         now = time.monotonic_ns()
-        assert agent.measured(begun, now) == {Kind.VCPU_PAUSE}
-        assert agent.measured(ready, now) == {Kind.VCPU_PAUSE, Kind.MAIN_LOOP}
+        assert agent.measured(begun, now) == {StallKind.VCPU_PAUSE}
+        assert agent.measured(ready, now) == {StallKind.VCPU_PAUSE, StallKind.MAIN_LOOP}
         assert {p.name for p in agent.probes() if p.active} == {"runstate", "ping"}
 
 

@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.probes import Context, Kind, ProbeUnavailable, leftover_notes
+from qmp_memlistener.probes import Context, ProbeUnavailable, StallKind, leftover_notes
 from qmp_memlistener.probes.kvmstats import KvmStatsProbe
 from qmp_memlistener.probes.lockprofile import LockProfileProbe
 from qmp_memlistener.qmp import Monitor, hmp
@@ -82,7 +82,7 @@ async def test_a_burst_tells_who_waited_for_the_bql(build: QemuBuild) -> None:
         waits = [o for o in recorder.observations if o.at_most_ns > 10 * MS]
         assert waits, measured.values
         for seen in recorder.observations:
-            assert seen.kind is Kind.BQL_WAIT
+            assert seen.kind is StallKind.BQL_WAIT
             assert start <= seen.start_ns
             assert seen.end_ns <= end
             total = measured.values[f"bql_wait_ns@{seen.site}"]

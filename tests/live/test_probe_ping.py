@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 import pytest
 
 from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, launch
-from qmp_memlistener.probes import Context, Kind, Observation, ProbeUnavailable
+from qmp_memlistener.probes import Context, Observation, ProbeUnavailable, StallKind
 from qmp_memlistener.probes.ping import PingProbe
 from qmp_memlistener.qmp import Monitor, SocketTarget, UnixTarget, find_guest
 from tests.support.live import QEMUS, builds, qmp
@@ -375,7 +375,7 @@ async def test_killed_in_the_middle_of_a_stall(build: QemuBuild) -> None:
             await context.monitor.lost
             await probe.flush()
         stall = max(recorder.observations, key=lambda o: o.at_least_ns)
-        assert stall.kind is Kind.MAIN_LOOP
+        assert stall.kind is StallKind.MAIN_LOOP
         assert stall.at_least_ns > 50 * MS
         assert recorder.failures == []
 

@@ -31,7 +31,7 @@ from qmp_memlistener.guests import (
     boot_args,
     launch,
 )
-from qmp_memlistener.probes import CommandSpan, Context, Kind, Measurement, Observation
+from qmp_memlistener.probes import Context, Observation, StallKind
 from qmp_memlistener.probes.pulse import PulseProbe
 from qmp_memlistener.qmp import (
     Monitor,
@@ -40,6 +40,7 @@ from qmp_memlistener.qmp import (
     find_guest,
     read_facts,
 )
+from qmp_memlistener.records import CommandRecord, MeasurementRecord
 from tests.support.any_monitor import AnyMonitor
 from tests.support.live import QEMUS, Vm, best_accel, booted, builds, cases
 
@@ -63,7 +64,7 @@ class Told:
         self.lost_gaps = 0
         self.failures: list[Exception] = []
         self.complete_ns = 0
-        self.kinds = frozenset[Kind]()
+        self.kinds = frozenset[StallKind]()
         self.late: list[Observation] = []
         self._news = asyncio.Event()
 
@@ -72,10 +73,10 @@ class Told:
         self.gaps += observations
         self._news.set()
 
-    def command(self, span: CommandSpan) -> None:
+    def command(self, span: CommandRecord) -> None:
         raise AssertionError(span)
 
-    def measure(self, measurement: Measurement) -> None:
+    def measure(self, measurement: MeasurementRecord) -> None:
         raise AssertionError(measurement)
 
     def advance(self, probe: str, t_ns: int) -> None:
@@ -83,7 +84,7 @@ class Told:
         assert t_ns >= self.complete_ns
         self.complete_ns = t_ns
 
-    def measures(self, probe: str, kinds: Iterable[Kind]) -> None:
+    def measures(self, probe: str, kinds: Iterable[StallKind]) -> None:
         assert probe == "pulse"
         self.kinds = frozenset(kinds)
 
@@ -262,7 +263,7 @@ async def test_every_toggle_stands_out_from_the_control(build: QemuBuild, accel:
         assert inside >= ENOUGH * TOGGLES
         assert statistics.median(toggles) > 1.2 * statistics.median(control)
         assert statistics.median(toggles) >= LOW_US[accel] * 1000
-        assert {g.kind for g in told.gaps} == {Kind.VCPU_GAP}
+        assert {g.kind for g in told.gaps} == {StallKind.VCPU_GAP}
         # the bounds are worth something even on a busy machine
         assert statistics.median(g.end_ns - g.start_ns - g.at_most_ns for g in told.of(0)) < 500_000
         assert statistics.median(g.at_most_ns - g.at_least_ns for g in told.of(0)) < 500_000

@@ -11,7 +11,7 @@ from dataclasses import replace
 import pytest
 
 from qmp_memlistener.guests import GuestSpec, QemuBuild, launch
-from qmp_memlistener.probes import Context, Kind, ProbeUnavailable
+from qmp_memlistener.probes import Context, ProbeUnavailable, StallKind
 from qmp_memlistener.probes.runstate import RunStateProbe
 from qmp_memlistener.qmp import Monitor
 from tests.support.live import QEMUS, builds, qmp
@@ -54,7 +54,7 @@ async def test_each_pause_is_between_its_two_commands(build: QemuBuild) -> None:
         assert len(recorder.observations) == len(bounds)
         recorder.check_nothing_wrong()
         for seen, (stop, cont) in zip(recorder.observations, bounds, strict=True):
-            assert seen.kind is Kind.VCPU_PAUSE
+            assert seen.kind is StallKind.VCPU_PAUSE
             assert stop.t_start_ns - 10_000 <= seen.start_ns <= stop.t_end_ns
             assert cont.t_start_ns <= seen.end_ns <= cont.t_end_ns + 10_000
             assert seen.at_least_ns <= cont.t_end_ns - stop.t_start_ns

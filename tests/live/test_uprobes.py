@@ -12,7 +12,7 @@ import pytest
 
 from qmp_memlistener.errors import CommandFailed
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.probes import Kind, Observation, ProbeUnavailable
+from qmp_memlistener.probes import Observation, ProbeUnavailable, StallKind
 from qmp_memlistener.probes.uprobes import UprobesProbe
 from tests.live.uprobes_support import ENDS, Seen, probed, probing
 from tests.support.live import QEMUS, booted, builds, cases, qmp
@@ -35,8 +35,10 @@ async def test_each_toggle_is_a_commit_with_its_slot_updates(build: QemuBuild, a
         await vm.toggle(count, period_ms=2)
         await probe.flush()
         assert seen.reached["uprobes"] >= since
-        updates = seen.of(Kind.SLOT_UPDATE, since)
-        commits = [c for c in seen.of(Kind.COMMIT, since) if any(inside(u, c) for u in updates)]
+        updates = seen.of(StallKind.SLOT_UPDATE, since)
+        commits = [
+            c for c in seen.of(StallKind.COMMIT, since) if any(inside(u, c) for u in updates)
+        ]
     assert len(commits) == count
     for commit in commits:
         mine = [u.update for u in updates if inside(u, commit)]
@@ -46,7 +48,7 @@ async def test_each_toggle_is_a_commit_with_its_slot_updates(build: QemuBuild, a
         assert 0 < commit.at_least_ns <= commit.at_most_ns == commit.end_ns - commit.start_ns
     shapes = [u.update for u in updates if any(inside(u, c) for c in commits)]
     assert sum(1 for u in shapes if u is not None and u.size == 0) == 2 * count
-    inhibits = seen.of(Kind.VCPU_INHIBIT, since)
+    inhibits = seen.of(StallKind.VCPU_INHIBIT, since)
     assert len(inhibits) == (0 if build.version.startswith("7.") else count)
     assert all(any(inside(i, c) for c in commits) for i in inhibits)
 
@@ -66,7 +68,7 @@ async def test_a_hold_of_the_main_loop_has_its_length_and_place(build: QemuBuild
         await probe.flush()
         (command,) = seen.named("object-add")
         assert asked <= command.start_ns <= command.busy_until_ns <= command.end_ns <= answered
-        hold = max(seen.of(Kind.BQL_HOLD, asked), key=lambda o: o.at_most_ns)
+        hold = max(seen.of(StallKind.BQL_HOLD, asked), key=lambda o: o.at_most_ns)
         assert hold.start_ns <= command.start_ns
         assert command.end_ns <= hold.end_ns
         assert hold.at_least_ns >= command.end_ns - command.start_ns
@@ -120,7 +122,7 @@ async def test_pauses_and_who_took_the_lock_meanwhile(build: QemuBuild) -> None:
         await probe.burst(False)
         await monitor.execute("stop")
         await probe.flush()
-        pauses = seen.of(Kind.VCPU_PAUSE)
+        pauses = seen.of(StallKind.VCPU_PAUSE)
         assert len(pauses) == 2
         for pause, (asked, stopped, resumed, done) in zip(pauses, spans, strict=True):
             assert asked <= pause.start_ns <= stopped <= resumed <= pause.end_ns <= done
@@ -130,7 +132,7 @@ async def test_pauses_and_who_took_the_lock_meanwhile(build: QemuBuild) -> None:
         assert pauses[1].handoffs is not None
         assert pauses[1].handoffs >= 1, "a vCPU stops with the BQL held"
         await probe.stop()
-        last = seen.of(Kind.VCPU_PAUSE)[2]
+        last = seen.of(StallKind.VCPU_PAUSE)[2]
         assert last.end_ns <= time.monotonic_ns()
         assert 0 < last.at_least_ns <= last.at_most_ns
 
@@ -148,7 +150,7 @@ async def test_of_a_guest_that_was_stopped_before_only_the_next_pause_is_told(
             await monitor.execute("stop")
             await monitor.execute("cont")
             await probe.flush()
-            assert len(seen.of(Kind.VCPU_PAUSE)) == 1
+            assert len(seen.of(StallKind.VCPU_PAUSE)) == 1
 
 
 @builds(ENDS)
@@ -156,14 +158,14 @@ async def test_a_vcpu_that_is_plugged_is_seen_and_named(build: QemuBuild) -> Non
     more = ("-smp", "1,maxcpus=2")
     async with (
         booted(build, "tcg", "pc", *more) as vm,
-        probing(vm, must_see={Kind.BQL_HOLD: 0}) as (probe, seen, monitor),
+        probing(vm, must_see={StallKind.BQL_HOLD: 0}) as (probe, seen, monitor),
     ):
         free = await monitor.execute("query-hotpluggable-cpus")
         assert isinstance(free, list)
         (cpu,) = (c for c in free if "qom-path" not in c)
         await monitor.execute("device_add", {"driver": cpu["type"], "id": "c1", **cpu["props"]})
         async with asyncio.timeout(10):
-            while not any(o.thread == "CPU 1" for o in seen.of(Kind.BQL_HOLD)):
+            while not any(o.thread == "CPU 1" for o in seen.of(StallKind.BQL_HOLD)):
                 await monitor.execute("stop")  # wakes each vCPU
                 await monitor.execute("cont")
                 await probe.flush()
@@ -176,7 +178,7 @@ async def test_a_vcpu_that_is_plugged_is_seen_and_named(build: QemuBuild) -> Non
 async def test_the_lock_is_looked_at_only_while_an_operation_is_under_way(
     build: QemuBuild,
 ) -> None:
-    everything = {Kind.BQL_HOLD: 0}
+    everything = {StallKind.BQL_HOLD: 0}
     async with booted(build, "tcg") as vm:
         async with probing(vm) as (probe, seen, monitor):
             await monitor.execute("query-name")
@@ -191,15 +193,15 @@ async def test_the_lock_is_looked_at_only_while_an_operation_is_under_way(
             await probe.flush()
             await probe.stop()
             (measured,) = seen.measurements
-            assert int(measured.values["short_bql_hold"]) + len(seen.of(Kind.BQL_HOLD)) >= 20
-            assert all(start - 10**8 < o.start_ns < end for o in seen.of(Kind.BQL_HOLD))
+            assert int(measured.values["short_bql_hold"]) + len(seen.of(StallKind.BQL_HOLD)) >= 20
+            assert all(start - 10**8 < o.start_ns < end for o in seen.of(StallKind.BQL_HOLD))
         async with probing(vm, must_see=everything) as (probe, seen, monitor):
             since = time.monotonic_ns()
             await vm.toggle(20)
             await probe.flush()
-            holds = [o for o in seen.of(Kind.BQL_HOLD, since) if o.thread == "CPU 0"]
+            holds = [o for o in seen.of(StallKind.BQL_HOLD, since) if o.thread == "CPU 0"]
             assert len(holds) >= 20
-            for one, two in itertools.pairwise(seen.of(Kind.BQL_HOLD)):
+            for one, two in itertools.pairwise(seen.of(StallKind.BQL_HOLD)):
                 assert one.end_ns <= two.start_ns + 20_000, "one thread at a time"
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.probes import Kind, ProbeUnavailable
+from qmp_memlistener.probes import ProbeUnavailable, StallKind
 from qmp_memlistener.probes.uprobes import Batch, UprobeReader, UprobesProbe
 from qmp_memlistener.probes.uprobes.names import ThreadNames
 from qmp_memlistener.probes.uprobes.program import examine
@@ -79,7 +79,7 @@ async def commits_seen(vm: Vm) -> int:
     finally:
         await asyncio.to_thread(reader.stop)
     windows = [w for b in batches for w in b.windows if w.start_ns >= since]
-    return sum(1 for w in windows if w.kind is Kind.COMMIT and not w.inner)
+    return sum(1 for w in windows if w.kind is StallKind.COMMIT and not w.inner)
 
 
 @builds(ONE)

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_memlistener.probes import Kind, ProbeUnavailable
+from qmp_memlistener.probes import ProbeUnavailable, StallKind
 from qmp_memlistener.probes.uprobes import Batch, UprobeReader, Window
 from qmp_memlistener.probes.uprobes.functions import Group
 from qmp_memlistener.probes.uprobes.program import examine
@@ -86,7 +86,7 @@ class Collector:
 
     @property
     def holds(self) -> list[Window]:
-        return [w for b in self.batches for w in b.windows if w.kind is Kind.BQL_HOLD]
+        return [w for b in self.batches for w in b.windows if w.kind is StallKind.BQL_HOLD]
 
     @property
     def hits(self) -> int:

@@ -20,7 +20,7 @@ from contextlib import asynccontextmanager
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.probes import Kind
+from qmp_memlistener.probes import StallKind
 from qmp_memlistener.probes.uprobes import Batch, UprobeReader
 from tests.support.live import Vm, booted, cases, qmp
 
@@ -119,9 +119,9 @@ async def bpftrace(vm: Vm, build: QemuBuild) -> AsyncIterator[Witness]:
         await process.wait()
 
 
-def folded(witness: Witness) -> dict[Kind, list[Span]]:
+def folded(witness: Witness) -> dict[StallKind, list[Span]]:
     """Its hits as windows."""
-    found: dict[Kind, list[Span]] = defaultdict(list)
+    found: dict[StallKind, list[Span]] = defaultdict(list)
     calls: dict[int, list[tuple[str, int, int]]] = defaultdict(list)
     holds: dict[int, int] = {}
     hits = sorted(witness.lines)
@@ -130,7 +130,7 @@ def folded(witness: Witness) -> dict[Kind, list[Span]]:
     for t_ns, what, tid, value in hits:
         releases = what == "u+" or (what == "w+" and value == bql)
         if releases and tid in holds:
-            found[Kind.BQL_HOLD].append((tid, holds.pop(tid), t_ns))
+            found[StallKind.BQL_HOLD].append((tid, holds.pop(tid), t_ns))
         if what == "l-":
             holds[tid] = t_ns
         elif what in ("c+", "i+", "w+"):
@@ -140,9 +140,9 @@ def folded(witness: Witness) -> dict[Kind, list[Span]]:
                 continue  # it was entered before bpftrace came
             _, start_ns, value = calls[tid].pop()
             if what == "c-":
-                found[Kind.COMMIT].append((tid, start_ns, t_ns))
+                found[StallKind.COMMIT].append((tid, start_ns, t_ns))
             elif what == "i-" and value in SLOT_IOCTLS:
-                found[Kind.SLOT_UPDATE].append((tid, start_ns, t_ns))
+                found[StallKind.SLOT_UPDATE].append((tid, start_ns, t_ns))
             elif what == "w-" and value == bql:
                 holds[tid] = t_ns
     return found
@@ -193,7 +193,7 @@ async def test_the_same_windows_as_bpftrace_sees(build: QemuBuild, accel: str) -
     assert [loss for b in batches for loss in b.losses] == []
     assert [b for b in batches if b.undecoded or b.contradictions] == []
     truth = folded(witness)
-    for kind in (Kind.COMMIT, Kind.SLOT_UPDATE, Kind.BQL_HOLD):
+    for kind in (StallKind.COMMIT, StallKind.SLOT_UPDATE, StallKind.BQL_HOLD):
         ours = [(w.tid, w.start_ns, w.end_ns) for b in batches for w in b.windows if w.kind is kind]
         pairs, alone = paired(ours, truth[kind])
         seen = [pair for pair in pairs if start_ns <= pair[0][1] < end_ns]

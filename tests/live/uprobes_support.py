@@ -8,10 +8,11 @@ from dataclasses import replace
 
 import pytest
 
-from qmp_memlistener.probes import CommandSpan, Kind, Observation, ProbeUnavailable
+from qmp_memlistener.probes import Observation, ProbeUnavailable, StallKind
 from qmp_memlistener.probes.uprobes import UprobesProbe
 from qmp_memlistener.probes.uprobes.program import Program, examine
 from qmp_memlistener.qmp import Monitor
+from qmp_memlistener.records import CommandRecord
 from tests.support.live import QEMUS, Vm
 from tests.support.probes import Recorder, guest_context
 
@@ -26,16 +27,16 @@ class Seen(Recorder):
 
     def __init__(self) -> None:
         super().__init__()
-        self.commands: list[CommandSpan] = []
+        self.commands: list[CommandRecord] = []
 
-    def command(self, span: CommandSpan) -> None:
+    def command(self, span: CommandRecord) -> None:
         self.commands.append(span)
 
-    def of(self, kind: Kind, since_ns: int = 0) -> list[Observation]:
+    def of(self, kind: StallKind, since_ns: int = 0) -> list[Observation]:
         found = [o for o in self.observations if o.kind is kind and o.start_ns >= since_ns]
         return sorted(found, key=lambda o: o.start_ns)
 
-    def named(self, name: str) -> list[CommandSpan]:
+    def named(self, name: str) -> list[CommandRecord]:
         return [c for c in self.commands if c.name == name]
 
 
@@ -49,7 +50,7 @@ def probed(vm: Vm) -> Program:
 
 @asynccontextmanager
 async def probing(
-    vm: Vm, *, named: bool = False, must_see: dict[Kind, int] | None = None
+    vm: Vm, *, named: bool = False, must_see: dict[StallKind, int] | None = None
 ) -> AsyncIterator[tuple[UprobesProbe, Seen, Monitor]]:
     """The probe at work on a guest; nothing was lost when the block is left."""
     probed(vm)

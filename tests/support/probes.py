@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from qmp_memlistener.guests import Guest
-from qmp_memlistener.probes import CommandSpan, Context, Kind, Measurement, Observation, Probe
+from qmp_memlistener.probes import Context, Observation, Probe, StallKind
 from qmp_memlistener.qmp import (
     Companions,
     GuestFacts,
@@ -19,6 +19,7 @@ from qmp_memlistener.qmp import (
     find_guest,
     read_facts,
 )
+from qmp_memlistener.records import CommandRecord, MeasurementRecord
 from tests.support.any_monitor import AnyMonitor
 
 __all__ = ["NO_FACTS", "Recorder", "at_work", "context_of", "guest_context"]
@@ -31,22 +32,22 @@ class Recorder:
 
     def __init__(self) -> None:
         self.observations: list[Observation] = []
-        self.measurements: list[Measurement] = []
+        self.measurements: list[MeasurementRecord] = []
         self.notes: list[str] = []
         self.losses: list[str] = []
         self.failures: list[Exception] = []
         self.reached: dict[str, int] = {}
-        self.measured: dict[str, frozenset[Kind]] = {}
+        self.measured: dict[str, frozenset[StallKind]] = {}
         self._news = asyncio.Event()
 
     def observe(self, observations: list[Observation]) -> None:
         self.observations += observations
         self._news.set()
 
-    def command(self, span: CommandSpan) -> None:
+    def command(self, span: CommandRecord) -> None:
         raise AssertionError(f"not a probe that sees commands: {span}")
 
-    def measure(self, measurement: Measurement) -> None:
+    def measure(self, measurement: MeasurementRecord) -> None:
         self.measurements.append(measurement)
         self._news.set()
 
@@ -55,7 +56,7 @@ class Recorder:
         self.reached[probe] = max(self.reached.get(probe, 0), t_ns)
         self._news.set()
 
-    def measures(self, probe: str, kinds: Iterable[Kind]) -> None:
+    def measures(self, probe: str, kinds: Iterable[StallKind]) -> None:
         self.measured[probe] = frozenset(kinds)
         self._news.set()
 

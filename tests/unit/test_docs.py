@@ -13,7 +13,7 @@ import pytest
 from qmp_memlistener.cli.main import cli
 from qmp_memlistener.kvmlab.strategies import STRATEGIES
 from qmp_memlistener.memslots import Strategy as PlanStrategy
-from qmp_memlistener.probes import Kind
+from qmp_memlistener.probes import StallKind
 from qmp_memlistener.probes.registry import PROBES
 from qmp_memlistener.reports.lengths import kind_text
 from qmp_memlistener.updates.model import Strategy
@@ -117,7 +117,7 @@ def test_every_strategy_is_in_the_glossary() -> None:
 
 def test_every_kind_of_stall_and_probe_is_in_the_glossary_and_in_measuring() -> None:
     measuring = (DOCS / "measuring.md").read_text()
-    for kind in Kind:
+    for kind in StallKind:
         assert f"| `{kind}` | {kind_text(kind)} |" in GLOSSARY
         assert f"| `{kind}` |" in measuring
     for probe in PROBES:

@@ -16,7 +16,7 @@ from functools import partial
 import msgspec
 
 from qmp_memlistener.memslots import Rules
-from qmp_memlistener.probes import Kind, Observation, SlotUpdate
+from qmp_memlistener.probes import Observation, SlotUpdate, StallKind
 from qmp_memlistener.qmp import TraceDecoder
 from qmp_memlistener.qmp.trace_records import FlatViewEvent, SlotOp
 from qmp_memlistener.records import Record, StallRecord, TransitionRecord
@@ -184,16 +184,18 @@ def _log(first: int, count: int) -> bytes:
 
 def _observations(i: int) -> list[Observation]:
     begin = _START_NS + i * PERIOD_NS - 350_000
-    found = [_window(Kind.COMMIT, begin, 400_000)]
+    found = [_window(StallKind.COMMIT, begin, 400_000)]
     for n, (slot, gpa, flags, size) in enumerate(_ops(i)):
         update = SlotUpdate(0, slot, flags, gpa, size, _hva(gpa), 0)
-        found.append(_window(Kind.SLOT_UPDATE, begin + 20_000 + n * 80_000, 60_000, update=update))
-    found.append(_window(Kind.VCPU_GAP, begin - 30_000, 450_000, probe="pulse"))
+        found.append(
+            _window(StallKind.SLOT_UPDATE, begin + 20_000 + n * 80_000, 60_000, update=update)
+        )
+    found.append(_window(StallKind.VCPU_GAP, begin - 30_000, 450_000, probe="pulse"))
     return found
 
 
 def _window(
-    kind: Kind,
+    kind: StallKind,
     start_ns: int,
     length: int,
     *,

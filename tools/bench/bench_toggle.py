@@ -28,7 +28,7 @@ from qmp_memlistener.guests import (
     boot_args,
     launch,
 )
-from qmp_memlistener.probes import Kind, ProbeUnavailable
+from qmp_memlistener.probes import ProbeUnavailable, StallKind
 from qmp_memlistener.probes.uprobes import Batch, UprobeReader, Window
 from tools.bench.growth import Figure, Sample, print_table
 from tools.bench.live import Host, hosts
@@ -176,15 +176,15 @@ async def _toggle(
 
 def _medians(windows: Sequence[Window]) -> Round:
     """Of the commits that updated slots, and of what lies in them."""
-    commits = [w for w in windows if w.kind is Kind.COMMIT and w.updates and not w.inner]
+    commits = [w for w in windows if w.kind is StallKind.COMMIT and w.updates and not w.inner]
     found: dict[str, list[int]] = {}
     for commit in commits:
         found.setdefault(COMMIT, []).append(commit.end_ns - commit.start_ns)
         inside = [w for w in windows if commit.start_ns <= w.start_ns and w.end_ns <= commit.end_ns]
         for window in inside:
-            if window.kind is Kind.VCPU_INHIBIT:
+            if window.kind is StallKind.VCPU_INHIBIT:
                 found.setdefault(INHIBIT, []).append(window.end_ns - window.start_ns)
-        updates = [w for w in inside if w.kind is Kind.SLOT_UPDATE and w.update is not None]
+        updates = [w for w in inside if w.kind is StallKind.SLOT_UPDATE and w.update is not None]
         deletes = [w for w in updates if w.update is not None and not w.update.size]
         adds = [w for w in updates if w.update is not None and w.update.size]
         if deletes and adds:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from types import MappingProxyType
 
-from ..model import Kind
+from ..model import StallKind
 
 __all__ = [
     "ROLES",
@@ -123,14 +123,14 @@ SYMBOLS = tuple(dict.fromkeys(s for info in ROLES.values() for s in info.symbols
 # Without one of these roles the kind cannot be told.  A hold is known only if every release is
 # seen, so the waits belong to it; the mutex tells which waits concern the BQL.
 _BQL = (Role.BQL_LOCK, Role.BQL_UNLOCK, Role.COND_WAIT, Role.COND_TIMEDWAIT, Role.MUTEX_LOCK)
-_NEEDED: Mapping[Kind, tuple[Role, ...]] = MappingProxyType(
+_NEEDED: Mapping[StallKind, tuple[Role, ...]] = MappingProxyType(
     {
-        Kind.COMMIT: (Role.COMMIT,),
-        Kind.SLOT_UPDATE: (Role.SLOT_IOCTL,),
-        Kind.VCPU_INHIBIT: (Role.INHIBIT_BEGIN, Role.INHIBIT_END),
-        Kind.VCPU_PAUSE: (Role.PAUSE, Role.RESUME, Role.CLOCK),
-        Kind.BQL_WAIT: (Role.BQL_LOCK,),
-        Kind.BQL_HOLD: _BQL,
+        StallKind.COMMIT: (Role.COMMIT,),
+        StallKind.SLOT_UPDATE: (Role.SLOT_IOCTL,),
+        StallKind.VCPU_INHIBIT: (Role.INHIBIT_BEGIN, Role.INHIBIT_END),
+        StallKind.VCPU_PAUSE: (Role.PAUSE, Role.RESUME, Role.CLOCK),
+        StallKind.BQL_WAIT: (Role.BQL_LOCK,),
+        StallKind.BQL_HOLD: _BQL,
     }
 )
 
@@ -175,12 +175,12 @@ def points_of(roles: Mapping[Role, tuple[str, int]], group: Group) -> tuple[Poin
     return tuple(found)
 
 
-def kinds_of(roles: Collection[Role]) -> tuple[Kind, ...]:
+def kinds_of(roles: Collection[Role]) -> tuple[StallKind, ...]:
     """The kinds of window that these roles suffice for."""
     return tuple(kind for kind, needed in _NEEDED.items() if set(needed) <= set(roles))
 
 
-def missing_kinds(roles: Collection[Role]) -> dict[Kind, str]:
+def missing_kinds(roles: Collection[Role]) -> dict[StallKind, str]:
     """For each other kind, the functions that this QEMU lacks."""
     return {
         kind: ", ".join(ROLES[role].symbols[0] for role in needed if role not in roles)

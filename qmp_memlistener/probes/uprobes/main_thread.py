@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..model import Kind
+from ..model import StallKind
 from .results import Command, Window
 
 __all__ = ["Commands", "Pauses"]
@@ -84,7 +84,7 @@ class Pauses:
         at_least = 0 if sure is None else max(0, sure_until_ns - sure)
         handoffs = None if sure is None else pause.handoffs
         return Window(
-            Kind.VCPU_PAUSE, self._tid, pause.start_ns, end_ns, at_least, handoffs=handoffs
+            StallKind.VCPU_PAUSE, self._tid, pause.start_ns, end_ns, at_least, handoffs=handoffs
         )
 
 

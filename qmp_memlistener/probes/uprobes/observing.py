@@ -8,7 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from ..model import CommandSpan, Kind, Observation
+from ...records import CommandRecord
+from ..model import Observation, StallKind
 from .memory import Strings
 from .names import ThreadNames
 from .results import Command, Window
@@ -21,10 +22,10 @@ FLOOR_NS = 100_000
 QUERY_FLOOR_NS = 1_000_000
 """Shorter commands that only ask (query-*) are not told: somebody may ask all the time."""
 
-_EVERYBODY = (Kind.VCPU_INHIBIT, Kind.VCPU_PAUSE)
+_EVERYBODY = (StallKind.VCPU_INHIBIT, StallKind.VCPU_PAUSE)
 """All vCPUs stall in these, whichever thread brought it about."""
 
-_FLOORED = (Kind.COMMIT, Kind.BQL_WAIT, Kind.BQL_HOLD)
+_FLOORED = (StallKind.COMMIT, StallKind.BQL_WAIT, StallKind.BQL_HOLD)
 
 
 @dataclass(slots=True)
@@ -39,8 +40,8 @@ class Observer:
 
     probe: str
     names: ThreadNames
-    must_see: Mapping[Kind, int]
-    _short: dict[Kind, _Short] = field(default_factory=lambda: {k: _Short() for k in _FLOORED})
+    must_see: Mapping[StallKind, int]
+    _short: dict[StallKind, _Short] = field(default_factory=lambda: {k: _Short() for k in _FLOORED})
 
     def observe(self, windows: list[Window], strings: Strings) -> list[Observation]:
         """The windows that are worth telling; commits inside others never are."""
@@ -49,15 +50,15 @@ class Observer:
     @property
     def floor_ns(self) -> int:
         """Shorter commits without slot updates are not told."""
-        return min(FLOOR_NS, self.must_see.get(Kind.COMMIT, FLOOR_NS))
+        return min(FLOOR_NS, self.must_see.get(StallKind.COMMIT, FLOOR_NS))
 
     def add_short_commits(self, count: int, total_ns: int) -> None:
         """The reader has counted some and made no windows of them."""
-        short = self._short[Kind.COMMIT]
+        short = self._short[StallKind.COMMIT]
         short.count += count
         short.total_ns += total_ns
 
-    def commands(self, commands: list[Command], strings: Strings) -> list[CommandSpan]:
+    def commands(self, commands: list[Command], strings: Strings) -> list[CommandRecord]:
         """The commands that are worth telling, and whose name can be read."""
         found = []
         for command in commands:
@@ -65,7 +66,11 @@ class Observer:
             start, end = command.start_ns, command.end_ns
             asks = name is not None and name.startswith("query-")
             if name is not None and not (asks and end - start < QUERY_FLOOR_NS):
-                found.append(CommandSpan(name, start, end, end, self.probe))
+                found.append(
+                    CommandRecord(
+                        name=name, start_ns=start, busy_until_ns=end, end_ns=end, probe=self.probe
+                    )
+                )
         return found
 
     def counts(self) -> dict[str, int | float | str]:

@@ -12,18 +12,9 @@ from concurrent.futures import Future
 from ...errors import DeadlineExceeded
 from ...host.bounded import in_thread
 from ...qmp.guest import read_vcpus, try_status
+from ...records import CommandRecord, MeasurementRecord
 from ..inbox import Inbox
-from ..model import (
-    CommandSpan,
-    Context,
-    Kind,
-    Measurement,
-    Observation,
-    ProbeInfo,
-    ProbeUnavailable,
-    Sink,
-    Verdict,
-)
+from ..model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
 from .governor import Governor
 from .names import ThreadNames
 from .observing import Observer
@@ -37,7 +28,7 @@ _LIMIT = 0.5
 
 _ASK_DEADLINE = 2.0
 _ANSWER_DEADLINE = 5.0
-_BQL_KINDS = (Kind.BQL_WAIT, Kind.BQL_HOLD)
+_BQL_KINDS = (StallKind.BQL_WAIT, StallKind.BQL_HOLD)
 _NAME = "uprobes"
 
 
@@ -47,13 +38,13 @@ class UprobesProbe:
     info = ProbeInfo(
         name=_NAME,
         measures=(
-            Kind.COMMIT,
-            Kind.SLOT_UPDATE,
-            Kind.VCPU_INHIBIT,
-            Kind.VCPU_PAUSE,
-            Kind.BQL_WAIT,
-            Kind.BQL_HOLD,
-            Kind.MISSING,
+            StallKind.COMMIT,
+            StallKind.SLOT_UPDATE,
+            StallKind.VCPU_INHIBIT,
+            StallKind.VCPU_PAUSE,
+            StallKind.BQL_WAIT,
+            StallKind.BQL_HOLD,
+            StallKind.MISSING,
         ),
         needs="root, or CAP_PERFMON as QEMU's user; Linux 4.17 or later on x86-64",
         resolution_ns=5_000,
@@ -176,7 +167,7 @@ class UprobesProbe:
             bound = _LIMIT if limit is None else limit
             self._governor = Governor(bound, reader.hit_ns, time.monotonic_ns())
         for kind, functions in reader.missing.items():
-            if kind is not Kind.VCPU_INHIBIT:  # before 8.0 there is no such thing to be seen
+            if kind is not StallKind.VCPU_INHIBIT:  # before 8.0 there is no such thing to be seen
                 self._sink.note(f"uprobes cannot tell {kind}: this QEMU has no {functions}")
 
     async def _get_to_know(self, reader: UprobeReader) -> None:
@@ -211,8 +202,8 @@ class UprobesProbe:
     def _say_measured(self, *, looking: bool) -> None:
         """Kinds whose functions this QEMU has; those of the BQL only while it is looked at."""
         missing = set(self._reader.missing) if self._reader is not None else set()
-        if missing & {Kind.COMMIT, Kind.SLOT_UPDATE}:
-            missing.add(Kind.MISSING)  # which follows from both
+        if missing & {StallKind.COMMIT, StallKind.SLOT_UPDATE}:
+            missing.add(StallKind.MISSING)  # which follows from both
         if not looking:
             missing.update(_BQL_KINDS)
         self._sink.measures(_NAME, [k for k in self.info.measures if k not in missing])
@@ -220,7 +211,7 @@ class UprobesProbe:
     # -- in the event loop ---------------------------------------------------------------------
 
     def _take(
-        self, batch: Batch, observations: list[Observation], commands: list[CommandSpan]
+        self, batch: Batch, observations: list[Observation], commands: list[CommandRecord]
     ) -> None:
         sink = self._sink
         untaken, self._untaken = self._untaken, 0
@@ -280,7 +271,9 @@ class UprobesProbe:
         values["hits"] = self._hits
         values["hit_ns"] = reader.hit_ns
         values["share"] = round(self._hits * reader.hit_ns / max(1, now - self._start_ns), 6)
-        self._sink.measure(Measurement(_NAME, self._start_ns, now, values))
+        self._sink.measure(
+            MeasurementRecord(probe=_NAME, start_ns=self._start_ns, end_ns=now, values=values)
+        )
 
 
 async def _within(future: Future[None]) -> None:

@@ -18,7 +18,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from operator import itemgetter
 
-from ..model import Kind
+from ..model import StallKind
 from .attach import Attachment, thread_ids
 from .calibrate import measure_hit
 from .decode import Hit
@@ -118,12 +118,12 @@ class UprobeReader:
         self._spent: list[int] = []
 
     @property
-    def kinds(self) -> tuple[Kind, ...]:
+    def kinds(self) -> tuple[StallKind, ...]:
         """What this QEMU's functions suffice for; after `start`."""
         return kinds_of(self.roles)
 
     @property
-    def missing(self) -> dict[Kind, str]:
+    def missing(self) -> dict[StallKind, str]:
         """The other kinds, with the functions that are missing."""
         return missing_kinds(self.roles)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..model import Kind, SlotUpdate
+from ..model import SlotUpdate, StallKind
 
 __all__ = ["Command", "Site", "Window"]
 
@@ -22,7 +22,7 @@ class Window(msgspec.Struct, frozen=True, gc=False):
     COMMIT: `inner` inside another one of that thread; `updates` slot updates are in it.
     """
 
-    kind: Kind
+    kind: StallKind
     tid: int
     start_ns: int
     end_ns: int

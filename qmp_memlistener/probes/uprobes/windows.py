@@ -17,7 +17,7 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..model import Kind, SlotUpdate
+from ..model import SlotUpdate, StallKind
 from .decode import Hit
 from .functions import Role
 from .main_thread import Commands, Pauses
@@ -226,7 +226,7 @@ class Windows:
 
     def _window(
         self,
-        kind: Kind,
+        kind: StallKind,
         thread: _Thread,
         since: _Frame | _Span,
         end_ns: int,
@@ -261,7 +261,7 @@ class Windows:
 
     def _committed(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
         inner = any(f.role is Role.COMMIT for f in thread.frames)
-        self._window(Kind.COMMIT, thread, frame, hit.t_ns, inner=inner, updates=frame.updates)
+        self._window(StallKind.COMMIT, thread, frame, hit.t_ns, inner=inner, updates=frame.updates)
 
     def _slot_ioctl(self, thread: _Thread, hit: Hit) -> None:
         if hit.args[1] & 0xFFFFFFFF not in SLOT_IOCTLS:
@@ -283,7 +283,7 @@ class Windows:
         update = SlotUpdate(seen.as_id, seen.slot, seen.flags, seen.gpa, seen.size, seen.hva, ret)
         for outer in thread.frames:
             outer.updates += 1
-        self._window(Kind.SLOT_UPDATE, thread, frame, hit.t_ns, update=update)
+        self._window(StallKind.SLOT_UPDATE, thread, frame, hit.t_ns, update=update)
 
     def _inhibited(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
         thread.inhibit = _Span(frame.t_ns, frame.hits, sure_ns=hit.t_ns)
@@ -294,7 +294,7 @@ class Windows:
             cost = (thread.hits - span.hits) * self._hit_ns
             at_least = max(0, hit.t_ns - span.sure_ns - cost)
             self._windows.append(
-                Window(Kind.VCPU_INHIBIT, thread.tid, span.t_ns, hit.t_ns, at_least)
+                Window(StallKind.VCPU_INHIBIT, thread.tid, span.t_ns, hit.t_ns, at_least)
             )
 
     # -- the main thread -----------------------------------------------------------------------
@@ -360,7 +360,7 @@ class Windows:
         _push(thread, _Frame(Role.BQL_LOCK, hit.sp, hit.t_ns, thread.hits, site))
 
     def _bql_locked(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
-        self._window(Kind.BQL_WAIT, thread, frame, hit.t_ns)
+        self._window(StallKind.BQL_WAIT, thread, frame, hit.t_ns)
         self._hold(thread, hit, frame)
 
     def _bql_retaken(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
@@ -373,7 +373,7 @@ class Windows:
     def _bql_unlock(self, thread: _Thread, hit: Hit) -> None:
         hold, thread.hold = thread.hold, None
         if hold is not None:
-            self._window(Kind.BQL_HOLD, thread, hold, hit.t_ns)
+            self._window(StallKind.BQL_HOLD, thread, hold, hit.t_ns)
 
     def _cond_wait(self, thread: _Thread, hit: Hit) -> None:
         """qemu_cond_wait_impl(cond, mutex, file, line), timedwait with ms before the file."""

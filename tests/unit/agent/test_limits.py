@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from qmp_memlistener.agent.limits import FREEZE_LIMIT_NS, Limits
-from qmp_memlistener.probes import Kind
+from qmp_memlistener.probes import StallKind
 from qmp_memlistener.records import PossibleViolation, StallRecord, Violation
 
 MS = 1_000_000
 
 
-def stall(at_least: int, at_most: int, kind: str = "main_loop") -> StallRecord:
+def stall(at_least: int, at_most: int, kind: StallKind = StallKind.MAIN_LOOP) -> StallRecord:
     return StallRecord(
         kind=kind, start_ns=7, end_ns=7 + at_most, at_least_ns=at_least, at_most_ns=at_most,
         probe="ping", witnesses=["ping"], thread="main", site=None, cause=None, incident=3,
@@ -32,7 +32,7 @@ def stall(at_least: int, at_most: int, kind: str = "main_loop") -> StallRecord:
 def test_a_limit_is_exceeded_for_certain_or_possibly(
     at_least: int, at_most: int, verdict: type | None
 ) -> None:
-    limits = Limits({Kind.MAIN_LOOP: 5 * MS})
+    limits = Limits({StallKind.MAIN_LOOP: 5 * MS})
     found = limits.check(stall(at_least, at_most))
     if verdict is None:
         assert found is None
@@ -44,8 +44,8 @@ def test_a_limit_is_exceeded_for_certain_or_possibly(
 
 
 def test_kinds_without_a_limit_have_that_of_the_freeze() -> None:
-    assert Limits({Kind.MAIN_LOOP: MS}).check(stall(9 * MS, 9 * MS, "commit")) is None
-    frozen = Limits.freeze({Kind.MAIN_LOOP: 20 * MS})
+    assert Limits({StallKind.MAIN_LOOP: MS}).check(stall(9 * MS, 9 * MS, StallKind.COMMIT)) is None
+    frozen = Limits.freeze({StallKind.MAIN_LOOP: 20 * MS})
     assert frozen.check(stall(9 * MS, 9 * MS)) is None
-    found = frozen.check(stall(FREEZE_LIMIT_NS + 1, 9 * MS, "commit"))
+    found = frozen.check(stall(FREEZE_LIMIT_NS + 1, 9 * MS, StallKind.COMMIT))
     assert isinstance(found, Violation)

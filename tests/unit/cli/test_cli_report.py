@@ -24,6 +24,7 @@ from qmp_memlistener.records import (
     RecordingWriter,
     SlotOp,
     StallCause,
+    StallKind,
     StallRecord,
     Violation,
 )
@@ -70,7 +71,7 @@ def stall(
 
 
 def probe(name: str, reason: str | None = None) -> ProbeState:
-    return ProbeState(name, ["commit"], reason is None, reason, None, 1, "little")
+    return ProbeState(name, [StallKind.COMMIT], reason is None, reason, None, 1, "little")
 
 
 def recording(path: Path, records: Iterable[Record] = ()) -> Path:

@@ -10,6 +10,7 @@ import ast
 import json
 import types
 import typing
+from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
@@ -138,6 +139,9 @@ def value_of(kind: object, depth: int = 0) -> st.SearchStrategy[Any]:
         return st.floats(0, 1e6)
     if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
         return struct_of(kind, depth + 1)
+    if isinstance(kind, type) and issubclass(kind, StrEnum):
+        members: st.SearchStrategy[Any] = st.sampled_from(list(kind))
+        return members | encodable.map(kind) if "_missing_" in vars(kind) else members
     raise AssertionError(f"a field of type {kind!r}")
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import ProtocolViolation, TargetLost
-from qmp_memlistener.probes import Kind, ProbeUnavailable
+from qmp_memlistener.probes import ProbeUnavailable, StallKind
 from qmp_memlistener.probes import ping as ping_module
 from qmp_memlistener.probes.ping import PingProbe
 from qmp_memlistener.qmp import Monitor, UnixTarget
@@ -198,7 +198,7 @@ async def test_a_stall_is_reported_when_it_is_over(tmp_path: Path) -> None:
         ended = time.monotonic_ns()
         await probe.stop()
         stall = recorder.observations[0]
-        assert stall.kind is Kind.MAIN_LOOP
+        assert stall.kind is StallKind.MAIN_LOOP
         assert stall.thread == "main"
         assert stall.at_most_ns >= over - waited
         assert stall.at_least_ns <= ended - stalled

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.probes import Kind, ProbeUnavailable, SlotUpdate
+from qmp_memlistener.probes import ProbeUnavailable, SlotUpdate, StallKind
 from qmp_memlistener.probes.uprobes.decode import Decoder, Hit
 from qmp_memlistener.probes.uprobes.elf import read_elf
 from qmp_memlistener.probes.uprobes.functions import (
@@ -192,10 +192,10 @@ def test_a_missing_function_costs_its_kinds_only() -> None:
     del offsets["qemu_cond_wait_impl"], offsets["accel_ioctl_inhibit_end"]
     roles = resolve_roles(offsets)
     assert missing_kinds(roles) == {
-        Kind.BQL_HOLD: "qemu_cond_wait_impl",
-        Kind.VCPU_INHIBIT: "accel_ioctl_inhibit_end",
+        StallKind.BQL_HOLD: "qemu_cond_wait_impl",
+        StallKind.VCPU_INHIBIT: "accel_ioctl_inhibit_end",
     }
-    assert Kind.BQL_WAIT in kinds_of(roles)
+    assert StallKind.BQL_WAIT in kinds_of(roles)
 
 
 def test_a_return_is_probed_before_its_entry() -> None:
@@ -265,34 +265,34 @@ class FewStrings(Strings):
         return f"a.c:{site.line}"
 
 
-def window(kind: Kind, length: int, **rest: object) -> Window:
+def window(kind: StallKind, length: int, **rest: object) -> Window:
     fields: dict[str, object] = {"at_least_ns": length, **rest}
     return Window(kind, os.getpid(), 1000, 1000 + length, **fields)  # type: ignore[arg-type]  # mixed
 
 
 def test_short_windows_are_counted_and_not_told() -> None:
-    observer = Observer("uprobes", ThreadNames(os.getpid()), {Kind.BQL_WAIT: 50})
+    observer = Observer("uprobes", ThreadNames(os.getpid()), {StallKind.BQL_WAIT: 50})
     update = SlotUpdate(0, 1, 0, 0, 0, 0, 0)
     found = observer.observe(
         [
-            window(Kind.COMMIT, 10),
-            window(Kind.COMMIT, 20, updates=1),
-            window(Kind.COMMIT, FLOOR_NS),
-            window(Kind.COMMIT, FLOOR_NS, inner=True),
-            window(Kind.SLOT_UPDATE, 1, update=update),
-            window(Kind.BQL_WAIT, 49),
-            window(Kind.BQL_WAIT, 51, site=Site(1, 8)),
-            window(Kind.BQL_HOLD, FLOOR_NS - 1),
-            window(Kind.VCPU_PAUSE, 1, handoffs=3),
+            window(StallKind.COMMIT, 10),
+            window(StallKind.COMMIT, 20, updates=1),
+            window(StallKind.COMMIT, FLOOR_NS),
+            window(StallKind.COMMIT, FLOOR_NS, inner=True),
+            window(StallKind.SLOT_UPDATE, 1, update=update),
+            window(StallKind.BQL_WAIT, 49),
+            window(StallKind.BQL_WAIT, 51, site=Site(1, 8)),
+            window(StallKind.BQL_HOLD, FLOOR_NS - 1),
+            window(StallKind.VCPU_PAUSE, 1, handoffs=3),
         ],
         FewStrings(),
     )
     assert [(o.kind, o.at_most_ns, o.thread, o.site) for o in found] == [
-        (Kind.COMMIT, 20, "main", None),
-        (Kind.COMMIT, FLOOR_NS, "main", None),
-        (Kind.SLOT_UPDATE, 1, "main", None),
-        (Kind.BQL_WAIT, 51, "main", "a.c:8"),
-        (Kind.VCPU_PAUSE, 1, None, None),
+        (StallKind.COMMIT, 20, "main", None),
+        (StallKind.COMMIT, FLOOR_NS, "main", None),
+        (StallKind.SLOT_UPDATE, 1, "main", None),
+        (StallKind.BQL_WAIT, 51, "main", "a.c:8"),
+        (StallKind.VCPU_PAUSE, 1, None, None),
     ]
     assert observer.counts() == {
         "short_commit": 1,

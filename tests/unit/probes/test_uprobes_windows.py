@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.probes import Kind
+from qmp_memlistener.probes import StallKind
 from qmp_memlistener.probes.uprobes.decode import Hit
 from qmp_memlistener.probes.uprobes.functions import ROLES, Point, Role
 from qmp_memlistener.probes.uprobes.results import Window
@@ -21,8 +21,8 @@ BQL, MUTEX = 0x5000, 0x6000
 FILE = 0x7000
 TOP = 0x7FFF_0000_0000
 NO_ARGS = (0, 0, 0, 0, 0)
-Shape = tuple[Kind, int, int, int]
-"""Kind, tid, start, end."""
+Shape = tuple[StallKind, int, int, int]
+"""StallKind, tid, start, end."""
 
 
 def point(role: Role, is_return: bool = False) -> Point:
@@ -70,18 +70,18 @@ class Thread:
         self.sp += 64
         return start, end
 
-    def tell(self, kind: Kind, start: int, end: int) -> None:
+    def tell(self, kind: StallKind, start: int, end: int) -> None:
         self.truth.append((kind, self.tid, start, end))
 
     def commit(self, inside: Callable[[], None]) -> None:
-        self.tell(Kind.COMMIT, *self.call(Role.COMMIT, inside=inside))
+        self.tell(StallKind.COMMIT, *self.call(Role.COMMIT, inside=inside))
 
     def slot(self, ret: int = 0) -> None:
         stack = bytes(32) + struct.pack("<IIQQQ", 1 << 16 | 7, 1, 0x100000, 0x2000, 0xABC)
         args = (0, SLOT_IOCTLS[0], self.sp - 64 + 32)
         result = ret & 0xFFFFFFFF
         span = self.call(Role.SLOT_IOCTL, *args, stack=stack, result=result)
-        self.tell(Kind.SLOT_UPDATE, *span)
+        self.tell(StallKind.SLOT_UPDATE, *span)
 
     def other_ioctl(self) -> None:
         self.call(Role.SLOT_IOCTL, 0, 0xAE61, self.sp, stack=bytes(64))
@@ -89,16 +89,16 @@ class Thread:
     def inhibit(self, inside: Callable[[], None]) -> None:
         start, _ = self.call(Role.INHIBIT_BEGIN)
         inside()
-        self.tell(Kind.VCPU_INHIBIT, start, self.hit(Role.INHIBIT_END))
+        self.tell(StallKind.VCPU_INHIBIT, start, self.hit(Role.INHIBIT_END))
 
     def lock(self) -> None:
         start, end = self.call(Role.BQL_LOCK, FILE, 5)
-        self.tell(Kind.BQL_WAIT, start, end)
+        self.tell(StallKind.BQL_WAIT, start, end)
         self.held_since = end
 
     def _release(self, now: int) -> None:
         assert self.held_since is not None
-        self.tell(Kind.BQL_HOLD, self.held_since, now)
+        self.tell(StallKind.BQL_HOLD, self.held_since, now)
         self.held_since = None
 
     def unlock(self) -> None:
@@ -246,7 +246,7 @@ def test_a_structure_that_is_elsewhere_is_counted() -> None:
 def test_an_inhibition_is_sure_from_the_return_of_its_begin() -> None:
     thread = Thread(MAIN)
     thread.inhibit(thread.slot)
-    window = next(w for w in fold(new(), thread.hits) if w.kind is Kind.VCPU_INHIBIT)
+    window = next(w for w in fold(new(), thread.hits) if w.kind is StallKind.VCPU_INHIBIT)
     assert (window.end_ns - window.start_ns, window.at_least_ns) == (40, 30)
 
 
@@ -256,7 +256,7 @@ def test_the_place_is_that_of_the_lock_and_after_a_wait_that_of_the_wait() -> No
     thread.wait(BQL, timed=False)
     thread.wait(BQL, timed=True)
     thread.unlock()
-    holds = [w for w in fold(new(), thread.hits) if w.kind is Kind.BQL_HOLD]
+    holds = [w for w in fold(new(), thread.hits) if w.kind is StallKind.BQL_HOLD]
     assert [(w.site.file, w.site.line) for w in holds if w.site] == [
         (FILE, 5),
         (FILE, 9),
@@ -270,7 +270,7 @@ def test_a_lock_taken_twice_shows_that_a_release_was_missed() -> None:
     thread.lock()
     thread.unlock()
     windows = new()
-    holds = [w for w in fold(windows, thread.hits) if w.kind is Kind.BQL_HOLD]
+    holds = [w for w in fold(windows, thread.hits) if w.kind is StallKind.BQL_HOLD]
     assert shapes(holds) == thread.truth[-1:]
     assert windows.contradictions == 1
 
@@ -320,7 +320,7 @@ class Pauses:
 
     def found(self) -> list[Window]:
         hits = sorted(self.main.hits + self.other.hits, key=lambda h: h.t_ns)
-        return [w for w in fold(self.windows, hits) if w.kind is Kind.VCPU_PAUSE]
+        return [w for w in fold(self.windows, hits) if w.kind is StallKind.VCPU_PAUSE]
 
 
 def test_a_pause_is_sure_between_the_two_calls() -> None:

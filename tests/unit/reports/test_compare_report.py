@@ -6,7 +6,7 @@ import re
 
 import msgspec
 
-from qmp_memlistener.records import ProbeState
+from qmp_memlistener.records import ProbeState, StallKind
 from qmp_memlistener.reports.compare import comparison_lines
 from qmp_memlistener.updates.compare import Comparison, Round, Skipped
 from qmp_memlistener.updates.compare_stats import Difference, Summary
@@ -159,8 +159,8 @@ def test_both_bounds_and_what_was_not_measured_are_told() -> None:
     )  # fmt: skip
     never = Summary(strategy="pause", kind="main_loop", n=0, missing=12, stalls=0)
     probes = [
-        ProbeState("ping", ["main_loop"], True, None, None, 0, "-"),
-        ProbeState("uprobes", ["commit"], False, "not root", "be root", 0, "-"),
+        ProbeState("ping", [StallKind.MAIN_LOOP], True, None, None, 0, "-"),
+        ProbeState("uprobes", [StallKind.COMMIT], False, "not root", "be root", 0, "-"),
     ]
     both = Difference(a="direct", b="pause", kind="main_loop", enough=False)
     found = msgspec.structs.replace(found, summary=[wide, never], differences=[both], probes=probes)

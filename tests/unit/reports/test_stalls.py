@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.probes import Kind
+from qmp_memlistener.probes import StallKind
 from qmp_memlistener.records import (
     CommandRecord,
     GuestFailure,
@@ -134,7 +134,7 @@ def test_a_bracket_is_rounded_outwards(one: int, other: int) -> None:
 
 
 def test_every_kind_has_words() -> None:
-    words = [kind_text(kind) for kind in Kind]
+    words = [kind_text(kind) for kind in StallKind]
     assert len(set(words)) == len(words)
     assert all("_" not in word and len(word) <= 12 for word in words)
     assert kind_text("from_the_future") == "from_the_future"
@@ -197,9 +197,9 @@ def test_a_site_is_a_place_in_qemu_or_in_the_guests_memory() -> None:
     )
 
 
-@pytest.mark.parametrize("kind", Kind)
+@pytest.mark.parametrize("kind", StallKind)
 @pytest.mark.parametrize("length", [(9, 9), (4_210_000, 5_060_000), (0, 99_999_999)])
-def test_stalls_align(kind: Kind, length: tuple[int, int]) -> None:
+def test_stalls_align(kind: StallKind, length: tuple[int, int]) -> None:
     text = line(stall(*length, kind=str(kind)))
     assert text.index(kind_text(kind)) == len("stall: ")
     assert text.index("unknown") == 36
@@ -278,7 +278,7 @@ def test_many_counters_are_folded_between_them() -> None:
 
 def test_probes() -> None:
     def probe(name: str, reason: str | None, remedy: str | None) -> ProbeState:
-        return ProbeState(name, ["commit"], reason is None, reason, remedy, 1, "little")
+        return ProbeState(name, [StallKind.COMMIT], reason is None, reason, remedy, 1, "little")
 
     record = ProbesRecord(
         t_ns=1,

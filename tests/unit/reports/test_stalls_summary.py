@@ -9,7 +9,7 @@ import re
 import msgspec
 import pytest
 
-from qmp_memlistener.probes import Kind
+from qmp_memlistener.probes import StallKind
 from qmp_memlistener.records import ProbeState, StallStatistics, SummaryRecord
 from qmp_memlistener.reports.lengths import kind_text
 from qmp_memlistener.reports.stalls import measured_lines
@@ -29,11 +29,11 @@ def everything() -> SummaryRecord:
     """Every kind with every cause, from nanoseconds to ten minutes, and many of some."""
     rng = random.Random(1)
     statistics = Statistics()
-    for kind in Kind:
+    for kind in StallKind:
         for cause in CAUSES:
             for _ in range(rng.choice((1, 20, 3000))):
-                statistics.add(str(kind), cause, int(math.exp(rng.uniform(3, 27))))
-    statistics.add("commit", "unknown", 0)
+                statistics.add(kind, cause, int(math.exp(rng.uniform(3, 27))))
+    statistics.add(StallKind.COMMIT, "unknown", 0)
     return summary(statistics)
 
 
@@ -41,9 +41,9 @@ def everything() -> SummaryRecord:
 def usual() -> SummaryRecord:
     statistics = Statistics()
     for kind, cause, lengths in (
-        ("vcpu_gap", "transition", [110_000, 250_000, 260_000, 900_000]),
-        ("main_loop", "unknown", [3_000_000]),
-        ("main_loop", "command", [284_000_000]),
+        (StallKind.VCPU_GAP, "transition", [110_000, 250_000, 260_000, 900_000]),
+        (StallKind.MAIN_LOOP, "unknown", [3_000_000]),
+        (StallKind.MAIN_LOOP, "command", [284_000_000]),
     ):
         for length in lengths:
             statistics.add(kind, cause, length)
@@ -105,7 +105,7 @@ def test_the_histogram_with_its_counts(usual: SummaryRecord) -> None:
 
 
 def test_kinds_come_in_their_order_and_each_has_a_histogram(everything: SummaryRecord) -> None:
-    titles = [kind_text(kind) for kind in Kind]
+    titles = [kind_text(kind) for kind in StallKind]
     text = "\n".join(summary_lines(everything, width=100))
     assert re.findall(rf"^({'|'.join(titles)})  ", text, re.MULTILINE) == titles * 2
     text = "\n".join(histogram_lines(everything))
@@ -120,8 +120,8 @@ def test_counts_add_up_and_gaps_are_shown(everything: SummaryRecord) -> None:
     ]
     assert sum(counts) == everything.stalls
     statistics = Statistics()
-    statistics.add("commit", "unknown", 1_500)
-    statistics.add("commit", "agent", 15_000_000)
+    statistics.add(StallKind.COMMIT, "unknown", 1_500)
+    statistics.add(StallKind.COMMIT, "agent", 15_000_000)
     steps = [line.split()[:3] for line in histogram_lines(summary(statistics))][2:]
     assert [s[2] for s in steps] == ["1", *["0"] * 11, "1"]
     assert len(steps) == len([b for b in BOUNDS_NS if 1_000 <= b <= 10_000_000])
@@ -130,8 +130,8 @@ def test_counts_add_up_and_gaps_are_shown(everything: SummaryRecord) -> None:
 def test_one_stall_is_seen_beside_many() -> None:
     statistics = Statistics()
     for _ in range(100_000):
-        statistics.add("commit", "unknown", 1_500)
-    statistics.add("commit", "unknown", 3_000)
+        statistics.add(StallKind.COMMIT, "unknown", 1_500)
+    statistics.add(StallKind.COMMIT, "unknown", 3_000)
     for unicode, bar in ((True, "▏"), (False, "#")):
         last = list(histogram_lines(summary(statistics), unicode=unicode))[-1]
         assert last.split() == ["2", "us", "1", bar]
@@ -144,10 +144,10 @@ def test_nothing_was_seen() -> None:
 
 
 def test_no_stall_and_nobody_who_measured_are_told_apart() -> None:
-    ping = ProbeState("ping", ["main_loop"], True, None, None, 0, "-")
+    ping = ProbeState("ping", [StallKind.MAIN_LOOP], True, None, None, 0, "-")
     counters = ProbeState("kvmstats", [], True, None, None, 0, "-")
     reason = "no free monitor is left, and this is said at some length " * 2
-    none = ProbeState("ping", ["main_loop"], False, reason, None, 0, "-")
+    none = ProbeState("ping", [StallKind.MAIN_LOOP], False, reason, None, 0, "-")
     calm = msgspec.structs.replace(summary(Statistics()), probes=[ping, counters])
     assert list(summary_lines(calm)) == [
         "no stall, 200 transitions in 60.2 s",
@@ -162,7 +162,7 @@ def test_no_stall_and_nobody_who_measured_are_told_apart() -> None:
 
 def test_statistics_without_a_histogram_do_no_harm() -> None:
     """As another program may write them."""
-    bare = StallStatistics("commit", "unknown", 1, 5, 5, 5, 5, 5, [], [])
+    bare = StallStatistics(StallKind.COMMIT, "unknown", 1, 5, 5, 5, 5, 5, [], [])
     record = SummaryRecord(start_ns=5, end_ns=0, transitions=1, stalls=1, statistics=[bare])
     assert next(summary_lines(record)) == "1 stall, 1 transition in -5 ns"
     list(histogram_lines(record))
@@ -173,8 +173,10 @@ def idle() -> SummaryRecord:
     """Pings at rest: brackets of 100 ms around stalls of a few."""
     statistics = Statistics()
     for n in range(400):
-        statistics.add("main_loop", "unknown", 100_000_000 + n * 10_000, 2_000_000 + n * 10_000)
-    statistics.add("commit", "transition", 210_000)
+        statistics.add(
+            StallKind.MAIN_LOOP, "unknown", 100_000_000 + n * 10_000, 2_000_000 + n * 10_000
+        )
+    statistics.add(StallKind.COMMIT, "transition", 210_000)
     return summary(statistics)
 
 
@@ -215,6 +217,6 @@ def test_histograms_of_both_bounds_have_the_same_count(idle: SummaryRecord) -> N
 
 
 def test_statistics_of_former_versions_have_upper_bounds_only() -> None:
-    old = StallStatistics("commit", "unknown", 1, 5000, 5000, 5000, 5000, 5000, [5000], [1])
+    old = StallStatistics(StallKind.COMMIT, "unknown", 1, 5000, 5000, 5000, 5000, 5000, [5000], [1])
     record = SummaryRecord(start_ns=5, end_ns=9, transitions=1, stalls=1, statistics=[old])
     assert any("<5.0 us" in line for line in summary_lines(record))

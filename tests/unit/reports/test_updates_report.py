@@ -5,7 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
-from qmp_memlistener.records import SlotOp, StallCause, StallRecord
+from qmp_memlistener.records import SlotOp, StallCause, StallKind, StallRecord
 from qmp_memlistener.reports.updates import outcome_lines
 from qmp_memlistener.updates.model import GuestStates, Outcome, Phase
 
@@ -41,7 +41,7 @@ def slot_op(slot: int, op: str = "add", *, predicted: bool = False) -> SlotOp:
     )  # fmt: skip
 
 
-def stall(kind: str, took: int) -> StallRecord:
+def stall(kind: StallKind, took: int) -> StallRecord:
     return StallRecord(
         kind=kind, start_ns=BEGUN, end_ns=BEGUN + took, at_least_ns=took, at_most_ns=took,
         probe="trace", witnesses=["trace"], thread=None, site=None,
@@ -63,7 +63,7 @@ DONE = msgspec.structs.replace(
         phase("driver_bound", 190, 230),
         phase("settled", 230, 530),
     ],
-    stalls=[stall("vcpu_pause", 4 * MS)],
+    stalls=[stall(StallKind.VCPU_PAUSE, 4 * MS)],
     slot_ops=[slot_op(4), slot_op(5), slot_op(4, "delete")],
     transitions=7,
     notes=["qml-dimm0 is the new DIMM, qml-mem0 the memory behind it"],
@@ -112,7 +112,11 @@ def test_tables_fit(width: int) -> None:
     many = msgspec.structs.replace(
         DONE,
         phases=[phase("guest_acts", 0, 3_600_000, *range(10_000), stalls=10_000)],
-        stalls=[stall(kind, 10**n) for kind in ("vcpu_pause", "commit") for n in range(12)],
+        stalls=[
+            stall(kind, 10**n)
+            for kind in (StallKind.VCPU_PAUSE, StallKind.COMMIT)
+            for n in range(12)
+        ],
         slot_ops=[slot_op(n) for n in range(512)],
     )
     for outcome in (DONE, many):

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from qmp_memlistener.probes import Kind
+from qmp_memlistener.probes import StallKind
 from qmp_memlistener.timeline.coverage import Coverage
 
-LOOP, COMMIT, WAIT = Kind.MAIN_LOOP, Kind.COMMIT, Kind.BQL_WAIT
+LOOP, COMMIT, WAIT = StallKind.MAIN_LOOP, StallKind.COMMIT, StallKind.BQL_WAIT
 
 
 def test_only_a_probe_that_was_at_work_all_the_time_counts() -> None:

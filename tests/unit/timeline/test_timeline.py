@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.probes import CommandSpan, Kind, Observation, SlotUpdate
+from qmp_memlistener.probes import Observation, SlotUpdate, StallKind
 from qmp_memlistener.records import (
     CommandRecord,
     GuestState,
@@ -28,7 +28,7 @@ SIZE = 0x1FF00000
 
 
 def window(
-    kind: Kind,
+    kind: StallKind,
     start: int,
     end: int,
     probe: str = "uprobes",
@@ -53,9 +53,15 @@ def window(
     )
 
 
+def command_record(name: str, start: int, busy_until: int, end: int, probe: str) -> CommandRecord:
+    return CommandRecord(
+        name=name, start_ns=start, busy_until_ns=busy_until, end_ns=end, probe=probe
+    )
+
+
 def ioctl(start: int, end: int, size: int, *, slot: int = 3, tid: int = 7) -> Observation:
     update = SlotUpdate(as_id=0, slot=slot, flags=0, gpa=RAM, size=size, hva=0x7000, ret=0)
-    return window(Kind.SLOT_UPDATE, start, end, tid=tid, update=update)
+    return window(StallKind.SLOT_UPDATE, start, end, tid=tid, update=update)
 
 
 def slot_op(seq: int | None, t_ns: int, op: str, *, slot: int = 3) -> SlotOp:
@@ -78,10 +84,10 @@ def toggle(timeline: Timeline, seq: int, at: int) -> None:
     """A vCPU's write makes QEMU delete a slot and add it again: all that the probes tell of it."""
     timeline.observe(
         [
-            window(Kind.COMMIT, at, at + MS),
+            window(StallKind.COMMIT, at, at + MS),
             ioctl(at + 200_000, at + 400_000, 0),
             ioctl(at + 500_000, at + 600_000, SIZE),
-            window(Kind.VCPU_GAP, at - 50_000, at + MS + 40_000, "pulse", tid=None),
+            window(StallKind.VCPU_GAP, at - 50_000, at + MS + 40_000, "pulse", tid=None),
         ]
     )
     timeline.record(transition(seq, at + 250_000, 2))
@@ -89,12 +95,12 @@ def toggle(timeline: Timeline, seq: int, at: int) -> None:
     timeline.record(slot_op(seq, at + 680_000, "add"))
 
 
-def stalls(records: list[Record], kind: Kind | None = None) -> list[StallRecord]:
+def stalls(records: list[Record], kind: StallKind | None = None) -> list[StallRecord]:
     found = [r for r in records if isinstance(r, StallRecord)]
     return found if kind is None else [r for r in found if r.kind == kind]
 
 
-def only(records: list[Record], kind: Kind) -> StallRecord:
+def only(records: list[Record], kind: StallKind) -> StallRecord:
     (found,) = stalls(records, kind)
     return found
 
@@ -117,7 +123,7 @@ def test_gap_operations_and_commit_of_one_toggle_are_one_incident() -> None:
     assert len({s.incident for s in stalls(records)}) == 1
     assert all(s.cause is not None and s.cause.type == "transition" for s in stalls(records))
     assert all(s.cause is not None and s.cause.ref == 4 for s in stalls(records))
-    gap = only(records, Kind.VCPU_GAP)
+    gap = only(records, StallKind.VCPU_GAP)
     assert gap.witnesses == ["pulse", "trace", "uprobes"]
     assert gap.cause is not None
     assert gap.cause.explained_ns == MS
@@ -130,7 +136,7 @@ def test_a_line_that_may_be_late_makes_a_window_that_wide() -> None:
     late = msgspec.structs.replace(slot_op(1, 50 * MS, "delete"), late_ns=20 * MS)
     timeline.record(late)
     timeline.record(slot_op(1, 51 * MS, "add", slot=4))
-    first, second = stalls(timeline.finish(), Kind.SLOT_UPDATE)
+    first, second = stalls(timeline.finish(), StallKind.SLOT_UPDATE)
     assert (first.start_ns, first.end_ns, first.at_least_ns) == (30 * MS, 50 * MS, 0)
     assert (second.start_ns, second.end_ns) == (50 * MS - BOUND, 51 * MS)
 
@@ -138,9 +144,9 @@ def test_a_line_that_may_be_late_makes_a_window_that_wide() -> None:
 def test_a_commit_without_operations_may_have_ended_as_long_before_as_its_line_is_late() -> None:
     for late_ns, cause in ((None, "unknown"), (20 * MS, "transition")):
         timeline = new()
-        timeline.observe([window(Kind.COMMIT, 40 * MS, 41 * MS)])
+        timeline.observe([window(StallKind.COMMIT, 40 * MS, 41 * MS)])
         timeline.record(msgspec.structs.replace(transition(1, 50 * MS, 0), late_ns=late_ns))
-        commit = only(timeline.finish(), Kind.COMMIT)
+        commit = only(timeline.finish(), StallKind.COMMIT)
         assert commit.cause is not None
         assert commit.cause.type == cause
 
@@ -148,7 +154,7 @@ def test_a_commit_without_operations_may_have_ended_as_long_before_as_its_line_i
 def test_missing_lasts_from_the_delete_to_the_end_of_the_add() -> None:
     timeline = new()
     toggle(timeline, 1, 10 * MS)
-    missing = only(timeline.finish(), Kind.MISSING)
+    missing = only(timeline.finish(), StallKind.MISSING)
     assert (missing.start_ns, missing.end_ns) == (10 * MS + 200_000, 10 * MS + 600_000)
     assert (missing.at_least_ns, missing.at_most_ns) == (100_000, 400_000)
     assert missing.site == f"{RAM:#x}-{RAM + SIZE - 1:#x}"
@@ -160,19 +166,19 @@ def test_without_trace_a_delete_is_as_large_as_the_slot_was_known_to_be() -> Non
     for at in (10 * MS, 20 * MS):
         timeline.observe(
             [
-                window(Kind.COMMIT, at, at + MS),
+                window(StallKind.COMMIT, at, at + MS),
                 ioctl(at + 200_000, at + 400_000, 0),
                 ioctl(at + 500_000, at + 600_000, SIZE),
             ]
         )
-    assert len(stalls(timeline.finish(), Kind.MISSING)) == 2
+    assert len(stalls(timeline.finish(), StallKind.MISSING)) == 2
 
 
 def test_a_delete_that_is_not_followed_by_an_add_leaves_nothing_missing() -> None:
     timeline = new()
     timeline.know_slot(0, RAM, SIZE)
-    timeline.observe([window(Kind.COMMIT, 0, MS), ioctl(200_000, 400_000, 0)])
-    assert not stalls(timeline.finish(), Kind.MISSING)
+    timeline.observe([window(StallKind.COMMIT, 0, MS), ioctl(200_000, 400_000, 0)])
+    assert not stalls(timeline.finish(), StallKind.MISSING)
 
 
 def test_other_memory_at_the_same_place_is_not_what_was_missing() -> None:
@@ -180,9 +186,9 @@ def test_other_memory_at_the_same_place_is_not_what_was_missing() -> None:
     timeline = new()
     timeline.know_slot(0, RAM, SIZE)
     other = SlotUpdate(as_id=0, slot=4, flags=2, gpa=RAM, size=SIZE, hva=0x99000, ret=0)
-    added = window(Kind.SLOT_UPDATE, 500_000, 600_000, update=other)
-    timeline.observe([window(Kind.COMMIT, 0, MS), ioctl(200_000, 400_000, 0), added])
-    assert not stalls(timeline.finish(), Kind.MISSING)
+    added = window(StallKind.SLOT_UPDATE, 500_000, 600_000, update=other)
+    timeline.observe([window(StallKind.COMMIT, 0, MS), ioctl(200_000, 400_000, 0), added])
+    assert not stalls(timeline.finish(), StallKind.MISSING)
 
 
 def test_trace_lines_alone_give_brackets_that_hold_the_truth() -> None:
@@ -193,13 +199,13 @@ def test_trace_lines_alone_give_brackets_that_hold_the_truth() -> None:
     timeline.record(slot_op(1, at + 480_000, "delete"))
     timeline.record(slot_op(1, at + 680_000, "add"))
     records = timeline.finish()
-    first, second = stalls(records, Kind.SLOT_UPDATE)
+    first, second = stalls(records, StallKind.SLOT_UPDATE)
     assert first.probe == second.probe == "trace"
     assert first.start_ns <= at + 200_000
     assert at + 400_000 <= first.end_ns
     assert first.at_least_ns <= 200_000 <= first.at_most_ns
     assert second.at_least_ns <= 100_000 <= second.at_most_ns
-    missing = only(records, Kind.MISSING)
+    missing = only(records, StallKind.MISSING)
     assert missing.at_least_ns <= 100_000
     assert missing.at_most_ns >= 400_000
     assert missing.cause is not None
@@ -210,8 +216,8 @@ def test_a_gap_without_a_commit_of_its_thread_has_no_known_cause() -> None:
     """The same-value write: an exit, a gap, and nothing else."""
     timeline = new()
     toggle(timeline, 1, 10 * MS)
-    timeline.observe([window(Kind.VCPU_GAP, 30 * MS, 31 * MS, "pulse", tid=None)])
-    control = stalls(timeline.finish(), Kind.VCPU_GAP)[1]
+    timeline.observe([window(StallKind.VCPU_GAP, 30 * MS, 31 * MS, "pulse", tid=None)])
+    control = stalls(timeline.finish(), StallKind.VCPU_GAP)[1]
     assert control.cause == StallCause("unknown", None)
     assert control.witnesses == ["pulse"]
     assert control.during == []
@@ -220,8 +226,10 @@ def test_a_gap_without_a_commit_of_its_thread_has_no_known_cause() -> None:
 def test_another_vcpus_gap_during_a_commit_is_not_said_to_be_made_by_it() -> None:
     timeline = new()
     toggle(timeline, 1, 10 * MS)
-    timeline.observe([window(Kind.VCPU_GAP, 10 * MS, 11 * MS, "pulse", thread="CPU 1", tid=None)])
-    (gap,) = (s for s in stalls(timeline.finish(), Kind.VCPU_GAP) if s.thread == "CPU 1")
+    timeline.observe(
+        [window(StallKind.VCPU_GAP, 10 * MS, 11 * MS, "pulse", thread="CPU 1", tid=None)]
+    )
+    (gap,) = (s for s in stalls(timeline.finish(), StallKind.VCPU_GAP) if s.thread == "CPU 1")
     assert gap.cause == StallCause("unknown", None)
     assert gap.during == [1]
 
@@ -231,14 +239,18 @@ def test_vcpus_that_are_kept_out_stand_still_because_of_it() -> None:
     toggle(timeline, 1, 10 * MS)
     timeline.observe(
         [
-            window(Kind.VCPU_INHIBIT, 10 * MS + 150_000, 10 * MS + 900_000, thread=None, tid=None),
-            window(Kind.VCPU_GAP, 10 * MS + 100_000, 11 * MS, "pulse", thread="CPU 1", tid=None),
+            window(
+                StallKind.VCPU_INHIBIT, 10 * MS + 150_000, 10 * MS + 900_000, thread=None, tid=None
+            ),
+            window(
+                StallKind.VCPU_GAP, 10 * MS + 100_000, 11 * MS, "pulse", thread="CPU 1", tid=None
+            ),
         ]
     )
     records = timeline.finish()
-    (gap,) = (s for s in stalls(records, Kind.VCPU_GAP) if s.thread == "CPU 1")
+    (gap,) = (s for s in stalls(records, StallKind.VCPU_GAP) if s.thread == "CPU 1")
     assert gap.cause == StallCause("transition", 1, 750_000)
-    assert only(records, Kind.VCPU_INHIBIT).incident == gap.incident
+    assert only(records, StallKind.VCPU_INHIBIT).incident == gap.incident
 
 
 def test_who_waits_for_the_lock_waits_for_what_its_holder_does() -> None:
@@ -246,13 +258,13 @@ def test_who_waits_for_the_lock_waits_for_what_its_holder_does() -> None:
     toggle(timeline, 2, 10 * MS)
     timeline.observe(
         [
-            window(Kind.BQL_HOLD, 10 * MS - 10_000, 11 * MS + 10_000),
-            window(Kind.BQL_WAIT, 10 * MS + 100_000, 11 * MS + 20_000, thread="main", tid=1),
-            window(Kind.MAIN_LOOP, 10 * MS, 11 * MS + 30_000, "ping", thread="main", tid=None),
+            window(StallKind.BQL_HOLD, 10 * MS - 10_000, 11 * MS + 10_000),
+            window(StallKind.BQL_WAIT, 10 * MS + 100_000, 11 * MS + 20_000, thread="main", tid=1),
+            window(StallKind.MAIN_LOOP, 10 * MS, 11 * MS + 30_000, "ping", thread="main", tid=None),
         ]
     )
     records = timeline.finish()
-    for kind in (Kind.BQL_HOLD, Kind.BQL_WAIT, Kind.MAIN_LOOP):
+    for kind in (StallKind.BQL_HOLD, StallKind.BQL_WAIT, StallKind.MAIN_LOOP):
         cause = only(records, kind).cause
         assert cause is not None
         assert (cause.type, cause.ref) == ("transition", 2)
@@ -263,15 +275,21 @@ def test_a_command_explains_the_hold_and_the_main_loop() -> None:
     timeline = new()
     timeline.observe(
         [
-            window(Kind.BQL_HOLD, 0, 50 * MS, thread="main", tid=1),
+            window(StallKind.BQL_HOLD, 0, 50 * MS, thread="main", tid=1),
             window(
-                Kind.MAIN_LOOP, -2 * MS, 50 * MS, "ping", thread="main", tid=None, at_least=48 * MS
+                StallKind.MAIN_LOOP,
+                -2 * MS,
+                50 * MS,
+                "ping",
+                thread="main",
+                tid=None,
+                at_least=48 * MS,
             ),
         ]
     )
-    timeline.command(CommandSpan("object-add", MS, 49 * MS, 50 * MS, "uprobes"))
+    timeline.command(command_record("object-add", MS, 49 * MS, 50 * MS, "uprobes"))
     records = timeline.finish()
-    for kind in (Kind.BQL_HOLD, Kind.MAIN_LOOP):
+    for kind in (StallKind.BQL_HOLD, StallKind.MAIN_LOOP):
         assert only(records, kind).cause == StallCause("command", "object-add", 48 * MS)
         assert only(records, kind).witnesses == ["ping", "uprobes"]
     assert [r.name for r in records if isinstance(r, CommandRecord)] == ["object-add"]
@@ -279,30 +297,30 @@ def test_a_command_explains_the_hold_and_the_main_loop() -> None:
 
 def test_a_command_of_ours_is_named_as_such() -> None:
     timeline = new()
-    timeline.observe([window(Kind.MAIN_LOOP, 0, 8 * MS, "ping", thread="main", tid=None)])
-    timeline.command(CommandSpan("human-monitor-command", 0, 8 * MS, 8 * MS, "uprobes"))
-    timeline.command(CommandSpan("info mtree", MS, 8 * MS, 8 * MS, "agent"))
+    timeline.observe([window(StallKind.MAIN_LOOP, 0, 8 * MS, "ping", thread="main", tid=None)])
+    timeline.command(command_record("human-monitor-command", 0, 8 * MS, 8 * MS, "uprobes"))
+    timeline.command(command_record("info mtree", MS, 8 * MS, 8 * MS, "agent"))
     records = timeline.finish()
-    assert only(records, Kind.MAIN_LOOP).cause == StallCause("agent", "info mtree", 7 * MS)
+    assert only(records, StallKind.MAIN_LOOP).cause == StallCause("agent", "info mtree", 7 * MS)
 
 
 def test_a_short_command_does_not_explain_a_long_stall() -> None:
     timeline = new()
-    timeline.observe([window(Kind.MAIN_LOOP, 0, 50 * MS, "ping", thread="main", tid=None)])
-    timeline.command(CommandSpan("object-add", 0, 10 * MS, 50 * MS, "uprobes"))
-    assert only(timeline.finish(), Kind.MAIN_LOOP).cause == StallCause("unknown", None)
+    timeline.observe([window(StallKind.MAIN_LOOP, 0, 50 * MS, "ping", thread="main", tid=None)])
+    timeline.command(command_record("object-add", 0, 10 * MS, 50 * MS, "uprobes"))
+    assert only(timeline.finish(), StallKind.MAIN_LOOP).cause == StallCause("unknown", None)
 
 
 def test_a_pause_seen_by_two_probes_is_one_stall_with_two_witnesses() -> None:
     timeline = new()
     timeline.observe(
         [
-            window(Kind.VCPU_PAUSE, 0, 10 * MS, "runstate", thread=None, at_least=9 * MS),
-            window(Kind.VCPU_PAUSE, MS, 10 * MS, "uprobes", thread=None, at_least=8_900_000),
+            window(StallKind.VCPU_PAUSE, 0, 10 * MS, "runstate", thread=None, at_least=9 * MS),
+            window(StallKind.VCPU_PAUSE, MS, 10 * MS, "uprobes", thread=None, at_least=8_900_000),
         ]
     )
     timeline.record(GuestState(t_ns=2 * MS, status="paused", running=False))
-    pause = only(timeline.finish(), Kind.VCPU_PAUSE)
+    pause = only(timeline.finish(), StallKind.VCPU_PAUSE)
     assert pause.probe == "uprobes"
     assert pause.witnesses == ["runstate", "uprobes"]
     assert pause.cause is not None
@@ -311,30 +329,34 @@ def test_a_pause_seen_by_two_probes_is_one_stall_with_two_witnesses() -> None:
 
 def test_a_transition_without_operations_is_tied_to_the_only_commit_that_fits() -> None:
     timeline = new()
-    timeline.observe([window(Kind.COMMIT, 0, MS), window(Kind.COMMIT, 5 * MS, 6 * MS)])
+    timeline.observe([window(StallKind.COMMIT, 0, MS), window(StallKind.COMMIT, 5 * MS, 6 * MS)])
     timeline.record(transition(1, 5 * MS + 500_000))
-    first, second = stalls(timeline.finish(), Kind.COMMIT)
+    first, second = stalls(timeline.finish(), StallKind.COMMIT)
     assert first.cause == StallCause("unknown", None)
     assert second.cause == StallCause("transition", 1, MS)
 
 
 def test_of_two_commits_that_fit_neither_is_guessed() -> None:
     timeline = new()
-    timeline.observe([window(Kind.COMMIT, 0, 150_000), window(Kind.COMMIT, 160_000, 300_000)])
+    timeline.observe(
+        [window(StallKind.COMMIT, 0, 150_000), window(StallKind.COMMIT, 160_000, 300_000)]
+    )
     timeline.record(transition(1, 200_000))
     assert all(
-        s.cause == StallCause("unknown", None) for s in stalls(timeline.finish(), Kind.COMMIT)
+        s.cause == StallCause("unknown", None) for s in stalls(timeline.finish(), StallKind.COMMIT)
     )
 
 
 def test_dirty_logging_is_named() -> None:
     timeline = new()
-    timeline.observe([window(Kind.COMMIT, 0, MS, thread="main"), ioctl(200_000, 400_000, SIZE)])
+    timeline.observe(
+        [window(StallKind.COMMIT, 0, MS, thread="main"), ioctl(200_000, 400_000, SIZE)]
+    )
     timeline.record(slot_op(None, 450_000, "add"))
     records = timeline.finish()
     why = "dirty logging switched off"
-    assert only(records, Kind.SLOT_UPDATE).cause == StallCause("slot_op", why, 200_000)
-    assert only(records, Kind.COMMIT).cause == StallCause("slot_op", why, MS)
+    assert only(records, StallKind.SLOT_UPDATE).cause == StallCause("slot_op", why, 200_000)
+    assert only(records, StallKind.COMMIT).cause == StallCause("slot_op", why, MS)
 
 
 @pytest.mark.parametrize(
@@ -350,34 +372,34 @@ def test_who_asked_for_dirty_logging_is_said_where_it_was_seen(
     command: str, slots: tuple[int, ...], why: str
 ) -> None:
     timeline = new()
-    timeline.command(CommandSpan(command, 0, MS, MS, "uprobes"))
+    timeline.command(command_record(command, 0, MS, MS, "uprobes"))
     at = 20 * MS
-    seen = [window(Kind.COMMIT, at, at + MS, thread="tid 9")]
+    seen = [window(StallKind.COMMIT, at, at + MS, thread="tid 9")]
     for n, slot in enumerate(slots):
         start = at + 200_000 * (n + 1)
         seen.append(ioctl(start, start + 100_000, SIZE, slot=slot))
         timeline.record(slot_op(None, start + 150_000, "flags", slot=slot))
     timeline.observe(seen)
     records = timeline.finish()
-    assert only(records, Kind.COMMIT).cause == StallCause("slot_op", why, MS)
-    assert {s.cause.ref for s in stalls(records, Kind.SLOT_UPDATE) if s.cause} == {why}
+    assert only(records, StallKind.COMMIT).cause == StallCause("slot_op", why, MS)
+    assert {s.cause.ref for s in stalls(records, StallKind.SLOT_UPDATE) if s.cause} == {why}
 
 
 def test_nothing_is_decided_before_every_probe_has_spoken() -> None:
     timeline = new()
     for probe in ("uprobes", "ping"):
         timeline.expect(probe, 0)
-    timeline.observe([window(Kind.COMMIT, 0, MS)])
+    timeline.observe([window(StallKind.COMMIT, 0, MS)])
     timeline.advance("uprobes", 10 * MS)
     assert not timeline.release(10 * MS)
     timeline.advance("ping", 10 * MS)
-    assert stalls(timeline.release(10 * MS), Kind.COMMIT)
+    assert stalls(timeline.release(10 * MS), StallKind.COMMIT)
 
 
 def test_what_came_in_is_pending_until_it_is_handed_out() -> None:
     timeline = new()
     pending = [timeline.pending]
-    timeline.observe([window(Kind.COMMIT, 0, MS)])
+    timeline.observe([window(StallKind.COMMIT, 0, MS)])
     pending.append(timeline.pending)
     timeline.release(10 * MS)
     pending.append(timeline.pending)
@@ -392,7 +414,9 @@ def test_a_probe_that_is_stuck_or_gone_does_not_hold_up_the_others_for_ever() ->
     timeline = new()
     for probe in ("uprobes", "ping"):
         timeline.expect(probe, 0)
-    timeline.observe([window(Kind.COMMIT, 0, MS), window(Kind.COMMIT, 100 * MS, 101 * MS)])
+    timeline.observe(
+        [window(StallKind.COMMIT, 0, MS), window(StallKind.COMMIT, 100 * MS, 101 * MS)]
+    )
     timeline.advance("uprobes", 10_000 * MS)
     assert len(stalls(timeline.release(3_050 * MS))) == 1
     timeline.forget("ping")
@@ -406,9 +430,9 @@ def test_what_comes_late_joins_what_was_told_before() -> None:
     toggle(timeline, 3, 10 * MS)
     timeline.advance("uprobes", 20 * MS)
     told = stalls(timeline.release(20 * MS))
-    timeline.observe([window(Kind.BQL_HOLD, 9 * MS, 11 * MS)])
+    timeline.observe([window(StallKind.BQL_HOLD, 9 * MS, 11 * MS)])
     timeline.advance("uprobes", 30 * MS)
-    late = only(timeline.release(30 * MS), Kind.BQL_HOLD)
+    late = only(timeline.release(30 * MS), StallKind.BQL_HOLD)
     assert {late.incident} == {s.incident for s in told}
 
 
@@ -421,7 +445,7 @@ def test_after_a_loss_operations_are_not_paired_by_order() -> None:
     timeline.lost("uprobes")
     toggle(timeline, 2, 20 * MS)
     records = timeline.finish()
-    assert only(records, Kind.COMMIT).cause == StallCause("transition", 2, MS)
+    assert only(records, StallKind.COMMIT).cause == StallCause("transition", 2, MS)
 
 
 @given(st.integers(1, 12), st.randoms(use_true_random=False), st.integers(0, 3))
@@ -439,10 +463,10 @@ def test_every_toggle_is_tied_whatever_the_order_of_arrival(
     for seq in range(1, count + 1):
         at = seq * 10 * MS
         seen += [
-            window(Kind.COMMIT, at, at + MS),
+            window(StallKind.COMMIT, at, at + MS),
             ioctl(at + 200_000, at + 400_000, 0),
             ioctl(at + 500_000, at + 600_000, SIZE),
-            window(Kind.VCPU_GAP, at - 50_000, at + MS + 40_000, "pulse", tid=None),
+            window(StallKind.VCPU_GAP, at - 50_000, at + MS + 40_000, "pulse", tid=None),
         ]
     rng.shuffle(seen)
     for i in range(batches + 1):
@@ -465,9 +489,9 @@ def _shape(records: list[Record]) -> list[tuple[object, ...]]:
 
 def test_a_window_must_hold_what_is_claimed_of_it() -> None:
     with pytest.raises(ValueError, match="not a window"):
-        window(Kind.COMMIT, 10, 5)
+        window(StallKind.COMMIT, 10, 5)
     with pytest.raises(ValueError, match="not a window"):
-        Observation(Kind.COMMIT, 0, 10, 5, 11, "x")
+        Observation(StallKind.COMMIT, 0, 10, 5, 11, "x")
 
 
 SECOND = 1_000_000_000

@@ -7,7 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
-from qmp_memlistener.probes import Kind
+from qmp_memlistener.probes import StallKind
 from qmp_memlistener.records import (
     Cause,
     ProbeState,
@@ -26,7 +26,7 @@ US = 1000
 
 def stall(kind: str, start: int, length: int, at_least: int | None = None) -> StallRecord:
     return StallRecord(
-        kind=kind,
+        kind=StallKind(kind),
         start_ns=start,
         end_ns=start + length,
         at_least_ns=length if at_least is None else at_least,
@@ -88,7 +88,7 @@ class FakeGuest:
         self.slow_put_back = False
         self.reached = asyncio.Event()
         self.late: list[tuple[str, ...]] = []
-        self.kinds = frozenset({Kind.COMMIT})
+        self.kinds = frozenset({StallKind.COMMIT})
         self.unmeasured_at: set[int] = set()
         self.asked = 0
         self.changes = 0
@@ -114,9 +114,9 @@ class FakeGuest:
         return None
 
     def probes(self) -> list[ProbeState]:
-        return [ProbeState("uprobes", ["commit"], True, None, None, 0, "nothing")]
+        return [ProbeState("uprobes", [StallKind.COMMIT], True, None, None, 0, "nothing")]
 
-    def measured(self, start_ns: int, end_ns: int) -> frozenset[Kind]:
+    def measured(self, start_ns: int, end_ns: int) -> frozenset[StallKind]:
         assert start_ns < end_ns
         number, self.asked = self.asked, self.asked + 1
         return frozenset() if number in self.unmeasured_at else self.kinds

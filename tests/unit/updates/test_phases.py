@@ -5,14 +5,14 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.records import StallRecord
+from qmp_memlistener.records import StallKind, StallRecord
 from qmp_memlistener.updates.phases import Marks, phases_of
 from tests.support.records import transition
 
 
 def stall(incident: int, start: int) -> StallRecord:
     return StallRecord(
-        kind="commit",
+        kind=StallKind.COMMIT,
         start_ns=start,
         end_ns=start + 1,
         at_least_ns=1,
