@@ -161,63 +161,22 @@ def print_plans(plans: Sequence[Plan]) -> None:
     print_table(COLUMNS, plan_rows(plans))
 
 
-class _Tables:
-    """The slots before each transition of a recording; asked for in ascending order."""
-
-    def __init__(self, path: str) -> None:
-        from ..kvmlab.replay_input import read_slot_tables
-
-        self._tables = read_slot_tables(path)
-        self._now = next(self._tables, None)
-
-    def before(self, seq: int, view: FlatView) -> tuple[SlotTable | None, LogChange | None]:
-        """The slots, and what logs the transition starts or stops.
-
-        None when the operations that were recorded do not lead to the slots of `view`.
-        """
-        while self._now is not None and (self._now[0] is None or self._now[0] < seq):
-            following = next(self._tables, None)
-            if following is None:
-                break  # the slots that remained
-            self._now = following
-        if self._now is None:
-            return None, None
-        number, table, log = self._now
-        fits = all(table.exact(0, r.start, r.size) is not None for r in view if r.memslot)
-        return (table, log if number == seq else None) if fits else (None, None)
-
-
 def _of_recording(
     path: str, wanted: int | None, rules: str | None, planned: Planner
 ) -> list[tuple[int, list[Plan]]]:
     """Plans for the transitions of a recording or a trace log, from the slots before each."""
+    from ..kvmlab.replay_input import read_plan_inputs
     from ..memslots import Rules
-    from ..records import is_recording
 
-    results = []
-    if is_recording(path):
-        from ..records import Recording
-        from ..tracking import replay
-
-        recording = Recording(path)
-        by = Rules.parse(rules if rules is not None else recording.header.qemu_version or "8.0")
-        tables = _Tables(path)
-        for step in replay(recording):
-            table, log = tables.before(step.seq, step.before)
-            if wanted is None or step.seq == wanted:
-                plans = planned({0: step.before}, {0: step.after}, table, by, log)
-                results.append((step.seq, plans))
-    else:
-        from ..kvmlab.replay_input import read_replay
-
-        traced = read_replay(path)
-        by = Rules.parse(rules) if rules is not None else traced.rules
-        for note in traced.notes:
-            say(f"note: {note}", err=True)
-        for t in traced.transitions:
-            if wanted is None or t.seq == wanted:
-                plans = planned(t.view_before, t.view_after, t.before, by, t.log)
-                results.append((t.seq, plans))
+    told = read_plan_inputs(path)
+    by = told.rules if rules is None else Rules.parse(rules)
+    for note in told.notes:
+        say(f"note: {note}", err=True)
+    results = [
+        (t.seq, planned(t.before, t.after, t.table, by, t.log))
+        for t in told.transitions
+        if wanted is None or t.seq == wanted
+    ]
     if wanted is not None and not results:
         raise InputError(
             f"{path} has no transition {wanted} whose ranges are known",

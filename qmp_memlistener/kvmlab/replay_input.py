@@ -9,7 +9,7 @@ there before the first operation), what is behind slots in `replay_blocks`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from itertools import islice
 
 import msgspec
@@ -29,10 +29,11 @@ from ..memslots import (
     SlotTable,
 )
 from ..memslots.slots import Backing
-from ..records import SlotOp, is_recording
+from ..records import Recording, SlotOp, is_recording
+from ..topology import FlatView
 from ..tracking.beginning import beginning
 from ..tracking.logs import read_log
-from ..tracking.replaying import Told, Traced, possible, read_recording
+from ..tracking.replaying import ReplayStep, Told, Traced, possible, read_recording, replay
 from .replay_blocks import HostBlock, back
 from .replay_transition import AppliedOp, ReplayInput, ReplayTransition
 
@@ -42,8 +43,10 @@ __all__ = [
     "HostBlock",
     "ReplayInput",
     "ReplayTransition",
+    "PlanInput",
+    "PlanInputs",
+    "read_plan_inputs",
     "read_replay",
-    "read_slot_tables",
 ]
 
 MOST_ENTRIES = 8_000_000
@@ -90,13 +93,73 @@ def read_replay(path: str, *, page_size: int = 4096, most: int | None = None) ->
     )
 
 
-def read_slot_tables(path: str) -> Iterator[tuple[int | None, SlotTable, LogChange | None]]:
+@dataclass(frozen=True, slots=True)
+class PlanInput:
+    """A transition as `memslots.plan` takes it; `table` has the slots before it.
+
+    `table` and `log` are None when the operations that were recorded do not lead to the slots of
+    the map.
+    """
+
+    seq: int
+    before: dict[int, FlatView]
+    after: dict[int, FlatView]
+    table: SlotTable | None
+    log: LogChange | None
+
+
+@dataclass(frozen=True, slots=True)
+class PlanInputs:
+    """A file's transitions; `rules` are those of the QEMU that made the operations.
+
+    `transitions` can be gone through once.
+    """
+
+    rules: Rules
+    notes: tuple[str, ...]
+    transitions: Iterator[PlanInput]
+
+
+def read_plan_inputs(path: str) -> PlanInputs:
+    """What `plan` needs of a recording, or of a log as `read_replay` takes it; raises as that."""
+    if is_recording(path):
+        recording = Recording(path)
+        rules = Rules.parse(recording.header.qemu_version or "8.0")
+        return PlanInputs(rules, (), _plan_inputs(path, replay(recording)))
+    found = read_replay(path)
+    inputs = (
+        PlanInput(t.seq, t.view_before, t.view_after, t.before, t.log) for t in found.transitions
+    )
+    return PlanInputs(found.rules, found.notes, inputs)
+
+
+def _plan_inputs(path: str, steps: Iterable[ReplayStep]) -> Iterator[PlanInput]:
+    """Maps from the recording's transitions, slots from its operations."""
+    tables = _slot_tables(path)
+    now = next(tables, None)
+    for step in steps:
+        while now is not None and (now[0] is None or now[0] < step.seq):
+            following = next(tables, None)
+            if following is None:
+                break  # the slots that remained
+            now = following
+        table = log = None
+        if now is not None and _fits(now[1], step.before):
+            table = now[1]
+            log = now[2] if now[0] == step.seq else None
+        yield PlanInput(step.seq, {0: step.before}, {0: step.after}, table, log)
+
+
+def _fits(table: SlotTable, view: FlatView) -> bool:
+    return all(table.exact(0, r.start, r.size) is not None for r in view if r.memslot)
+
+
+def _slot_tables(path: str) -> Iterator[tuple[int | None, SlotTable, LogChange | None]]:
     """The slots before each commit of a recording, with its transition and what logs it starts or
     stops; at last those that remain.
 
     The transition is None for a commit that belongs to none, and at the end.  Ids are those that
-    the operations tell; where none does, QEMU's rules.  Raises as `read_replay`; nothing comes
-    when no operation was recorded.
+    the operations tell; where none does, QEMU's rules.
     """
     after: SlotTable | None = None
     for t in _Fold(_read(path, Rules())).transitions():
