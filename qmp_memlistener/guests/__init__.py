@@ -16,13 +16,14 @@ from .pulse_memory import (
     ToggleLog,
     ToggleWrite,
 )
-from .qemus import KvmProbe, QemuBuild, find_qemus, kvm_usable
+from .qemus import KvmProbe, QemuBuild, find_qemu, find_qemus, kvm_usable
 
 __all__ = [
     "launch",
     "GuestSpec",
     "Guest",
     "QemuBuild",
+    "find_qemu",
     "find_qemus",
     "kvm_usable",
     "KvmProbe",

@@ -17,9 +17,9 @@ from pathlib import Path
 
 import msgspec
 
-from ..errors import InputError
+from ..errors import InputError, MissingPrerequisite
 
-__all__ = ["KvmProbe", "QemuBuild", "find_qemus", "kvm_usable"]
+__all__ = ["KvmProbe", "QemuBuild", "find_qemu", "find_qemus", "kvm_usable"]
 
 # 64 KiB whose reset vector asks for a reset: mov al, 0xfe; out 0x64, al; hlt
 _RESET_ROM = b"\x00" * 0xFFF0 + bytes.fromhex("b0fee664f4").ljust(16, b"\x00")
@@ -123,6 +123,28 @@ def find_qemus() -> list[QemuBuild]:
             build = QemuBuild(known.version, known.binary, known.aarch64, known.args, known.env)
             found.setdefault(known.version, build)
     return sorted(found.values(), key=lambda b: [int(n) for n in re.findall(r"\d+", b.version)])
+
+
+def find_qemu(version: str | None = None) -> QemuBuild:
+    """The oldest QEMU that is here, or the oldest whose version begins so.
+
+    Raises MissingPrerequisite when there is none, and what `find_qemus` raises.
+    """
+    builds = find_qemus()
+    if not builds:
+        raise MissingPrerequisite(
+            "no qemu-system-x86_64 is installed",
+            remedy="install the Debian package qemu-system-x86 (and seabios)",
+        )
+    if version is None:
+        return builds[0]
+    for build in builds:
+        if build.version.startswith(version):
+            return build
+    raise MissingPrerequisite(
+        f"QEMU {version} is not here; there are {', '.join(b.version for b in builds)}",
+        remedy="`make qemus` in a checkout unpacks other versions beside the installed one",
+    )
 
 
 def _side_by_side_dir() -> Path:
