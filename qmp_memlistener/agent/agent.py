@@ -4,7 +4,7 @@
         agent.register(Holes())
         error = await agent.wait_lost()
 
-How the block is entered is in `opening`; what is seen there is folded by `tracking`, told to
+How the block is entered is in `attachment`; what is seen there is folded by `tracking`, told to
 listeners and published as records.  Leaving the block puts trace events and log back as they
 were, whatever the reason for leaving.
 """
@@ -34,8 +34,8 @@ from ..updates.operation import perform
 from ..updates.options import parse_addition, parse_resize
 from ..updates.settings import UpdateOptions
 from ..waits import waiting
+from .attachment import Attached, AttachOptions, Opening
 from .background import Background
-from .opening import Attached, AttachOptions, Opening
 from .outlet import Outlet
 from .probe_runner import Measuring
 from .stream import RecordStream

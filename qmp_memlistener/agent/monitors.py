@@ -1,17 +1,23 @@
-"""The connections of one attachment: the observer's, and those that the user named."""
+"""The connections of one attachment, the observer's and those that the user named, and what is
+known of the QEMU at the other end."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import os
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from ..errors import CommandFailed, InputError
+from ..errors import CommandFailed, InputError, TraceUnavailable
 from ..host.bounded import in_thread
+from ..host.files import find_text, open_foreign
+from ..memslots import Rules
+from ..probes import Context, StallKind
 from ..qmp import (
     CONNECT_DEADLINE,
     Companions,
     Guest,
+    GuestFacts,
     Monitor,
     SocketTarget,
     Target,
@@ -31,9 +37,13 @@ __all__ = [
     "Monitors",
     "as_target",
     "connect_monitors",
+    "context_of",
     "left_remarks",
     "refuse_if_frozen",
+    "rules_of",
 ]
+
+_INHIBIT_SYMBOL = b"\0accel_ioctl_inhibit_begin\0"
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,6 +162,53 @@ async def left_remarks(monitor: Monitor, key: FreezeKey) -> list[str]:
             found += [text, f"to put that right: {REMEDY}"]
     notes = await in_thread(take_notes, key)
     return [t for n in notes for t in (n.text, n.remedy) if t is not None] + found
+
+
+def rules_of(version: str, pid: int | None) -> Rules:
+    """The order of slot operations: by what the binary has, else by its version.
+
+    Distributors backport the atomic update (QEMU 8.0, commit f39b7d2b96), so the symbol counts.
+    """
+    page_size = os.sysconf("SC_PAGE_SIZE")
+    rules = Rules.parse(version, page_size)
+    if pid is None or rules.queued:
+        return rules
+    try:
+        handle = open_foreign(f"/proc/{pid}/exe")
+    except OSError:
+        return rules  # another user's process: the version is all there is
+    try:
+        backported = find_text(handle, _INHIBIT_SYMBOL) is not None
+    except OSError:
+        return rules
+    finally:
+        os.close(handle)
+    return Rules.parse("8.0", page_size) if backported else rules
+
+
+def context_of(
+    monitors: Monitors,
+    facts: GuestFacts,
+    untraced: TraceUnavailable | None,
+    *,
+    named: bool = False,
+    max_share: float | None = None,
+    must_see: Mapping[StallKind, int] | None = None,
+) -> Context:
+    """What probes may use of an attachment; `untraced` says why it has no trace lines."""
+    return Context(
+        guest=monitors.companions.guest,
+        pid=monitors.pid,
+        facts=facts,
+        monitor=monitors.observer,
+        companions=monitors.companions,
+        traced=untraced is None,
+        why_not_traced=untraced.message if untraced is not None else None,
+        trace_remedy=untraced.remedy if untraced is not None else None,
+        named=named,
+        max_share=max_share,
+        must_see=must_see or {},
+    )
 
 
 async def _connect_named(

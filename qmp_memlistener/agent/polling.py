@@ -10,8 +10,14 @@ import asyncio
 from ..errors import DeadlineExceeded
 from ..qmp import IdleRoundTrip, Monitor, take_snapshot
 from ..tracking import Tracker
-from .mapping import BusMasters, maps_of
-from .source import MakeTracker, Patience, Publish, snapshot_deadline
+from .source import (
+    BusMasters,
+    MakeTracker,
+    Patience,
+    Publish,
+    maps_of,
+    snapshot_deadline,
+)
 
 __all__ = ["PollSource"]
 

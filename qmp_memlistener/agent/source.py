@@ -1,18 +1,29 @@
-"""What a source of knowledge about a guest looks like to the agent."""
+"""What a source of knowledge about a guest looks like to the agent, and what is read from the text
+of a snapshot: the maps that KVM has slots for, and who may do DMA."""
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Callable, Iterable
 from typing import Protocol
 
-from ..errors import DeadlineExceeded
+from ..errors import DeadlineExceeded, ProtocolViolation
+from ..memslots import ADDRESS_SPACES
 from ..records import Note, Record
-from ..topology import MemoryMap
+from ..topology import Dump, MemoryMap, read_maps
 from ..tracking import Tracker
-from .mapping import BusMasters
 
-__all__ = ["MakeTracker", "OwnCommand", "Patience", "Publish", "Source", "snapshot_deadline"]
+__all__ = [
+    "BusMasters",
+    "MakeTracker",
+    "OwnCommand",
+    "Patience",
+    "Publish",
+    "Source",
+    "maps_of",
+    "snapshot_deadline",
+]
 
 Publish = Callable[[Iterable[Record]], None]
 """Takes the records that do not come from the tracker; called, also without any, on news."""
@@ -24,6 +35,8 @@ OwnCommand = Callable[[str, int, int], None]
 """Told a command of ours that QEMU carried out: its name, when it began and when it was over."""
 
 SNAPSHOT_DEADLINE_S = 10.0
+
+_BUS_MASTER = re.compile(r"alias bus master @.*?( \[disabled\])? owner:\{dev id=([^}]*)\}")
 
 
 def snapshot_deadline() -> float:
@@ -82,3 +95,44 @@ class Patience:
             late_s = (now - self._since_ns) / 1e9
             self._since_ns = None
             self._publish([Note(t_ns=now, text=f"snapshots again, {late_s:.1f} s later")])
+
+
+def maps_of(text: str | Dump) -> dict[int, MemoryMap]:
+    """The maps in a snapshot, parsed or not, by KVM's address-space id.
+
+    Raises MtreeError for text that no QEMU prints, ProtocolViolation when there is no `memory`.
+    """
+    maps = read_maps(text, list(ADDRESS_SPACES))
+    if "memory" not in maps:
+        raise ProtocolViolation("`info mtree` shows no address space `memory`")
+    return {ADDRESS_SPACES[name]: m for name, m in maps.items()}
+
+
+class BusMasters:
+    """When drivers of the guest took their PCI devices, from the texts of successive snapshots.
+
+    The alias `bus master` of a device is enabled while its command register lets it do DMA
+    (pci_init_bus_master and pci_default_write_config, hw/pci/pci.c).  Linux leaves that to drivers
+    (pci_set_master): of virtio-net, virtio-blk, virtio-rng and nvme it was enabled exactly when a
+    driver was bound, of e1000 and ivshmem without a driver never (Linux 6.1; 7.2.22, 10.0.2,
+    11.1.3).  Only devices with an id are known.
+    """
+
+    def __init__(self) -> None:
+        self._off: dict[str, int] = {}
+        self._on: dict[str, int] = {}
+
+    def take(self, text: str, start_ns: int, end_ns: int) -> None:
+        """A snapshot, made between these times."""
+        found = {m[2]: m[1] is None for m in _BUS_MASTER.finditer(text)}
+        self._on = {name: self._on.get(name, end_ns) for name, on in found.items() if on}
+        for name, on in found.items():
+            if not on:
+                self._off[name] = start_ns
+        self._off = {name: t_ns for name, t_ns in self._off.items() if name in found}
+
+    def taken(self, device: str) -> tuple[int | None, int] | None:
+        """When it was last seen without a driver (None: never) and first with one; None: it has
+        none, or that is not known."""
+        on = self._on.get(device)
+        return None if on is None else (self._off.get(device), on)

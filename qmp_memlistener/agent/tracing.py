@@ -29,8 +29,15 @@ from ..qmp.trace_records import (
 )
 from ..records import Cause, GuestState, Lost, Note, Record
 from ..tracking import RawOp, Tracker
-from .mapping import BusMasters, maps_of
-from .source import MakeTracker, OwnCommand, Patience, Publish, snapshot_deadline
+from .source import (
+    BusMasters,
+    MakeTracker,
+    OwnCommand,
+    Patience,
+    Publish,
+    maps_of,
+    snapshot_deadline,
+)
 
 __all__ = ["STAMP_BOUND_NS", "TraceSource"]
 

@@ -5,6 +5,9 @@ attachment when the user named the probe, and put back afterwards; when somebody
 stays on, and when somebody else switches it off it stays off.  It knows sums for each call site,
 not single waits: what follows from two snapshots is stated in `LockProfileProbe`.  The text is
 `lockprofile_text`'s business.
+
+A note (`host.notes`, PID-START.sync-profile) is held as long as it is on by our doing, so that it
+is switched off for good: should this process be killed, by the next attach or `doctor --clean`.
 """
 
 from __future__ import annotations
@@ -14,16 +17,19 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
+import msgspec
+
 from ..errors import MemListenerError, ProtocolViolation
+from ..host import notes
 from ..host.directory import HeldFile
-from ..qmp import hmp, hmp_timed
+from ..host.processes import Process
+from ..qmp import Monitor, hmp, hmp_timed
 from ..records import MeasurementRecord
-from .leftover_notes import note, restore, stale
 from .lockprofile_text import Profile, Waits, difference, read_profile
 from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
 from .progress import Progress
 
-__all__ = ["LockProfileProbe"]
+__all__ = ["LockProfileProbe", "ProfilerNote", "left_on", "note_profiler", "switch_off"]
 
 _WHAT = "sync-profile"
 _RESOLUTION_NS = 1_000_000
@@ -38,6 +44,56 @@ _NAME_IT = (
     "run this on the host of that QEMU, or name the probe: then its profiler stays on should this "
     "process be killed"
 )
+
+
+class ProfilerNote(notes.Note, frozen=True, kw_only=True):
+    """The lock profiler of this QEMU is on by our doing."""
+
+    what: str = _WHAT
+
+    @property
+    def text(self) -> str:
+        """For people."""
+        return f"the lock profiler is on in QEMU (pid {self.pid})"
+
+
+def note_profiler(process: Process) -> HeldFile | None:
+    """Write that the profiler of this QEMU is about to be switched on.
+
+    A note that a dead owner left is taken over.  Remove it when the profiler is off again; close it
+    when that failed.  None when a live process of ours holds one.  Raises MissingPrerequisite when
+    there is no directory that is ours alone.
+    """
+    held = notes.hold(f"{process.key}.{_WHAT}")
+    if held is None:
+        return None
+    try:
+        held.write(msgspec.json.encode(ProfilerNote.about(process)))
+    except OSError:
+        held.close()
+        raise
+    return held
+
+
+def left_on(process: Process | None = None) -> list[notes.Stale[ProfilerNote]]:
+    """What dead owners of this user left switched on (in this QEMU), in QEMUs that still run."""
+    found = notes.stale(_WHAT, ProfilerNote, key=None if process is None else process.key)
+    return [left for left in found if left.note.pid is not None]
+
+
+async def switch_off(monitor: Monitor, left: notes.Stale[ProfilerNote]) -> bool:
+    """Do it over any monitor of that QEMU and remove the note.
+
+    False when it was no longer left over: somebody switched it off, or has it in use.  Raises
+    CommandFailed and as `Monitor.timed` does; then the note stays.
+    """
+    held = left.take()
+    if held is None:
+        return False
+    with held:
+        await hmp(monitor, "sync-profile off", quiet=True)
+        held.remove()
+    return True
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,16 +232,18 @@ class LockProfileProbe:
         guest = self._context.guest
         if guest is None:
             return
-        left = stale(guest.pid, guest.process.start_ticks, _WHAT)
-        if left is not None and await restore(self._context.monitor, left):
-            sink.note("switched off the lock profiler, which a killed process of ours had left on")
+        for left in left_on(guest.process):
+            if await switch_off(self._context.monitor, left):
+                sink.note(
+                    "switched off the lock profiler, which a killed process of ours had left on"
+                )
 
     async def _switch_on(self) -> None:
         """With the first snapshot.  Who had it on before us keeps it."""
         if not await self._is_on():
             guest = self._context.guest
             if guest is not None:
-                self._claim = note(guest.pid, guest.process.start_ticks, _WHAT)
+                self._claim = note_profiler(guest.process)
             # a live process of ours with a claim will switch it off itself
             self._undo = guest is None or self._claim is not None
             self._on_ns = time.monotonic_ns()

@@ -14,9 +14,9 @@ from dataclasses import replace
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from qmp_memlistener.probes import Context, ProbeUnavailable, StallKind, leftover_notes
+from qmp_memlistener.probes import Context, ProbeUnavailable, StallKind
 from qmp_memlistener.probes.kvmstats import KvmStatsProbe
-from qmp_memlistener.probes.lockprofile import LockProfileProbe
+from qmp_memlistener.probes.lockprofile import LockProfileProbe, left_on, switch_off
 from qmp_memlistener.qmp import Monitor, hmp
 from tests.support.leftovers import left_behind
 from tests.support.live import QEMUS, Vm, best_accel, booted, builds, qmp
@@ -186,15 +186,15 @@ async def test_after_a_kill_the_next_start_switches_it_off(build: QemuBuild) -> 
         for restored_by_start in (True, False):
             await killed_in_a_burst(vm)
             assert await profiler(monitor) == "on"
-            (left,) = [n for n in leftover_notes.find() if n.pid == vm.guest.pid]
-            assert "profiler" in left.text
+            (left,) = [n for n in left_on() if n.note.pid == vm.guest.pid]
+            assert "profiler" in left.note.text
             if restored_by_start:
                 async with at_work(LockProfileProbe(context)) as recorder:
                     assert await profiler(monitor) == "off"
                     assert "killed" in recorder.notes[0]
             else:
-                assert await leftover_notes.restore(monitor, left)
-                assert not await leftover_notes.restore(monitor, left)
+                assert await switch_off(monitor, left)
+                assert not await switch_off(monitor, left)
             assert await profiler(monitor) == "off"
             assert left_behind(vm.guest.pid) == []
 
@@ -203,7 +203,7 @@ KILLED = """
 import asyncio, sys
 from qmp_memlistener.guests import Guest
 from qmp_memlistener.qmp import Monitor, UnixTarget, find_guest
-from qmp_memlistener.probes.lockprofile import LockProfileProbe
+from qmp_memlistener.probes.lockprofile import LockProfileProbe, left_on, switch_off
 from tests.support.probes import Recorder, context_of
 from dataclasses import replace
 

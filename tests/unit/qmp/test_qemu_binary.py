@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_memlistener.agent.header import rules_of
+from qmp_memlistener.agent.monitors import rules_of
 from qmp_memlistener.host.files import find_text, open_foreign
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp.discovery import emulator_of

@@ -7,6 +7,7 @@ for leaving.  What can be done with a guest once the attachment is open is the A
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
@@ -15,10 +16,9 @@ from functools import partial
 
 from ..host.bounded import in_thread
 from ..memslots import Rules
-from ..probes import Context, StallKind, leftover_notes
+from ..probes import StallKind
 from ..probes.registry import choose
 from ..qmp import (
-    Guest,
     GuestFacts,
     Monitor,
     Target,
@@ -36,13 +36,13 @@ from ..waits import waiting
 from .background import Background
 from .failures import FailureWatch
 from .guest_events import GuestEvents
-from .header import header_of, rules_of
-from .monitors import Monitors, connect_monitors
+from .leftovers import switch_off_profiler
+from .monitors import Monitors, connect_monitors, context_of, rules_of
 from .outlet import Outlet
 from .polling import PollSource
 from .probe_runner import Measuring
 from .source import MakeTracker, Source
-from .tracing import TraceSource
+from .tracing import STAMP_BOUND_NS, TraceSource
 
 __all__ = ["AttachOptions", "Attached", "Opening"]
 
@@ -114,7 +114,7 @@ class Opening:
         rules = await in_thread(rules_of, facts.version, monitors.pid)
         files = stack.enter_context(ExitStack())  # a recording takes everything that follows
         if monitors.owner is not None:
-            await self._put_back(monitors.observer, monitors.owner)
+            self._remarks += await switch_off_profiler(monitors.observer, monitors.owner)
         stack.push_async_callback(self._outlet.dispatcher.close)
         stack.callback(self._outlet.records.close)
         stack.push_async_callback(self._finish_measuring)
@@ -128,13 +128,7 @@ class Opening:
         self._source = source
         # before the log is closed: what is in it and not read yet is reported too
         stack.push_async_callback(self._end_tasks)
-        header = header_of(
-            str(self._options.target),
-            facts,
-            monitors.pid,
-            traced=session is not None,
-            why_not=untraced.message if untraced is not None else None,
-        )
+        header = _header_of(str(self._options.target), facts, monitors.pid, untraced)
         self._publish_header(header, files)
         self._watch_events(monitors, facts, source)
         with waiting("for QEMU to show its memory map"):
@@ -158,16 +152,6 @@ class Opening:
         )
         self._remarks += monitors.remarks
         return monitors
-
-    async def _put_back(self, monitor: Monitor, owner: Guest) -> None:
-        """What a probe whose agent was killed left switched on; tracing sees to its own."""
-        process = owner.process
-        for what in leftover_notes.WHAT:
-            left = leftover_notes.stale(process.pid, process.start_ticks, what)
-            if left is not None and await leftover_notes.restore(monitor, left):
-                self._remarks.append(
-                    f"put back what an agent that was killed had left: {left.text}"
-                )
 
     # -- the map -----------------------------------------------------------------------------
 
@@ -283,15 +267,10 @@ class Opening:
         source: Source,
         untraced: TraceUnavailable | None,
     ) -> Measuring:
-        context = Context(
-            guest=monitors.companions.guest,
-            pid=monitors.pid,
-            facts=facts,
-            monitor=monitors.observer,
-            companions=monitors.companions,
-            traced=untraced is None,
-            why_not_traced=untraced.message if untraced is not None else None,
-            trace_remedy=untraced.remedy if untraced is not None else None,
+        context = context_of(
+            monitors,
+            facts,
+            untraced,
             named=self._options.probes is not None,
             max_share=self._options.max_overhead,
             must_see=self._options.must_see,
@@ -338,3 +317,29 @@ def _tracker_of(source: Source) -> Tracker:
     tracker = source.tracker
     assert tracker is not None, "the first snapshot has been taken"
     return tracker
+
+
+def _header_of(
+    target: str, facts: GuestFacts, pid: int | None, untraced: TraceUnavailable | None
+) -> Header:
+    from .. import __version__
+
+    if untraced is None:
+        source = "trace events: every slot operation and topology change"
+    else:
+        source = f"snapshots only, short-lived holes may be missed ({untraced.message})"
+    return Header(
+        tool_version=__version__,
+        monotonic_ns=time.monotonic_ns(),
+        realtime_ns=time.time_ns(),
+        host_kernel=os.uname().release,
+        target=target,
+        qemu_version=facts.version,
+        qemu_package=facts.package or None,
+        machine=facts.machine,
+        accel=facts.accel,
+        guest_name=facts.name,
+        pid=pid,
+        source=source,
+        stamp_bound_ns=STAMP_BOUND_NS if untraced is None else None,
+    )
