@@ -243,22 +243,21 @@ async def _update(
 
 async def _told(work: Awaitable[Outcome], tell: _Tell) -> int:
     """It prints as long as signals are handled, so that none falls between."""
+    from ..updates.model import Result
+
     outcome = await work
     tell(outcome)
-    return 0 if outcome.outcome == "done" else 1
+    return 0 if outcome.outcome is Result.DONE else 1
 
 
 def _untouched(strategy: str) -> Outcome:
     """Of an update that a signal ended before it began."""
-    from ..updates.model import GuestStates, Outcome
+    from ..updates.model import GuestStates, Outcome, Result, Strategy
 
     return Outcome(
-        outcome="refused",
+        outcome=Result.REFUSED,
         reason="interrupted: nothing was touched",
-        strategy=strategy,
-        phases=[],
-        stalls=[],
-        slot_ops=[],
+        strategy=Strategy(strategy),
         guest_state=GuestStates("unknown", "unknown"),
         interrupted=True,
     )

@@ -24,11 +24,11 @@ from .identity import find_owner
 __all__ = [
     "LOOK",
     "GuestFacts",
-    "Look",
+    "GuestLook",
     "MemoryDevice",
     "MemorySizes",
     "RunStatus",
-    "VcpuThread",
+    "GuestVcpu",
     "count_ram_blocks",
     "read_backends",
     "read_block_jobs",
@@ -83,7 +83,7 @@ LOOK = (Command("query-migrate"), Command("query-status"))
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class GuestLook:
     """QEMU's answers to LOOK: its RunState and MigrationStatus, and what tells one migration from
     the next (times in ms, bytes)."""
 
@@ -98,7 +98,7 @@ class Look:
         status: Reply | CommandFailed,
         *,
         untold: str | None = None,
-    ) -> Look:
+    ) -> GuestLook:
         """`untold` is the status when QEMU refuses to tell it; without, that is raised.
 
         Raises CommandFailed, ProtocolViolation.
@@ -118,7 +118,7 @@ class Look:
         sent = ram.get("transferred") if isinstance(ram, dict) else None
         return cls(state, str(migration.get("status", "none")), (*which, sent))
 
-    def ran_twice(self, before: Look) -> bool:
+    def ran_twice(self, before: GuestLook) -> bool:
         """`cont` was accepted between the two looks, but a migration had completed before it."""
         return (
             self.status == "running"
@@ -139,16 +139,16 @@ async def read_block_jobs(monitor: Monitor) -> tuple[str, ...]:
 # -- vCPUs ---------------------------------------------------------------------------------------
 
 
-class VcpuThread(msgspec.Struct, frozen=True, rename="kebab"):
+class GuestVcpu(msgspec.Struct, frozen=True, rename="kebab"):
     """A vCPU, and its thread as QEMU's namespace counts."""
 
     cpu_index: int
     thread_id: int
 
 
-async def read_vcpus(monitor: Monitor, *, deadline: float) -> list[VcpuThread] | None:
+async def read_vcpus(monitor: Monitor, *, deadline: float) -> list[GuestVcpu] | None:
     """None when QEMU does not answer."""
-    return await told(monitor, "query-cpus-fast", list[VcpuThread], deadline=deadline)
+    return await told(monitor, "query-cpus-fast", list[GuestVcpu], deadline=deadline)
 
 
 async def read_registers(monitor: Monitor, *, deadline: float) -> str:

@@ -30,7 +30,7 @@ from .hmp import hmp
 
 __all__ = [
     "PERIPHERAL",
-    "Bar",
+    "PciBar",
     "PciBus",
     "PciFunction",
     "Window",
@@ -129,7 +129,7 @@ async def read_ospm_devices(monitor: Monitor) -> frozenset[str | None]:
 
 
 @dataclass(frozen=True, slots=True)
-class Bar:
+class PciBar:
     """A BAR as query-pci shows it; `start` is None while the guest has given it no address."""
 
     start: int | None
@@ -147,7 +147,7 @@ class PciFunction:
     bus: int
     slot: int
     function: int
-    bars: tuple[Bar, ...]
+    bars: tuple[PciBar, ...]
     windows: tuple[Window, Window] | None
 
 
@@ -175,9 +175,9 @@ class _Region(msgspec.Struct):
     size: int
 
     @property
-    def bar(self) -> Bar:
+    def bar(self) -> PciBar:
         """-1 is a BAR without an address (pci_device_regions of hw/pci)."""
-        return Bar(None if self.address in (-1, (1 << 64) - 1) else self.address, self.size)
+        return PciBar(None if self.address in (-1, (1 << 64) - 1) else self.address, self.size)
 
 
 class _Function(msgspec.Struct):

@@ -15,6 +15,7 @@ import msgspec
 from ..distribution import percentile
 from ..updates.compare import CONTROL, Comparison, Round
 from ..updates.compare_stats import Difference, Summary
+from ..updates.model import Result
 from .lengths import count_text, duration_text, kind_text, span_text
 from .summary import probes_lines
 
@@ -27,7 +28,7 @@ ENOUGH_FOR_P99 = 100
 
 def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
     """Lines of at most 80 columns; `what` says in words what was done in each round."""
-    counts = Counter(r.strategy for r in found.rounds if r.outcome == "done")
+    counts = Counter(r.strategy for r in found.rounds if r.outcome is Result.DONE)
     rounds = max(counts.values(), default=0)
     window = duration_text(found.window_ns)
     each = count_text(rounds, "round")
@@ -40,7 +41,7 @@ def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
         if skipped.remedy:
             yield from _folded(f"  remedy: {skipped.remedy}")
     for r in found.rounds:
-        if r.outcome != "done":
+        if r.outcome is not Result.DONE:
             yield from _folded(f"round {r.order} ({r.strategy}) left out: {r.outcome}: {r.reason}")
     yield from probes_lines(found.probes)
     yield from _outlasted(found)
@@ -132,7 +133,7 @@ def _folded(text: str) -> Iterator[str]:
 
 def _outlasted(found: Comparison) -> Iterator[str]:
     """Updates that went on when nobody counted stalls any more."""
-    done = [r for r in found.rounds if r.outcome == "done"]
+    done = [r for r in found.rounds if r.outcome is Result.DONE]
     for name in sorted({r.strategy for r in done}, key=_rank):
         own = [r.took_ns for r in done if r.strategy == name]
         late = sum(took > found.window_ns for took in own)
@@ -153,7 +154,7 @@ def _operations(rounds: Sequence[Round]) -> Iterator[str]:
     yield f"{'strategy':<10}{'rounds':>7}{'slot operations':>17}{'slots':>7}{'transitions':>13}"
     names = sorted({r.strategy for r in rounds}, key=_rank)
     for name in names:
-        own = [r for r in rounds if r.strategy == name and r.outcome == "done"]
+        own = [r for r in rounds if r.strategy == name and r.outcome is Result.DONE]
         if not own:
             continue
         ops, slots, changes = (

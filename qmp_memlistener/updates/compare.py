@@ -22,7 +22,7 @@ from ..host.bounded import in_thread
 from ..records import ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .compare_guest import ComparedGuest, HostGuest, NotPutBack
 from .compare_stats import Difference, Measured, Summary, differences, summaries
-from .model import Intent, Outcome, Strategy, UpdateRefused
+from .model import Intent, Outcome, Result, Strategy, UpdateRefused
 from .operation import Host
 from .settings import UpdateOptions
 
@@ -58,7 +58,7 @@ class Round(msgspec.Struct, frozen=True):
 
     strategy: str
     order: int
-    outcome: str
+    outcome: Result
     reason: str | None
     start_ns: int
     stalls: list[StallRecord]
@@ -72,7 +72,7 @@ class Round(msgspec.Struct, frozen=True):
 class Skipped(msgspec.Struct, frozen=True):
     """A strategy that this guest does not allow, or that failed in its warm-up round."""
 
-    strategy: str
+    strategy: Strategy
     reason: str
     remedy: str | None
 
@@ -207,10 +207,10 @@ class _Comparing:
         for strategy in strategies:
             outcome = await self._round(strategy, counts=False)
             assert outcome is not None, "a strategy has an outcome"
-            if outcome.outcome in ("done", "partial"):
+            if outcome.outcome in (Result.DONE, Result.PARTIAL):
                 possible.append(strategy)
                 continue
-            why = Skipped(str(strategy), outcome.reason or outcome.outcome, outcome.remedy)
+            why = Skipped(strategy, outcome.reason or str(outcome.outcome), outcome.remedy)
             self._skipped.append(why)
             self._progress(f"{strategy} is not possible: {why.reason}")
         if not possible:
@@ -234,7 +234,7 @@ class _Comparing:
                 else:
                     found = await self._guest.change(strategy)
                     start = found.phases[0].start_ns if found.phases else time.monotonic_ns()
-                    if found.outcome in ("done", "partial"):
+                    if found.outcome in (Result.DONE, Result.PARTIAL):
                         await self._until(start + self._window_ns)
                 made = self._made(strategy, start, found)
             if counts:
@@ -265,7 +265,7 @@ class _Comparing:
         return Round(
             CONTROL if strategy is None else str(strategy),
             len(self._rounds),
-            outcome.outcome if outcome is not None else "done",
+            outcome.outcome if outcome is not None else Result.DONE,
             outcome.reason if outcome is not None else None,
             start,
             stalls,
@@ -291,7 +291,7 @@ class _Comparing:
         self._late_stalls()
         counted: dict[str, list[Measured]] = {}
         for each in self._rounds:
-            if each.outcome == "done":
+            if each.outcome is Result.DONE:
                 found = Measured(each.stalls, frozenset(each.measured))
                 counted.setdefault(each.strategy, []).append(found)
         order = {name: i for i, name in enumerate((*Strategy, CONTROL))}

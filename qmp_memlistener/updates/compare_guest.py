@@ -20,12 +20,12 @@ from ..qmp.guest import read_status
 from ..records import ProbeState, Record
 from .guest_response import QUIET_S
 from .guest_view import backends_of, read_facts, read_guest
-from .model import Intent, Outcome, Plug, Resize, Role, Strategy, Unplug, UpdateRefused
+from .model import Intent, Outcome, Plug, Resize, Result, Role, Strategy, Unplug, UpdateRefused
 from .operation import Host, perform
 from .removing import remove
 from .settings import UpdateOptions
 
-__all__ = ["ComparedGuest", "GuestState", "HostGuest", "NotPutBack", "read_state"]
+__all__ = ["ComparedGuest", "ComparedState", "HostGuest", "NotPutBack", "read_state"]
 
 Perform = Callable[[Host, Intent, Strategy, UpdateOptions | None], Awaitable[Outcome]]
 """`operation.perform`."""
@@ -43,7 +43,7 @@ class NotPutBack(OperationFailed):
 
 
 @dataclass(frozen=True, slots=True)
-class GuestState:
+class ComparedState:
     """What a change of ours may leave behind: what there is, and what virtio-mem devices were asked
     for and have, in bytes."""
 
@@ -84,14 +84,14 @@ class ComparedGuest(Protocol):
         """How the guest differs from what it was, in words; empty when it does not."""
 
 
-async def read_state(monitor: Monitor, intent: Intent) -> GuestState:
+async def read_state(monitor: Monitor, intent: Intent) -> ComparedState:
     """Only what `intent` may touch.  Raises TargetError."""
     facts = await read_facts(monitor, intent)
     if isinstance(intent, Plug):
         ours = {(a.role, a.id) for a in (intent.device, *intent.backends)}
-        return GuestState(frozenset(i for i in ours if i[1] in facts.ids(i[0])))
+        return ComparedState(frozenset(i for i in ours if i[1] in facts.ids(i[0])))
     view = await read_guest(monitor)
-    return GuestState(
+    return ComparedState(
         frozenset(
             (role, name)
             for role, prefix in ((Role.DEVICE, _DIMM), (Role.OBJECT, _MEMORY))
@@ -117,14 +117,14 @@ class HostGuest:
         options: UpdateOptions,
         *,
         perform: Perform = perform,
-        read: Callable[[Monitor, Intent], Awaitable[GuestState]] = read_state,
+        read: Callable[[Monitor, Intent], Awaitable[ComparedState]] = read_state,
     ) -> None:
         self._host = host
         self._intent = intent
         self._options = options
         self._perform = perform
         self._read = read
-        self._start = GuestState()
+        self._start = ComparedState()
 
     def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]:
         return self._host.subscribe(callback)
@@ -168,7 +168,7 @@ class HostGuest:
             how = strategy if strategy is Strategy.HOLE else Strategy.DIRECT
             patient = self._patient(max(self._options.wait_s, PATIENCE_S))
             grown = await self._perform(self._host, Resize("+", intent.size), how, patient)
-            if grown.outcome != "done":
+            if grown.outcome is not Result.DONE:
                 return grown
             intent = await self._last_dimm() or intent
         return await self._perform(self._host, intent, strategy, self._options)
@@ -204,7 +204,7 @@ class HostGuest:
             except OperationFailed as exc:
                 why, remedy = exc.message, exc.remedy
             else:
-                if outcome is not None and outcome.outcome != "done":
+                if outcome is not None and outcome.outcome is not Result.DONE:
                     why, remedy = outcome.reason or "", outcome.remedy
             await asyncio.sleep(min(_AGAIN_S, left) if why else 0)
         if is_resized:
@@ -213,13 +213,13 @@ class HostGuest:
     async def left(self) -> str:
         return self._differences(await self._read(self._host.monitor, self._intent))
 
-    def _is_back(self, now: GuestState) -> bool:
+    def _is_back(self, now: ComparedState) -> bool:
         """Devices that somebody else has added meanwhile are none of our business."""
         return now.ids == self._start.ids and all(
             now.memory.get(name) == had for name, had in self._start.memory.items()
         )
 
-    async def _undo(self, now: GuestState, left: float) -> Outcome | None:
+    async def _undo(self, now: ComparedState, left: float) -> Outcome | None:
         """One step towards the start; an outcome where there is one."""
         for name in sorted(now.devices() - self._start.devices()):
             intent = await self._unplugging(name)
@@ -251,7 +251,7 @@ class HostGuest:
     def _patient(self, seconds: float) -> UpdateOptions:
         return replace(self._options, wait_s=seconds)
 
-    def _differences(self, now: GuestState) -> str:
+    def _differences(self, now: ComparedState) -> str:
         """In words."""
         words = [f"{role} {name} is there" for role, name in sorted(now.ids - self._start.ids)]
         words += [f"{role} {name} is gone" for role, name in sorted(self._start.ids - now.ids)]

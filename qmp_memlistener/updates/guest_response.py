@@ -23,7 +23,7 @@ from .plans import DIMM_BLOCK
 from .settings import Waiting
 from .steps import Awaited, UpdatePlan, mib
 
-__all__ = ["Reaction", "Verdict"]
+__all__ = ["GuestAnswer", "GuestResponse"]
 
 QUIET_S = 0.3
 """So long nothing may happen until a guest counts as done; Linux pauses for some 100 ms between
@@ -38,7 +38,7 @@ _DRIVERS = ("virtio-", "vhost-")
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class GuestAnswer:
     """Whether the guest has done its part; `refused` when it said no; `reason` in words."""
 
     done: bool
@@ -48,7 +48,7 @@ class Verdict:
     notes: tuple[str, ...] = ()
 
 
-class Reaction:
+class GuestResponse:
     """Collects signs from the moment it is made.  `event` and `record` are callbacks."""
 
     def __init__(
@@ -57,13 +57,14 @@ class Reaction:
         marks: Marks,
         monitor: Monitor,
         driver_taken: Callable[[str], tuple[int | None, int] | None],
+        waiting: Waiting,
     ) -> None:
         self._plan = plan
         self._driver_taken = driver_taken
         self._marks = marks
         self._monitor = monitor
         self._news = asyncio.Event()
-        self._enough = asyncio.Event()
+        self._enough = waiting.enough
         self._gone: set[str] = set()
         self._backends_gone: list[str] = []
         self._refusal: str | None = None
@@ -162,53 +163,52 @@ class Reaction:
 
     # -- waiting -----------------------------------------------------------------------------
 
-    async def wait(self, wait_s: float, waiting: Waiting | None = None) -> Verdict:
-        """Until the guest has done its part, refused, `wait_s` seconds are over, or `waiting` ends.
-
-        Raises TargetError.
-        """
-        if waiting is None:
-            return await self._wait(time.monotonic() + wait_s)
-        self._enough = waiting.enough
+    async def wait(self, wait_s: float) -> GuestAnswer:
+        """Until the guest has done its part, refused, `wait_s` seconds are over, or the update is
+        ended.  Raises TargetError."""
         with waits.waiting("for the guest to do its part; Ctrl-C ends that"):
             return await self._wait(time.monotonic() + wait_s)
 
-    async def still(self) -> Verdict:
+    async def still(self) -> GuestAnswer:
         """How things are with a guest that does not run: it does nothing."""
         self._still = True
         self._marks.still = True
         return await self._wait(0.0)
 
-    async def _wait(self, end: float) -> Verdict:
+    async def _wait(self, end: float) -> GuestAnswer:
         match self._plan.awaited:
             case Awaited.GONE:
-                verdict = await self._wait_gone(end)
+                answer = await self._wait_gone(end)
             case Awaited.SIZE:
-                verdict = await self._wait_sizes(end)
+                answer = await self._wait_sizes(end)
             case Awaited.REACTION | Awaited.TAKEN:
-                verdict = await self._wait_reaction(end)
-        if not verdict.refused and self._marks.first_sign is not None:
+                answer = await self._wait_reaction(end)
+        if not answer.refused and self._marks.first_sign is not None:
             await self._wait_quiet(max(end, time.monotonic() + QUIET_S))
         if not self._enough.is_set():
-            return verdict
+            return answer
         note = "interrupted: the guest was not waited for any longer"
-        notes = (*verdict.notes, note)
-        if verdict.done and self._plan.awaited is not Awaited.GONE and self._cut_short:
+        notes = (*answer.notes, note)
+        if answer.done and self._plan.awaited is not Awaited.GONE and self._cut_short:
             why = "it was changed, and the guest's part was not waited for"
-            return Verdict(False, reason=why, remedy="nothing: it goes on by itself", notes=(note,))
-        return replace(verdict, notes=notes)
+            return GuestAnswer(
+                False, reason=why, remedy="nothing: it goes on by itself", notes=(note,)
+            )
+        return replace(answer, notes=notes)
 
-    async def _wait_gone(self, end: float) -> Verdict:
+    async def _wait_gone(self, end: float) -> GuestAnswer:
         wanted = set(self._plan.devices)
         while not wanted <= self._gone and self._refusal is None and self._left(end):
             await self._until(end)
         if wanted <= self._gone:
-            return Verdict(True)
+            return GuestAnswer(True)
         if self._refusal is not None:
-            return Verdict(False, True, self._refusal, "stop using it in the guest, and try again")
+            return GuestAnswer(
+                False, True, self._refusal, "stop using it in the guest, and try again"
+            )
         left = wanted - self._gone
         if left.isdisjoint(await read_children(self._monitor, PERIPHERAL)):
-            return Verdict(
+            return GuestAnswer(
                 False,
                 reason=f"{', '.join(sorted(left))} left the guest, and QEMU has not freed it yet: "
                 "a vCPU or a request holds on to it",
@@ -222,13 +222,13 @@ class Reaction:
         if not so_far:
             so_far.append("the guest was asked and has not answered")
         are = "is" if len(left) == 1 else "are"
-        return Verdict(
+        return GuestAnswer(
             False,
             reason=f"{', '.join(sorted(left))} {are} still there: {'; '.join(so_far)}",
             remedy="wait longer (--wait); is the guest's hotplug driver loaded, and is it running?",
         )
 
-    async def _wait_sizes(self, end: float) -> Verdict:
+    async def _wait_sizes(self, end: float) -> GuestAnswer:
         sizes: dict[str, int] = {}
         while self._plan.sizes:
             before = sizes
@@ -236,19 +236,19 @@ class Reaction:
             if before and sizes != before:
                 self._marks.sign(time.monotonic_ns(), surely=True)
             if sizes == self._plan.sizes:
-                return Verdict(True)
+                return GuestAnswer(True)
             if not self._left(end):
                 break
             await self._until(min(end, time.monotonic() + _POLL_S))
         if not self._plan.sizes:
-            return Verdict(True)
+            return GuestAnswer(True)
         have = ", ".join(
             f"{name} has {sizes[name] >> 20} of {size >> 20} MiB"
             if name in sizes
             else f"QEMU lists no memory device {name}"
             for name, size in self._plan.sizes.items()
         )
-        return Verdict(
+        return GuestAnswer(
             False,
             reason=f"the guest has not plugged or unplugged all of it: {have}",
             remedy="it goes on as the guest can; wait longer (--wait), or ask for another size",
@@ -261,12 +261,12 @@ class Reaction:
             if d.id in self._plan.sizes and d.id is not None and d.size is not None
         }
 
-    async def _wait_reaction(self, end: float) -> Verdict:
+    async def _wait_reaction(self, end: float) -> GuestAnswer:
         devices = list((self._seen or {}).values())
         unseen = [s.why_unseen for s in devices if s.why_unseen is not None]
         if devices and len(unseen) == len(devices):
             note = f"realised in QEMU; what the guest does with it is not known: {unseen[0]}"
-            return Verdict(True, notes=(note,))
+            return GuestAnswer(True, notes=(note,))
         first = min(end, time.monotonic() + FIRST_SIGN_S)
         while self._marks.first_sign is None and self._left(first):
             await self._look_at_bars()
@@ -275,17 +275,17 @@ class Reaction:
             return self._silent(devices)
         await self._wait_quiet(end)
         if self._refusal is not None:
-            return Verdict(False, True, self._refusal, "see the guest's log")
-        return next(filter(None, map(_unusable, devices)), Verdict(True))
+            return GuestAnswer(False, True, self._refusal, "see the guest's log")
+        return next(filter(None, map(_unusable, devices)), GuestAnswer(True))
 
-    def _silent(self, devices: Sequence[Seen]) -> Verdict:
+    def _silent(self, devices: Sequence[Seen]) -> GuestAnswer:
         memory = [s.placed for s in devices if s.answers and s.placed.memory is not None]
         unusable = next(filter(None, map(_unusable, devices)), None)
         if unusable is not None:
             return unusable
         if memory and self._plan.awaited is Awaited.TAKEN and not self._still:
             size = sum(p.memory.size for p in memory if p.memory is not None)
-            return Verdict(
+            return GuestAnswer(
                 False,
                 reason=f"{mib(size)} were given, and the guest has not answered: whether it uses "
                 "them is not known",
@@ -294,7 +294,7 @@ class Reaction:
             )
         self._cut_short = self._enough.is_set()
         note = "the guest has not reacted: it may have no driver"
-        return Verdict(True, notes=() if self._still or self._cut_short else (note,))
+        return GuestAnswer(True, notes=() if self._still or self._cut_short else (note,))
 
     async def _look_at_bars(self) -> None:
         """Whether the guest has given a BAR an address, where no trace tells."""
@@ -315,7 +315,6 @@ class Reaction:
         while self._left(end):
             last = self._marks.last_sign or self._marks.accepted or self._marks.begun
             bound = self._marks.bound is not None or not self._look_for_driver()
-            bound = bound or self._marks.bound is not None
             # a guest that is busy takes its time between the last BAR and the driver
             quiet = (QUIET_S if bound else _DRIVER_S) - (time.monotonic_ns() - last) / 1e9
             if quiet <= 0:
@@ -324,7 +323,7 @@ class Reaction:
             await self._until(min(end, time.monotonic() + nap))
 
     def _look_for_driver(self) -> bool:
-        """Whether there is a driver to wait for."""
+        """Whether there is a driver to wait for, still."""
         marks = self._marks
         if self._plan.awaited is not Awaited.REACTION or marks.first_sign is None:
             return False
@@ -334,7 +333,7 @@ class Reaction:
             since, marks.bound = taken
             first = marks.first_sign if since is None or since < sent else since
             marks.unbound = min(marks.bound, first)
-        return any(
+        return marks.bound is None and any(
             step.addition is not None and step.addition.type.startswith(_DRIVERS)
             for step in self._plan.update
         )
@@ -379,7 +378,7 @@ def _programs(cause: Cause, seen: Seen) -> bool:
     return False
 
 
-def _unusable(seen: Seen) -> Verdict | None:
+def _unusable(seen: Seen) -> GuestAnswer | None:
     """A DIMM that Linux takes no part of; its _OST says success all the same (acpi_memhotplug,
     6.1): add_memory wants whole blocks, at addresses of blocks."""
     placed = seen.placed
@@ -388,7 +387,7 @@ def _unusable(seen: Seen) -> Verdict | None:
         return None
     if not memory.size % DIMM_BLOCK and not memory.start % DIMM_BLOCK:
         return None
-    return Verdict(
+    return GuestAnswer(
         False,
         reason=f"{placed.id} is in the map, {mib(memory.size)} at {memory.start:#x}; Linux uses 0 "
         f"bytes of it: it takes whole blocks of {mib(DIMM_BLOCK)} at least, at multiples of that",

@@ -29,7 +29,7 @@ from ..qmp.identity import GuestIdentity
 from .guest_view import backends_of, read_ids
 from .model import Addition, Role
 from .removing import remove
-from .steps import Step, UpdatePlan
+from .steps import UpdatePlan, UpdateStep
 
 __all__ = ["Journal", "MadeNote", "left_made", "noted", "still_there"]
 
@@ -45,16 +45,16 @@ class Journal:
 
     def __init__(self, notes: list[str]) -> None:
         self.notes = notes
-        self.made: list[Step] = []
-        self.asked: tuple[Step, ...] = ()
+        self.made: list[UpdateStep] = []
+        self.asked: tuple[UpdateStep, ...] = ()
         self.stands = False
         self._removed: list[str] = []
 
-    def ask(self, *steps: Step) -> None:
+    def ask(self, *steps: UpdateStep) -> None:
         """They are sent now."""
         self.asked = steps
 
-    def answered(self, steps: Iterable[Step]) -> None:
+    def answered(self, steps: Iterable[UpdateStep]) -> None:
         """Of those that were sent QEMU has carried out these, and no others."""
         self.asked = ()
         self.made += steps
@@ -111,7 +111,7 @@ class Journal:
                 return
             self._strike(step)
 
-    def _strike(self, step: Step) -> None:
+    def _strike(self, step: UpdateStep) -> None:
         if step in self.made:
             self.made.remove(step)
             self._removed.insert(0, step.what)

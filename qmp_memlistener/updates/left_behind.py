@@ -12,7 +12,7 @@ from ..errors import CommandFailed, OperationFailed
 from ..host import notes
 from ..qmp import Command, Monitor
 from ..qmp.freeze import FreezeKey
-from ..qmp.guest import LOOK, Look
+from ..qmp.guest import LOOK, GuestLook
 from ..qmp.identity import GuestIdentity
 from .guard_notes import GuardNote, unfinished
 from .journal import MadeNote, left_made, still_there
@@ -75,7 +75,7 @@ async def confirmed(monitor: Monitor, left: LeftBehind) -> str | None:
             return None
         names = ", ".join(f"{a.role} {a.id} ({a.type})" for a in there)
         return f"{names} is left over in QEMU (pid {note.pid}) by an agent of ours that was killed"
-    look = Look.of(*await monitor.pipeline(LOOK))
+    look = GuestLook.of(*await monitor.pipeline(LOOK))
     if look.status == "running":
         left.note.remove()
         return None
@@ -124,7 +124,7 @@ def _check_process(monitor: Monitor, note: notes.Note) -> None:
 
 
 async def _resume(monitor: Monitor, note: GuardNote) -> None:
-    look = Look.of(*await monitor.pipeline(LOOK))
+    look = GuestLook.of(*await monitor.pipeline(LOOK))
     why = ""
     if has_guest(look):
         why = f"a migration has it (migration {look.migration}, state {look.status})"
@@ -147,7 +147,7 @@ async def _resume(monitor: Monitor, note: GuardNote) -> None:
     cont, *looked = await monitor.pipeline([Command("cont"), *LOOK])
     if isinstance(cont, CommandFailed):
         raise cont
-    if Look.of(*looked).ran_twice(look):
+    if GuestLook.of(*looked).ran_twice(look):
         await monitor.execute("stop")
         raise OperationFailed(
             f"{note.guest} was migrated at this moment; it was stopped again",

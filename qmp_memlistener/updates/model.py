@@ -25,6 +25,7 @@ __all__ = [
     "Plug",
     "Range",
     "Resize",
+    "Result",
     "Role",
     "Strategy",
     "Unplug",
@@ -53,6 +54,19 @@ class Strategy(StrEnum):
     DIRECT = "direct"
     PAUSE = "pause"
     HOLE = "hole"
+
+
+class Result(StrEnum):
+    """What an update came to.
+
+    PARTIAL: some of it holds, such as a part of the memory, or the guest has not answered yet.
+    REFUSED: nothing was touched, or the guest refused.  FAILED: it was undone.
+    """
+
+    DONE = "done"
+    PARTIAL = "partial"
+    REFUSED = "refused"
+    FAILED = "failed"
 
 
 class Role(StrEnum):
@@ -204,21 +218,19 @@ class Placed(msgspec.Struct, frozen=True, omit_defaults=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What came of an update; the JSON document of `hotplug`, `unplug` and `resize`.
 
-    `outcome`: `done`; `partial` (some of it holds, such as a part of the memory, or the guest has
-    not answered yet); `refused` (nothing was touched, or the guest refused); `failed` (undone).
     `reason` says why it is not `done`.  `probes`: which of them measured, and why others did not.
     `placed` is where the devices of the update are, those that QEMU still has.  `interrupted`: it
     was ended before it was done.
     """
 
     schema: int = 1
-    outcome: str
+    outcome: Result
     reason: str | None
     remedy: str | None = None
-    strategy: str
-    phases: list[Phase]
-    stalls: list[StallRecord]
-    slot_ops: list[SlotOp]
+    strategy: Strategy
+    phases: list[Phase] = []
+    stalls: list[StallRecord] = []
+    slot_ops: list[SlotOp] = []
     guest_state: GuestStates
     transitions: int = 0
     notes: list[str] = []

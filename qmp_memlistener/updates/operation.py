@@ -37,18 +37,11 @@ from ..qmp.guest_devices import Window, read_windows
 from ..records import Header, ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .guard import ResumeGuard
 from .guard_start import guard_targets
-from .guest_response import Reaction, Verdict
+from .guest_response import GuestAnswer, GuestResponse
 from .guest_view import read_facts, read_guest
 from .journal import Journal, noted
 from .migrating import refuse_if_migrating
-from .model import (
-    GuestStates,
-    Intent,
-    Outcome,
-    Plug,
-    Role,
-    Strategy,
-)
+from .model import GuestStates, Intent, Outcome, Plug, Result, Strategy
 from .pause import run_paused
 from .phases import Marks, phases_of
 from .placement import Seen, look_at
@@ -56,7 +49,7 @@ from .plans import plan_update
 from .property_types import add, type_arguments
 from .removing import count_memory_backends, remove, wait_freed
 from .settings import UpdateOptions, Waiting
-from .steps import Awaited, Step, UpdatePlan
+from .steps import Awaited, UpdatePlan, UpdateStep
 
 __all__ = ["Host", "perform"]
 
@@ -138,7 +131,7 @@ class _Operation:
                 guard = await self._start_guard(stack, plan)
                 self._go_on("nothing was touched")
             except OperationFailed as exc:
-                refused = await self._outcome("refused", exc)
+                refused = await self._outcome(Result.REFUSED, exc)
                 # what happens to the guest meanwhile, a migration's say, is none of our doing
                 return msgspec.structs.replace(refused, stalls=[], slot_ops=[], transitions=0)
             await self._host.probes_started()
@@ -183,12 +176,14 @@ class _Operation:
     async def _carry_out(
         self, plan: UpdatePlan, ops: Monitor, guard: ResumeGuard | None
     ) -> Outcome:
-        reaction = Reaction(plan, self._marks, self._host.monitor, self._host.driver_taken)
+        response = GuestResponse(
+            plan, self._marks, self._host.monitor, self._host.driver_taken, self._waiting
+        )
         async with AsyncExitStack() as stack:
-            stack.callback(self._host.subscribe(reaction.record))
-            stack.callback(self._host.monitor.subscribe(reaction.event))
+            stack.callback(self._host.subscribe(response.record))
+            stack.callback(self._host.monitor.subscribe(response.event))
             if plan.awaited is Awaited.GONE:
-                reaction.look(await self._look())
+                response.look(await self._look())
             try:
                 async with noted(ops, plan), self._undone_on_failure(ops):
                     await self._prepare(plan, ops)
@@ -197,22 +192,24 @@ class _Operation:
                 left = self._journal.left
                 what = f"left over: {', '.join(left)}" if left else self._journal.removed
                 ended = _Ended(f"interrupted before the device was touched; {what}")
-                return await self._outcome("partial" if left else "failed", ended)
+                return await self._outcome(Result.PARTIAL if left else Result.FAILED, ended)
             except OperationFailed as exc:
-                return await self._outcome("partial" if self._journal.stands else "failed", exc)
+                stands = self._journal.stands
+                return await self._outcome(Result.PARTIAL if stands else Result.FAILED, exc)
             self._notes += plan.notes
             if plan.awaited is not Awaited.GONE:
-                reaction.look(await self._look())
-            verdict = await self._wait(reaction)
+                response.look(await self._look())
+            answer = await self._wait(response)
             if (gone := self._migrated) is not None:
-                verdict = replace(verdict, done=False, reason=gone.message, remedy=gone.remedy)
-        self._notes += verdict.notes
-        if verdict.done:
-            verdict = await self._finish(plan, ops, verdict)
+                answer = replace(answer, done=False, reason=gone.message, remedy=gone.remedy)
+        self._notes += answer.notes
+        if answer.done:
+            answer = await self._finish(plan, ops, answer)
         if self._strategy is Strategy.HOLE and plan.awaited is Awaited.REACTION:
             self._notes.append(await self._moved_windows())
-        outcome = "done" if verdict.done else "refused" if verdict.refused else "partial"
-        return await self._outcome(outcome, verdict)
+        if answer.done:
+            return await self._outcome(Result.DONE, answer)
+        return await self._outcome(Result.REFUSED if answer.refused else Result.PARTIAL, answer)
 
     async def _moved_windows(self) -> str:
         """Whether the guest moved a bridge window, which takes away what is behind it meanwhile."""
@@ -220,18 +217,18 @@ class _Operation:
         moved = [name for name, windows in now.items() if self._windows.get(name) != windows]
         return f"bridge windows moved: {', '.join(moved)}" if moved else "no bridge window moved"
 
-    async def _wait(self, reaction: Reaction) -> Verdict:
+    async def _wait(self, response: GuestResponse) -> GuestAnswer:
         """A guest that does not run does nothing."""
         try:
             if (await read_status(self._host.monitor)).running:
-                return await reaction.wait(self._options.wait_s, self._waiting)
+                return await response.wait(self._options.wait_s)
         except CommandFailed as exc:
             why = f"it was changed, but what the guest does about it is not known: {exc.message}"
-            return Verdict(False, reason=why, remedy=exc.remedy)
+            return GuestAnswer(False, reason=why, remedy=exc.remedy)
         await self._settle()
-        verdict = await reaction.still()
+        answer = await response.still()
         note = "the guest does not run: it takes note of the change when it does"
-        return replace(verdict, notes=(*verdict.notes, note))
+        return replace(answer, notes=(*answer.notes, note))
 
     async def _prepare(self, plan: UpdatePlan, ops: Monitor) -> None:
         self._marks.begun = time.monotonic_ns()
@@ -250,15 +247,17 @@ class _Operation:
             self._marks.prepared = time.monotonic_ns()
         self._go_on("the device was not touched")
 
-    def _ask(self, *steps: Step) -> None:
+    def _ask(self, *steps: UpdateStep) -> None:
         self._journal.ask(*steps)
         self._waiting.ask(" and ".join(s.command.name for s in steps))
 
-    def _answered(self, steps: Sequence[Step]) -> None:
+    def _answered(self, steps: Sequence[UpdateStep]) -> None:
         self._journal.answered(steps)
         self._waiting.answered()
 
-    async def _update(self, steps: Sequence[Step], ops: Monitor, guard: ResumeGuard | None) -> None:
+    async def _update(
+        self, steps: Sequence[UpdateStep], ops: Monitor, guard: ResumeGuard | None
+    ) -> None:
         commands = [step.command for step in steps]
         if not commands:
             return
@@ -312,56 +311,43 @@ class _Operation:
         found = [await look_at(self._host.monitor, name) for name in self._devices]
         return [seen for seen in found if seen is not None]
 
-    async def _finish(self, plan: UpdatePlan, ops: Monitor, verdict: Verdict) -> Verdict:
+    async def _finish(self, plan: UpdatePlan, ops: Monitor, answer: GuestAnswer) -> GuestAnswer:
         """What is left to do once the guest has done its part: backends of what was unplugged."""
-        objects = [
-            str((s.command.arguments or {}).get("id"))
-            for s in plan.finish
-            if s.command.name == Role.OBJECT.remove_command
-        ]
-        backends = await count_memory_backends(ops, objects) if objects else 0
+        backends = await count_memory_backends(ops, [step.command for step in plan.finish])
         blocks = await count_ram_blocks(ops) if backends else None
         for step in plan.finish:
             try:
                 await remove(ops, step.command)
             except CommandFailed as exc:
-                return Verdict(
+                return GuestAnswer(
                     False,
                     reason=f"{step.what} could not be removed: {exc.desc}",
                     remedy="is something else using it?",
                 )
         if blocks is not None and not await wait_freed(ops, blocks - backends):
             self._notes.append("QEMU has not freed that memory yet: wait before it is used again")
-        return verdict
+        return answer
 
     # -- what came of it ---------------------------------------------------------------------
 
-    async def _outcome(self, outcome: str, why: Verdict | MemListenerError) -> Outcome:
+    async def _outcome(self, outcome: Result, why: GuestAnswer | MemListenerError) -> Outcome:
         await self._settle()
         self._marks.settled = time.monotonic_ns()
         after = await self._status()
         reason = why.message if isinstance(why, MemListenerError) else why.reason
         begun = self._marks.begun
         # what happens in a guest that was not touched is none of ours
-        touched = self._marks.prepared is not None or self._marks.sent is not None
-        seen = self._records if touched else []
+        seen = self._records if self._marks.touched else []
         stalls = [r for r in seen if isinstance(r, StallRecord) and r.end_ns > begun]
-        slot_ops = [r for r in seen if isinstance(r, SlotOp) and r.t_ns >= begun]
         changes = [r for r in seen if isinstance(r, TransitionRecord) and r.t_ns >= begun]
-        return Outcome(
-            outcome=outcome,
-            reason=None if outcome == "done" else reason,
-            remedy=None if outcome == "done" else why.remedy,
-            strategy=str(self._strategy),
+        done = outcome is Result.DONE
+        return msgspec.structs.replace(
+            self._outline(outcome, None if done else reason, None if done else why.remedy, after),
             phases=phases_of(self._marks, changes, stalls),
             stalls=stalls,
-            slot_ops=slot_ops,
-            guest_state=GuestStates(self._before, after),
+            slot_ops=[r for r in seen if isinstance(r, SlotOp) and r.t_ns >= begun],
             transitions=sum(t.merged for t in changes),
-            notes=self._notes,
-            probes=self._host.probes(),
-            placed=[s.placed for s in await self._look()] if touched else [],
-            interrupted=self._waiting.enough.is_set(),
+            placed=[s.placed for s in await self._look()] if self._marks.touched else [],
         )
 
     def cut_short(self) -> Outcome:
@@ -371,19 +357,25 @@ class _Operation:
         if journal.left:
             why = "; ".join(journal.left)
             remedy = "`show` tells what the guest has; `unplug ID --backends` takes a device out"
-        touched = self._marks.prepared is not None or self._marks.sent is not None
+        outcome = Result.FAILED if self._marks.touched else Result.REFUSED
+        if journal.left:
+            outcome = Result.PARTIAL
+        outline = self._outline(outcome, f"interrupted: {why}", remedy, _UNKNOWN)
+        return msgspec.structs.replace(outline, interrupted=True)
+
+    def _outline(
+        self, outcome: Result, reason: str | None, remedy: str | None, after: str
+    ) -> Outcome:
+        """The outcome without what was seen."""
         return Outcome(
-            outcome="partial" if journal.left else "failed" if touched else "refused",
-            reason=f"interrupted: {why}",
+            outcome=outcome,
+            reason=reason,
             remedy=remedy,
-            strategy=str(self._strategy),
-            phases=[],
-            stalls=[],
-            slot_ops=[],
-            guest_state=GuestStates(self._before, _UNKNOWN),
+            strategy=self._strategy,
+            guest_state=GuestStates(self._before, after),
             notes=self._notes,
             probes=self._host.probes(),
-            interrupted=True,
+            interrupted=self._waiting.enough.is_set(),
         )
 
     async def _settle(self) -> None:

@@ -42,7 +42,7 @@ from ..errors import (
     TargetLost,
 )
 from ..qmp import Command, Monitor, Reply
-from ..qmp.guest import LOOK, Look
+from ..qmp.guest import LOOK, GuestLook
 from ..qmp.identity import wrong_guest
 from .guard import ResumeGuard, Settled
 from .migrating import has_guest, refuse_if_migrating
@@ -80,7 +80,7 @@ class Pause:
     note: str | None = None
     migrated: GuestMigrating | None = None
     replies: list[Reply | CommandFailed] = field(default_factory=list)
-    look: Look | None = field(default=None, repr=False)
+    look: GuestLook | None = field(default=None, repr=False)
     seen: StopAndResume | None = field(default=None, repr=False)
 
     @property
@@ -187,7 +187,7 @@ async def _run_pipelined(
         except TargetError as error:
             raise lost(error, await guard.hand_over(deadline=deadline)) from error
     stop, *rest, cont = replies[2:-2]
-    before, after = (Look.of(*pair, untold=_RUNNING) for pair in (replies[:2], replies[-2:]))
+    before, after = (GuestLook.of(*pair, untold=_RUNNING) for pair in (replies[:2], replies[-2:]))
     end = End()
     if isinstance(stop, CommandFailed):
         end.notes.append(f"QEMU refused to stop the guest ({stop.desc}): it ran all the time")
@@ -277,7 +277,7 @@ async def _stop(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: fl
         pause.paused_before = True
         raise
     *looked, stop = await monitor.pipeline([*LOOK, _STOP], deadline=deadline)
-    look = Look.of(*looked, untold=pause.status_before)
+    look = GuestLook.of(*looked, untold=pause.status_before)
     pause.status_before = look.status
     if isinstance(stop, CommandFailed) or look.status != _RUNNING:
         # In the second case somebody was quicker: QEMU has taken our `stop` for nothing.
@@ -303,7 +303,7 @@ async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: 
             look is None or time.monotonic_ns() - pause.start_ns >= LOOK_EVERY_NS
         ):
             looked = await monitor.pipeline(LOOK, deadline=deadline)
-            look, asked = Look.of(*looked, untold=_UNTOLD), True
+            look, asked = GuestLook.of(*looked, untold=_UNTOLD), True
         # (asked again: it may have been resumed before QEMU answered)
         if look is None or pause.is_over:
             # A `stop` that came after that RESUME is somebody else's: no `cont`.
@@ -320,7 +320,7 @@ async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: 
             if isinstance(cont, CommandFailed):
                 await end.hand_over(guard, f"QEMU refused cont ({cont.desc})", deadline)
             else:
-                await end.check(monitor, look, Look.of(*looked, untold=_RUNNING), deadline)
+                await end.check(monitor, look, GuestLook.of(*looked, untold=_RUNNING), deadline)
                 await end.release(guard)
     except DeadlineExceeded:
         pause.resumed = False

@@ -49,6 +49,11 @@ class Marks:
         self._own.append(t_ns)
 
     @property
+    def touched(self) -> bool:
+        """Something was made in the guest, or changed."""
+        return self.prepared is not None or self.sent is not None
+
+    @property
     def own_end(self) -> int | None:
         """Until when changes of the map are QEMU's own doing."""
         return None if self.own_until is None else max(self.own_until, *self._own, 0)

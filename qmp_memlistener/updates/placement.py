@@ -14,7 +14,7 @@ from ..qmp.asking import qom_get, qom_list
 from ..qmp.guest import read_memory_devices
 from ..qmp.guest_devices import (
     PERIPHERAL,
-    Bar,
+    PciBar,
     read_ospm_devices,
     read_pci_functions,
     slot_text,
@@ -39,7 +39,7 @@ class Seen:
 
     placed: Placed
     function: tuple[int, int] | None = None
-    bars: tuple[Bar, ...] | None = None
+    bars: tuple[PciBar, ...] | None = None
     alone: bool = False
     answers: bool = False
     links: frozenset[str] = field(default_factory=frozenset)

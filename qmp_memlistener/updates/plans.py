@@ -14,7 +14,7 @@ from ..qmp import Command, MemoryDevice
 from .guest_view import Facts, GuestView
 from .model import Addition, Intent, Plug, Resize, Role, Strategy, Unplug, UpdateRefused
 from .pci_plans import on_a_bus
-from .steps import Awaited, Step, UpdatePlan, adding, mib, removal
+from .steps import Awaited, UpdatePlan, UpdateStep, adding, mib, removal
 
 __all__ = ["DIMM_BLOCK", "plan_update"]
 
@@ -148,9 +148,9 @@ def _unplug(intent: Unplug, strategy: Strategy, view: GuestView, facts: Facts) -
         )
     return UpdatePlan(
         prepare=(),
-        update=(Step(Command("device_del", {"id": intent.id}), f"device {intent.id}"),),
+        update=(UpdateStep(Command("device_del", {"id": intent.id}), f"device {intent.id}"),),
         finish=tuple(
-            Step(removal(backend), f"{backend.role} {backend.id}") for backend in intent.also
+            UpdateStep(removal(backend), f"{backend.role} {backend.id}") for backend in intent.also
         ),
         awaited=Awaited.GONE,
         devices=(intent.id,),
@@ -273,9 +273,9 @@ def _shrink(size: int, view: GuestView) -> UpdatePlan:
     ids = [str(d.id) for d in chosen]
     return UpdatePlan(
         (),
-        tuple(Step(Command("device_del", {"id": name}), f"device {name}") for name in ids),
+        tuple(UpdateStep(Command("device_del", {"id": name}), f"device {name}") for name in ids),
         tuple(
-            Step(Command("object-del", {"id": memory}), f"object {memory}")
+            UpdateStep(Command("object-del", {"id": memory}), f"object {memory}")
             for memory in (d.memdev.rpartition("/")[2] for d in chosen)
         ),
         Awaited.GONE,
@@ -328,14 +328,14 @@ def _resize_virtio_mem(change: int, view: GuestView) -> UpdatePlan:
     )
 
 
-def _request(name: str, size: int, devices: Sequence[MemoryDevice]) -> Step:
+def _request(name: str, size: int, devices: Sequence[MemoryDevice]) -> UpdateStep:
     before = next(v.requested for v in devices if v.id == name)
     path = f"/machine/peripheral/{name}"
 
     def command(value: int) -> Command:
         return Command("qom-set", {"path": path, "property": "requested-size", "value": value})
 
-    return Step(command(size), f"the size of {name}", command(before))
+    return UpdateStep(command(size), f"the size of {name}", command(before))
 
 
 def _no_room(change: int, devices: Sequence[MemoryDevice]) -> str:

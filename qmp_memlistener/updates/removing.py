@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection
+from collections.abc import Iterable
 
 from ..errors import DeadlineExceeded
 from ..qmp import Command, Monitor
@@ -45,9 +45,14 @@ async def _await_set_up(monitor: Monitor) -> None:
         await asyncio.sleep(_SETUP_POLL_S)
 
 
-async def count_memory_backends(monitor: Monitor, ids: Collection[str]) -> int:
-    """How many of these objects are memory backends.  Raises TargetError."""
-    return len((await read_backends(monitor)).keys() & set(ids))
+async def count_memory_backends(monitor: Monitor, removals: Iterable[Command]) -> int:
+    """How many of these commands remove a memory backend.  Raises TargetError."""
+    ids = {
+        command.arguments.get("id")
+        for command in removals
+        if command.name == Role.OBJECT.remove_command and command.arguments is not None
+    }
+    return len((await read_backends(monitor)).keys() & ids) if ids else 0
 
 
 async def wait_freed(monitor: Monitor, most: int) -> bool:

@@ -8,7 +8,7 @@ from typing import Self
 
 from ..errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
 from ..qmp import Monitor, QmpEvent
-from ..qmp.guest import LOOK, Look
+from ..qmp.guest import LOOK, GuestLook
 from .guard import ResumeGuard, Settled
 from .migrating import RAN_TWICE
 from .promise import MIGRATED
@@ -75,7 +75,9 @@ class End:
         if guard.obstacle == MIGRATED:
             self._is_migrated(MIGRATED)
 
-    async def check(self, monitor: Monitor, before: Look, after: Look, deadline: float) -> None:
+    async def check(
+        self, monitor: Monitor, before: GuestLook, after: GuestLook, deadline: float
+    ) -> None:
         """QEMU has accepted `cont` between the two."""
         if after.ran_twice(before):
             self.runs = not await stop_again(monitor, deadline)
@@ -105,7 +107,7 @@ class End:
 
 async def stop_again(monitor: Monitor, deadline: float) -> bool:
     """Our `cont` has resumed a guest that was to stand: true when it does again."""
-    look = Look.of(*await monitor.pipeline(LOOK, deadline=deadline), untold="running")
+    look = GuestLook.of(*await monitor.pipeline(LOOK, deadline=deadline), untold="running")
     if look.status != "running":
         return True  # it was a status that `cont` does not end
     try:

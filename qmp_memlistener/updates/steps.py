@@ -9,7 +9,7 @@ from enum import StrEnum
 from ..qmp import Command
 from .model import Addition, Role
 
-__all__ = ["Awaited", "Step", "UpdatePlan", "adding", "mib", "removal"]
+__all__ = ["Awaited", "UpdateStep", "UpdatePlan", "adding", "mib", "removal"]
 
 
 class Awaited(StrEnum):
@@ -27,7 +27,7 @@ class Awaited(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class UpdateStep:
     """A command, what it is for in words, and the command that takes it back, if there is one."""
 
     command: Command
@@ -52,21 +52,21 @@ class UpdatePlan:
     that come, go or change; `sizes` what virtio-mem devices shall have.
     """
 
-    prepare: tuple[Step, ...]
-    update: tuple[Step, ...]
-    finish: tuple[Step, ...]
+    prepare: tuple[UpdateStep, ...]
+    update: tuple[UpdateStep, ...]
+    finish: tuple[UpdateStep, ...]
     awaited: Awaited
     devices: tuple[str, ...]
     sizes: Mapping[str, int]
     notes: tuple[str, ...] = ()
 
 
-def adding(addition: Addition) -> Step:
+def adding(addition: Addition) -> UpdateStep:
     """A failed device_add leaves nothing behind, and a device that is there must not be undone by
     force: only backends have an undo."""
     undo = None if addition.role is Role.DEVICE else removal(addition)
     command = Command(addition.role.add_command, dict(addition.arguments))
-    return Step(command, f"{addition.role} {addition.id}", undo, addition)
+    return UpdateStep(command, f"{addition.role} {addition.id}", undo, addition)
 
 
 def removal(addition: Addition) -> Command:

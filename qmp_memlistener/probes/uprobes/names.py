@@ -6,7 +6,7 @@ import os
 import re
 from collections.abc import Iterable
 
-from ...qmp.guest import VcpuThread
+from ...qmp.guest import GuestVcpu
 
 __all__ = ["ThreadNames"]
 
@@ -21,7 +21,7 @@ class ThreadNames:
         self._vcpus: dict[int, str] = {}
         self._others: dict[int, str] = {}
 
-    def learn_vcpus(self, vcpus: Iterable[VcpuThread]) -> None:
+    def learn_vcpus(self, vcpus: Iterable[GuestVcpu]) -> None:
         """These are the threads of the vCPUs."""
         threads: dict[int, list[int]] = {}
         for cpu in vcpus:

@@ -24,7 +24,9 @@ from qmp_memlistener.updates.model import (
     Phase,
     Plug,
     Resize,
+    Result,
     Role,
+    Strategy,
     Unplug,
 )
 from qmp_memlistener.updates.settings import UpdateOptions
@@ -259,10 +261,10 @@ DOCUMENT = {
 
 def outcome(kind: str, reason: str | None) -> Outcome:
     return Outcome(
-        outcome=kind,
+        outcome=Result(kind),
         reason=reason,
         remedy=None,
-        strategy="direct",
+        strategy=Strategy.DIRECT,
         phases=[Phase("accepted", 1_000, 2_000)],
         stalls=[],
         slot_ops=[],

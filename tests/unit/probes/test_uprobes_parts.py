@@ -32,7 +32,7 @@ from qmp_memlistener.probes.uprobes.observing import FLOOR_NS, QUERY_FLOOR_NS, O
 from qmp_memlistener.probes.uprobes.perf import ARCHITECTURES
 from qmp_memlistener.probes.uprobes.results import Command, Site, Window
 from qmp_memlistener.probes.uprobes.windows import SLOT_IOCTLS, Windows
-from qmp_memlistener.qmp.guest import VcpuThread
+from qmp_memlistener.qmp.guest import GuestVcpu
 
 ENTRY = Point(Role.SLOT_IOCTL, Group.ALWAYS, 0)
 RETURN = Point(Role.SLOT_IOCTL, Group.ALWAYS, 0, True)
@@ -318,5 +318,5 @@ def test_questions_are_told_when_they_took_long() -> None:
 
 def test_threads_are_called_after_their_vcpus() -> None:
     names = ThreadNames(1)
-    names.learn_vcpus([VcpuThread(0, 500), VcpuThread(2, 501), VcpuThread(1, 501)])
+    names.learn_vcpus([GuestVcpu(0, 500), GuestVcpu(2, 501), GuestVcpu(1, 501)])
     assert [names[tid] for tid in (1, 500, 501, 502)] == ["main", "CPU 0", "CPU 1,2", "tid 502"]

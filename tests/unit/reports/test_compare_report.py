@@ -10,6 +10,7 @@ from qmp_memlistener.records import ProbeState, StallKind
 from qmp_memlistener.reports.compare import comparison_lines
 from qmp_memlistener.updates.compare import Comparison, Round, Skipped
 from qmp_memlistener.updates.compare_stats import Difference, Summary
+from qmp_memlistener.updates.model import Result, Strategy
 
 RANGE = (1_000_000, 1_500_000)
 
@@ -50,13 +51,13 @@ def difference(
 
 def comparison(n: int, *, ended: str | None = None, took_ns: int = 0) -> Comparison:
     rounds = [
-        Round(strategy, i, "done", None, 0, [], 1, 1, 3, took_ns)
+        Round(strategy, i, Result.DONE, None, 0, [], 1, 1, 3, took_ns)
         for i, strategy in enumerate(["pause", "control"] * n)
     ]
     return Comparison(
         seed=7,
         window_ns=1_000_000_000,
-        rounds=[*rounds, Round("pause", 2 * n, "failed", "QEMU refused", 0, [], 0, 0, 0)],
+        rounds=[*rounds, Round("pause", 2 * n, Result.FAILED, "QEMU refused", 0, [], 0, 0, 0)],
         summary=[
             summary(name, n, kind)
             for kind in ("commit", "missing", "vcpu_pause")
@@ -69,7 +70,11 @@ def comparison(n: int, *, ended: str | None = None, took_ns: int = 0) -> Compari
             difference("direct", "pause", "commit", 90, (80, 95), seen=False, enough=False),
         ],
         skipped=[
-            Skipped("hole", "the guest has no virtio-mem device, nothing " * 3, "start it with one")
+            Skipped(
+                Strategy.HOLE,
+                "the guest has no virtio-mem device, nothing " * 3,
+                "start it with one",
+            )
         ],
         ended_early=ended,
         remedy=None,

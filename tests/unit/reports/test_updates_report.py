@@ -7,16 +7,16 @@ import pytest
 
 from qmp_memlistener.records import SlotOp, StallCause, StallKind, StallRecord
 from qmp_memlistener.reports.updates import outcome_lines
-from qmp_memlistener.updates.model import GuestStates, Outcome, Phase
+from qmp_memlistener.updates.model import GuestStates, Outcome, Phase, Result, Strategy
 
 BEGUN = 5_000_000_000
 MS = 1_000_000
 RUNNING = GuestStates("running", "running")
 REFUSED = Outcome(
-    outcome="refused",
+    outcome=Result.REFUSED,
     reason="the guest has no free slot for memory (no slots); nothing was touched",
     remedy="start the guest with -m size,slots=N,maxmem=SIZE, or unplug a DIMM",
-    strategy="pause",
+    strategy=Strategy.PAUSE,
     phases=[],
     stalls=[],
     slot_ops=[],
@@ -51,7 +51,7 @@ def stall(kind: StallKind, took: int) -> StallRecord:
 
 DONE = msgspec.structs.replace(
     REFUSED,
-    outcome="done",
+    outcome=Result.DONE,
     reason=None,
     remedy=None,
     phases=[

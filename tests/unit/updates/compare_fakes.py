@@ -17,7 +17,7 @@ from qmp_memlistener.records import (
     TransitionRecord,
 )
 from qmp_memlistener.updates.compare_guest import NotPutBack
-from qmp_memlistener.updates.model import GuestStates, Outcome, Phase, Strategy
+from qmp_memlistener.updates.model import GuestStates, Outcome, Phase, Result, Strategy
 
 __all__ = ["FakeGuest", "outcome", "slot_op", "stall", "transition"]
 
@@ -59,9 +59,9 @@ def outcome(
 ) -> Outcome:
     """`accepted` within the interval; nothing was touched when it is empty."""
     return Outcome(
-        outcome=what,
+        outcome=Result(what),
         reason=reason,
-        strategy=strategy,
+        strategy=Strategy(strategy),
         phases=[Phase("accepted", start, end)] if end > start else [],
         stalls=[],
         slot_ops=[],

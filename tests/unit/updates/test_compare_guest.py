@@ -11,7 +11,7 @@ import pytest
 from qmp_memlistener.errors import CommandFailed
 from qmp_memlistener.qmp import Monitor
 from qmp_memlistener.updates import compare_guest
-from qmp_memlistener.updates.compare_guest import GuestState, HostGuest, NotPutBack
+from qmp_memlistener.updates.compare_guest import ComparedState, HostGuest, NotPutBack
 from qmp_memlistener.updates.model import (
     Addition,
     Intent,
@@ -67,8 +67,8 @@ class Vm:
                 return {}
         raise CommandFailed(command, "GenericError", "no such thing")
 
-    async def read(self, _: Monitor, __: Intent) -> GuestState:
-        return GuestState(frozenset(self.ids), {n: (s, s) for n, s in self.memory.items()})
+    async def read(self, _: Monitor, __: Intent) -> ComparedState:
+        return ComparedState(frozenset(self.ids), {n: (s, s) for n, s in self.memory.items()})
 
     async def perform(
         self, _: Host, intent: Intent, strategy: Strategy, __: UpdateOptions | None = None

@@ -95,7 +95,7 @@ async def test_a_round_that_is_not_done_is_told_and_left_out(answer: str) -> Non
     guest = FakeGuest()
     guest.answers = {(D, 2): answer}
     found = await run(guest, D)
-    assert [r.outcome for r in found.rounds if r.strategy == D].count(answer) == 1
+    assert [r.outcome for r in found.rounds if r.strategy == D].count(Result(answer)) == 1
     assert len(found.rounds) == 6
     assert {s.strategy: s.n for s in found.summary} == {D: 2, CONTROL: 3}
     assert not guest.is_changed
