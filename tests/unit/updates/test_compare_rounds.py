@@ -16,7 +16,7 @@ from qmp_memlistener.updates.compare import (
     Comparison,
     compare_guest,
 )
-from qmp_memlistener.updates.model import Outcome, Strategy, UpdateRefused
+from qmp_memlistener.updates.model import Outcome, Result, Strategy, UpdateRefused
 from tests.unit.updates.compare_fakes import US, FakeGuest, stall
 
 D, P, H = Strategy.DIRECT, Strategy.PAUSE, Strategy.HOLE
