@@ -34,7 +34,6 @@ __all__ = [
     "read_text",
     "run_async",
     "say",
-    "span_text",
     "terminal_shape",
 ]
 
@@ -228,8 +227,3 @@ def terminal_shape() -> tuple[int, bool]:
     except (LookupError, UnicodeEncodeError):
         return width, False
     return width, True
-
-
-def span_text(start: int, size: int) -> str:
-    """A range as QEMU prints it, first to last address."""
-    return f"{start:#012x}-{start + size - 1:#012x}"

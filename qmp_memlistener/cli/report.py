@@ -2,34 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
-
 import rich_click as click
 
-from ..errors import RecordingError
-from ..records import (
-    GuestFailure,
-    GuestReset,
-    Lost,
-    PossibleViolation,
-    ProbesRecord,
-    ProbeState,
-    Reconciled,
-    Record,
-    Recording,
-    SlotOp,
-    StallRecord,
-    TransitionRecord,
-    Violation,
-)
+from ..records import Recording
 from .common import json_option, print_json, say, terminal_shape
-
-if TYPE_CHECKING:
-    from ..records import SummaryRecord
-
-_SHOWN = 20
-_END_OF_TIME_NS = 1 << 63
 
 
 @click.command("report")
@@ -46,188 +22,12 @@ def command(recording: str, histograms: bool, longest: int, as_json: bool) -> No
 
     Example: qmp-memlistener report boot.jsonl
     """
-    contents = _Contents(Recording(recording), longest)
+    from ..reports.recording import Contents
+
+    contents = Contents(Recording(recording), longest)
     if as_json:
         print_json(contents.document())
         return
-    for line in contents.lines(histograms=histograms):
+    width, unicode = terminal_shape()
+    for line in contents.lines(histograms=histograms, width=width, unicode=unicode):
         say(line)
-
-
-class _Contents:
-    """A recording read once, as far as it goes now; raises RecordingError.
-
-    Stalls are counted and only the `longest` of them kept.
-    """
-
-    def __init__(self, recording: Recording, longest: int) -> None:
-        from ..timeline.summary import Statistics
-
-        self._recording = recording
-        self._statistics = Statistics()
-        self._transitions = 0
-        self._slot_ops = 0
-        self._end_ns = recording.header.monotonic_ns
-        self._probes: dict[str, ProbeState] = {}
-        self._failures: list[GuestFailure] = []
-        self._resets: list[GuestReset] = []
-        self._violations: list[Violation] = []
-        self._possible: list[PossibleViolation] = []
-        self._lost: list[Lost] = []
-        self._compared = False
-        self._differences = 0
-        self._longest: list[StallRecord] = []
-        for record in recording:
-            self._check(record)
-            self._take(record, longest)
-            self._end_ns = max(self._end_ns, *_times(record))
-        self._shorten(longest)
-
-    def document(self) -> dict[str, object]:
-        """The JSON document (docs/json.md)."""
-        return {
-            "schema": 1,
-            "recording": self._recording.path,
-            "header": self._recording.header,
-            "truncated": self._recording.truncated,
-            "transitions": self._transitions,
-            "slot_ops": self._slot_ops,
-            "lost": len(self._lost),
-            "probes": list(self._probes.values()),
-            "compared": self._compared,
-            "differences": self._differences if self._compared else None,
-            "failures": self._failures,
-            "resets": self._resets,
-            "violations": self._violations,
-            "possible_violations": self._possible,
-            "summary": self._summary(),
-        }
-
-    def lines(self, *, histograms: bool) -> Iterator[str]:
-        """The report for people."""
-        from ..reports import Narrator
-        from ..reports.lengths import count_text, duration_text
-        from ..reports.summary import histogram_lines, summary_lines
-
-        yield from Narrator().lines(self._recording.header)
-        lasted = duration_text(self._end_ns - self._recording.header.monotonic_ns)
-        lost = count_text(len(self._lost), "loss", "losses") if self._lost else "nothing lost"
-        yield (
-            f"{self._recording.path}: {lasted}, {count_text(self._transitions, 'transition')}, "
-            f"{count_text(self._slot_ops, 'slot operation')}, {lost}"
-        )
-        if self._recording.truncated:
-            yield "the last line is cut off: it is still being written, or its writer was killed"
-        if self._recording.skipped:
-            skipped = count_text(self._recording.skipped, "record")
-            yield f"{skipped} of a type that this version does not know"
-        yield from self._probe_lines()
-        yield self._comparison()
-        yield from self._section("guest failures", self._failures)
-        yield from self._section("guest resets", self._resets)
-        yield from self._section("violations", self._violations)
-        yield from self._section("possible violations", self._possible)
-        yield from self._section("losses", self._lost)
-        summary = self._summary()
-        width, unicode = terminal_shape()
-        yield ""
-        yield from summary_lines(summary, width=width, unicode=unicode)
-        if histograms:
-            yield from histogram_lines(summary, width=width, unicode=unicode)
-        yield from self._section("longest stalls", self._longest, shown=len(self._longest))
-
-    def _take(self, record: Record, longest: int) -> None:
-        match record:
-            case TransitionRecord():
-                self._transitions += 1
-            case SlotOp():
-                self._slot_ops += 1
-            case StallRecord():
-                self._statistics.add_record(record)
-                self._longest.append(record)
-                if len(self._longest) >= 64 + 2 * longest:
-                    self._shorten(longest)
-            case ProbesRecord():
-                record.add_to(self._probes)
-            case GuestReset():
-                self._resets.append(record)
-            case GuestFailure():
-                self._failures.append(record)
-            case Violation():
-                self._violations.append(record)
-            case PossibleViolation():
-                self._possible.append(record)
-            case Lost():
-                self._lost.append(record)
-            case Reconciled():
-                self._compared = True
-                self._differences += not record.equal
-
-    def _check(self, record: Record) -> None:
-        """Numbers that no recording of ours has would break what is computed from them."""
-        times, in_order = _times(record), True
-        if isinstance(record, StallRecord):
-            times = (*times, record.at_least_ns, record.at_most_ns)
-            in_order = record.at_least_ns <= record.at_most_ns
-        if not in_order or not all(0 <= t < _END_OF_TIME_NS for t in times):
-            raise RecordingError(
-                f"{self._recording.path} has a record with a time that cannot be: {record}",
-                remedy="give a file that `qmp-memlistener record` wrote, unchanged",
-            )
-
-    def _shorten(self, longest: int) -> None:
-        self._longest.sort(key=lambda s: (s.at_least_ns, s.at_most_ns), reverse=True)
-        del self._longest[longest:]
-
-    def _summary(self) -> SummaryRecord:
-        return self._statistics.summary(
-            start_ns=self._recording.header.monotonic_ns,
-            end_ns=self._end_ns,
-            transitions=self._transitions,
-        )
-
-    def _probe_lines(self) -> Iterator[str]:
-        if not self._probes:
-            yield "no probe was at work: stalls were not measured"
-            return
-        active = [s for s in self._probes.values() if s.active]
-        yield f"probes: {', '.join(s.name for s in active) or 'none at work'}"
-        for state in self._probes.values():
-            if not state.active:
-                yield f"without {state.name}: {state.reason or 'not asked for'}"
-
-    def _comparison(self) -> str:
-        if not self._compared:
-            return "traced slots were not compared with those that QEMU's rules predict"
-        if not self._differences:
-            return "traced slots: as QEMU's rules predict"
-        return f"traced slots differed from what QEMU's rules predict: {self._differences} times"
-
-    def _section(
-        self, title: str, records: Sequence[Record], *, shown: int = _SHOWN
-    ) -> Iterator[str]:
-        from ..reports.stalls import measured_lines
-
-        if not records:
-            return
-        yield ""
-        yield title
-        for record in records[:shown]:
-            stamp = f"{(min(_times(record)) - self._recording.header.monotonic_ns) / 1e9:10.6f}"
-            if isinstance(record, Lost):
-                count = f" ({record.count:,})" if record.count is not None else ""
-                yield f"{stamp}  {record.what}{count}"
-            else:
-                yield from measured_lines(record, stamp)
-        if len(records) > shown:
-            yield f"{'':12}and {len(records) - shown:,} more"
-
-
-def _times(record: Record) -> tuple[int, ...]:
-    """When it was, or began and ended; 0 for a record without a time."""
-    match record:
-        case StallRecord():
-            return record.start_ns, record.end_ns
-        case _:
-            t_ns = getattr(record, "t_ns", getattr(record, "end_ns", 0))
-            return (t_ns if isinstance(t_ns, int) else 0,)
