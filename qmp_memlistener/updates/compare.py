@@ -21,9 +21,9 @@ from ..errors import InputError, MemListenerError, OperationFailed
 from ..host.bounded import in_thread
 from ..records import ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .compare_guest import ComparedGuest, HostGuest, NotPutBack
-from .compare_stats import Difference, Measured, Summary, differences, summaries
+from .compare_stats import Difference, Round, Summary, differences, summaries
 from .model import Intent, Outcome, Result, Strategy, UpdateRefused
-from .operation import Host
+from .operation import Host, Measured
 from .settings import UpdateOptions
 
 __all__ = [
@@ -31,10 +31,9 @@ __all__ = [
     "INTERRUPTED",
     "CompareOptions",
     "Comparison",
-    "Round",
     "Skipped",
     "compare",
-    "compare_guest",
+    "compare_rounds",
 ]
 
 CONTROL = "control"
@@ -43,30 +42,6 @@ INTERRUPTED = "interrupted"
 _LOOK_S = 2.0
 PROBES_S = 30.0
 """How long probes may take to be at work; what only those measure that do not is missing."""
-
-
-class Round(msgspec.Struct, frozen=True):
-    """One round; `order` counts from 0 over all rounds that count.
-
-    `[start_ns, start_ns + window_ns)` was looked at; `stalls` are those that touch it.  `outcome`
-    is that of the intent (`done` for the control), which took `took_ns`.  `measured`: the kinds of
-    stall of which everything in that time was seen; of others `stalls` has what was, and they have
-    no value in this round.  `slot_ops` were made and
-    `transitions` seen from `start_ns` to the end of the window or of the update, whichever came
-    last, on so many different `slots`.  A round that is not `done` is no part of the statistics.
-    """
-
-    strategy: str
-    order: int
-    outcome: Result
-    reason: str | None
-    start_ns: int
-    stalls: list[StallRecord]
-    slot_ops: int
-    slots: int
-    transitions: int
-    took_ns: int = 0
-    measured: list[str] = []
 
 
 class Skipped(msgspec.Struct, frozen=True):
@@ -120,17 +95,18 @@ async def compare(
     possible, InputError and TargetError as `perform`, CancelledError.
     """
     guest = HostGuest(host, intent, options.update)
-    return await compare_guest(guest, strategies, options, progress)
+    return await compare_rounds(host, guest, strategies, options, progress)
 
 
-async def compare_guest(
+async def compare_rounds(
+    host: Measured,
     guest: ComparedGuest,
     strategies: Sequence[Strategy],
     options: CompareOptions,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
-    """The same for a guest of any kind."""
-    return await _Comparing(guest, options, progress).run(strategies)
+    """The same for a guest of any kind, `host` records what happens in it."""
+    return await _Comparing(host, guest, options, progress).run(strategies)
 
 
 class _Interrupted(OperationFailed):
@@ -139,8 +115,13 @@ class _Interrupted(OperationFailed):
 
 class _Comparing:
     def __init__(
-        self, guest: ComparedGuest, options: CompareOptions, progress: Callable[[str], None]
+        self,
+        host: Measured,
+        guest: ComparedGuest,
+        options: CompareOptions,
+        progress: Callable[[str], None],
     ) -> None:
+        self._host = host
         self._guest = guest
         self._options = options
         self._window_ns = round(options.window_s * 1e9)
@@ -152,7 +133,7 @@ class _Comparing:
 
     async def run(self, strategies: Sequence[Strategy]) -> Comparison:
         await self._guest.begin()
-        stop = self._guest.subscribe(self._take)
+        stop = self._host.subscribe(self._take)
         ended: MemListenerError | None = None
         try:
             await self._probes_ready()
@@ -171,7 +152,7 @@ class _Comparing:
                 raise
             ended = exc
         finally:
-            self._probes = self._guest.probes()
+            self._probes = self._host.probes()
             stop()
         task = asyncio.current_task()
         while ended is not None and task is not None and task.cancelling():
@@ -181,11 +162,11 @@ class _Comparing:
 
     async def _probes_ready(self) -> None:
         """Rounds begin when all that can be measured is."""
-        async with self._guest.burst():
-            late = await self._guest.probes_ready(0)
+        async with self._host.burst():
+            late = await self._host.probes_ready(0)
             if late:
                 self._progress(f"waiting for {', '.join(late)} to be at work")
-                late = await self._guest.probes_ready(PROBES_S)
+                late = await self._host.probes_ready(PROBES_S)
         if late:
             self._progress(
                 f"{', '.join(late)} not at work after {PROBES_S:g} s: what nothing else measures "
@@ -226,7 +207,7 @@ class _Comparing:
         found: Outcome | None = None
         try:
             # one burst from before its beginning to its end: some probes measure in bursts only
-            async with self._guest.burst():
+            async with self._host.burst():
                 if strategy is None:
                     start = time.monotonic_ns()
                     await self._guest.look()
@@ -246,7 +227,7 @@ class _Comparing:
 
     async def _until(self, end: int) -> None:
         await asyncio.sleep(max(0.0, end / 1e9 - time.monotonic()))
-        await self._guest.settle()
+        await self._host.settle()
 
     def _take(self, record: Record) -> None:
         if isinstance(record, StallRecord | SlotOp | TransitionRecord):
@@ -273,7 +254,7 @@ class _Comparing:
             len({(op.as_id, op.slot) for op in ops}),
             sum(t.merged for t in changes),
             took,
-            sorted(map(str, self._guest.measured(start, window))),
+            sorted(map(str, self._host.measured(start, window))),
         )
 
     def _late_stalls(self) -> None:
@@ -289,11 +270,10 @@ class _Comparing:
 
     def _result(self, ended: MemListenerError | None) -> Comparison:
         self._late_stalls()
-        counted: dict[str, list[Measured]] = {}
+        counted: dict[str, list[Round]] = {}
         for each in self._rounds:
             if each.outcome is Result.DONE:
-                found = Measured(each.stalls, frozenset(each.measured))
-                counted.setdefault(each.strategy, []).append(found)
+                counted.setdefault(each.strategy, []).append(each)
         order = {name: i for i, name in enumerate((*Strategy, CONTROL))}
         ordered = dict(sorted(counted.items(), key=lambda item: order[item[0]]))
         return Comparison(

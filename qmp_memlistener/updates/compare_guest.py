@@ -1,6 +1,6 @@
 """A guest that is changed again and again: the change itself, and the way back to where it was.
 
-`HostGuest` is an attached guest; `compare` needs no more of it than `ComparedGuest` says.  Only
+`HostGuest` is an attached guest; rounds need no more of one than `ComparedGuest` says.  Only
 what the change itself makes is taken back: what else comes and goes in the guest is not ours.
 """
 
@@ -9,15 +9,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Collection, Mapping
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from ..errors import CommandFailed, OperationFailed
-from ..probes import StallKind
 from ..qmp import Command, Monitor
 from ..qmp.guest import read_status
-from ..records import ProbeState, Record
 from .guest_response import QUIET_S
 from .guest_view import backends_of, read_facts, read_guest
 from .model import Intent, Outcome, Plug, Resize, Result, Role, Strategy, Unplug, UpdateRefused
@@ -56,17 +53,6 @@ class ComparedState:
 
 class ComparedGuest(Protocol):
     """What rounds need of a guest."""
-
-    def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]: ...
-    def burst(self) -> AbstractAsyncContextManager[None]: ...
-    async def settle(self) -> None: ...
-    def probes(self) -> list[ProbeState]: ...
-
-    def measured(self, start_ns: int, end_ns: int) -> frozenset[StallKind]:
-        """The kinds of stall of which everything in `[start_ns, end_ns)` was seen."""
-
-    async def probes_ready(self, timeout_s: float) -> tuple[str, ...]:
-        """Wait until all probes measure that can; returns those that do not yet."""
 
     async def begin(self) -> None:
         """Remember how the guest is.  Raises UpdateRefused for a change with no way back."""
@@ -125,24 +111,6 @@ class HostGuest:
         self._perform = perform
         self._read = read
         self._start = ComparedState()
-
-    def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]:
-        return self._host.subscribe(callback)
-
-    def burst(self) -> AbstractAsyncContextManager[None]:
-        return self._host.burst()
-
-    async def settle(self) -> None:
-        await self._host.settle()
-
-    def probes(self) -> list[ProbeState]:
-        return self._host.probes()
-
-    def measured(self, start_ns: int, end_ns: int) -> frozenset[StallKind]:
-        return self._host.measured(start_ns, end_ns)
-
-    async def probes_ready(self, timeout_s: float) -> tuple[str, ...]:
-        return await self._host.probes_ready(timeout_s)
 
     async def begin(self) -> None:
         match self._intent:

@@ -1,4 +1,4 @@
-"""Statistics of a comparison: percentiles over rounds, and intervals for differences.  Pure.
+"""Rounds of a comparison and their statistics: percentiles, intervals for differences.  Pure.
 
 A round has two values of a kind of stall: how long the guest stood still in that way in all, and
 the longest time at once; both are 0 when it did not, and there is none when that kind was not
@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import combinations
 from math import ceil
 from statistics import median
@@ -24,11 +23,12 @@ import msgspec
 
 from ..distribution import percentile
 from ..records import StallRecord
+from .model import Result
 
 __all__ = [
     "ENOUGH_ROUNDS",
     "Difference",
-    "Measured",
+    "Round",
     "Summary",
     "differences",
     "interval",
@@ -48,12 +48,28 @@ Bounds = tuple[int, int]
 """At least, at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class Measured:
-    """The stalls of one round, and the kinds of which all were seen."""
+class Round(msgspec.Struct, frozen=True):
+    """One round; `order` counts from 0 over all rounds that count.
 
-    stalls: Sequence[StallRecord]
-    kinds: frozenset[str]
+    `[start_ns, start_ns + window_ns)` was looked at; `stalls` are those that touch it.  `outcome`
+    is that of the intent (`done` for the control), which took `took_ns`.  `measured`: the kinds of
+    stall of which everything in that time was seen; of others `stalls` has what was, and they have
+    no value in this round.  `slot_ops` were made and
+    `transitions` seen from `start_ns` to the end of the window or of the update, whichever came
+    last, on so many different `slots`.  A round that is not `done` is no part of the statistics.
+    """
+
+    strategy: str
+    order: int
+    outcome: Result
+    reason: str | None
+    start_ns: int
+    stalls: list[StallRecord]
+    slot_ops: int
+    slots: int
+    transitions: int
+    took_ns: int = 0
+    measured: list[str] = []
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -135,7 +151,7 @@ Values = Mapping[str, Sequence[Bounds]]
 """By strategy: what each round that measured it lost."""
 
 
-def summaries(rounds: Mapping[str, Sequence[Measured]]) -> list[Summary]:
+def summaries(rounds: Mapping[str, Sequence[Round]]) -> list[Summary]:
     """Of each strategy that has rounds, every kind that was seen anywhere."""
     found = []
     for kind in _kinds(rounds):
@@ -144,7 +160,7 @@ def summaries(rounds: Mapping[str, Sequence[Measured]]) -> list[Summary]:
             if not each:
                 continue
             n = len(total[strategy])
-            stalls = sum(s.kind == kind for r in each if kind in r.kinds for s in r.stalls)
+            stalls = sum(s.kind == kind for r in each if kind in r.measured for s in r.stalls)
             summary = Summary(
                 strategy=strategy, kind=kind, n=n, missing=len(each) - n, stalls=stalls
             )
@@ -166,7 +182,7 @@ def summaries(rounds: Mapping[str, Sequence[Measured]]) -> list[Summary]:
     return found
 
 
-def differences(rounds: Mapping[str, Sequence[Measured]], seed: int = 0) -> list[Difference]:
+def differences(rounds: Mapping[str, Sequence[Round]], seed: int = 0) -> list[Difference]:
     """For each kind and each two strategies that have rounds."""
     found = []
     for kind in _kinds(rounds):
@@ -198,12 +214,12 @@ def differences(rounds: Mapping[str, Sequence[Measured]], seed: int = 0) -> list
 
 
 def _values(
-    rounds: Mapping[str, Sequence[Measured]],
+    rounds: Mapping[str, Sequence[Round]],
     kind: str,
     value: Callable[[Sequence[StallRecord]], dict[str, Bounds]],
 ) -> Values:
     return {
-        name: [value(r.stalls).get(kind, (0, 0)) for r in each if kind in r.kinds]
+        name: [value(r.stalls).get(kind, (0, 0)) for r in each if kind in r.measured]
         for name, each in rounds.items()
     }
 
@@ -243,5 +259,5 @@ def interval(a: Sequence[Bounds], b: Sequence[Bounds], seed: int = 0) -> tuple[i
     return round(low), round(high)
 
 
-def _kinds(rounds: Mapping[str, Sequence[Measured]]) -> list[str]:
+def _kinds(rounds: Mapping[str, Sequence[Round]]) -> list[str]:
     return sorted({s.kind for each in rounds.values() for r in each for s in r.stalls})

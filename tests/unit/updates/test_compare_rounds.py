@@ -14,7 +14,7 @@ from qmp_memlistener.updates.compare import (
     INTERRUPTED,
     CompareOptions,
     Comparison,
-    compare_guest,
+    compare_rounds,
 )
 from qmp_memlistener.updates.model import Outcome, Result, Strategy, UpdateRefused
 from tests.unit.updates.compare_fakes import US, FakeGuest, stall
@@ -26,7 +26,7 @@ WINDOW_S = 0.002
 async def run(
     guest: FakeGuest, *strategies: Strategy, repeat: int = 3, seed: int = 1
 ) -> Comparison:
-    return await compare_guest(guest, strategies, CompareOptions(repeat, WINDOW_S, seed))
+    return await compare_rounds(guest, guest, strategies, CompareOptions(repeat, WINDOW_S, seed))
 
 
 def order(found: Comparison) -> list[str]:
@@ -250,7 +250,7 @@ async def test_probes_that_take_long_are_waited_for_and_named() -> None:
     guest.late = [("uprobes", "pulse"), ("pulse",)]
     said: list[str] = []
     options = CompareOptions(1, WINDOW_S, 1)
-    found = await compare_guest(guest, (D,), options, said.append)
+    found = await compare_rounds(guest, guest, (D,), options, said.append)
     assert said[:2] == [
         "waiting for uprobes, pulse to be at work",
         "pulse not at work after 30 s: what nothing else measures is missing",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterable
 from math import log
 
 import pytest
@@ -12,12 +13,13 @@ from hypothesis import strategies as st
 from qmp_memlistener.records import StallRecord
 from qmp_memlistener.updates.compare_stats import (
     ENOUGH_ROUNDS,
-    Measured,
+    Round,
     differences,
     interval,
     summaries,
     totals,
 )
+from qmp_memlistener.updates.model import Result
 from tests.unit.updates.compare_fakes import stall as stall_at
 
 VALUES = st.lists(st.integers(0, 10**9), min_size=1, max_size=50)
@@ -27,9 +29,14 @@ def stall(kind: str, length: int, at_least: int | None = None) -> StallRecord:
     return stall_at(kind, 0, length, at_least)
 
 
-def seen(*stalls: StallRecord) -> Measured:
+def a_round(stalls: Iterable[StallRecord], *measured: str) -> Round:
+    """Of which these kinds were measured throughout."""
+    return Round("", 0, Result.DONE, None, 0, list(stalls), 0, 0, 0, 0, list(measured))
+
+
+def seen(*stalls: StallRecord) -> Round:
     """A round in which these kinds were measured."""
-    return Measured(stalls, frozenset({"commit", "vcpu_gap"}))
+    return a_round(stalls, "commit", "vcpu_gap")
 
 
 def exact(*values: int) -> list[tuple[int, int]]:
@@ -129,7 +136,7 @@ def test_the_interval_holds_the_true_difference_as_often_as_it_says(
 
 
 def test_rounds_that_did_not_measure_a_kind_are_left_out_and_counted() -> None:
-    blind = Measured((), frozenset({"vcpu_gap"}))
+    blind = a_round((), "vcpu_gap")
     rounds = {
         "direct": [seen(stall("commit", 100)) for _ in range(6)] + [blind] * 3,
         "control": [seen()] * 6 + [blind],
