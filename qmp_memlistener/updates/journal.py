@@ -27,7 +27,7 @@ from ..qmp import Monitor
 from ..qmp.guest_devices import PERIPHERAL, read_children
 from ..qmp.identity import GuestIdentity
 from .guest_view import backends_of, read_ids
-from .model import Addition, Role
+from .model import Addition, Role, Value
 from .removing import remove
 from .steps import UpdatePlan, UpdateStep
 
@@ -154,14 +154,14 @@ async def _bounded(work: Coroutine[object, object, None]) -> None:
 class Made(msgspec.Struct, frozen=True):
     """Something that is made: what it is called, and its type."""
 
-    role: str
+    role: Role
     id: str
     type: str
 
     @property
     def addition(self) -> Addition:
-        role = Role(self.role)
-        return Addition(role, self.id, {role.id_key: self.id, role.type_key: self.type}, typed=True)
+        names: dict[str, Value] = {self.role.id_key: self.id, self.role.type_key: self.type}
+        return Addition(self.role, self.id, names, typed=True)
 
     def __str__(self) -> str:
         return f"{self.role} {self.id} ({self.type})"
@@ -234,7 +234,7 @@ def _write(guest: GuestIdentity, plan: UpdatePlan) -> HeldFile | None:
     if process is None or guest != GuestIdentity.of(process):
         return None
     made = [step.addition for step in plan.prepare if step.addition is not None]
-    things = [Made(str(a.role), a.id, a.type) for a in made]
+    things = [Made(a.role, a.id, a.type) for a in made]
     now = time.monotonic_ns()
     note = MadeNote.about(process, devices=list(plan.devices), things=things, t_ns=now)
     try:

@@ -115,7 +115,7 @@ class Addition:
     """Something to add; `arguments` are those of its QMP command, type and id included.
 
     `typed`: the values came as JSON and are taken as they are; otherwise they are text, and what
-    is a number or a boolean is found out from QEMU (`typing`).
+    is a number or a boolean is found out from QEMU (`property_types`).
     """
 
     role: Role

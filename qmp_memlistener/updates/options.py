@@ -4,7 +4,7 @@
     {"driver":"virtio-net-pci","id":"net1","netdev":"n1"}
 
 The first is QEMU's own option syntax, the second the arguments of the QMP command.  An option is
-text: which of them are numbers or booleans is not visible here, see `typing`.
+text: which of them are numbers or booleans is not visible here, see `property_types`.
 
 The grammar follows QEMU's util/keyval.c and util/qemu-option.c (read in 7.2 and 10.0), and is
 stricter than they are where they guess, so that nothing can be read as something else: a key is
