@@ -12,6 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from tempfile import TemporaryDirectory
 
 from .agent import Agent, attach
 from .errors import DeadlineExceeded, MissingPrerequisite
@@ -34,8 +35,8 @@ from .guests import (
 )
 from .guests.linux import LinuxImage, LinuxSpec, boot_linux
 from .host.bounded import in_thread
-from .listener import MemoryListener
-from .memslots import Plan, Slot, SlotTable, plan_all
+from .kvmlab.replay_input import read_plan_inputs
+from .memslots import Plan, plan_all
 from .records import (
     GuestFailure,
     ProbesRecord,
@@ -49,7 +50,6 @@ from .reports import Narrator
 from .reports.compare import comparison_lines
 from .reports.lengths import kind_text, span_text
 from .reports.stalls import measured_lines
-from .topology import Transition
 from .updates.compare import CompareOptions, Comparison, compare
 from .updates.model import Strategy
 from .updates.options import parse_resize
@@ -114,7 +114,7 @@ async def run_demo(
 # -- a guest that reshapes its map -----------------------------------------------------------------
 
 
-class _Demo(MemoryListener):
+class _Demo:
     """A guest opens and closes holes; the first transition is planned under every strategy."""
 
     def __init__(self, machine: str, screen: Screen) -> None:
@@ -122,26 +122,13 @@ class _Demo(MemoryListener):
         self._machine = machine
         self._screen = screen
         self._quiet = False
-        self._agent: Agent | None = None
-        self._first: Transition | None = None
-        self._after: SlotTable | None = None
-        self._first_seq: int | None = None
-        self._first_ops: list[SlotOp] = []
         self._transitions = 0
         self._slot_ops = 0
         self._predicted = 0
         self._probes: dict[str, ProbeState] = {}
 
-    def commit(self, transition: Transition) -> None:
-        """What a library user writes: keeps the first transition, and the slots after it."""
-        if self._first is None and transition and len(transition.before):
-            assert self._agent is not None
-            self._first = transition
-            self._after = self._agent.slots
-
     async def run(self, build: QemuBuild, accel: str) -> dict[str, object]:
         """Facts for the document."""
-        say = self._screen.say
         spec = GuestSpec(
             machine=self._machine,
             accel=accel,
@@ -155,14 +142,21 @@ class _Demo(MemoryListener):
                 *("-device", "ivshmem-plain,id=iv0,memdev=shared,addr=0x5"),
             ),
         )
-        async with launch(spec.on(build)) as guest:
+        with TemporaryDirectory(prefix="qmp-memlistener-") as directory:
+            recording = f"{directory}/demo.jsonl"
+            facts = await self._reshape(spec.on(build), recording)
+            self._explain(recording)
+        return facts
+
+    async def _reshape(self, spec: GuestSpec, recording: str) -> dict[str, object]:
+        say = self._screen.say
+        async with launch(spec) as guest:
             assert guest.ram is not None
             pulse = Pulse(guest.ram)
             await pulse.wait_ready()
+            target = f"unix:{guest.monitors[0]}"
             say(f"attaching to {guest.monitors[0]}", "")
-            async with attach(f"unix:{guest.monitors[0]}", on_record=self._take) as agent:
-                self._agent = agent
-                agent.register(self)
+            async with attach(target, record=recording, on_record=self._take) as agent:
                 for title, writes in self._steps():
                     say("", f"-- the guest {title}")
                     before = self._transitions
@@ -180,13 +174,22 @@ class _Demo(MemoryListener):
                 facts = await self._toggle(pulse, agent)
                 facts |= {"snapshots": agent.snapshots[0], "source": agent.source}
                 agent.measuring.state().add_to(self._probes)
-                rules = agent.rules
-        if self._first is not None:
-            say("", "-- the first transition under every strategy (`qmp-memlistener plan`)")
-            first = self._first
-            table = self._slots_before()
-            self._screen.show_plans(plan_all(first.before, first.after, table=table, rules=rules))
         return facts
+
+    def _explain(self, recording: str) -> None:
+        """Plans for the first transition that changes RAM."""
+        told = read_plan_inputs(recording)
+        first = next(
+            (t for t in told.transitions if len(t.before[0]) and t.before != t.after), None
+        )
+        if first is not None:
+            self._screen.say(
+                "", "-- the first transition under every strategy (`qmp-memlistener plan`)"
+            )
+            plans = plan_all(
+                first.before, first.after, table=first.table, rules=told.rules, log=first.log
+            )
+            self._screen.show_plans(plans)
 
     def document(self) -> dict[str, object]:
         return {
@@ -234,34 +237,13 @@ class _Demo(MemoryListener):
         )
         return {"toggles": _TOGGLES, "toggles_seen": seen}
 
-    def _slots_before(self) -> SlotTable | None:
-        """The slots before the first transition: its traced operations, taken back.
-
-        They have the ids of the slots that they are about; at attach no id was known.
-        """
-        if self._after is None:
-            return None
-        table = self._after.copy()
-        for op in reversed(self._first_ops):
-            if op.ret or op.as_id:
-                continue
-            if op.op == "add":
-                table.remove(op.as_id, op.slot)
-            elif op.op == "delete":
-                table.add(Slot(op.as_id, op.slot, op.gpa, op.size))
-        return table
-
     def _take(self, record: Record) -> None:
         """A record of the agent."""
         if isinstance(record, ProbesRecord):
             record.add_to(self._probes)
         if isinstance(record, TransitionRecord):
             self._transitions += 1
-            if self._first_seq is None and (record.removed or record.added):
-                self._first_seq = record.seq
         elif isinstance(record, SlotOp):
-            if record.transition == self._first_seq and record.transition is not None:
-                self._first_ops.append(record)
             self._slot_ops += 1
             self._predicted += record.predicted
         if not self._quiet:

@@ -138,6 +138,19 @@ async def test_demo(build: QemuBuild, machine: str) -> None:
     assert ("tseg" in ran.out) == (machine == "q35")
 
 
+@builds(of=QEMUS[-1:])
+@pytest.mark.asyncio
+async def test_the_demo_plans_what_kvm_was_told(build: QemuBuild) -> None:
+    """The slots of a guest that has run for a while have other ids than those of a new one."""
+    if best_accel(build) != "kvm":
+        pytest.skip("KVM cannot be used here")
+    ran = await run_verb("demo", "--qemu", build.version, "--repeat", "0", seconds=60)
+    assert (ran.code, ran.err) == (0, "")
+    _, _, plans = ran.out.partition("-- the first transition under every strategy")
+    for words in ("qemu (rules 8.0)", "delete     slot", "missing in between", "clear_hole"):
+        assert words in plans
+
+
 @builds(of=QEMUS[:1])
 @pytest.mark.asyncio
 async def test_the_demo_ends_with_a_comparison(build: QemuBuild) -> None:
