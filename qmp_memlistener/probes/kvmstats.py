@@ -14,8 +14,8 @@ from dataclasses import dataclass
 from ..errors import CommandFailed, MemListenerError
 from ..qmp import Monitor
 from ..records import MeasurementRecord
+from .delivery import Progress
 from .model import Context, ProbeInfo, ProbeUnavailable, Sink, Verdict
-from .progress import Progress
 
 __all__ = ["Counters", "KvmStatsProbe", "changes", "read_counters"]
 

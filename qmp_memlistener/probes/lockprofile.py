@@ -25,9 +25,9 @@ from ..host.directory import HeldFile
 from ..host.processes import Process
 from ..qmp import Monitor, hmp, hmp_timed
 from ..records import MeasurementRecord
+from .delivery import Progress
 from .lockprofile_text import Profile, Waits, difference, read_profile
 from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
-from .progress import Progress
 
 __all__ = ["LockProfileProbe", "ProfilerNote", "left_on", "note_profiler", "switch_off"]
 

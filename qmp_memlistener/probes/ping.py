@@ -24,7 +24,7 @@ from ..qmp import CONNECT_DEADLINE, MonitorState, SocketTarget
 from ..qmp.dial import answered
 from ..qmp.identity import GuestIdentity
 from ..qmp.sockets import listener_state
-from .inbox import Inbox
+from .delivery import Inbox
 from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
 from .ping_brackets import RESOLUTION_NS, Pace, Ping, Stall, StallFinder
 from .ping_link import PingLink, Stopped

@@ -21,7 +21,7 @@ from typing import ParamSpec
 
 from ..guests import PulseMemory
 from ..host.bounded import in_thread
-from .inbox import Inbox
+from .delivery import Inbox
 from .model import Context, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
 from .pulse_guest import GuestFollower, News
 from .pulse_ram import open_pulse

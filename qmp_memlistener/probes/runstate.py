@@ -15,8 +15,8 @@ from dataclasses import dataclass
 
 from ..qmp import QmpEvent
 from ..qmp.guest import try_status
+from .delivery import Progress
 from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
-from .progress import Progress
 
 __all__ = ["Moment", "Offset", "RunStateProbe", "StopClock", "read_offset"]
 

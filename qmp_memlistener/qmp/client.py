@@ -3,7 +3,7 @@
 Each message is time-stamped at the moment it is written to and read from the socket, events go
 to one synchronous callback (the stock client keeps every event of its life in memory), several
 commands can leave in one write, and the end of the session is announced at once.  Policy
-(deadlines, errors, locking) is `connection`'s job.
+(deadlines, errors of the connection, locking) is `connection`'s job.
 
 Overrides the documented hooks `_cb_outbound` and `_cb_inbound`, and `_do_recv`, `_event_dispatch`,
 `_set_state`, `_pending`, `_writer` of qemu.qmp 0.0.6 (qmp/protocol.py, qmp/qmp_client.py).
@@ -22,7 +22,17 @@ from qemu.qmp import Message, QMPClient, Runstate
 from qemu.qmp.error import ProtocolError
 from qemu.qmp.qmp_client import BadReplyError
 
-__all__ = ["EVENT_LIMIT", "READ_LIMIT", "VALUES_LIMIT", "RawReply", "TimedClient"]
+from ..errors import CommandFailed
+
+__all__ = [
+    "EVENT_LIMIT",
+    "READ_LIMIT",
+    "VALUES_LIMIT",
+    "Command",
+    "QemuVersion",
+    "Reply",
+    "TimedClient",
+]
 
 # `info mtree` of 100,000 regions is about 10 MB of text; a peer that never ends a line must not
 # take all memory.
@@ -48,12 +58,55 @@ _LOGGER.addFilter(_Demote())
 
 
 @dataclass(frozen=True, slots=True)
-class RawReply:
-    """One reply with the times (CLOCK_MONOTONIC) of the request's write and the reply's read."""
+class QemuVersion:
+    """What the greeting says.  `package` is the distributor's text, "" when there is none."""
 
-    message: Message
+    major: int
+    minor: int
+    micro: int
+    package: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.micro}"
+
+    @classmethod
+    def read(cls, version: object) -> QemuVersion:
+        """From the greeting's `version`.  Raises LookupError, TypeError, ValueError."""
+        qemu = version["qemu"] if isinstance(version, Mapping) else None
+        if not isinstance(version, Mapping) or not isinstance(qemu, Mapping):
+            raise TypeError("version")
+        return cls(
+            int(qemu["major"]),
+            int(qemu["minor"]),
+            int(qemu["micro"]),
+            str(version.get("package", "")).strip(),
+        )
+
+    @property
+    def release(self) -> tuple[int, int]:
+        return (self.major, self.minor)
+
+
+@dataclass(frozen=True, slots=True)
+class Command:
+    """A command; `fd` is a descriptor that goes with it (`getfd`)."""
+
+    name: str
+    arguments: Mapping[str, object] | None = None
+    fd: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What a command returned, and when: `t_start_ns` at the write, `t_end_ns` at the read."""
+
+    value: object
     t_start_ns: int
     t_end_ns: int
+
+    @property
+    def duration_ns(self) -> int:
+        return self.t_end_ns - self.t_start_ns
 
 
 class TimedClient(QMPClient):
@@ -100,14 +153,21 @@ class TimedClient(QMPClient):
             await asyncio.sleep(0.001)
         self.send_fd_scm(fd)
 
-    async def run_commands(self, commands: Sequence[Mapping[str, object]]) -> list[RawReply]:
+    async def run_commands(
+        self, commands: Sequence[Command], *, oob: bool = False
+    ) -> list[Reply | CommandFailed]:
         """Send all in one write, wait for all replies, in the order of the commands.
 
-        Raises ExecInterruptedError when the session ends before the last reply.
+        Descriptors go first.  Raises ExecInterruptedError when the session ends before the last
+        reply, and ProtocolError.
         """
+        for fd in (c.fd for c in commands if c.fd is not None):
+            await self.hand_over(fd)
         messages = []
         for command in commands:
-            message = Message(command)
+            message = Message({"exec-oob" if oob else "execute": command.name})
+            if command.arguments is not None:
+                message["arguments"] = dict(command.arguments)
             message["id"] = self._get_exec_id()
             messages.append(message)
         ids = [str(m["id"]) for m in messages]
@@ -121,15 +181,13 @@ class TimedClient(QMPClient):
             now = time.monotonic_ns()
             self._sent_ns.update((exec_id, now) for exec_id in ids)
             self._writer.write(data)
-            replies = []
-            for exec_id in ids:
+            replies: list[Reply | CommandFailed] = []
+            for command, exec_id in zip(commands, ids, strict=True):
                 # _reply() forgets the id whether it returns, raises or is cancelled.
                 waiting.remove(exec_id)
                 message = await self._reply(exec_id)
-                if "return" not in message and "error" not in message:
-                    raise BadReplyError("neither return nor error", message, Message())
                 end = self._received_ns.get(exec_id, time.monotonic_ns())
-                replies.append(RawReply(message, self._sent_ns[exec_id], end))
+                replies.append(_result(command, message, self._sent_ns[exec_id], end))
             return replies
         finally:
             for exec_id in waiting:
@@ -175,3 +233,19 @@ class TimedClient(QMPClient):
         super()._set_state(state)
         if before is Runstate.RUNNING and state is not Runstate.RUNNING:
             self._on_end()
+
+
+def _result(
+    command: Command, message: Message, start_ns: int, end_ns: int
+) -> Reply | CommandFailed:
+    """What the reply says.  Raises ProtocolError."""
+    if "return" not in message and "error" not in message:
+        raise BadReplyError("neither return nor error", message, Message())
+    if "error" not in message:
+        return Reply(message["return"], start_ns, end_ns)
+    error = message["error"]
+    if not isinstance(error, dict):
+        raise ProtocolError("an error that is no object")
+    kind, text = str(error.get("class", "GenericError")), str(error.get("desc", ""))
+    remedy = "this QEMU does not have that command" if kind == "CommandNotFound" else None
+    return CommandFailed(command.name, kind, text, remedy=remedy)

@@ -14,7 +14,6 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -32,7 +31,7 @@ from ..errors import (
 )
 from ..waits import waiting
 from . import allowed
-from .client import RawReply, TimedClient
+from .client import Command, QemuVersion, Reply, TimedClient
 from .dial import answered, resolve
 from .events import EventStream, QmpEvent, decode_event
 from .identity import ASKED, GuestIdentity, same_answers
@@ -43,45 +42,6 @@ __all__ = ["CONNECT_DEADLINE", "Command", "Monitor", "QemuVersion", "Reply"]
 CONNECT_DEADLINE = 1.0
 COMMAND_DEADLINE = 10.0
 _CLOSE_DEADLINE = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class QemuVersion:
-    """What the greeting says.  `package` is the distributor's text, "" when there is none."""
-
-    major: int
-    minor: int
-    micro: int
-    package: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.major}.{self.minor}.{self.micro}"
-
-    @property
-    def release(self) -> tuple[int, int]:
-        return (self.major, self.minor)
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A command for `Monitor.pipeline`; `fd` is a descriptor that goes with it (`getfd`)."""
-
-    name: str
-    arguments: Mapping[str, object] | None = None
-    fd: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a command returned, and when: `t_start_ns` at the write, `t_end_ns` at the read."""
-
-    value: object
-    t_start_ns: int
-    t_end_ns: int
-
-    @property
-    def duration_ns(self) -> int:
-        return self.t_end_ns - self.t_start_ns
 
 
 class Monitor:
@@ -268,7 +228,7 @@ class Monitor:
         if greeting is None:
             raise _session_error(self.target, ProtocolError("no greeting"))
         try:
-            self.version = _version(greeting.QMP.version)
+            self.version = QemuVersion.read(greeting.QMP.version)
             self.oob = "oob" in greeting.QMP.capabilities
         except (LookupError, TypeError, ValueError) as error:
             with suppress(Exception):
@@ -297,20 +257,13 @@ class Monitor:
     async def _run(
         self, commands: Sequence[Command], deadline: float | None, *, oob: bool = False
     ) -> list[Reply | CommandFailed]:
-        for command in commands:
-            self._check(command)
+        for command in commands:  # everything that leaves passes here
+            allowed.check(command.name, command.arguments, self._permits)
         if not self.is_connected:
             raise self._lost_error()
-        verb = "exec-oob" if oob else "execute"
-        messages = [
-            {verb: c.name} | ({} if c.arguments is None else {"arguments": dict(c.arguments)})
-            for c in commands
-        ]
         try:
             async with asyncio.timeout(deadline):
-                for fd in (c.fd for c in commands if c.fd is not None):
-                    await self._client.hand_over(fd)
-                raw = await self._client.run_commands(messages)
+                return await self._client.run_commands(commands, oob=oob)
         except TimeoutError:
             raise self._too_slow(commands, deadline or 0) from None
         except (ExecInterruptedError, StateError, ConnectionError):
@@ -318,21 +271,6 @@ class Monitor:
             raise self._lost_error() from None
         except QMPError as error:
             raise _session_error(self.target, error) from error
-        return [self._result(c, r) for c, r in zip(commands, raw, strict=True)]
-
-    def _check(self, command: Command) -> None:
-        """Everything that leaves passes here.  Raises CommandNotAllowed."""
-        allowed.check(command.name, command.arguments, self._permits)
-
-    def _result(self, command: Command, raw: RawReply) -> Reply | CommandFailed:
-        if "error" not in raw.message:
-            return Reply(raw.message["return"], raw.t_start_ns, raw.t_end_ns)
-        error = raw.message["error"]
-        if not isinstance(error, dict):
-            raise _session_error(self.target, ProtocolError("an error that is no object"))
-        kind, text = str(error.get("class", "GenericError")), str(error.get("desc", ""))
-        remedy = "this QEMU does not have that command" if kind == "CommandNotFound" else None
-        return CommandFailed(command.name, kind, text, remedy=remedy)
 
     def _too_slow(self, commands: Sequence[Command], deadline: float) -> DeadlineExceeded:
         names = ", ".join(c.name for c in commands)
@@ -390,20 +328,6 @@ class Monitor:
             if not reaper.done():
                 self._client.abort()
                 reaper.cancel()
-
-
-def _version(version: object) -> QemuVersion:
-    if not isinstance(version, Mapping):
-        raise TypeError("version")
-    qemu = version["qemu"]
-    if not isinstance(qemu, Mapping):
-        raise TypeError("version")
-    return QemuVersion(
-        int(qemu["major"]),
-        int(qemu["minor"]),
-        int(qemu["micro"]),
-        str(version.get("package", "")).strip(),
-    )
 
 
 def _session_error(target: SocketTarget, cause: BaseException) -> TargetError:

@@ -13,7 +13,7 @@ from ...errors import DeadlineExceeded
 from ...host.bounded import in_thread
 from ...qmp.guest import read_vcpus, try_status
 from ...records import CommandRecord, MeasurementRecord
-from ..inbox import Inbox
+from ..delivery import Inbox
 from ..model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
 from .governor import Governor
 from .names import ThreadNames

@@ -2,6 +2,8 @@
 
 `loop.call_soon_threadsafe` writes a byte for each call into a socket that is soon full when the
 loop is busy; then wake-ups of others are lost.  And what is queued there has no bound.
+
+A probe that has nothing to deliver says now and then how far it is (`Progress`).
 """
 
 from __future__ import annotations
@@ -13,11 +15,12 @@ from collections.abc import Callable
 from functools import partial
 from typing import ParamSpec
 
-__all__ = ["LIMIT", "Inbox"]
+__all__ = ["LIMIT", "Inbox", "Progress"]
 
 LIMIT = 20_000
 """What may be in an inbox, in the caller's measure."""
 _TURN = 500  # of that, handed on before others have their turn
+_PERIOD_S = 0.1
 
 P = ParamSpec("P")
 
@@ -70,3 +73,32 @@ class Inbox:
             turn += max(weight, 1)
             call()
         self._loop.call_soon(self._take)
+
+
+class Progress:
+    """Calls `tell` in the event loop every tenth of a second between `start` and `stop`.
+
+    A call that comes late by more than half that is left out: the loop was busy, so what arrived
+    meanwhile may not have been taken in yet.
+    """
+
+    def __init__(self, tell: Callable[[], None]) -> None:
+        self._tell = tell
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self) -> None:
+        """Begin; needs a running loop."""
+        self._timer = asyncio.get_running_loop().call_later(_PERIOD_S, self._tick)
+
+    def stop(self) -> None:
+        """Idempotent."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+    def _tick(self) -> None:
+        assert self._timer is not None
+        late = asyncio.get_running_loop().time() - self._timer.when()
+        self.start()
+        if late < _PERIOD_S / 2:
+            self._tell()
