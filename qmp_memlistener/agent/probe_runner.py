@@ -30,10 +30,8 @@ from ..records import (
     TransitionRecord,
 )
 from ..timeline import Timeline
-from ..timeline.coverage import Coverage
-from ..timeline.pairing import SLACK_NS
+from ..timeline.coverage import Coverage, one_sided
 from ..timeline.summary import Statistics
-from ..timeline.windows import op_text
 from ..waits import waiting
 from .source import Source
 
@@ -50,6 +48,7 @@ LATE_NS = 50_000_000
 """QEMU may be interrupted for so long between an ioctl and the line that tells of it."""
 _STOP_DEADLINE = 5.0
 _STARTING = "start "
+_STARTS = ("it is being started", None)
 
 
 class Measuring:
@@ -189,25 +188,21 @@ class Measuring:
     def state(self) -> ProbesRecord:
         """Which probes are at work, and why the others are not."""
         active = set(self.names)
-        return ProbesRecord(
-            t_ns=time.monotonic_ns(),
-            probes=[
-                ProbeState(
-                    name=choice.info.name,
-                    measures=list(choice.info.measures),
-                    active=choice.info.name in active,
-                    reason=None if choice.info.name in active else self._reason(choice)[0],
-                    remedy=None if choice.info.name in active else self._reason(choice)[1],
-                    resolution_ns=choice.info.resolution_ns,
-                    cost=choice.info.cost,
-                )
-                for choice in self._choices
-            ],
-        )
+        states = [self._state_of(choice, choice.info.name in active) for choice in self._choices]
+        return ProbesRecord(t_ns=time.monotonic_ns(), probes=states)
 
-    def _reason(self, choice: Choice) -> tuple[str | None, str | None]:
-        starting = ("it is being started", None)
-        return self._why_not.get(choice.info.name, starting)
+    def _state_of(self, choice: Choice, active: bool) -> ProbeState:
+        info = choice.info
+        reason, remedy = (None, None) if active else self._why_not.get(info.name, _STARTS)
+        return ProbeState(
+            name=info.name,
+            measures=list(info.measures),
+            active=active,
+            reason=reason,
+            remedy=remedy,
+            resolution_ns=info.resolution_ns,
+            cost=info.cost,
+        )
 
     kinds = (TransitionRecord, SlotOp, GuestState, QmpEvent, Lost)
     """What `take` wants to be given."""
@@ -238,37 +233,19 @@ class Measuring:
     async def release(self) -> None:
         """Publish what is decided by now."""
         reached = self._source.reported_to()
-        if reached is not None:
-            self.advance("trace", reached - LATE_NS)
-        await self._hand_out_all(lambda: self._timeline.release(time.monotonic_ns()))
+        await self._release(None if reached is None else reached - LATE_NS)
         self._compare_witnesses()
+
+    async def _release(self, reached_ns: int | None) -> None:
+        """Trace lines up to `reached_ns` have been taken in."""
+        if reached_ns is not None:
+            self.advance("trace", reached_ns)
+        await self._hand_out(lambda: self._timeline.release(time.monotonic_ns()))
 
     def _compare_witnesses(self) -> None:
         """Trace lines and uprobes must tell of the same slot operations: say where they do not."""
-        ops, ioctls = self._timeline.strays()
-        measured = self._coverage.measured_by
-        forged = [
-            op
-            for op in ops
-            if StallKind.SLOT_UPDATE in measured("uprobes", op.t_ns - SLACK_NS, op.t_ns)
-        ]
-        untold = [
-            seen
-            for seen in ioctls
-            if StallKind.SLOT_UPDATE in measured("trace", seen.start_ns, seen.end_ns + SLACK_NS)
-        ]
-        if forged:
-            self.note(
-                f"slot operations in QEMU's log that no uprobe saw: {len(forged)} "
-                f"(the first: {op_text(forged[0])}); does somebody else write to that log?"
-            )
-        if untold:
-            at = untold[0].update
-            first = f"slot {at.slot} at {at.gpa:#x}, size {at.size:#x}" if at is not None else "?"
-            self.note(
-                f"slot operations that uprobes saw and QEMU's log does not tell: {len(untold)} "
-                f"(the first: {first})"
-            )
+        for text in one_sided(*self._timeline.strays(), self._coverage):
+            self.note(text)
 
     async def burst(self, on: bool) -> None:
         """An operation begins or is over."""
@@ -294,8 +271,7 @@ class Measuring:
                 await probe.flush()
             except MemListenerError as exc:
                 self.note(f"{probe.info.name}: {exc.message}")
-        self.advance("trace", reached_ns)
-        await self._hand_out_all(lambda: self._timeline.release(time.monotonic_ns()))
+        await self._release(reached_ns)
 
     async def stop(self) -> None:
         """Stop the probes and take in what they had in hand.  Idempotent."""
@@ -322,7 +298,7 @@ class Measuring:
         """
         try:
             async with asyncio.timeout(FINISH_S):
-                await self._hand_out_all(self._timeline.finish)
+                await self._hand_out(self._timeline.finish)
         except TimeoutError:
             left = self._timeline.waiting
             self._tell_loss("stalls that were not decided in time at the end", left)
@@ -338,19 +314,18 @@ class Measuring:
         )
         return msgspec.structs.replace(summary, probes=self._measured_by or self.state().probes)
 
-    async def _hand_out_all(self, decided: Callable[[], list[Record]]) -> None:
+    async def _hand_out(self, decided: Callable[[], list[Record]]) -> None:
         """Some at a time: many may be decided at once."""
-        self._hand_out(decided())
-        while self._timeline.more:
+        while True:
+            records = decided()
+            for record in records:
+                if isinstance(record, StallRecord):
+                    self._statistics.add_record(record)
+            if records:
+                self._publish(records)
+            if not self._timeline.more:
+                return
             await asyncio.sleep(0)
-            self._hand_out(decided())
-
-    def _hand_out(self, records: list[Record]) -> None:
-        for record in records:
-            if isinstance(record, StallRecord):
-                self._statistics.add_record(record)
-        if records:
-            self._publish(records)
 
     def _publish(self, records: Iterable[Record]) -> None:
         """Publish; a recording that cannot be written ends the attachment, not a probe."""

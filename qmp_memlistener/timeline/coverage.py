@@ -6,12 +6,15 @@ A span counts as measured only if one probe measured that kind all the time and 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..probes import StallKind
+from ..probes import Observation, StallKind
+from ..records import SlotOp
+from .pairing import SLACK_NS
+from .windows import op_text
 
-__all__ = ["Coverage"]
+__all__ = ["Coverage", "one_sided"]
 
 _KEPT = 1024
 """Changes and losses remembered of each probe; what lies before counts as not measured."""
@@ -83,4 +86,36 @@ class Coverage:
         end_ns = max(end_ns, start_ns + 1)
         return frozenset[StallKind]().union(
             *(c.kinds(start_ns, end_ns) for c in self._probes.values())
+        )
+
+
+def one_sided(
+    ops: Sequence[SlotOp], ioctls: Sequence[Observation], coverage: Coverage
+) -> Iterator[str]:
+    """What trace lines or uprobes alone tell of although the other witness saw everything then.
+
+    `ops` and `ioctls` are `Timeline.strays`.
+    """
+    measured = coverage.measured_by
+    forged = [
+        op
+        for op in ops
+        if StallKind.SLOT_UPDATE in measured("uprobes", op.t_ns - SLACK_NS, op.t_ns)
+    ]
+    if forged:
+        yield (
+            f"slot operations in QEMU's log that no uprobe saw: {len(forged)} "
+            f"(the first: {op_text(forged[0])}); does somebody else write to that log?"
+        )
+    untold = [
+        seen
+        for seen in ioctls
+        if StallKind.SLOT_UPDATE in measured("trace", seen.start_ns, seen.end_ns + SLACK_NS)
+    ]
+    if untold:
+        at = untold[0].update
+        first = f"slot {at.slot} at {at.gpa:#x}, size {at.size:#x}" if at is not None else "?"
+        yield (
+            f"slot operations that uprobes saw and QEMU's log does not tell: {len(untold)} "
+            f"(the first: {first})"
         )
