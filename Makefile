@@ -2,8 +2,7 @@
 .PHONY: setup demo test test-full lint bench clean qemus svm
 
 PY := .venv/bin/python
-# what needs no guest runs in as many processes as there are CPUs; guests have the machine alone
-PURE := -n auto tests/unit tests/conformance tests/fuzz
+PURE := tests/unit tests/conformance tests/fuzz
 REAL := tests/kvm tests/live
 
 setup:
@@ -20,14 +19,15 @@ qemus: setup
 svm: setup
 	@$(PY) vm-images/svm/build.py 6.1 6.12 || echo "no SVM guest here; its tests say so" >&2
 
-# each behaviour once, on the newest QEMU here
+# each behaviour once, on the newest QEMU here; two guests at a time, but for tests marked `alone`
 test: setup qemus svm
-	@failed=0; $(PY) -m pytest $(PURE) || failed=1; \
-	$(PY) -m pytest -m "not full" $(REAL) || failed=1; exit $$failed
+	@failed=0; $(PY) -m pytest -n 2 -m "not full and not alone" $(PURE) $(REAL) || failed=1; \
+	$(PY) -m pytest -m "not full and alone" $(REAL) || failed=1; exit $$failed
 
-# on every QEMU here, with boots, soaks and the tests of the tests' own guests; one after the other
+# on every QEMU here, with boots, soaks and the tests of the tests' own guests
 test-full: setup qemus svm
-	@$(PY) -m pytest
+	@failed=0; $(PY) -m pytest -n 2 -m "not alone" $(PURE) $(REAL) || failed=1; \
+	$(PY) -m pytest -m alone $(REAL) || failed=1; exit $$failed
 
 lint: setup
 	@.venv/bin/ruff check .

@@ -23,6 +23,15 @@ SLOT_SAMPLES = (
     *("10.0/q35-smbase", "10.0/pc-dimm", "11.1/pc-reset", "11.1/q35-vga"),
 )
 
+RECORDINGS = [
+    pytest.param(
+        path,
+        id=f"{path.parent.name}/{path.name}",
+        marks=() if path.parent.name == "11.1" else pytest.mark.full,
+    )
+    for path in recordings()
+]
+
 
 def check(report: ReplayReport) -> None:
     """What holds of every replay, whatever is in it."""
@@ -43,7 +52,7 @@ def test_recorded_steps(kvm: Kvm, sample: str, tmp_path: Path) -> None:
     check(report)
 
 
-@pytest.mark.parametrize("path", recordings(), ids=lambda p: f"{p.parent.name}/{p.name}")
+@pytest.mark.parametrize("path", RECORDINGS)
 def test_recorded_guests(kvm: Kvm, path: Path, tmp_path: Path) -> None:
     """Boots, resets, PAM, hotplug: recordings of ours and logs of QEMU, in all their forms."""
     del kvm

@@ -46,6 +46,7 @@ _REQUEST = re.compile(r"handle_qmp_command mon 0x[0-9a-f]+ req: (.*)")
 Request = tuple[str, dict[str, object]]
 
 
+@pytest.mark.alone
 @builds()
 @pytest.mark.asyncio
 async def test_every_verb_sends_only_what_is_listed(build: QemuBuild, tmp_path: Path) -> None:

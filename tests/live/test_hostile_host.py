@@ -21,6 +21,7 @@ from tests.support.verbs import run_verb
 pytestmark = [pytest.mark.qemu, pytest.mark.skipif(not QEMUS, reason=NO_QEMU)]
 
 
+@pytest.mark.alone
 @pytest.mark.asyncio
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to mount a file system")
 async def test_one_process_whose_files_do_not_answer(tmp_path: Path) -> None:

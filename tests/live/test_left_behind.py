@@ -20,7 +20,7 @@ from tests.support.live import QEMUS, builds, qmp
 from tests.support.verbs import run_verb
 from tools.soak_guard import Watcher, gone, watched
 
-pytestmark = [pytest.mark.qemu, pytest.mark.asyncio]
+pytestmark = [pytest.mark.qemu, pytest.mark.alone, pytest.mark.asyncio]
 
 T = TypeVar("T")
 ONE = builds(QEMUS[:1])

@@ -144,6 +144,7 @@ async def test_a_reader_that_reads_no_more(build: QemuBuild) -> None:
         assert ran.seconds < IN_TIME
 
 
+@pytest.mark.alone
 @one_build
 @pytest.mark.asyncio
 async def test_a_second_signal_ends_at_once_and_leaves_a_note(

@@ -118,6 +118,7 @@ async def test_a_freeze_ends_with_its_holder(build: QemuBuild) -> None:
         assert (await run_verb("show", vm.target)).code == 0
 
 
+@pytest.mark.alone
 @builds()
 @pytest.mark.asyncio
 async def test_nothing_is_left_after_kill_9_with_all_probes_at_work(build: QemuBuild) -> None:

@@ -122,6 +122,7 @@ async def test_every_connection_is_compared(tmp_path: Path, how: str) -> None:
             assert "query-uuid" not in another.received()
 
 
+@pytest.mark.alone
 @HOW
 async def test_verbs(tmp_path: Path, how: str) -> None:
     """A watch of the guest that is meant was killed; then another one takes its path."""
