@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
-from tests.live.verbs_support import IN_TIME
+from tests.live.verbs_support import in_time
 from tests.support.live import QEMUS, cases, skip_without_kvm
 from tools.soak_toggle import burst
 
@@ -29,6 +29,6 @@ async def test_all_transitions_and_a_quick_end(
     found = await burst(
         build, 3.0, verb=verb, options=("--probes", probes), signal_first=signal_first
     )
-    assert found.faults(IN_TIME) == []
+    assert found.faults(in_time()) == []
     assert found.written > 50
     assert max(found.rss) < _ALLOWED_RSS

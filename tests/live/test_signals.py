@@ -16,7 +16,7 @@ import pytest
 
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.qmp import Monitor
-from tests.live.verbs_support import IN_TIME, is_as_before, one_build, watched
+from tests.live.verbs_support import in_time, is_as_before, one_build, watched
 from tests.support.leftovers import enabled_events, file_has, left_behind, log_targets
 from tests.support.live import NO_QEMU, QEMUS, Vm, best_accel, booted, qmp
 from tests.support.verbs import started_verb
@@ -51,7 +51,7 @@ async def test_watch(build: QemuBuild, number: signal.Signals) -> None:
         await vm.toggle(4)
         ran = await watch.signalled(number)
         assert (ran.code, ran.err) == (0, "")
-        assert ran.seconds < IN_TIME
+        assert ran.seconds < in_time()
 
 
 @one_build
@@ -122,7 +122,7 @@ async def test_a_terminal_that_is_closed(build: QemuBuild) -> None:
         await asyncio.to_thread(read_until, ours, b"map: ")
         await vm.toggle(4)
         os.close(ours)
-        async with asyncio.timeout(IN_TIME):
+        async with asyncio.timeout(in_time()):
             await process.wait()
 
 
@@ -141,7 +141,7 @@ async def test_a_reader_that_reads_no_more(build: QemuBuild) -> None:
             ran = await verb.signalled(signal.SIGTERM)
         os.close(ours)
         assert ran.code == 0
-        assert ran.seconds < IN_TIME
+        assert ran.seconds < in_time()
 
 
 @pytest.mark.alone

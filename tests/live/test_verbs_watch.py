@@ -14,7 +14,7 @@ import pytest
 from qmp_memlistener.errors import TargetLost
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.records import Recording, TransitionRecord
-from tests.live.verbs_support import IN_TIME, is_as_before, one_build, watched
+from tests.live.verbs_support import in_time, is_as_before, one_build, watched
 from tests.support.leftovers import enabled_events, file_has, left_behind
 from tests.support.live import best_accel, booted, builds, cases, qmp, silenced
 from tests.support.verbs import started_verb
@@ -123,7 +123,7 @@ async def test_watch_on_a_guest_that_ends(build: QemuBuild, how: str, tmp_path: 
         else:
             os.kill(vm.guest.pid, signal.Signals[how])
         ran = await watch.end()
-        assert time.monotonic() - start < IN_TIME
+        assert time.monotonic() - start < in_time()
         ran.check_error(3)
         assert str(vm.guest.monitors[0]) in ran.err
         assert "#6 " in ran.out  # what it did last is told
@@ -172,7 +172,7 @@ async def test_a_signal_ends_cleanly(
             running.process.send_signal(number)
             ran = await running.end()
         assert (ran.code, ran.err) == (0, "")
-        assert ran.seconds < IN_TIME
+        assert ran.seconds < in_time()
         assert await is_as_before(vm, monitor, before)
         if verb == "record":
             (document,) = ran.documents

@@ -20,6 +20,7 @@ from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.kvmlab import Kvm
 from qmp_memlistener.qmp import Monitor
 from tests.live.verbs_support import is_as_before, one_build
+from tests.support.host import patience
 from tests.support.leftovers import enabled_events, left_behind
 from tests.support.live import Vm, best_accel, booted, builds, qmp
 from tests.support.verbs import Ran, Verb, run_in_terminal, run_verb, started_verb
@@ -325,7 +326,7 @@ async def test_a_second_ctrl_c_does_without_the_comparison(build: QemuBuild) -> 
             await toggling
     assert (ran.code, ran.err) == (0, "")
     assert "was not to be waited for any longer" in " ".join(ran.out.split())
-    assert ran.seconds < PATIENCE
+    assert ran.seconds < patience(PATIENCE)
 
 
 @one_build

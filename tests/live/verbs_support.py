@@ -7,14 +7,19 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 from qmp_memlistener.qmp import Monitor, UnixTarget
+from tests.support.host import patience
 from tests.support.leftovers import enabled_events, left_behind
 from tests.support.live import QEMUS, Vm, builds
 from tests.support.verbs import Verb, run_in_terminal, started_verb
 
-__all__ = ["IN_TIME", "check_tables_fit", "is_as_before", "one_build", "watched"]
+__all__ = ["check_tables_fit", "in_time", "is_as_before", "one_build", "watched"]
 
-IN_TIME = 5.0  # seconds, from the cause of the end or from the start to the exit code; 2 at rest
 one_build = builds(QEMUS[:1])
+
+
+def in_time() -> float:
+    """Seconds from the cause of the end, or from the start, to the exit code; 2 at rest."""
+    return patience(5.0)
 
 
 @asynccontextmanager

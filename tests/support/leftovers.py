@@ -12,6 +12,7 @@ import pytest
 
 from qmp_memlistener.errors import CommandFailed
 from qmp_memlistener.qmp import Monitor
+from tests.support.host import patience
 
 __all__ = [
     "BASE",
@@ -76,6 +77,6 @@ async def file_has(path: Path, text: bytes, times: int = 1) -> None:
     def has() -> bool:
         return path.exists() and path.read_bytes().count(text) >= times
 
-    async with asyncio.timeout(10):
+    async with asyncio.timeout(patience(10)):
         while not has():  # noqa: ASYNC110 (who writes it does not tell us)
             await asyncio.sleep(0.005)

@@ -44,6 +44,7 @@ from qmp_memlistener.records import (
 )
 from qmp_memlistener.topology import Transition
 from tests.support.any_monitor import AnyMonitor
+from tests.support.host import patience
 
 __all__ = [
     "Commits",
@@ -276,7 +277,7 @@ class Seen:
 
     async def wait_for(self, true: Callable[[], bool], seconds: float = 10.0) -> None:
         """Until `true`, which is asked anew at every record."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(patience(seconds)):
             while not true():
                 self._news.clear()
                 await self._news.wait()

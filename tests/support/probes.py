@@ -21,6 +21,7 @@ from qmp_memlistener.qmp import (
 )
 from qmp_memlistener.records import CommandRecord, MeasurementRecord
 from tests.support.any_monitor import AnyMonitor
+from tests.support.host import patience
 
 __all__ = ["NO_FACTS", "Recorder", "at_work", "context_of", "guest_context"]
 
@@ -85,7 +86,7 @@ class Recorder:
 
     async def wait_for(self, true: Callable[[], bool], seconds: float = 10.0) -> None:
         """Until `true`, which is asked anew at everything that comes."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(patience(seconds)):
             while not true():
                 self._news.clear()
                 await self._news.wait()

@@ -19,6 +19,8 @@ from pathlib import Path
 
 import msgspec
 
+from tests.support.host import patience
+
 __all__ = [
     "Ran",
     "Verb",
@@ -26,6 +28,9 @@ __all__ = [
     "run_verb",
     "started_verb",
 ]
+
+STILL_WAITS = re.compile(r"ending, but waiting .*\n")
+"""What any verb may say that a busy host keeps from ending within a second."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +71,7 @@ class Verb:
     async def told(self, text: str, seconds: float = 30.0) -> None:
         """Until a line of stderr holds `text`."""
         assert self.process.stderr is not None
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(patience(seconds)):
             while True:
                 line = (await self.process.stderr.readline()).decode()
                 if not line:
@@ -78,7 +83,7 @@ class Verb:
     async def line(self, seconds: float = 10.0) -> str:
         """The next line of stdout."""
         assert self.process.stdout is not None
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(patience(seconds)):
             line = (await self.process.stdout.readline()).decode()
         if not line:
             raise AssertionError(f"the verb ended after {self._lines!r}")
@@ -87,7 +92,7 @@ class Verb:
 
     async def until(self, text: str, seconds: float = 10.0) -> str:
         """Lines up to the first that holds `text`, which is returned."""
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(patience(seconds)):
             while text not in (line := await self.line(seconds)):
                 pass
         return line
@@ -95,12 +100,13 @@ class Verb:
     async def end(self, seconds: float = 10.0) -> Ran:
         """Wait for the end; the output includes what was read before."""
         start = time.monotonic()
-        async with asyncio.timeout(seconds):
+        async with asyncio.timeout(patience(seconds)):
             out, err = await self.process.communicate()
         took = time.monotonic() - start
         assert self.process.returncode is not None
         text = "".join(self._lines) + (out or b"").decode()
-        return Ran(self.process.returncode, text, "".join(self._errors) + err.decode(), took)
+        errors = "".join(self._errors) + STILL_WAITS.sub("", err.decode())
+        return Ran(self.process.returncode, text, errors, took)
 
     async def signalled(self, number: int) -> Ran:
         """Send a signal, then wait for the end.

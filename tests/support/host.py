@@ -1,0 +1,15 @@
+"""How long tests wait on a busy host."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["patience"]
+
+
+def patience(seconds: float) -> float:
+    """`seconds` on a host at rest; more as more processes want to run than there are CPUs.
+
+    What is waited for longer than that hangs; what took longer than that was late.
+    """
+    return seconds * max(1.0, os.getloadavg()[0] / (os.cpu_count() or 1))
