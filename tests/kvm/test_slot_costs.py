@@ -30,7 +30,7 @@ from tools.bench.slot_costs.lookup_native import build
 from tools.bench.slot_costs.tables import cost_lines, cost_tables
 from tools.bench.slot_costs.vm import SLOT_GPA, CostVm, Op, Shape
 
-pytestmark = pytest.mark.kvm
+pytestmark = [pytest.mark.kvm, pytest.mark.full]
 
 PAGE = 4096
 MIB = 1 << 20

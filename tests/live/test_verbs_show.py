@@ -114,7 +114,7 @@ async def test_list(build: QemuBuild) -> None:
 
 
 @builds()
-@pytest.mark.parametrize("machine", ["pc", "q35"])
+@pytest.mark.parametrize("machine", [pytest.param("pc", marks=pytest.mark.full), "q35"])
 @pytest.mark.asyncio
 async def test_demo(build: QemuBuild, machine: str) -> None:
     """Under the accelerator it chooses, and in words under TCG."""

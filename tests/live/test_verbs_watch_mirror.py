@@ -27,7 +27,11 @@ from tests.support.verbs import Ran, Verb, run_in_terminal, run_verb, started_ve
 
 pytestmark = [pytest.mark.qemu, pytest.mark.kvm, pytest.mark.asyncio]
 
-strategies = pytest.mark.parametrize("strategy", ["direct", "pause", "hole"])
+full = pytest.mark.full
+strategies = pytest.mark.parametrize(
+    "strategy", ["pause", pytest.param("direct", marks=full), pytest.param("hole", marks=full)]
+)
+"""What each of them does is tested by the API, in test_mirror_kvm."""
 BARE = ("--probes", "none")
 PATIENCE = 5.0  # seconds with a comparison that does not come to its end
 REPORT_KEYS = {
@@ -195,7 +199,14 @@ async def test_a_mirror_in_memory(build: QemuBuild) -> None:
 
 
 @one_build
-@pytest.mark.parametrize("lie", LIES)
+@pytest.mark.parametrize(
+    "lie",
+    [
+        "forgets",
+        pytest.param("shows-others", marks=full),
+        pytest.param("cannot-delete", marks=full),
+    ],
+)
 async def test_a_mirror_that_is_not_in_step_is_exit_code_1(build: QemuBuild, lie: str) -> None:
     how, message, state = LIES[lie]
     strategy = "direct" if lie == "cannot-delete" else "hole"
