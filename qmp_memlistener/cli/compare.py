@@ -23,11 +23,12 @@ if TYPE_CHECKING:
 
 def _strategies(_: click.Context, __: click.Parameter, text: str) -> tuple[Strategy, ...]:
     from ..updates.model import Strategy
+    from ..updates.options import shown
 
     names = [name.strip() for name in text.split(",") if name.strip()]
     unknown = [name for name in names if name not in set(Strategy)]
     if unknown or not names or len(set(names)) < len(names):
-        raise click.BadParameter(f"{text!r} is no list such as direct,pause,hole")
+        raise click.BadParameter(f"{shown(text)} is not a list such as direct,pause,hole")
     return tuple(Strategy(name) for name in names)
 
 

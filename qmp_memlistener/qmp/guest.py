@@ -109,7 +109,7 @@ class GuestLook:
         elif untold is None:
             raise status
         if not isinstance(state, str):
-            raise ProtocolViolation(f"query-status returned {status!r:.100}")
+            raise ProtocolViolation("the answer to query-status has no status that is text")
         # (a QEMU that does not know the command cannot migrate)
         value = migrate.value if isinstance(migrate, Reply) else None
         migration = value if isinstance(value, dict) else {}

@@ -100,7 +100,7 @@ def _texts(m: MirrorRecord) -> Iterator[str]:
     if m.unpaused:
         yield f"{count_text(m.unpaused, 'update')} during which the guest ran, wholly or in part"
     if m.already_paused:
-        yield f"{count_text(m.already_paused, 'update')} of a guest that stood still anyhow"
+        yield f"{count_text(m.already_paused, 'update')} of a guest that was paused already"
     if m.lab is not None:
         yield from _lab(m.lab)
     for note in m.notes[-_SHOWN:]:

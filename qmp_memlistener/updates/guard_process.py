@@ -152,7 +152,7 @@ class Guard:
         commands = self._commands_of(due)
         for command in commands:
             if command.decode() not in self._commands:
-                raise RuntimeError(f"{command!r} is not among the commands that it may send")
+                raise RuntimeError(f"{command.decode()} is not among the commands that it may send")
         try:
             self._monitor.sendall(b"".join(b'{"execute":"%s"}\n' % c for c in commands))
         except OSError:

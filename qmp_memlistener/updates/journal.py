@@ -133,7 +133,7 @@ class Journal:
             self._strike(step)
             if step.addition is None or is_there:
                 self.made.append(step)
-                how = "there all the same, and what it stands on" if is_there else "gone"
+                how = "there all the same, with its backends" if is_there else "gone"
                 self.notes.append(f"{step.what} is {how}")
                 self.stands = True
         return self.stands

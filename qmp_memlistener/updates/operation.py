@@ -296,7 +296,7 @@ class _Operation:
         if failed:
             stand = [step.what for step in done if step.undo is None]
             self._journal.stands = bool(stand)
-            self._notes += [f"{what}: this was done, and stands" for what in stand]
+            self._notes += [f"{what}: this was done, and is not taken back" for what in stand]
             raise failed[0]
 
     @asynccontextmanager

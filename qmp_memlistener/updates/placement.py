@@ -58,7 +58,7 @@ class Seen:
             on = f" of the bus {self.placed.bus}" if self.placed.bus else ""
             return f"QEMU shows no sign of it for a {self.placed.driver}{on}"
         if self.alone:
-            return "the guest is told of it when function 0 of its slot comes"
+            return "QEMU reports it to the guest when function 0 of its slot is plugged"
         if self.bars == ():
             return f"a {self.placed.driver} has no BAR that the guest could program"
         return None

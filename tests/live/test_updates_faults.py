@@ -374,7 +374,7 @@ async def test_of_two_dimms_one_stays(strategy: Strategy, tmp_path: Path) -> Non
         assert isinstance(done.end, Outcome)
         assert done.end.outcome == "partial"
         assert done.end.reason == f"QEMU refused device_del: {INJECTED}"
-        assert done.end.notes == ["device qml-dimm1: this was done, and stands"]
+        assert done.end.notes == ["device qml-dimm1: this was done, and is not taken back"]
 
 
 @pytest.mark.skipif(not QEMUS, reason=NO_QEMU)

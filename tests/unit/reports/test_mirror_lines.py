@@ -134,7 +134,7 @@ def test_differences_and_trouble_are_said() -> None:
         "emptied and filled anew 1 time",
         "2 changes dropped because it was too slow",
         "4 updates during which the guest ran, wholly or in part",
-        "5 updates of a guest that stood still anyhow",
+        "5 updates of a guest that was paused already",
         "the guest was paused for 2.00 ms on average, 3.00 ms at most",
         "note: a note",
     ):
