@@ -17,7 +17,7 @@ import msgspec
 from ..errors import CommandFailed, ProtocolViolation
 from ..host.bounded import in_thread
 from .asking import ask, qom_get, qom_list, told
-from .connection import Command, Monitor, Reply
+from .connection import COMMAND_DEADLINE, Command, Monitor, Reply
 from .hmp import Flag, hmp
 from .identity import find_owner
 
@@ -30,6 +30,7 @@ __all__ = [
     "RunStatus",
     "GuestVcpu",
     "count_ram_blocks",
+    "look",
     "read_backends",
     "read_block_jobs",
     "read_device_memory",
@@ -125,6 +126,13 @@ class GuestLook:
             and self.migration == "completed"
             and (before.migration, before.which) != (self.migration, self.which)
         )
+
+
+async def look(
+    monitor: Monitor, *, deadline: float = COMMAND_DEADLINE, untold: str | None = None
+) -> GuestLook:
+    """Ask both at once.  Raises as `Monitor.pipeline` and `GuestLook.of`."""
+    return GuestLook.of(*await monitor.pipeline(LOOK, deadline=deadline), untold=untold)
 
 
 class _Job(msgspec.Struct):

@@ -12,7 +12,7 @@ from ..errors import CommandFailed, OperationFailed
 from ..host import notes
 from ..qmp import Command, Monitor
 from ..qmp.freeze import FreezeKey
-from ..qmp.guest import LOOK, GuestLook
+from ..qmp.guest import LOOK, GuestLook, look
 from ..qmp.identity import GuestIdentity
 from .guard_notes import GuardNote, unfinished
 from .journal import MadeNote, left_made, still_there
@@ -75,16 +75,16 @@ async def confirmed(monitor: Monitor, left: LeftBehind) -> str | None:
             return None
         names = ", ".join(f"{a.role} {a.id} ({a.type})" for a in there)
         return f"{names} is left over in QEMU (pid {note.pid}) by an agent of ours that was killed"
-    look = GuestLook.of(*await monitor.pipeline(LOOK))
-    if look.status == "running":
+    seen = await look(monitor)
+    if seen.status == "running":
         left.note.remove()
         return None
-    if look.status == "paused":
+    if seen.status == "paused":
         return (
             f"{note.guest} was paused by an agent of ours (pid {note.agent}) that was killed, "
             f"{note.ago}"
         )
-    return f"{left.text}; it is {look.status} now"
+    return f"{left.text}; it is {seen.status} now"
 
 
 async def take_away(monitor: Monitor, left: LeftBehind) -> bool:
@@ -124,12 +124,12 @@ def _check_process(monitor: Monitor, note: notes.Note) -> None:
 
 
 async def _resume(monitor: Monitor, note: GuardNote) -> None:
-    look = GuestLook.of(*await monitor.pipeline(LOOK))
+    seen = await look(monitor)
     why = ""
-    if has_guest(look):
-        why = f"a migration has it (migration {look.migration}, state {look.status})"
-    elif look.status != "paused":
-        why = f"it is in the state {look.status}"
+    if has_guest(seen):
+        why = f"a migration has it (migration {seen.migration}, state {seen.status})"
+    elif seen.status != "paused":
+        why = f"it is in the state {seen.status}"
     elif note.state != "stopped":
         why = "whether it was stopped by that agent or by somebody else is not known"
     elif (ran := _have_run(note)) is None:
@@ -147,7 +147,7 @@ async def _resume(monitor: Monitor, note: GuardNote) -> None:
     cont, *looked = await monitor.pipeline([Command("cont"), *LOOK])
     if isinstance(cont, CommandFailed):
         raise cont
-    if GuestLook.of(*looked).ran_twice(look):
+    if GuestLook.of(*looked).ran_twice(seen):
         await monitor.execute("stop")
         raise OperationFailed(
             f"{note.guest} was migrated at this moment; it was stopped again",

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from ..errors import GuestMigrating
 from ..qmp import Monitor
-from ..qmp.guest import LOOK, GuestLook
+from ..qmp.guest import GuestLook, look
 from .promise import TAKEN, is_migrating
 
 __all__ = ["RAN_TWICE", "WAIT", "check_not_migrating", "has_guest", "refuse_if_migrating"]
@@ -24,9 +24,9 @@ _WHY = {
 }
 
 
-def has_guest(look: GuestLook) -> bool:
+def has_guest(seen: GuestLook) -> bool:
     """A migration has the guest: it would not have been paused."""
-    return is_migrating(look.migration) or look.status in TAKEN
+    return is_migrating(seen.migration) or seen.status in TAKEN
 
 
 def check_not_migrating(status: str, migration: str, done: str = "it was not paused") -> None:
@@ -42,5 +42,5 @@ def check_not_migrating(status: str, migration: str, done: str = "it was not pau
 
 async def refuse_if_migrating(monitor: Monitor, done: str, *, deadline: float = 10.0) -> None:
     """Raises GuestMigrating, and as `Monitor.pipeline`."""
-    look = GuestLook.of(*await monitor.pipeline(LOOK, deadline=deadline))
-    check_not_migrating(look.status, look.migration, done)
+    seen = await look(monitor, deadline=deadline)
+    check_not_migrating(seen.status, seen.migration, done)

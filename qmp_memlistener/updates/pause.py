@@ -42,7 +42,7 @@ from ..errors import (
     TargetLost,
 )
 from ..qmp import Command, Monitor, Reply
-from ..qmp.guest import LOOK, GuestLook
+from ..qmp.guest import LOOK, GuestLook, look
 from ..qmp.identity import wrong_guest
 from .guard import ResumeGuard, Settled
 from .migrating import has_guest, refuse_if_migrating
@@ -277,18 +277,18 @@ async def _stop(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: fl
         pause.paused_before = True
         raise
     *looked, stop = await monitor.pipeline([*LOOK, _STOP], deadline=deadline)
-    look = GuestLook.of(*looked, untold=pause.status_before)
-    pause.status_before = look.status
-    if isinstance(stop, CommandFailed) or look.status != _RUNNING:
+    seen = GuestLook.of(*looked, untold=pause.status_before)
+    pause.status_before = seen.status
+    if isinstance(stop, CommandFailed) or seen.status != _RUNNING:
         # In the second case somebody was quicker: QEMU has taken our `stop` for nothing.
         pause.paused_before = True
         await guard.release()
     if isinstance(stop, CommandFailed):
         raise stop
     pause.start_ns = stop.t_end_ns
-    pause.look = look
-    if has_guest(look):
-        began = f"a migration began ({look.migration}, {look.status})"
+    pause.look = seen
+    if has_guest(seen):
+        began = f"a migration began ({seen.migration}, {seen.status})"
         raise GuestMigrating(
             f"{began} when the guest was about to be paused; it was not held",
             remedy="wait until it is over, or cancel it",
@@ -298,29 +298,28 @@ async def _stop(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: fl
 async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: float) -> None:
     end = End()
     try:
-        look, asked = pause.look, False
+        seen, asked = pause.look, False
         if not pause.is_over and (
-            look is None or time.monotonic_ns() - pause.start_ns >= LOOK_EVERY_NS
+            seen is None or time.monotonic_ns() - pause.start_ns >= LOOK_EVERY_NS
         ):
-            looked = await monitor.pipeline(LOOK, deadline=deadline)
-            look, asked = GuestLook.of(*looked, untold=_UNTOLD), True
+            seen, asked = await look(monitor, deadline=deadline, untold=_UNTOLD), True
         # (asked again: it may have been resumed before QEMU answered)
-        if look is None or pause.is_over:
+        if seen is None or pause.is_over:
             # A `stop` that came after that RESUME is somebody else's: no `cont`.
             await end.release(guard)
             if end.runs and not guard.acted:
                 end.notes.append("somebody else resumed the guest meanwhile")
-        elif asked and (look.status != "paused" or has_guest(look)):
+        elif asked and (seen.status != "paused" or has_guest(seen)):
             # one of us sends `cont`, and the guard is at it already
-            began = f"a migration began ({look.migration})"
-            why = began if look.status == "paused" else f"the guest became {look.status}"
+            began = f"a migration began ({seen.migration})"
+            why = began if seen.status == "paused" else f"the guest became {seen.status}"
             await end.hand_over(guard, why, deadline)
         else:
             cont, *looked = await monitor.pipeline([_CONT, *LOOK], deadline=deadline)
             if isinstance(cont, CommandFailed):
                 await end.hand_over(guard, f"QEMU refused cont ({cont.desc})", deadline)
             else:
-                await end.check(monitor, look, GuestLook.of(*looked, untold=_RUNNING), deadline)
+                await end.check(monitor, seen, GuestLook.of(*looked, untold=_RUNNING), deadline)
                 await end.release(guard)
     except DeadlineExceeded:
         pause.resumed = False

@@ -8,7 +8,7 @@ from typing import Self
 
 from ..errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
 from ..qmp import Monitor, QmpEvent
-from ..qmp.guest import LOOK, GuestLook
+from ..qmp.guest import GuestLook, look
 from .guard import ResumeGuard, Settled
 from .migrating import RAN_TWICE
 from .promise import MIGRATED
@@ -107,8 +107,7 @@ class End:
 
 async def stop_again(monitor: Monitor, deadline: float) -> bool:
     """Our `cont` has resumed a guest that was to stand: true when it does again."""
-    look = GuestLook.of(*await monitor.pipeline(LOOK, deadline=deadline), untold="running")
-    if look.status != "running":
+    if (await look(monitor, deadline=deadline, untold="running")).status != "running":
         return True  # it was a status that `cont` does not end
     try:
         await monitor.timed("stop", deadline=deadline)
