@@ -108,7 +108,6 @@ def _plug(intent: Plug, strategy: Strategy, view: GuestView, facts: Facts) -> Up
     return UpdatePlan(
         prepare=tuple(adding(b) for b in intent.backends),
         update=(adding(device),),
-        finish=(),
         awaited=Awaited.REACTION if wanted is None else Awaited.SIZE,
         devices=(device.id,),
         sizes={} if wanted is None else {device.id: wanted},
@@ -147,14 +146,12 @@ def _unplug(intent: Unplug, strategy: Strategy, view: GuestView, facts: Facts) -
             remedy="shut the guest down, and start it without",
         )
     return UpdatePlan(
-        prepare=(),
         update=(UpdateStep(Command("device_del", {"id": intent.id}), f"device {intent.id}"),),
         finish=tuple(
             UpdateStep(removal(backend), f"{backend.role} {backend.id}") for backend in intent.also
         ),
         awaited=Awaited.GONE,
         devices=(intent.id,),
-        sizes={},
     )
 
 
@@ -227,7 +224,7 @@ def _resize(intent: Resize, strategy: Strategy, view: GuestView, facts: Facts) -
     if not change:
         late = {str(v.id): v.requested for v in view.virtio_mems if v.size != v.requested}
         note = "that much was asked for already" if late else "the guest has that much already"
-        return UpdatePlan((), (), (), Awaited.SIZE, tuple(late), late, (note,))
+        return UpdatePlan(awaited=Awaited.SIZE, devices=tuple(late), sizes=late, notes=(note,))
     if strategy is Strategy.HOLE:
         return _resize_virtio_mem(change, view)
     return _grow(change, view, facts) if change > 0 else _shrink(-change, view)
@@ -249,13 +246,11 @@ def _grow(size: int, view: GuestView, facts: Facts) -> UpdatePlan:
     )
     device = Addition(Role.DEVICE, name, {"driver": "pc-dimm", "id": name, "memdev": memory}, True)
     return UpdatePlan(
-        (adding(backend),),
-        (adding(device),),
-        (),
-        Awaited.TAKEN,
-        (name,),
-        {},
-        (f"{name} is the new DIMM, {memory} the memory behind it",),
+        prepare=(adding(backend),),
+        update=(adding(device),),
+        awaited=Awaited.TAKEN,
+        devices=(name,),
+        notes=(f"{name} is the new DIMM, {memory} the memory behind it",),
     )
 
 
@@ -271,16 +266,16 @@ def _shrink(size: int, view: GuestView) -> UpdatePlan:
             remedy="choose the size of a DIMM, or --strategy hole with a virtio-mem device",
         )
     ids = [str(d.id) for d in chosen]
+    backends = [d.memdev.rpartition("/")[2] for d in chosen]
     return UpdatePlan(
-        (),
-        tuple(UpdateStep(Command("device_del", {"id": name}), f"device {name}") for name in ids),
-        tuple(
-            UpdateStep(Command("object-del", {"id": memory}), f"object {memory}")
-            for memory in (d.memdev.rpartition("/")[2] for d in chosen)
+        update=tuple(
+            UpdateStep(Command("device_del", {"id": name}), f"device {name}") for name in ids
         ),
-        Awaited.GONE,
-        tuple(ids),
-        {},
+        finish=tuple(
+            UpdateStep(Command("object-del", {"id": name}), f"object {name}") for name in backends
+        ),
+        awaited=Awaited.GONE,
+        devices=tuple(ids),
     )
 
 
@@ -319,12 +314,10 @@ def _resize_virtio_mem(change: int, view: GuestView) -> UpdatePlan:
     if left:
         raise UpdateRefused(_no_room(change, devices), remedy=_VIRTIO_MEM_REMEDY)
     return UpdatePlan(
-        (),
-        tuple(_request(name, size, devices) for name, size in wanted.items()),
-        (),
-        Awaited.SIZE,
-        tuple(wanted),
-        wanted,
+        update=tuple(_request(name, size, devices) for name, size in wanted.items()),
+        awaited=Awaited.SIZE,
+        devices=tuple(wanted),
+        sizes=wanted,
     )
 
 

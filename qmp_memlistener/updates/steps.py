@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 
 from ..qmp import Command
@@ -45,19 +45,19 @@ class UpdateStep:
         return f"{self.what} was changed"
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class UpdatePlan:
     """`prepare` runs first, with vCPUs running; `update` is what changes the map, under the
     strategy; `finish` runs once the guest has done its part.  `devices` are the ids of the devices
     that come, go or change; `sizes` what virtio-mem devices shall have.
     """
 
-    prepare: tuple[UpdateStep, ...]
-    update: tuple[UpdateStep, ...]
-    finish: tuple[UpdateStep, ...]
+    prepare: tuple[UpdateStep, ...] = ()
+    update: tuple[UpdateStep, ...] = ()
+    finish: tuple[UpdateStep, ...] = ()
     awaited: Awaited
     devices: tuple[str, ...]
-    sizes: Mapping[str, int]
+    sizes: Mapping[str, int] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
 
 
