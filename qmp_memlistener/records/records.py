@@ -11,23 +11,17 @@ from typing import Any
 
 import msgspec
 
-from ..topology import FlatRange, FlatView, Hole, RamBlock
+from ..topology import FlatRange, FlatView, Flip, Hole, Kind, Move, RamBlock, RamChange
 
 __all__ = [
     "SCHEMA",
-    "BlockInfo",
     "Cause",
-    "Extent",
-    "FlipInfo",
     "GuestState",
     "Header",
-    "HoleInfo",
     "Lost",
     "MapRecord",
-    "MoveInfo",
     "Note",
     "QmpEvent",
-    "RamInfo",
     "Reconciled",
     "Record",
     "Section",
@@ -39,11 +33,11 @@ SCHEMA = 1
 
 
 class Section(msgspec.Struct, frozen=True, gc=False):
-    """A range of a FlatView, as in `show --json`."""
+    """What the guest sees of a FlatRange; as in `show --json`."""
 
     start: int
     size: int
-    kind: str
+    kind: Kind
     name: str
     offset: int
     owner: str | None
@@ -51,83 +45,11 @@ class Section(msgspec.Struct, frozen=True, gc=False):
 
     @classmethod
     def of(cls, r: FlatRange) -> Section:
-        return cls(r.start, r.size, str(r.kind), r.name, r.offset, r.owner, r.memslot)
+        return cls(r.start, r.size, r.kind, r.name, r.offset, r.owner, r.memslot)
 
     @classmethod
     def list_of(cls, view: FlatView | tuple[FlatRange, ...]) -> list[Section]:
         return [cls.of(r) for r in view]
-
-
-class HoleInfo(msgspec.Struct, frozen=True, gc=False):
-    """A hole in a RAM block; `covered_by` is None when nothing is there or when it is not known."""
-
-    block: str
-    start: int
-    size: int
-    offset: int
-    covered_by: str | None
-    owner: str | None
-
-    @classmethod
-    def of(cls, h: Hole) -> HoleInfo:
-        return cls(h.block, h.start, h.size, h.offset, h.covered_by, h.owner)
-
-
-class Extent(msgspec.Struct, frozen=True):
-    """Where a RAM block is mapped."""
-
-    start: int
-    size: int
-    offset: int
-
-
-class FlipInfo(msgspec.Struct, frozen=True):
-    """A range that shows the same memory as before, but writable or read-only now."""
-
-    start: int
-    size: int
-    name: str
-    owner: str | None
-    before: str
-    after: str
-
-
-class MoveInfo(msgspec.Struct, frozen=True):
-    """An i/o region that is visible at another address than before."""
-
-    name: str
-    owner: str | None
-    before: int
-    after: int
-    size: int
-
-
-class RamInfo(msgspec.Struct, frozen=True):
-    """A mapping of a RAM block that came or went as a whole."""
-
-    name: str
-    owner: str | None
-    start: int
-    size: int
-    offset: int
-
-
-class BlockInfo(msgspec.Struct, frozen=True):
-    """A RAM block with its mappings and holes, as in `show --json`."""
-
-    name: str
-    owner: str | None
-    mapped: list[Extent]
-    holes: list[HoleInfo]
-
-    @classmethod
-    def of(cls, b: RamBlock) -> BlockInfo:
-        return cls(
-            b.name,
-            b.owner,
-            [Extent(m.start, m.size, m.offset) for m in b.mapped],
-            [HoleInfo.of(h) for h in b.holes],
-        )
 
 
 class Cause(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
@@ -183,7 +105,7 @@ class MapRecord(Record, frozen=True, kw_only=True, tag="map"):
     t_ns: int
     address_space: str
     ranges: list[Section]
-    ram_blocks: list[BlockInfo]
+    ram_blocks: list[RamBlock]
 
 
 class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition", gc=False):
@@ -202,12 +124,12 @@ class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition", gc=F
     cause: Cause
     removed: list[Section]
     added: list[Section]
-    holes_punched: list[HoleInfo]
-    holes_filled: list[HoleInfo]
-    ram_appeared: list[RamInfo] = []
-    ram_vanished: list[RamInfo] = []
-    flips: list[FlipInfo] = []
-    mmio_moved: list[MoveInfo] = []
+    holes_punched: list[Hole]
+    holes_filled: list[Hole]
+    ram_appeared: list[RamChange] = []
+    ram_vanished: list[RamChange] = []
+    flips: list[Flip] = []
+    mmio_moved: list[Move] = []
     detail: str
     merged: int = 1
     slot_ops: int = 0

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from ..memslots import Slot
 from ..qmp import GuestFacts, MemoryDevice
-from ..records import BlockInfo, Section
+from ..records import Section
 from ..topology import MemoryMap
 from .terminal import flags_text, size_text
 
@@ -32,7 +32,7 @@ def map_document(shown: MemoryMap, address_space: str) -> dict[str, object]:
         "address_space": address_space,
         "rendered": shown.rendered,
         "ranges": Section.list_of(shown.view),
-        "ram_blocks": [BlockInfo.of(b) for b in shown.ram_blocks],
+        "ram_blocks": list(shown.ram_blocks),
         "ambiguous": [list(pair) for pair in shown.ambiguous],
         "unresolved": list(shown.unresolved),
     }

@@ -9,7 +9,6 @@ from ..records import (
     CommandRecord,
     GuestState,
     Header,
-    HoleInfo,
     Lost,
     MapRecord,
     Note,
@@ -21,6 +20,7 @@ from ..records import (
     StallRecord,
     TransitionRecord,
 )
+from ..topology import Hole
 from .stalls import measured_lines
 
 __all__ = ["Narrator", "cause_text", "flags_text", "size_text"]
@@ -171,7 +171,7 @@ def _header(h: Header) -> Iterator[str]:
     yield f"source: {h.source}"
 
 
-def _hole(h: HoleInfo, *, known: bool) -> str:
+def _hole(h: Hole, *, known: bool) -> str:
     behind = h.covered_by or ("nothing" if known else "not known yet")
     owner = f" ({h.owner})" if h.owner else ""
     return f"{h.block} {h.start:#x}+{size_text(h.size)} behind {behind}{owner}"

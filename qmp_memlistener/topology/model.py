@@ -1,7 +1,8 @@
 """The values of a memory topology: region, FlatRange, FlatView, hole, RAM block, transition.
 
-Pure data.  Nothing here parses, renders or compares views; see `mtree`, `render`, `blocks`
-and `transition`.  Addresses and sizes are bytes as `int`; ranges are half open.
+Pure data; the msgspec structs are in recordings as they are.  Nothing here parses, renders or
+compares views; see `mtree`, `render`, `blocks` and `transition`.  Addresses and sizes are
+bytes as `int`; ranges are half open.
 """
 
 from __future__ import annotations
@@ -11,6 +12,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import NamedTuple, overload
+
+import msgspec
 
 __all__ = [
     "ADDRESS_SPACE_SIZE",
@@ -191,8 +194,7 @@ class FlatView(Sequence[FlatRange]):
         return tuple(out)
 
 
-@dataclass(frozen=True, slots=True)
-class Mapping:
+class Mapping(msgspec.Struct, frozen=True, gc=False):
     """`[start, start + size)` of the address space shows a RAM block from `offset` on."""
 
     start: int
@@ -204,8 +206,7 @@ class Mapping:
         return self.start + self.size
 
 
-@dataclass(frozen=True, slots=True)
-class Hole:
+class Hole(msgspec.Struct, frozen=True, gc=False):
     """A range inside a RAM block's mapped extent that the guest cannot reach as RAM.
 
     `offset` is where in the block the hole lies.  `covered_by` names the region in front of the
@@ -224,8 +225,7 @@ class Hole:
         return self.start + self.size
 
 
-@dataclass(frozen=True, slots=True)
-class RamBlock:
+class RamBlock(msgspec.Struct, frozen=True, gc=False):
     """A RAM block (by region name and owner), where it is mapped, and the holes in it."""
 
     name: str

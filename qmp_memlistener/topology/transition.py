@@ -13,6 +13,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
+import msgspec
+
 from .blocks import ram_blocks, shared_extents
 from .model import FlatRange, FlatView, Hole, Kind, RamBlock
 
@@ -29,8 +31,7 @@ class HoleChange:
     after: Hole
 
 
-@dataclass(frozen=True, slots=True)
-class Move:
+class Move(msgspec.Struct, frozen=True, gc=False):
     """An i/o region that is visible at another address than before."""
 
     name: str
@@ -40,8 +41,7 @@ class Move:
     size: int
 
 
-@dataclass(frozen=True, slots=True)
-class Flip:
+class Flip(msgspec.Struct, frozen=True, gc=False):
     """`[start, start + size)` shows the same memory but became writable or read-only."""
 
     start: int
@@ -52,8 +52,7 @@ class Flip:
     after: Kind
 
 
-@dataclass(frozen=True, slots=True)
-class RamChange:
+class RamChange(msgspec.Struct, frozen=True, gc=False):
     """A mapping of a RAM block that came or went as a whole."""
 
     name: str

@@ -13,7 +13,7 @@ from ..errors import InputError, RecordingError
 from ..memslots import OpKind, Order, Rules, slot_table
 from ..memslots.slots import LAST_SLOT, MOST_PAGES, Backing
 from ..records import Lost, MapRecord, Record, Recording, Section, SlotOp, TransitionRecord
-from ..topology import FlatRange, FlatView, Kind
+from ..topology import FlatRange, FlatView
 from .commits import Upwards
 from .live_slots import UNKNOWN_BLOCK, LiveSlot
 
@@ -194,7 +194,7 @@ class _Reader:
 
     def _span(self, sections: Iterable[Section]) -> None:
         for s in sections:
-            if s.kind != Kind.IO:
+            if s.kind.backed:
                 key = (s.name, s.owner)
                 self.spans[key] = max(s.offset + s.size, self.spans.get(key, 0))
 
@@ -265,13 +265,9 @@ def _view(ranges: list[FlatRange], address_space: str, where: str) -> FlatView:
 
 
 def _range(s: Section) -> FlatRange:
-    try:
-        kind = Kind(s.kind)
-    except ValueError:
-        raise _unfit(f"a section of unknown kind {s.kind!r}") from None
     if s.offset < 0:
         raise _unfit(f"{s.name} at {s.start:#x}+{s.size:#x} is no range of a guest")
-    return FlatRange(s.start, s.size, kind, s.name, s.offset, s.owner, memslot=s.memslot)
+    return FlatRange(s.start, s.size, s.kind, s.name, s.offset, s.owner, memslot=s.memslot)
 
 
 def _unfit(why: str) -> RecordingError:

@@ -3,24 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
-from msgspec.structs import replace as replace_record
+from msgspec.structs import replace
 
 from ..memslots import Op
 from ..records import (
-    BlockInfo,
     Cause,
-    FlipInfo,
-    HoleInfo,
     MapRecord,
-    MoveInfo,
-    RamInfo,
     Section,
     SlotOp,
     TransitionRecord,
 )
-from ..topology import Hole, MemoryMap, RamChange, Transition
+from ..topology import Hole, MemoryMap, Transition
 from .commits import Commit
 from .live_slots import UNKNOWN_BLOCK
 
@@ -42,17 +36,12 @@ def transition_record(
         cause=_cause(transition, commit.causes, filled, punched),
         removed=Section.list_of(transition.removed),
         added=Section.list_of(transition.added),
-        holes_punched=[_hole_info(h) for h in sorted(punched, key=_start)],
-        holes_filled=[_hole_info(h) for h in sorted(filled, key=_start)],
-        ram_appeared=[_ram_info(c) for c in transition.ram_appeared],
-        ram_vanished=[_ram_info(c) for c in transition.ram_vanished],
-        flips=[
-            FlipInfo(f.start, f.size, f.name, f.owner, str(f.before), str(f.after))
-            for f in transition.flips
-        ],
-        mmio_moved=[
-            MoveInfo(m.name, m.owner, m.before, m.after, m.size) for m in transition.mmio_moved
-        ],
+        holes_punched=[_known(h) for h in sorted(punched, key=_start)],
+        holes_filled=[_known(h) for h in sorted(filled, key=_start)],
+        ram_appeared=list(transition.ram_appeared),
+        ram_vanished=list(transition.ram_vanished),
+        flips=list(transition.flips),
+        mmio_moved=list(transition.mmio_moved),
         detail=detail,
         merged=merged,
         slot_ops=slot_ops,
@@ -64,7 +53,7 @@ def told_again(
     told: TransitionRecord, seq: int, commit: Commit, *, merged: int, slot_ops: int
 ) -> TransitionRecord:
     """The same transition as one that was told before, and nothing else is known of its cause."""
-    return replace_record(
+    return replace(
         told,
         seq=seq,
         t_ns=commit.t_ns,
@@ -114,16 +103,12 @@ def predicted_records(ops: Iterable[Op], t_ns: int, seq: int) -> list[SlotOp]:
     ]
 
 
-def _ram_info(change: RamChange) -> RamInfo:
-    return RamInfo(change.name, change.owner, change.start, change.size, change.offset)
-
-
 def map_record(m: MemoryMap, t_ns: int) -> MapRecord:
     return MapRecord(
         t_ns=t_ns,
         address_space=m.view.address_space,
         ranges=Section.list_of(m.view),
-        ram_blocks=[BlockInfo.of(b) for b in m.ram_blocks],
+        ram_blocks=list(m.ram_blocks),
     )
 
 
@@ -150,11 +135,11 @@ def _cause(
     return Cause("region", owner=owner, regions=list(dict.fromkeys(name for name, _ in regions)))
 
 
-def _hole_info(hole: Hole) -> HoleInfo:
-    """For a record; RAM of a block that is not known covers as something not known."""
+def _known(hole: Hole) -> Hole:
+    """RAM of a block that is not known covers as something not known."""
     if hole.covered_by is not None and hole.covered_by.startswith(UNKNOWN_BLOCK):
-        hole = replace(hole, covered_by=None)
-    return HoleInfo.of(hole)
+        return replace(hole, covered_by=None)
+    return hole
 
 
 def _start(hole: Hole) -> int:

@@ -20,7 +20,6 @@ from qmp_memlistener.records import (
     Cause,
     GuestState,
     Header,
-    HoleInfo,
     Lost,
     MapRecord,
     Note,
@@ -75,8 +74,8 @@ def records() -> list[Record]:
                 cause=Cause("pci_bar", device="d0", detail="BAR 2"),
                 removed=Section.list_of(t.removed),
                 added=Section.list_of(t.added),
-                holes_punched=[HoleInfo.of(h) for h in t.holes_punched],
-                holes_filled=[HoleInfo.of(h) for h in t.holes_filled],
+                holes_punched=list(t.holes_punched),
+                holes_filled=list(t.holes_filled),
                 detail="full",
                 slot_ops=len(step["ops"]),
             )

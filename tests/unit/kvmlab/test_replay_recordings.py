@@ -19,6 +19,7 @@ from qmp_memlistener.records import (
     SlotOp,
     TransitionRecord,
 )
+from qmp_memlistener.topology import Kind
 from tests.support.records import HEADER, transition
 from tests.unit.kvmlab.replay_rendering import check, planned
 
@@ -28,11 +29,11 @@ RAM, ROM, DIMM = 0x7F00_0000_0000, 0x7F10_0000_0000, 0x7F20_0000_0000
 
 def ram(start: int, size: int, name: str = "pc.ram", offset: int | None = None) -> Section:
     at = start if offset is None else offset
-    return Section(start, size, "ram", name, at, f"/objects/{name}", memslot=True)
+    return Section(start, size, Kind.RAM, name, at, f"/objects/{name}", memslot=True)
 
 
 def rom(start: int, size: int) -> Section:
-    return Section(start, size, "rom", "pc.rom", 0, None, memslot=True)
+    return Section(start, size, Kind.ROM, "pc.rom", 0, None, memslot=True)
 
 
 MAP = MapRecord(
@@ -40,7 +41,7 @@ MAP = MapRecord(
     address_space="memory",
     ranges=[
         ram(0, 0xA0000),
-        Section(0xA0000, 0x20000, "i/o", "vga-lowmem", 0, None, memslot=False),
+        Section(0xA0000, 0x20000, Kind.IO, "vga-lowmem", 0, None, memslot=False),
         rom(0xC0000, 0x20000),
         ram(0xE0000, 15 * MIB),
     ],

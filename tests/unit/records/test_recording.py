@@ -14,7 +14,6 @@ from qmp_memlistener.errors import InputError, RecordingError
 from qmp_memlistener.records import (
     Cause,
     GuestState,
-    HoleInfo,
     Note,
     Recording,
     RecordingWriter,
@@ -22,6 +21,7 @@ from qmp_memlistener.records import (
     TransitionRecord,
     is_recording,
 )
+from qmp_memlistener.topology import Hole
 from tests.support.records import HEADER
 
 RECORDS = [
@@ -31,7 +31,7 @@ RECORDS = [
         cause=Cause("region", regions=["regs"]),
         removed=[],
         added=[],
-        holes_punched=[HoleInfo("pc.ram", 1 << 63, 4096, 1 << 62, None, "dev")],
+        holes_punched=[Hole("pc.ram", 1 << 63, 4096, 1 << 62, None, "dev")],
         holes_filled=[],
         detail="full",
     ),
