@@ -226,7 +226,9 @@ class _Operation:
         """A guest that does not run does nothing."""
         try:
             if (await read_status(self._host.monitor)).running:
-                return await response.wait(self._options.wait_s)
+                answer = await response.wait(self._options.wait_s)
+                await self._settle()  # whose doing late transitions are is told apart, too
+                return answer
         except CommandFailed as exc:
             why = f"it was changed, but what the guest does about it is not known: {exc.message}"
             return GuestAnswer(False, reason=why, remedy=exc.remedy)
