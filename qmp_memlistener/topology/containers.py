@@ -15,6 +15,7 @@ another).  So the answer has a certainty:
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 from .model import Kind, Region
@@ -152,6 +153,7 @@ def _parent(name: str) -> Answer:
     return _HARDLY
 
 
+@lru_cache(maxsize=1 << 14)  # one snapshot shows the names of the last
 def _leaf(name: str, size: int) -> Answer:
     if _is_container(name):
         return _NO

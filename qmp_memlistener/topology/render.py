@@ -19,30 +19,26 @@ Where what is visible hangs on a guess about the first or the third, `Rendering.
 from __future__ import annotations
 
 import re
-from bisect import bisect_right
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from heapq import heapify, heappop, heappush
-from itertools import islice
+from itertools import groupby
 from operator import attrgetter
-from typing import NamedTuple
 
 from ..errors import MtreeError
 from .containers import answers
+from .doubts import NOTHING, Doubts, Inherited, Overlap, Piece, Visible
 from .model import ADDRESS_SPACE_SIZE, FlatRange, FlatView, Kind, Region, VirtioMemory
 
 __all__ = ["NOTHING", "Extent", "Rendering", "render"]
-
-NOTHING = "nothing"
 
 HOST_PAGE = 4096
 _MAX_DEPTH = 64  # nesting of real machines stays below 20
 # Aliases of aliases may multiply: 32 root ports take a thousand visits, 100,000 regions that many.
 _MAX_VISITS = 1_000_000
-# Pairs of overlapping siblings, and steps in finding out what they hide: real machines have some
-# ten.  What is beyond is named without a closer look.
+# Pairs of overlapping siblings: real machines have some ten.  What is beyond is named without a
+# closer look.
 _MAX_PAIRS = 256
-_MAX_LOOKS = 200_000
 
 DEVICE_MEMORY = "device-memory"  # machine_memory_devices_init, and boards before 8.2
 
@@ -78,26 +74,6 @@ class Rendering:
     unresolved: tuple[str, ...]
 
 
-class _Inherited(NamedTuple):
-    """What a region passes on to everything below it and, as an alias, behind it."""
-
-    readonly: bool = False
-    nonvolatile: bool = False
-    unmergeable: bool = False
-    device_memory: bool = False
-
-
-@dataclass(slots=True)
-class _Piece:
-    """A region clipped to where it could be seen; its index is its rank."""
-
-    start: int
-    end: int
-    region: Region
-    offset: int
-    flags: _Inherited
-
-
 def render(
     root: Region | None,
     address_space: str = "memory",
@@ -110,9 +86,9 @@ def render(
     collector = _Collector()
     root = _flatview_root(root)
     if root is not None:
-        collector.visit(root, 0, 0, ADDRESS_SPACE_SIZE, _Inherited(), 0)
+        collector.visit(root, 0, 0, ADDRESS_SPACE_SIZE, Inherited(), 0)
     visible = list(_sweep(collector.pieces))
-    view = FlatView(list(_simplify(iter(visible))), address_space, virtio_memory)
+    view = FlatView(list(_simplify(visible)), address_space, virtio_memory)
     extents = tuple(
         Extent(p.start, p.end - p.start, p.region.name, p.region.owner, p.offset)
         for p in collector.pieces
@@ -121,7 +97,7 @@ def render(
     return Rendering(
         view,
         extents,
-        tuple(sorted(_Doubts(collector, visible).pairs())),
+        tuple(sorted(collector.doubts.pairs(visible))),
         tuple(sorted(collector.unresolved)),
     )
 
@@ -154,45 +130,21 @@ def _flatview_root(region: Region | None) -> Region | None:
     return region
 
 
-@dataclass(frozen=True, slots=True)
-class _Overlap:
-    """`[start, end)` is of two siblings; `front` and `behind` are the ranks of their pieces."""
+class _Collector:
+    """Walks the tree in QEMU's rendering order and notes every piece that could be visible.
 
-    start: int
-    end: int
-    front: range
-    behind: range
-    names: tuple[str, str]
-
-
-@dataclass(frozen=True, slots=True)
-class _Ghost:
-    """A region that is taken for a container, where it would be visible if it answered.
-
-    It would have a place among the pieces in front of `rank`.
+    `doubts` are told each guess.
     """
 
-    start: int
-    end: int
-    rank: int
-    name: str
-
-
-class _Collector:
-    """Walks the tree in QEMU's rendering order and notes every piece that could be visible."""
-
     def __init__(self) -> None:
-        self.pieces: list[_Piece] = []
+        self.pieces: list[Piece] = []
         self.unresolved: set[str] = set()
-        self.ambiguous: set[tuple[str, str]] = set()  # beyond all limits
-        self.overlaps: list[_Overlap] = []
-        self.ghosts: list[_Ghost] = []
-        self.guessed: set[int] = set()  # ranks of regions that may be containers
+        self.doubts = Doubts(self.pieces)
         self._order: dict[int, tuple[list[Region], list[tuple[int, int]]]] = {}
         self._visits = 0
 
     def visit(
-        self, region: Region, base: int, lo: int, hi: int, flags: _Inherited, depth: int
+        self, region: Region, base: int, lo: int, hi: int, flags: Inherited, depth: int
     ) -> None:
         """`base` is where the parent's offset 0 lies; `[lo, hi)` is what the parent shows."""
         if not region.enabled:
@@ -223,41 +175,34 @@ class _Collector:
         if region.children:
             if region.name == DEVICE_MEMORY and region.kind is Kind.IO:
                 flags = flags._replace(device_memory=True)
-            order = self._order.get(id(region))
-            if order is None:
-                order = self._order[id(region)] = self._render_order(region)
-            children, pairs = order
-            firsts = []
-            for child in children:
-                firsts.append(len(self.pieces))
-                self.visit(child, base, lo, hi, flags, depth + 1)
-            if pairs:
-                self._note(children, pairs, [*firsts, len(self.pieces)], base, lo, hi)
-        answer = answers(region)
-        if answer.yes:
-            if not answer.certain:
-                self.guessed.add(len(self.pieces))
-            self.pieces.append(_Piece(lo, hi, region, lo - base, flags))
-        elif not answer.certain:
-            self.ghosts.append(_Ghost(lo, hi, len(self.pieces), region.name))
+            self._visit_children(region, base, lo, hi, flags, depth)
+        yes, certain = answers(region)
+        piece = Piece(lo, hi, region, lo - base, flags)
+        if not certain:
+            self.doubts.note_guess(piece, taken=yes)
+        if yes:
+            self.pieces.append(piece)
 
-    def _note(
-        self,
-        children: list[Region],
-        pairs: list[tuple[int, int]],
-        firsts: list[int],
-        base: int,
-        lo: int,
-        hi: int,
+    def _visit_children(
+        self, region: Region, base: int, lo: int, hi: int, flags: Inherited, depth: int
     ) -> None:
-        """Note where children overlap; the pieces of the i-th begin at rank `firsts[i]`."""
+        order = self._order.get(id(region))
+        if order is None:
+            order = self._order[id(region)] = self._render_order(region)
+        children, pairs = order
+        firsts = []  # the pieces of the i-th child begin at this rank
+        for child in children:
+            firsts.append(len(self.pieces))
+            self.visit(child, base, lo, hi, flags, depth + 1)
+        firsts.append(len(self.pieces))
         for i, j in pairs:
             a, b = children[i], children[j]
             start = max(lo, base + max(a.addr, b.addr))
             end = min(hi, base + min(a.addr + a.size, b.addr + b.size))
             front, behind = (range(firsts[n], firsts[n + 1]) for n in (i, j))
             if start < end and front and behind:
-                self.overlaps.append(_Overlap(start, end, front, behind, (a.name, b.name)))
+                names = (a.name, b.name)
+                self.doubts.overlaps.append(Overlap(start, end, front, behind, names))
 
     def _render_order(self, region: Region) -> tuple[list[Region], list[tuple[int, int]]]:
         """Enabled children as `memory_region_update_container_subregions` ordered them.
@@ -267,52 +212,16 @@ class _Collector:
         are taken to be added after RAM (MMCONFIG over RAM, hw/pci/pcie_host.c), and the smaller
         region after the larger (see `_in_front`); pairs of them come as places in the order.
         """
-        groups: dict[int, list[Region]] = {}
-        for child in region.children:
-            if child.enabled:
-                groups.setdefault(child.priority, []).append(child)
         out: list[Region] = []
         pairs: list[tuple[int, int]] = []
-        for priority in sorted(groups, reverse=True):
-            self._order_equals(groups[priority], out, pairs)
+        for cluster in _clusters(region.children):
+            if len(cluster) == 1:
+                out += cluster
+                continue
+            first = len(out)
+            out += _ordered(cluster)
+            self._note_overlaps(out, first, pairs)
         return out, pairs
-
-    def _order_equals(
-        self, siblings: list[Region], out: list[Region], pairs: list[tuple[int, int]]
-    ) -> None:
-        siblings = sorted(siblings, key=attrgetter("addr"))  # stable: keeps QEMU's order
-        cluster: list[Region] = []
-        end = 0
-        for sibling in siblings:
-            if cluster and sibling.addr >= end:
-                self._order_cluster(cluster, out, pairs)
-                cluster, end = [], 0
-            cluster.append(sibling)
-            end = max(end, sibling.addr + sibling.size)
-        self._order_cluster(cluster, out, pairs)
-
-    def _order_cluster(
-        self, cluster: list[Region], out: list[Region], pairs: list[tuple[int, int]]
-    ) -> None:
-        if len(cluster) < 2:
-            out.extend(cluster)
-            return
-        by_addr: dict[int, list[Region]] = {}
-        for sibling in cluster:
-            by_addr.setdefault(sibling.addr, []).append(sibling)
-        if len(by_addr) == 1:
-            out.extend(cluster)
-            return
-        # take the best of the heads each time, so that QEMU's order at one address is kept
-        heads = [(_in_front(stack[0]), n, 0, stack) for n, stack in enumerate(by_addr.values())]
-        heapify(heads)
-        first = len(out)
-        while heads:
-            _, n, i, stack = heappop(heads)
-            out.append(stack[i])
-            if i + 1 < len(stack):
-                heappush(heads, (_in_front(stack[i + 1]), n, i + 1, stack))
-        self._note_overlaps(out, first, pairs)
 
     def _note_overlaps(self, order: list[Region], first: int, pairs: list[tuple[int, int]]) -> None:
         """Pairs at different addresses that overlap, of the siblings from `first` on."""
@@ -327,9 +236,45 @@ class _Collector:
                 if len(pairs) < _MAX_PAIRS:
                     pairs.append((front, behind))
                 else:
-                    self.ambiguous.add((order[front].name, order[behind].name))
+                    self.doubts.unseen.add((order[front].name, order[behind].name))
                     break
             active.append(i)
+
+
+def _clusters(children: Sequence[Region]) -> Iterator[list[Region]]:
+    """Enabled siblings of one priority that overlap, directly or by others, in address order."""
+    cluster: list[Region] = []
+    end = priority = 0
+    # stable: keeps QEMU's order at one address
+    for sibling in sorted(filter(attrgetter("enabled"), children), key=_by_priority):
+        if cluster and (sibling.addr >= end or sibling.priority != priority):
+            yield cluster
+            cluster, end = [], 0
+        cluster.append(sibling)
+        priority = sibling.priority
+        end = max(end, sibling.addr + sibling.size)
+    if cluster:
+        yield cluster
+
+
+def _by_priority(region: Region) -> tuple[int, int]:
+    return -region.priority, region.addr
+
+
+def _ordered(cluster: list[Region]) -> list[Region]:
+    """The best of the first ones at each address, again and again: QEMU's order there is kept."""
+    stacks = [list(stack) for _, stack in groupby(cluster, key=attrgetter("addr"))]
+    if len(stacks) == 1:
+        return cluster
+    heads = [(_in_front(stack[0]), n, 0) for n, stack in enumerate(stacks)]
+    heapify(heads)
+    out = []
+    while heads:
+        _, n, i = heappop(heads)
+        out.append(stacks[n][i])
+        if i + 1 < len(stacks[n]):
+            heappush(heads, (_in_front(stacks[n][i + 1]), n, i + 1))
+    return out
 
 
 def _in_front(region: Region) -> tuple[int, bool, int]:
@@ -342,66 +287,6 @@ def _in_front(region: Region) -> tuple[int, bool, int]:
     return (region.size, region.kind.backed, -region.addr)
 
 
-class _Doubts:
-    """Which guesses the visible pieces hang on."""
-
-    def __init__(
-        self, collector: _Collector, visible: Sequence[tuple[int, int, int, _Piece]]
-    ) -> None:
-        self._collector = collector
-        self._visible = visible
-        self._starts = [v[0] for v in visible]
-        self._looks = 0
-
-    def pairs(self) -> set[tuple[str, str]]:
-        out = set(self._collector.ambiguous)
-        out |= {o.names for o in self._collector.overlaps if self._matters(o)}
-        for ghost in self._collector.ghosts:
-            shown = self._behind(ghost)
-            if shown is not None:
-                out.add((shown, ghost.name))
-        if self._collector.guessed:
-            out |= self._guessed()
-        return out
-
-    def _between(self, start: int, end: int) -> Iterator[tuple[int, int, int, _Piece]]:
-        """What is visible there, clipped; it ends early when too much was looked at."""
-        i = max(bisect_right(self._starts, start) - 1, 0)
-        for lo, hi, rank, piece in islice(self._visible, i, None):
-            self._looks += 1
-            if lo >= end or self._looks > _MAX_LOOKS:
-                return
-            if hi > start:
-                yield max(lo, start), min(hi, end), rank, piece
-
-    def _matters(self, overlap: _Overlap) -> bool:
-        """The one in front hides something of the one behind."""
-        pieces = self._collector.pieces
-        for lo, hi, rank, _ in self._between(overlap.start, overlap.end):
-            if rank in overlap.front:
-                self._looks += len(overlap.behind)
-                for behind in overlap.behind:
-                    if pieces[behind].start < hi and pieces[behind].end > lo:
-                        return True
-        return self._looks > _MAX_LOOKS
-
-    def _behind(self, ghost: _Ghost) -> str | None:
-        """What is visible where the region would be; None when it would be hidden everywhere."""
-        at = ghost.start
-        for lo, hi, rank, piece in self._between(ghost.start, ghost.end):
-            if lo > at:
-                return NOTHING
-            if rank >= ghost.rank:
-                return piece.region.name
-            at = hi
-        return NOTHING if at < ghost.end else None
-
-    def _guessed(self) -> set[tuple[str, str]]:
-        """Regions that may be containers and are visible."""
-        found = {rank for _, _, rank, _ in self._visible} & self._collector.guessed
-        return {(self._collector.pieces[rank].region.name, NOTHING) for rank in found}
-
-
 def _is_readonly_alias(alias: Region) -> bool:
     """Whether QEMU made the alias read-only though its target may be written.
 
@@ -412,17 +297,18 @@ def _is_readonly_alias(alias: Region) -> bool:
     return alias.name == "pam-rom" or (alias.name == "isa-bios" and alias.kind is Kind.ROMD)
 
 
-def _sweep(pieces: list[_Piece]) -> Iterator[tuple[int, int, int, _Piece]]:
-    """(start, end, rank, piece) of what is visible, in address order."""
-    order = sorted(range(len(pieces)), key=lambda i: pieces[i].start)
+def _sweep(pieces: list[Piece]) -> Iterator[Visible]:
+    """What is visible, in address order."""
+    starts = [piece.start for piece in pieces]
+    order = sorted(range(len(pieces)), key=starts.__getitem__)
     active: list[tuple[int, int]] = []  # (rank, end), a heap
     pos = 0
     i = 0
     n = len(order)
     while i < n or active:
         if not active:
-            pos = pieces[order[i]].start
-        while i < n and pieces[order[i]].start <= pos:
+            pos = starts[order[i]]
+        while i < n and starts[order[i]] <= pos:
             rank = order[i]
             heappush(active, (rank, pieces[rank].end))
             i += 1
@@ -432,10 +318,10 @@ def _sweep(pieces: list[_Piece]) -> Iterator[tuple[int, int, int, _Piece]]:
             continue
         rank, end = active[0]
         # visible until it ends or something of lower rank begins
-        while i < n and pieces[order[i]].start < end:
+        while i < n and starts[order[i]] < end:
             nxt = order[i]
             if nxt < rank:
-                end = pieces[nxt].start
+                end = starts[nxt]
                 break
             heappush(active, (nxt, pieces[nxt].end))
             i += 1
@@ -443,40 +329,51 @@ def _sweep(pieces: list[_Piece]) -> Iterator[tuple[int, int, int, _Piece]]:
         pos = end
 
 
-def _simplify(visible: Iterator[tuple[int, int, int, _Piece]]) -> Iterator[FlatRange]:
+def _simplify(visible: Iterable[Visible]) -> Iterator[FlatRange]:
     """Merge neighbours that continue each other (`flatview_simplify`, `can_merge`)."""
-    last: FlatRange | None = None
-    for start, end, _rank, p in visible:
-        offset = p.offset + (start - p.start)
-        region = p.region
-        kind = Kind.ROM if p.flags.readonly else region.kind
-        if (
-            last is not None
-            and last.end == start
-            and last.name == region.name
-            and last.owner == region.owner
-            and last.offset + last.size == offset
-            and last.kind is kind
-            and last.nonvolatile == p.flags.nonvolatile
-            and not last.unmergeable
-            and not p.flags.unmergeable
-        ):
-            start, offset = last.start, last.offset
-        elif last is not None:
-            yield last
-        size = end - start
-        last = FlatRange(
-            start=start,
-            size=size,
-            kind=kind,
-            name=region.name,
-            offset=offset,
-            owner=region.owner,
-            region_kind=region.kind,
-            nonvolatile=p.flags.nonvolatile,
-            unmergeable=p.flags.unmergeable,
-            memslot=kind is not Kind.IO and start % HOST_PAGE == 0 and size % HOST_PAGE == 0,
-            device_memory=p.flags.device_memory,
-        )
+    start = offset = until = 0
+    last: Piece | None = None
+    for lo, hi, _rank, piece in visible:
+        at = piece.offset + (lo - piece.start)
+        if last is not None:
+            if until == lo and offset + (lo - start) == at and _can_merge(last, piece):
+                until = hi
+                continue
+            yield _flat_range(start, until, offset, last)
+        start, until, offset, last = lo, hi, at, piece
     if last is not None:
-        yield last
+        yield _flat_range(start, until, offset, last)
+
+
+def _can_merge(one: Piece, other: Piece) -> bool:
+    a, b = one.region, other.region
+    return (
+        (a is b or (a.name, a.owner) == (b.name, b.owner))
+        and _kind(one) is _kind(other)
+        and one.flags.nonvolatile == other.flags.nonvolatile
+        and not one.flags.unmergeable
+        and not other.flags.unmergeable
+    )
+
+
+def _kind(piece: Piece) -> Kind:
+    return Kind.ROM if piece.flags.readonly else piece.region.kind
+
+
+def _flat_range(start: int, end: int, offset: int, piece: Piece) -> FlatRange:
+    region, flags = piece.region, piece.flags
+    kind = _kind(piece)
+    size = end - start
+    return FlatRange(
+        start=start,
+        size=size,
+        kind=kind,
+        name=region.name,
+        offset=offset,
+        owner=region.owner,
+        region_kind=region.kind,
+        nonvolatile=flags.nonvolatile,
+        unmergeable=flags.unmergeable,
+        memslot=kind is not Kind.IO and start % HOST_PAGE == 0 and size % HOST_PAGE == 0,
+        device_memory=flags.device_memory,
+    )
