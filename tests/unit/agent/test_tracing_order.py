@@ -11,8 +11,10 @@ from typing import cast
 
 import pytest
 
+from qmp_memlistener.agent import tracing
 from qmp_memlistener.agent.tracing import STAMP_BOUND_NS, TraceSource
 from qmp_memlistener.memslots import Rules
+from qmp_memlistener.probes import delivery
 from qmp_memlistener.qmp import Command, Monitor, Reply, TraceBatch, TraceSession, TraceTail
 from qmp_memlistener.qmp.trace_records import (
     FlatViewChange,
@@ -21,6 +23,7 @@ from qmp_memlistener.qmp.trace_records import (
     SlotOp,
     TraceRecord,
 )
+from qmp_memlistener.timeline import timeline
 from qmp_memlistener.topology import MemoryMap
 from qmp_memlistener.tracking import Tracker
 from tests.support.trees import Mr, info_mtree
@@ -144,3 +147,8 @@ async def test_lines_that_were_read_late_say_so_and_stamped_ones_need_not() -> N
         assert late == {"late": (5_000_000,) * 2, "in time": (0, 0), "stamped": (0, 0)}
     finally:
         reading.cancel()
+
+
+def test_when_there_is_too_much_of_everything_transitions_come_first() -> None:
+    """A turn of the log's makes more than a turn of an inbox or of the timeline takes."""
+    assert 4 * max(delivery._TURN, timeline.STEP) <= tracing._SLICE

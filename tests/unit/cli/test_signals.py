@@ -85,6 +85,34 @@ async def test_a_later_one_ends_at_once() -> None:
     assert took < 10
 
 
+INSIDE = """
+async def main():
+    loop, came = asyncio.get_running_loop(), asyncio.Event()
+    def see_to_it():
+        loop.call_soon_threadsafe(came.set)
+        return True
+    with s.signals.asking(see_to_it):
+        ready()
+        await came.wait()
+    try:
+        await asyncio.sleep(20)
+    finally:
+        print("put back")
+try:
+    run_async(main())
+except s.Interrupted:
+    sys.exit(130)
+"""
+
+
+@pytest.mark.asyncio
+async def test_a_later_one_ends_at_once_when_a_block_inside_has_seen_to_the_first() -> None:
+    code, out, err, took = await run(INSIDE, signal.SIGINT, signal.SIGINT)
+    assert (code, out.split()) == (130, [])
+    assert "ended at once" in err
+    assert took < 10
+
+
 BUSY = """
 async def main():
     ready()

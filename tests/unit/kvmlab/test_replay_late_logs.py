@@ -87,6 +87,14 @@ def test_logging_of_a_slot_from_before(tmp_path: Path) -> None:
     assert planned(found, t).ops == t.ops
 
 
+def test_a_dimm_that_is_plugged_while_ram_is_logged_is_no_slot_from_before(tmp_path: Path) -> None:
+    """Its slot comes without logging, which is switched on after: at its place, not above it."""
+    dimm = (1 << 32, 128 * MIB, VGA)
+    found = read(tmp_path, add(4, *dimm), add(4, *dimm, LOG_DIRTY_PAGES))
+    assert list(found.initial) == []
+    assert [op.op for t in found.transitions for op in t.ops] == [OpKind.ADD, OpKind.FLAGS]
+
+
 def test_an_id_below_one_that_was_given_out_is_in_use(tmp_path: Path) -> None:
     """QEMU takes the lowest free id, so slot 1 was there when slot 2 came."""
     found = read(

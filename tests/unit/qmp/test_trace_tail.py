@@ -314,3 +314,25 @@ async def test_what_another_reader_gave_back_is_said_to_be_lost(log: Log) -> Non
         missing = sum(len(line(gpa)) for gpa in range(2, first))
         assert lost <= missing < lost + len(line(first))  # to the end of the line
         assert woken.decoder.unknown == 0
+
+
+def test_a_reader_that_hangs_keeps_no_process(log: Log) -> None:
+    """Its file system does not answer: closing can be given up, and the loop ends without it."""
+    answers = threading.Event()
+
+    async def give_up() -> None:
+        tail = TraceTail(log.path)
+        await tail.__aenter__()
+        tail.finish()
+        assert tail._thread is not None
+        tail._thread.join(5)
+        tail._thread = threading.Thread(target=answers.wait, args=(20,), daemon=True)
+        tail._thread.start()
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.05):
+                await tail.__aexit__(None, None, None)
+
+    start = time.monotonic()
+    asyncio.run(give_up())
+    assert time.monotonic() - start < 15
+    answers.set()
