@@ -22,7 +22,7 @@ from ..records import GuestReset, GuestState, Record, SlotOp, StallRecord, Trans
 from ..topology import MemoryMap
 from .postmortem import (
     MapChange,
-    Stopped,
+    StoppedVcpu,
     explain_reset,
     explain_stop,
     parse_dumps,
@@ -208,7 +208,7 @@ class FailureWatch:
         task.add_done_callback(self._tasks.discard)
 
 
-async def stopped_vcpus(monitor: Monitor, pid: int | None) -> list[Stopped]:
+async def stopped_vcpus(monitor: Monitor, pid: int | None) -> list[StoppedVcpu]:
     """Registers and next instruction of every vCPU of a stopped guest; empty if it does not say."""
     try:
         vcpus = parse_registers(await read_registers(monitor, deadline=_ASK_S))
@@ -219,7 +219,7 @@ async def stopped_vcpus(monitor: Monitor, pid: int | None) -> list[Stopped]:
             gpa = None
             if time.monotonic() < until:
                 gpa = await translate(monitor, vcpu.index, vcpu.linear, deadline=_ASK_S)
-            found.append(Stopped(vcpu, gpa, vcpu.general in dumps))
+            found.append(StoppedVcpu(vcpu, gpa, vcpu.general in dumps))
         return found
     except (TargetError, CommandFailed):
         return []

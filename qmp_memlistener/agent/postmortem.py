@@ -25,8 +25,8 @@ from ..records import GuestFailure, SlotOp
 
 __all__ = [
     "MapChange",
-    "Stopped",
-    "Vcpu",
+    "StoppedVcpu",
+    "VcpuRegisters",
     "explain_reset",
     "explain_stop",
     "parse_dumps",
@@ -47,7 +47,7 @@ _INTERNAL = re.compile(r"^KVM internal error", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
-class Vcpu:
+class VcpuRegisters:
     """What `info registers` tells of a vCPU.
 
     `ip` is the offset in its code segment, `linear` the address that paging translates, `general`
@@ -122,13 +122,13 @@ class MapChange:
 
 
 @dataclass(frozen=True, slots=True)
-class Stopped:
+class StoppedVcpu:
     """A stopped vCPU and the guest-physical address of its next instruction, None when unmapped.
 
     `named`: QEMU printed the registers of this vCPU when it failed.
     """
 
-    vcpu: Vcpu
+    vcpu: VcpuRegisters
     gpa: int | None
     named: bool = False
 
@@ -142,7 +142,7 @@ class Stopped:
         return gone
 
 
-def parse_registers(text: str) -> tuple[Vcpu, ...]:
+def parse_registers(text: str) -> tuple[VcpuRegisters, ...]:
     """The vCPUs in what `info registers -a` prints for x86 (7.2 to 11.1); others are left out."""
     parts = _CPU.split(text.replace("\r", ""))
     found = []
@@ -162,7 +162,7 @@ def parse_dumps(text: str) -> frozenset[str]:
     return frozenset(" ".join(m[0].split()) for m in _GENERAL.finditer(text, first.start()))
 
 
-def _vcpu(index: int, body: str) -> Vcpu | None:
+def _vcpu(index: int, body: str) -> VcpuRegisters | None:
     general, base = _GENERAL.search(body), _CS_BASE.search(body)
     if general is None or base is None:
         return None
@@ -171,12 +171,12 @@ def _vcpu(index: int, body: str) -> Vcpu | None:
     # 64-bit code has no segment base; it is the only one for which QEMU prints RIP
     linear = ip if general[1] == "R" else (int(base[1], 16) + ip) & 0xFFFF_FFFF
     words = " ".join(general[0].split())
-    return Vcpu(index, ip, linear, "SMM" in flags, "HLT" in flags, words)
+    return VcpuRegisters(index, ip, linear, "SMM" in flags, "HLT" in flags, words)
 
 
 def explain_stop(
     t_ns: int,
-    cpus: Sequence[Stopped],
+    cpus: Sequence[StoppedVcpu],
     changes: Sequence[MapChange],
     *,
     kept_out: bool,
@@ -210,7 +210,7 @@ def explain_stop(
 def _fetched(
     t_ns: int,
     change: MapChange,
-    hits: Sequence[Stopped],
+    hits: Sequence[StoppedVcpu],
     near: Sequence[MapChange],
     block_of: Callable[[int], str | None],
     *,
@@ -315,7 +315,7 @@ def _when(t_ns: int, change: MapChange) -> str:
     return f"which began {ms:.1f} ms before" if ms >= 0 else f"which was seen {-ms:.1f} ms later"
 
 
-def _no_match(t_ns: int, cpus: Sequence[Stopped], near: Sequence[MapChange]) -> str:
+def _no_match(t_ns: int, cpus: Sequence[StoppedVcpu], near: Sequence[MapChange]) -> str:
     if not near:
         return f"the map did not change in the {_NEAR_NS / 1e9:.0f} s before"
     last = near[-1]

@@ -12,8 +12,8 @@ from msgspec.structs import replace
 from qmp_memlistener.agent.failures import FailureWatch
 from qmp_memlistener.agent.postmortem import (
     MapChange,
-    Stopped,
-    Vcpu,
+    StoppedVcpu,
+    VcpuRegisters,
     explain_reset,
     explain_stop,
     parse_dumps,
@@ -82,13 +82,13 @@ def stopped(
     named: bool = False,
     halted: bool = False,
     in_smm: bool = False,
-) -> Stopped:
+) -> StoppedVcpu:
     ip = 0xFFFF_8000_0000_1000 + index
-    return Stopped(Vcpu(index, ip, ip, in_smm, halted, f"RAX={index}"), gpa, named)
+    return StoppedVcpu(VcpuRegisters(index, ip, ip, in_smm, halted, f"RAX={index}"), gpa, named)
 
 
 def judged(
-    cpus: list[Stopped], changes: list[MapChange], *, kept_out: bool = False
+    cpus: list[StoppedVcpu], changes: list[MapChange], *, kept_out: bool = False
 ) -> GuestFailure:
     return explain_stop(
         DIED, cpus, changes, kept_out=kept_out, block_of=lambda gpa: "pc.ram" if gpa else None
