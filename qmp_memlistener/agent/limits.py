@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ..errors import MissingPrerequisite
 from ..probes import StallKind
-from ..records import PossibleViolation, Record, StallRecord, TransitionRecord, Violation
+from ..records import (
+    PossibleViolation,
+    ProbeState,
+    Record,
+    StallRecord,
+    TransitionRecord,
+    Violation,
+)
 
 __all__ = ["FREEZE_LIMIT_NS", "Limits"]
 
@@ -33,6 +41,20 @@ class Limits:
 
     def __bool__(self) -> bool:
         return bool(self.stalls) or self.frozen
+
+    def require_measured(self, probes: Sequence[ProbeState]) -> None:
+        """Raise MissingPrerequisite when nothing at work measures what has a limit of its own."""
+        measured = {kind for probe in probes if probe.active for kind in probe.measures}
+        unmeasured = [str(kind) for kind in self.stalls if kind not in measured]
+        if not unmeasured:
+            return
+        would = [p for p in probes if not p.active and not set(unmeasured).isdisjoint(p.measures)]
+        raise MissingPrerequisite(
+            f"nothing at work here measures {' or '.join(unmeasured)}, which has a limit: it could "
+            f"be exceeded unseen ({'; '.join(f'{p.name}: {p.reason}' for p in would)})",
+            remedy="; ".join(dict.fromkeys(p.remedy for p in would if p.remedy))
+            or f"let {' or '.join(p.name for p in would)} measure (`--probes`), or drop that limit",
+        )
 
     def check(self, record: Record) -> Violation | PossibleViolation | None:
         """The violation that this record is, or may be."""

@@ -8,27 +8,20 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import wraps
 from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from ..errors import InputError, MemListenerError, MissingPrerequisite, OperationFailed
+from ..errors import InputError, MemListenerError, OperationFailed
 from ..records import (
-    GuestFailure,
-    Lost,
     MirrorRecord,
-    PossibleViolation,
-    ProbesRecord,
-    ProbeState,
-    Reconciled,
     Record,
     SlotOp,
-    StallRecord,
     TransitionRecord,
-    Violation,
 )
+from ..reports.tally import Tally
 from ..waits import waiting
 from .common import READER_GONE, duration, print_json, say, terminal_shape
 from .signals import signals
@@ -122,49 +115,16 @@ def follow_options(function: Callable[..., None]) -> Callable[..., None]:
 
 
 @dataclass
-class Followed:
+class Followed(Tally):
     """What was seen, and why it ended (None: as asked).
 
     `not_always_measured` are kinds with a limit that could have been exceeded unseen;
     `mirror_fault` says what is wrong with the mirror, if there was one.
     """
 
-    transitions: int = 0
-    slot_ops: int = 0
-    stalls: int = 0
-    violations: int = 0
-    possible_violations: int = 0
-    failures: int = 0
-    differences: int = 0
-    compared: bool = False
-    probes: dict[str, ProbeState] = field(default_factory=dict)
-    lost: int = 0
     not_always_measured: tuple[str, ...] = ()
     mirror_fault: str | None = None
     error: MemListenerError | None = None
-
-    def note(self, record: Record) -> None:
-        if isinstance(record, StallRecord):  # most are
-            self.stalls += 1
-            return
-        match record:
-            case TransitionRecord():
-                self.transitions += 1
-            case SlotOp():
-                self.slot_ops += 1
-            case Violation():
-                self.violations += 1
-            case PossibleViolation():
-                self.possible_violations += 1
-            case GuestFailure():
-                self.failures += 1
-            case Reconciled():
-                self.compared = True
-                self.differences += not record.equal
-            case ProbesRecord():
-                record.add_to(self.probes)
-            case Lost():
-                self.lost += 1
 
 
 class _Printer:
@@ -303,7 +263,7 @@ async def _follow(
         async with agent:
             if limits is not None and limits.stalls:
                 await agent.probes_started()
-                _refuse_unmeasured(limits, agent.probes())
+                limits.require_measured(agent.probes())
                 with waiting("for every probe to measure"):
                     await agent.probes_ready(READY_S)
             began_ns = time.monotonic_ns()
@@ -335,21 +295,6 @@ def not_put_back(what: Sequence[str]) -> OperationFailed:
     return OperationFailed(
         f"the guest was not put back as it was: {'; '.join(what)}",
         remedy="the next attach does that, or `qmp-memlistener doctor --clean`",
-    )
-
-
-def _refuse_unmeasured(limits: Limits, probes: Sequence[ProbeState]) -> None:
-    """Raise MissingPrerequisite when nothing at work measures what has a limit of its own."""
-    measured = {kind for probe in probes if probe.active for kind in probe.measures}
-    unmeasured = [str(kind) for kind in limits.stalls if kind not in measured]
-    if not unmeasured:
-        return
-    would = [p for p in probes if not p.active and not set(unmeasured).isdisjoint(p.measures)]
-    raise MissingPrerequisite(
-        f"nothing at work here measures {' or '.join(unmeasured)}, which has a limit: it could be "
-        f"exceeded unseen ({'; '.join(f'{p.name}: {p.reason}' for p in would)})",
-        remedy="; ".join(dict.fromkeys(p.remedy for p in would if p.remedy))
-        or f"let {' or '.join(p.name for p in would)} measure (`--probes`), or drop that limit",
     )
 
 

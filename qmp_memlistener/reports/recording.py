@@ -10,21 +10,17 @@ from ..records import (
     GuestReset,
     Lost,
     PossibleViolation,
-    ProbesRecord,
-    ProbeState,
-    Reconciled,
     Record,
     Recording,
-    SlotOp,
     StallRecord,
     SummaryRecord,
-    TransitionRecord,
     Violation,
 )
 from ..timeline.summary import Statistics
 from .lengths import count_text, duration_text
 from .stalls import measured_lines
 from .summary import histogram_lines, summary_lines
+from .tally import Tally
 from .terminal import Narrator
 
 __all__ = ["Contents"]
@@ -42,17 +38,13 @@ class Contents:
     def __init__(self, recording: Recording, longest: int) -> None:
         self._recording = recording
         self._statistics = Statistics()
-        self._transitions = 0
-        self._slot_ops = 0
+        self._tally = Tally()
         self._end_ns = recording.header.monotonic_ns
-        self._probes: dict[str, ProbeState] = {}
         self._failures: list[GuestFailure] = []
         self._resets: list[GuestReset] = []
         self._violations: list[Violation] = []
         self._possible: list[PossibleViolation] = []
         self._lost: list[Lost] = []
-        self._compared = False
-        self._differences = 0
         self._longest: list[StallRecord] = []
         for record in recording:
             self._check(record)
@@ -67,12 +59,12 @@ class Contents:
             "recording": self._recording.path,
             "header": self._recording.header,
             "truncated": self._recording.truncated,
-            "transitions": self._transitions,
-            "slot_ops": self._slot_ops,
+            "transitions": self._tally.transitions,
+            "slot_ops": self._tally.slot_ops,
             "lost": len(self._lost),
-            "probes": list(self._probes.values()),
-            "compared": self._compared,
-            "differences": self._differences if self._compared else None,
+            "probes": list(self._tally.probes.values()),
+            "compared": self._tally.compared,
+            "differences": self._tally.differences if self._tally.compared else None,
             "failures": self._failures,
             "resets": self._resets,
             "violations": self._violations,
@@ -85,10 +77,9 @@ class Contents:
         yield from Narrator().lines(self._recording.header)
         lasted = duration_text(self._end_ns - self._recording.header.monotonic_ns)
         lost = count_text(len(self._lost), "loss", "losses") if self._lost else "nothing lost"
-        yield (
-            f"{self._recording.path}: {lasted}, {count_text(self._transitions, 'transition')}, "
-            f"{count_text(self._slot_ops, 'slot operation')}, {lost}"
-        )
+        transitions = count_text(self._tally.transitions, "transition")
+        slot_ops = count_text(self._tally.slot_ops, "slot operation")
+        yield f"{self._recording.path}: {lasted}, {transitions}, {slot_ops}, {lost}"
         if self._recording.truncated:
             yield "the last line is cut off: it is still being written, or its writer was killed"
         if self._recording.skipped:
@@ -109,18 +100,13 @@ class Contents:
         yield from self._section("longest stalls", self._longest, shown=len(self._longest))
 
     def _take(self, record: Record, longest: int) -> None:
+        self._tally.note(record)
         match record:
-            case TransitionRecord():
-                self._transitions += 1
-            case SlotOp():
-                self._slot_ops += 1
             case StallRecord():
                 self._statistics.add_record(record)
                 self._longest.append(record)
                 if len(self._longest) >= 64 + 2 * longest:
                     self._shorten(longest)
-            case ProbesRecord():
-                record.add_to(self._probes)
             case GuestReset():
                 self._resets.append(record)
             case GuestFailure():
@@ -131,9 +117,6 @@ class Contents:
                 self._possible.append(record)
             case Lost():
                 self._lost.append(record)
-            case Reconciled():
-                self._compared = True
-                self._differences += not record.equal
 
     def _check(self, record: Record) -> None:
         """Numbers that no recording of ours has would break what is computed from them."""
@@ -155,25 +138,27 @@ class Contents:
         return self._statistics.summary(
             start_ns=self._recording.header.monotonic_ns,
             end_ns=self._end_ns,
-            transitions=self._transitions,
+            transitions=self._tally.transitions,
         )
 
     def _probe_lines(self) -> Iterator[str]:
-        if not self._probes:
+        if not self._tally.probes:
             yield "no probe was at work: stalls were not measured"
             return
-        active = [s for s in self._probes.values() if s.active]
+        active = [s for s in self._tally.probes.values() if s.active]
         yield f"probes: {', '.join(s.name for s in active) or 'none at work'}"
-        for state in self._probes.values():
+        for state in self._tally.probes.values():
             if not state.active:
                 yield f"without {state.name}: {state.reason or 'not asked for'}"
 
     def _comparison(self) -> str:
-        if not self._compared:
+        if not self._tally.compared:
             return "traced slots were not compared with those that QEMU's rules predict"
-        if not self._differences:
+        if not self._tally.differences:
             return "traced slots: as QEMU's rules predict"
-        return f"traced slots differed from what QEMU's rules predict: {self._differences} times"
+        return (
+            f"traced slots differed from what QEMU's rules predict: {self._tally.differences} times"
+        )
 
     def _section(
         self, title: str, records: Sequence[Record], *, shown: int = _SHOWN
