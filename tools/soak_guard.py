@@ -36,9 +36,9 @@ from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, find_qemus, laun
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Command, Monitor, QmpEvent, UnixTarget
 from qmp_memlistener.qmp.freeze import process_key
-from qmp_memlistener.updates.guard import ResumeGuard
-from qmp_memlistener.updates.guard_notes import take_notes
 from qmp_memlistener.updates.pause import paused_guest, run_paused
+from qmp_memlistener.updates.pause.guard import ResumeGuard
+from qmp_memlistener.updates.pause.guard_notes import take_notes
 
 __all__ = ["MODES", "WAYS", "Round", "Watcher", "gone", "one_round", "watched"]
 

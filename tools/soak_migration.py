@@ -53,10 +53,10 @@ from qmp_memlistener.mirror.mirror import Mirror
 from qmp_memlistener.mirror.mirroring import mirroring
 from qmp_memlistener.qmp import Monitor, UnixTarget
 from qmp_memlistener.updates.compare import CompareOptions, compare
-from qmp_memlistener.updates.guard import ResumeGuard
 from qmp_memlistener.updates.model import Intent, Plug, Role, Strategy, Unplug
 from qmp_memlistener.updates.options import parse_addition, parse_resize
 from qmp_memlistener.updates.pause import Pause, paused_guest
+from qmp_memlistener.updates.pause.guard import ResumeGuard
 from qmp_memlistener.updates.settings import UpdateOptions
 from tests.support.any_monitor import AnyMonitor
 

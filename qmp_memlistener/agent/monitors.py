@@ -29,8 +29,8 @@ from ..qmp import (
 from ..qmp.dial import resolve
 from ..qmp.freeze import FreezeKey, check_not_frozen, freeze_key, hold_freeze
 from ..qmp.identity import GuestIdentity
-from ..updates.guard_notes import take_notes
 from ..updates.left_behind import REMEDY, confirmed, left_behind
+from ..updates.pause.guard_notes import take_notes
 
 __all__ = [
     "Admission",

@@ -24,7 +24,7 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
     from ..agent import checkup
     from ..agent.leftovers import clean_leftovers, find_leftovers
     from ..reports.lengths import duration_text
-    from ..updates.guard_notes import all_notes
+    from ..updates.pause.guard_notes import all_notes
 
     notes = all_notes()  # to examine a target takes those about it
     leftovers = run_async(find_leftovers())

@@ -17,10 +17,10 @@ from ..memslots import DEFAULT_MAX_HOLES, Rules
 from ..qmp import Companions, Monitor, take_snapshot
 from ..records import MirrorDifference
 from ..topology import read_map
-from ..updates.guard import ResumeGuard
-from ..updates.guard_start import guard_targets
 from ..updates.model import Strategy
 from ..updates.pause import paused_guest
+from ..updates.pause.guard import ResumeGuard
+from ..updates.pause.guard_start import guard_targets
 from .backend import SlotBackend
 from .mirror import Mirror, Pauser
 

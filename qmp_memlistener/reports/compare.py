@@ -14,7 +14,7 @@ import msgspec
 
 from ..distribution import percentile
 from ..updates.compare import CONTROL, Comparison
-from ..updates.compare_stats import Difference, Round, Summary
+from ..updates.compare.stats import Difference, Round, Summary
 from ..updates.model import Result
 from .lengths import count_text, duration_text, kind_text, span_text
 from .summary import probes_lines

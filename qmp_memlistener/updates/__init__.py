@@ -6,8 +6,7 @@ The agent's `hotplug`, `unplug` and `resize` are the way in.
     guest_view, plans, pci_plans, steps         what the guest has; the commands, or why not
     operation, journal, removing                carrying them out; what was made, and the way back
     guest_response, placement, phases           what the guest does about it, and when
-    pause, resuming, migrating                  stopping a guest, and that it runs again
-    guard, guard_start, guard_process, promise  the process that resumes it if the agent cannot
-    guard_notes, left_behind                    what is left when both were killed
-    compare, compare_guest, compare_stats       strategies against each other on one guest
+    pause (a package)                           stopping a guest, and that it runs again
+    left_behind                                 what is left when an agent was killed
+    compare (a package)                         strategies against each other on one guest
 """

@@ -32,7 +32,7 @@ from ..qmp.guest_devices import (
     read_netdevs,
 )
 from .model import Addition, Intent, Plug, Role
-from .promise import is_migrating
+from .pause.promise import is_migrating
 
 __all__ = ["Facts", "GuestView", "backends_of", "read_facts", "read_guest", "read_ids"]
 

@@ -14,9 +14,9 @@ from ..qmp import Command, Monitor
 from ..qmp.freeze import FreezeKey
 from ..qmp.guest import LOOK, GuestLook, look
 from ..qmp.identity import GuestIdentity
-from .guard_notes import GuardNote, unfinished
 from .journal import MadeNote, left_made, still_there
-from .migrating import has_guest
+from .pause.guard_notes import GuardNote, unfinished
+from .pause.migrating import has_guest
 from .removing import remove
 from .steps import removal
 

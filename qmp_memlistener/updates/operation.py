@@ -35,14 +35,14 @@ from ..qmp import Companions, Monitor, Reply
 from ..qmp.guest import count_ram_blocks, read_status
 from ..qmp.guest_devices import Window, read_windows
 from ..records import Header, ProbeState, Record, SlotOp, StallRecord, TransitionRecord
-from .guard import ResumeGuard
-from .guard_start import guard_targets
 from .guest_response import GuestAnswer, GuestResponse
 from .guest_view import read_facts, read_guest
 from .journal import Journal, noted
-from .migrating import refuse_if_migrating
 from .model import GuestStates, Intent, Outcome, Plug, Result, Strategy
-from .pause import run_paused
+from .pause.guard import ResumeGuard
+from .pause.guard_start import guard_targets
+from .pause.migrating import refuse_if_migrating
+from .pause.paused import run_paused
 from .phases import Marks, phases_of
 from .placement import Seen, look_at
 from .plans import plan_update

@@ -9,8 +9,8 @@ from collections.abc import Iterable
 from ..errors import DeadlineExceeded
 from ..qmp import Command, Monitor
 from ..qmp.guest import count_ram_blocks, read_backends, read_migration
-from .migrating import WAIT
 from .model import Role
+from .pause.migrating import WAIT
 
 __all__ = ["count_memory_backends", "remove", "wait_freed"]
 

@@ -15,7 +15,7 @@ from qmp_memlistener.probes import Sink, StallKind
 from qmp_memlistener.probes.ping import PingProbe
 from qmp_memlistener.qmp.guest import read_status
 from qmp_memlistener.updates.compare import CONTROL, INTERRUPTED, CompareOptions, compare
-from qmp_memlistener.updates.compare_guest import read_state
+from qmp_memlistener.updates.compare.guest import read_state
 from qmp_memlistener.updates.model import Plug, Role, UpdateRefused
 from qmp_memlistener.updates.options import parse_addition, parse_resize
 from qmp_memlistener.updates.settings import UpdateOptions
@@ -80,7 +80,7 @@ async def test_a_guest_that_keeps_the_device_ends_it(build: QemuBuild) -> None:
         attach(vm.target, probes=("runstate",)) as agent,
     ):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("qmp_memlistener.updates.compare_guest.PATIENCE_S", 0.2)
+            patch.setattr("qmp_memlistener.updates.compare.guest.PATIENCE_S", 0.2)
             found = await compare(agent, plug, [Strategy.DIRECT], options)
     assert found.rounds == []
     assert found.ended_early is not None

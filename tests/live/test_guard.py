@@ -15,9 +15,9 @@ from qmp_memlistener.guests import GuestSpec, QemuBuild, launch
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Monitor, UnixTarget, find_guest
 from qmp_memlistener.qmp.freeze import process_key
-from qmp_memlistener.updates.guard import ResumeGuard, Settled
-from qmp_memlistener.updates.guard_notes import take_notes
 from qmp_memlistener.updates.model import UpdateRefused
+from qmp_memlistener.updates.pause.guard import ResumeGuard, Settled
+from qmp_memlistener.updates.pause.guard_notes import take_notes
 from tests.support.live import QEMUS, builds
 from tools.soak_guard import MODES, WAYS, Round, Watcher, gone, one_round, watched
 

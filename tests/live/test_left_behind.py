@@ -27,7 +27,7 @@ ONE = builds(QEMUS[:1])
 HOLDING = """
 import asyncio, sys
 from qmp_memlistener.qmp import Monitor, UnixTarget
-from qmp_memlistener.updates.guard import ResumeGuard
+from qmp_memlistener.updates.pause.guard import ResumeGuard
 from qmp_memlistener.updates.pause import paused_guest
 
 async def main(monitor, guarded):

@@ -11,10 +11,10 @@ from qmp_memlistener.agent import attach
 from qmp_memlistener.errors import GuestMigrating
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.qmp import Command, Monitor, UnixTarget
-from qmp_memlistener.updates.guard import ResumeGuard
 from qmp_memlistener.updates.model import Plug, Role
 from qmp_memlistener.updates.options import parse_addition
 from qmp_memlistener.updates.pause import paused_guest, run_paused
+from qmp_memlistener.updates.pause.guard import ResumeGuard
 from tests.support.live import QEMUS, builds
 from tools.soak_migration import Pair, migrated_pair, one_round, status_of, wrong_of
 

@@ -15,8 +15,8 @@ import pytest
 from qmp_memlistener.errors import CommandFailed, OperationFailed, TargetLost, WrongGuest
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.qmp import Command, Monitor, Reply, UnixTarget
-from qmp_memlistener.updates.guard import ResumeGuard
 from qmp_memlistener.updates.pause import Pause, paused_guest, run_paused
+from qmp_memlistener.updates.pause.guard import ResumeGuard
 from tests.support.live import QEMUS, builds
 from tools.soak_guard import Watcher, gone, watched
 

@@ -17,7 +17,7 @@ import pytest
 
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.qmp import Monitor
-from qmp_memlistener.updates.guard_notes import all_notes
+from qmp_memlistener.updates.pause.guard_notes import all_notes
 from tests.live.verbs_support import one_build
 from tests.support.leftovers import left_behind
 from tests.support.live import best_accel, booted, builds, qmp

@@ -28,7 +28,7 @@ from qmp_memlistener.qmp import (
     read_facts,
 )
 from qmp_memlistener.qmp.identity import GuestIdentity
-from qmp_memlistener.updates.guard import ResumeGuard
+from qmp_memlistener.updates.pause.guard import ResumeGuard
 from tests.support.bare_qemu import Running, running
 from tests.support.live import NO_QEMU, QEMUS
 from tests.support.probes import Recorder

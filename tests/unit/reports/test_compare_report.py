@@ -9,7 +9,7 @@ import msgspec
 from qmp_memlistener.records import ProbeState, StallKind
 from qmp_memlistener.reports.compare import comparison_lines
 from qmp_memlistener.updates.compare import Comparison, Skipped
-from qmp_memlistener.updates.compare_stats import Difference, Round, Summary
+from qmp_memlistener.updates.compare.stats import Difference, Round, Summary
 from qmp_memlistener.updates.model import Result, Strategy
 
 RANGE = (1_000_000, 1_500_000)

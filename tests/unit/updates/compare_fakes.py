@@ -16,7 +16,7 @@ from qmp_memlistener.records import (
     StallRecord,
     TransitionRecord,
 )
-from qmp_memlistener.updates.compare_guest import NotPutBack
+from qmp_memlistener.updates.compare.guest import NotPutBack
 from qmp_memlistener.updates.model import GuestStates, Outcome, Phase, Result, Strategy
 
 __all__ = ["FakeGuest", "outcome", "slot_op", "stall", "transition"]

@@ -10,8 +10,8 @@ import pytest
 
 from qmp_memlistener.errors import CommandFailed
 from qmp_memlistener.qmp import Monitor
-from qmp_memlistener.updates import compare_guest
-from qmp_memlistener.updates.compare_guest import ComparedState, HostGuest, NotPutBack
+from qmp_memlistener.updates.compare import guest as compare_guest
+from qmp_memlistener.updates.compare.guest import ComparedState, HostGuest, NotPutBack
 from qmp_memlistener.updates.model import (
     Addition,
     Intent,

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmp_memlistener.records import StallRecord
-from qmp_memlistener.updates.compare_stats import (
+from qmp_memlistener.updates.compare.stats import (
     ENOUGH_ROUNDS,
     Round,
     differences,

@@ -22,10 +22,10 @@ from qmp_memlistener.errors import (
 )
 from qmp_memlistener.host.directory import HeldFile
 from qmp_memlistener.qmp import Command, Monitor, Reply, UnixTarget
-from qmp_memlistener.updates import guard as guard_module
-from qmp_memlistener.updates.guard import ResumeGuard, Settled
-from qmp_memlistener.updates.guard_notes import NoteForm
+from qmp_memlistener.updates.pause import guard as guard_module
 from qmp_memlistener.updates.pause import paused_guest, run_paused
+from qmp_memlistener.updates.pause.guard import ResumeGuard, Settled
+from qmp_memlistener.updates.pause.guard_notes import NoteForm
 
 GREETING: dict[str, object] = {
     "QMP": {"version": {"qemu": {"major": 9, "minor": 0, "micro": 0}}, "capabilities": ["oob"]}

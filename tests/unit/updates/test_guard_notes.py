@@ -18,7 +18,7 @@ from qmp_memlistener.host import state
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp.freeze import FreezeKey, freeze_key, process_key
 from qmp_memlistener.qmp.targets import UnixTarget
-from qmp_memlistener.updates.guard_notes import all_notes, new_note, take_notes, unfinished
+from qmp_memlistener.updates.pause.guard_notes import all_notes, new_note, take_notes, unfinished
 from tests.support.own_state import keep_state_in
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qmp_memlistener.updates.promise import LOOK_EVERY_NS, MIGRATED, Due, Promise, Stage
+from qmp_memlistener.updates.pause.promise import LOOK_EVERY_NS, MIGRATED, Due, Promise, Stage
 
 S = 1_000_000_000
 MAX_PAUSE = 2 * S

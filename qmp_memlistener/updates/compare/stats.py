@@ -21,9 +21,9 @@ from statistics import median
 
 import msgspec
 
-from ..distribution import percentile
-from ..records import StallRecord
-from .model import Result
+from ...distribution import percentile
+from ...records import StallRecord
+from ..model import Result
 
 __all__ = [
     "ENOUGH_ROUNDS",

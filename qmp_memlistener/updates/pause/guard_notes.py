@@ -17,12 +17,12 @@ from dataclasses import dataclass
 
 import msgspec
 
-from ..errors import MissingPrerequisite
-from ..host import notes
-from ..host.directory import HeldFile
-from ..host.processes import Process
-from ..qmp.freeze import FreezeKey
-from ..text import valid_text
+from ...errors import MissingPrerequisite
+from ...host import notes
+from ...host.directory import HeldFile
+from ...host.processes import Process
+from ...qmp.freeze import FreezeKey
+from ...text import valid_text
 
 __all__ = ["GuardNote", "NoteForm", "all_notes", "new_note", "take_notes", "unfinished"]
 

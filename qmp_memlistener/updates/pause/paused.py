@@ -33,7 +33,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import TypeVar
 
-from ..errors import (
+from ...errors import (
     CommandFailed,
     DeadlineExceeded,
     GuestMigrating,
@@ -41,9 +41,9 @@ from ..errors import (
     TargetError,
     TargetLost,
 )
-from ..qmp import Command, Monitor, Reply
-from ..qmp.guest import LOOK, GuestLook, look
-from ..qmp.identity import wrong_guest
+from ...qmp import Command, Monitor, Reply
+from ...qmp.guest import LOOK, GuestLook, look
+from ...qmp.identity import wrong_guest
 from .guard import ResumeGuard, Settled
 from .migrating import has_guest, refuse_if_migrating
 from .promise import LOOK_EVERY_NS

@@ -23,11 +23,11 @@ from typing import Self
 
 import msgspec
 
-from ..errors import OperationFailed, TargetError
-from ..host.bounded import in_thread
-from ..qmp import SocketTarget, find_owner
-from ..qmp.freeze import freeze_key
-from ..qmp.identity import GuestIdentity, same_answers
+from ...errors import OperationFailed, TargetError
+from ...host.bounded import in_thread
+from ...qmp import SocketTarget, find_owner
+from ...qmp.freeze import freeze_key
+from ...qmp.identity import GuestIdentity, same_answers
 from .guard_notes import new_note
 from .guard_start import greeted, no_monitor, spawned
 from .migrating import check_not_migrating

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import (
+from ...errors import (
     DeadlineExceeded,
     MonitorBusy,
     OperationFailed,
@@ -20,13 +20,13 @@ from ..errors import (
     TargetLost,
     WrongGuest,
 )
-from ..host.bounded import in_thread
-from ..qmp import Companions, SocketTarget, find_guest, parse_target
-from ..qmp.allowed import names
-from ..qmp.dial import answered, resolve
-from ..qmp.identity import ASKED, GuestIdentity
+from ...host.bounded import in_thread
+from ...qmp import Companions, SocketTarget, find_guest, parse_target
+from ...qmp.allowed import names
+from ...qmp.dial import answered, resolve
+from ...qmp.identity import ASKED, GuestIdentity
+from ..model import UpdateRefused
 from .guard_notes import NoteForm
-from .model import UpdateRefused
 
 __all__ = ["greeted", "guard_targets", "no_monitor", "spawned"]
 

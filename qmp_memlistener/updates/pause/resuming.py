@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Self
 
-from ..errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
-from ..qmp import Monitor, QmpEvent
-from ..qmp.guest import GuestLook, look
+from ...errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
+from ...qmp import Monitor, QmpEvent
+from ...qmp.guest import GuestLook, look
 from .guard import ResumeGuard, Settled
 from .migrating import RAN_TWICE
 from .promise import MIGRATED

@@ -12,15 +12,15 @@ from collections.abc import Awaitable, Callable, Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from ..errors import CommandFailed, OperationFailed
-from ..qmp import Command, Monitor
-from ..qmp.guest import read_status
-from .guest_response import QUIET_S
-from .guest_view import backends_of, read_facts, read_guest
-from .model import Intent, Outcome, Plug, Resize, Result, Role, Strategy, Unplug, UpdateRefused
-from .operation import Host, perform
-from .removing import remove
-from .settings import UpdateOptions
+from ...errors import CommandFailed, OperationFailed
+from ...qmp import Command, Monitor
+from ...qmp.guest import read_status
+from ..guest_response import QUIET_S
+from ..guest_view import backends_of, read_facts, read_guest
+from ..model import Intent, Outcome, Plug, Resize, Result, Role, Strategy, Unplug, UpdateRefused
+from ..operation import Host, perform
+from ..removing import remove
+from ..settings import UpdateOptions
 
 __all__ = ["ComparedGuest", "ComparedState", "HostGuest", "NotPutBack", "read_state"]
 

@@ -17,14 +17,14 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from ..errors import InputError, MemListenerError, OperationFailed
-from ..host.bounded import in_thread
-from ..records import ProbeState, Record, SlotOp, StallRecord, TransitionRecord
-from .compare_guest import ComparedGuest, HostGuest, NotPutBack
-from .compare_stats import Difference, Round, Summary, differences, summaries
-from .model import Intent, Outcome, Result, Strategy, UpdateRefused
-from .operation import Host, Measured
-from .settings import UpdateOptions
+from ...errors import InputError, MemListenerError, OperationFailed
+from ...host.bounded import in_thread
+from ...records import ProbeState, Record, SlotOp, StallRecord, TransitionRecord
+from ..model import Intent, Outcome, Result, Strategy, UpdateRefused
+from ..operation import Host, Measured
+from ..settings import UpdateOptions
+from .guest import ComparedGuest, HostGuest, NotPutBack
+from .stats import Difference, Round, Summary, differences, summaries
 
 __all__ = [
     "CONTROL",

@@ -5,9 +5,9 @@ Why, and what follows from it, is in `promise`.
 
 from __future__ import annotations
 
-from ..errors import GuestMigrating
-from ..qmp import Monitor
-from ..qmp.guest import GuestLook, look
+from ...errors import GuestMigrating
+from ...qmp import Monitor
+from ...qmp.guest import GuestLook, look
 from .promise import TAKEN, is_migrating
 
 __all__ = ["RAN_TWICE", "WAIT", "check_not_migrating", "has_guest", "refuse_if_migrating"]

@@ -1,0 +1,25 @@
+"""Strategies against each other on one guest: rounds, the guest that is put back, statistics."""
+
+from .rounds import (
+    CONTROL,
+    INTERRUPTED,
+    CompareOptions,
+    Comparison,
+    Skipped,
+    compare,
+    compare_rounds,
+)
+from .stats import Difference, Round, Summary
+
+__all__ = [
+    "CONTROL",
+    "INTERRUPTED",
+    "CompareOptions",
+    "Comparison",
+    "Difference",
+    "Round",
+    "Skipped",
+    "Summary",
+    "compare",
+    "compare_rounds",
+]
