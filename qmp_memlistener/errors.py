@@ -29,6 +29,8 @@ from __future__ import annotations
 
 from enum import StrEnum
 
+from .text import quoted
+
 __all__ = [
     "CommandFailed",
     "CommandNotAllowed",
@@ -105,9 +107,8 @@ class MtreeError(InputError):
     """Text that no QEMU prints for `info mtree`; `line_no` counts from 1."""
 
     def __init__(self, line_no: int, line: str, why: str, *, remedy: str | None = None) -> None:
-        shown = line if len(line) <= 120 else line[:117] + "..."
         super().__init__(
-            f"line {line_no} is not `info mtree` output ({why}): {shown!r}",
+            f"line {line_no} is not `info mtree` output ({why}): {quoted(line)}",
             remedy=remedy
             or "give the unchanged output of `info mtree`, with any of -f -d -o -D, "
             "of QEMU 7.2 to 11.1",
@@ -190,7 +191,7 @@ _REMEDIES = {
     TraceReason.LOG_REFUSED: "run as the user that QEMU runs as; SELinux or AppArmor may forbid "
     "QEMU to write to our file; a QEMU with -chroot needs /dev/fd in there",
     TraceReason.LOG_UNREADABLE: "run as root or as the user that may read QEMU's log",
-    TraceReason.LOG_SHARED: "give QEMU a log of its own (-D FILE) that nobody else writes to",
+    TraceReason.LOG_SHARED: "give QEMU a log of its own (-D FILE) that no other process writes to",
     TraceReason.LOG_OF_GUEST: "give QEMU a log of its own (-D FILE), and keep its standard output "
     "and the guest's consoles out of it",
     TraceReason.LOG_PER_THREAD: "start QEMU without -d tid",

@@ -9,14 +9,27 @@ is for reading and does not lead back.
 
 from __future__ import annotations
 
+import json
+
 import msgspec
 
-__all__ = ["json_bytes", "valid_text"]
+__all__ = ["json_bytes", "quoted", "valid_text"]
 
 
 def valid_text(text: str) -> str:
     """The text itself, if it is Unicode, or with escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def quoted(value: object, limit: int = 120, *, only_ascii: bool = False) -> str:
+    """A value as a message shows it: text in quotes, other values as JSON; one line, at most
+    `limit` characters."""
+    if isinstance(value, bytes | bytearray):
+        value = value.decode("utf-8", "backslashreplace")
+    shown = json.dumps(value, ensure_ascii=only_ascii, default=str)
+    if not shown.isprintable():
+        shown = json.dumps(value, default=str)
+    return shown if len(shown) <= limit else shown[: limit - 1] + "…"
 
 
 def json_bytes(document: object) -> bytes:

@@ -109,7 +109,7 @@ class Opening:
         """Raises as entering the block of `attach` does."""
         stack = self._stack
         monitors = await self._connect()
-        with waiting("for QEMU to say what it is"):
+        with waiting("for QEMU to report its version"):
             facts = await read_facts(monitors.observer)
         rules = await in_thread(rules_of, facts.version, monitors.pid)
         files = stack.enter_context(ExitStack())  # a recording takes everything that follows
@@ -161,7 +161,7 @@ class Opening:
         """The session, or why there is none."""
         if not self._options.trace:
             self._remarks.append(_MISSED)
-            return None, TraceUnavailable(TraceReason.NOT_ASKED, "tracing was not asked for")
+            return None, TraceUnavailable(TraceReason.NOT_ASKED, "tracing was not requested")
         try:
             session = await start_tracing(monitors.observer, guest=monitors.owner)
         except TraceUnavailable as exc:

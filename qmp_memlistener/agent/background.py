@@ -54,7 +54,7 @@ class Background:
             log.exception("the task for %s failed", name)
             self.give_up(
                 OperationFailed(
-                    f"the agent cannot go on: {name} failed with {exc!r}",
-                    remedy="please report it with the recording and what the log says",
+                    f"the agent cannot go on: {name} failed with {type(exc).__name__}: {exc}",
+                    remedy="please report it with the recording and the log",
                 )
             )

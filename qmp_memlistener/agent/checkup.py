@@ -16,7 +16,7 @@ from .monitors import connect_monitors, context_of
 
 __all__ = ["Check", "ProbeCheck", "check_guest", "check_host", "probes_of_host"]
 
-_TRY = "upgrade us; else see on a guest that may be lost whether it lives"
+_TRY = "upgrade qmp-memlistener, or try it on a guest that may be lost first"
 _TRACE_LOG = "its trace log in a file of limited size"
 _LIMITED = "run as root, or allow user namespaces to this user (sysctl user.max_user_namespaces)"
 _LIMITED_OF_QEMU = "start QEMU without -D and with a stderr that is no file: it then logs to ours"
@@ -131,7 +131,7 @@ def _lab() -> list[Check]:
     usable = sum(why is None for why in lacking.values())
     checks = [Check(f"lab ({usable} strategies on /dev/kvm)", True)]
     checks += [
-        Check(f"lab strategy {name}", False, why, "use a kernel that has it, or the others")
+        Check(f"lab strategy {name}", False, why, "use a kernel that has it, or another strategy")
         for name, why in lacking.items()
         if why is not None
     ]

@@ -40,8 +40,8 @@ _STDERR_BYTES = 64 << 10
 _AGAIN_NS = 10_000_000_000
 
 _GUEST_RESET = "guest-reset"
-_KNOWN = "the guest asked for it, or a vCPU had a triple fault: QEMU does not tell which"
-_ASKED = "QEMU was told to, or its machine did it"
+_KNOWN = "the guest asked for it, or a vCPU had a triple fault: QEMU does not report which"
+_ASKED = "a command requested it, or the machine did it"
 
 
 @dataclass(slots=True)

@@ -143,7 +143,7 @@ async def _update(left: LeftBehind) -> Leftover | None:
         async with await Monitor.connect(PidTarget(pid), meant=left.guest) as monitor:
             text = await confirmed(monitor, left)
     except MemListenerError as exc:
-        text = f"{left.text} (whether that is so still is not known: {exc.message})"
+        text = f"{left.text} (whether this still holds is unknown: {exc.message})"
     if text is None:
         return None
     return Leftover(text, left.path, find_guest(pid), partial(_end_update, left, pid))

@@ -50,7 +50,7 @@ class Limits:
             return
         would = [p for p in probes if not p.active and not set(unmeasured).isdisjoint(p.measures)]
         raise MissingPrerequisite(
-            f"nothing at work here measures {' or '.join(unmeasured)}, which has a limit: it could "
+            f"no active probe measures {' or '.join(unmeasured)}, which has a limit: it could "
             f"be exceeded unseen ({'; '.join(f'{p.name}: {p.reason}' for p in would)})",
             remedy="; ".join(dict.fromkeys(p.remedy for p in would if p.remedy))
             or f"let {' or '.join(p.name for p in would)} measure (`--probes`), or drop that limit",

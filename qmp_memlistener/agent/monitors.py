@@ -157,7 +157,7 @@ async def left_remarks(monitor: Monitor, key: FreezeKey) -> list[str]:
         try:
             text = await confirmed(monitor, left)
         except CommandFailed as exc:
-            text = f"{left.text} (whether that is so is not known: {exc.message})"
+            text = f"{left.text} (whether this holds is unknown: {exc.message})"
         if text is not None:
             found += [text, f"to put that right: {REMEDY}"]
     notes = await in_thread(take_notes, key)

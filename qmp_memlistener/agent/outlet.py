@@ -35,10 +35,16 @@ class Outlet:
         self.records.publish(records)
 
     def _listener_failed(self, listener: MemoryListener, name: str, exc: BaseException) -> None:
-        self._remark(f"listener {type(listener).__name__} failed in {name}: {exc!r}")
+        self._remark(
+            f"listener {type(listener).__name__} failed in {name}: {type(exc).__name__}: {exc}"
+        )
 
     def _subscriber_failed(self, exc: Exception) -> None:
-        self._remark(f"a subscriber failed and gets no more records: {exc!r}")
+        self._remark(f"a subscriber failed and gets no more records: {_text(exc)}")
 
     def _remark(self, text: str) -> None:
         self.records.publish([Note(t_ns=time.monotonic_ns(), text=text)])
+
+
+def _text(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__

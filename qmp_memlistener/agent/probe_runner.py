@@ -177,7 +177,7 @@ class Measuring:
             self._timeline.forget(name)
         except Exception as exc:  # a defect of one probe must not cost the user the others
             log.exception("probe %s did not start", name)
-            self._why_not[name] = (repr(exc), "please report it with what the log says")
+            self._why_not[name] = (repr(exc), "please report it with the log")
             self._timeline.forget(name)
         else:
             if not self._coverage.knows(name):

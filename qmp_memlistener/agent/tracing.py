@@ -206,7 +206,7 @@ class TraceSource:
             except TimeoutError:
                 raise DeadlineExceeded(
                     f"QEMU's log {self._session.path} does not show the last command",
-                    remedy="has somebody redirected QEMU's log? attach again",
+                    remedy="QEMU's log may have been redirected; attach again",
                 ) from None
             maps = maps_of(reply.value)
             self.masters.take(reply.value, reply.t_start_ns, reply.t_end_ns)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, TypeVar
 import rich_click as click
 
 from ..errors import InputError, MemListenerError
-from ..text import json_bytes
+from ..text import json_bytes, quoted
 from .signals import Interrupted, signals
 
 if TYPE_CHECKING:
@@ -215,7 +215,7 @@ def duration(text: str) -> int:
     """`200ms`, `5s`, `2min` in nanoseconds, for an option's `type`."""
     m = re.fullmatch(r"(\d+(?:\.\d+)?)(ns|us|ms|s|min)?", text.strip())
     if m is None:
-        raise click.BadParameter(f"{text!r} is not a duration such as 200ms, 5s or 2min")
+        raise click.BadParameter(f"{quoted(text)} is not a duration such as 200ms, 5s or 2min")
     return round(float(m[1]) * _UNITS[m[2] or "s"])
 
 

@@ -42,8 +42,8 @@ def _strategies(_: click.Context, __: click.Parameter, text: str) -> tuple[Strat
 @click.option("--repeat", type=click.IntRange(min=1), default=10, show_default=True, metavar="N",
               help="Rounds of each strategy.")  # fmt: skip
 @click.option("--window", type=duration, default="1s", show_default=True, metavar="DURATION",
-              help="How long each round is looked at from its beginning.")  # fmt: skip
-@click.option("--seed", type=int, metavar="N", help="Makes the order of the rounds; default: a new "
+              help="How long each round is observed from its first command on.")  # fmt: skip
+@click.option("--seed", type=int, metavar="N", help="Seed for the order of the rounds; default: a new "
               "one each time.")  # fmt: skip
 @update_options
 @attach_options
@@ -65,9 +65,9 @@ def command(
     """Change a guest under several strategies, many times in random order, and compare the stalls.
 
     INTENT is a change of memory (+256M, -256M, =4G) or a device (DRIVER,id=ID,…, which can be
-    given as --device as well), with what it stands on as for `hotplug`. After each round the guest
-    is put back as it was; Ctrl-C does that too, and shows the rounds so far. A strategy that the
-    guest does not allow is left out, and the reason is said.
+    given as --device as well), with its backends as for `hotplug`. After each round the guest is
+    put back as it was; Ctrl-C does that too, and shows the rounds so far. A strategy that the
+    guest does not allow is left out, with the reason.
 
     Exit code 1: no strategy is possible, or the guest could not be put back.
 
@@ -79,10 +79,10 @@ def command(
 
     if (intent is None) == (device is None):
         raise click.UsageError(
-            "say what to do: an INTENT such as +256M, or --device DRIVER,id=ID,…"
+            "give an INTENT such as +256M, or --device DRIVER,id=ID,…"
         )
     if window <= 0:
-        raise click.BadParameter("a window is longer than 0", param_hint="'--window'")
+        raise click.BadParameter("a window must be longer than 0", param_hint="'--window'")
     change, what = _intent(intent or device or "", objects, netdevs, blockdevs)
     wanted = CompareOptions(
         repeat, window / 1e9, secrets.randbelow(1_000_000) if seed is None else seed, options

@@ -40,11 +40,11 @@ def command(
     options: UpdateOptions,
     as_json: bool,
 ) -> int:
-    """Plug a device into a running guest, and tell what that cost it.
+    """Plug a device into a running guest, and report what that cost it.
 
-    What the device stands on is made first, and removed again if plugging fails. What the strategy
-    cannot do for this guest is said before anything is touched. With --strategy pause a guard, a
-    process of its own, resumes the guest if we cannot.
+    Backends are made first, and removed again if plugging fails. What the strategy cannot do for
+    this guest is refused before anything is touched. With --strategy pause a guard, a process of
+    its own, resumes the guest if we cannot.
 
     Exit code 1: it was refused, failed, or the guest has not done its part in time.
 
@@ -52,7 +52,7 @@ def command(
     --device pc-dimm,id=dimm0,memdev=m0 --strategy pause
     """
     if device is None:
-        raise click.UsageError("say what to plug: --device DRIVER,id=ID,…")
+        raise click.UsageError("name what to plug: --device DRIVER,id=ID,…")
     plug = plug_of(device, objects, netdevs, blockdevs)
 
     async def intend(_: Agent) -> Plug:

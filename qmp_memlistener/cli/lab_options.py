@@ -11,6 +11,7 @@ from typing import TypeVar
 import rich_click as click
 
 from ..errors import MemListenerError
+from ..text import quoted
 from .common import print_error
 
 __all__ = [
@@ -29,7 +30,7 @@ def size(text: str) -> int:
     """`4096`, `4K`, `64M` in bytes, for an option's `type`."""
     match = re.fullmatch(r"(\d+)([KMGT]?)(?:i?B)?", text.strip(), re.IGNORECASE)
     if match is None:
-        raise click.BadParameter(f"{text!r} is not a size such as 4096, 4K or 64M")
+        raise click.BadParameter(f"{quoted(text)} is not a size such as 4096, 4K or 64M")
     return int(match[1]) << _UNITS[match[2].upper()]
 
 
@@ -51,7 +52,7 @@ def strategies_option(function: F) -> F:
 def _names(ctx: click.Context, param: click.Parameter, value: str) -> tuple[str, ...]:  # noqa: ARG001
     names = tuple(name.strip() for name in value.split(","))
     if not all(names):
-        raise click.BadParameter(f"{value!r} is no list such as naive,pause,hole")
+        raise click.BadParameter(f"{quoted(value)} is no list such as naive,pause,hole")
     return names
 
 

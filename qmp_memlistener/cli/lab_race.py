@@ -30,13 +30,13 @@ GUESTS = ("data", "writer", "code", "pagetable", "gap")
 @click.option("--hole-at", type=size, metavar="SIZE", help="Offset of the hole in the slot; "
               "default: the middle.")  # fmt: skip
 @click.option("--slots", type=click.IntRange(min=0), default=0, show_default=True, metavar="N",
-              help="Further slots that nobody touches.")  # fmt: skip
+              help="Further slots, which no vCPU accesses.")  # fmt: skip
 @click.option("--dirty-log", is_flag=True, help="Log dirty pages (a writer always has it).")
 @click.option("--rings", is_flag=True, help="Log them in rings of the vCPUs, not in bitmaps.")
-@click.option("--populate", is_flag=True, help="Bring all memory in beforehand.")
-@click.option("--touch-hole", is_flag=True, help="Let the guest go to the hole as well.")
+@click.option("--populate", is_flag=True, help="Fault in all memory beforehand.")
+@click.option("--touch-hole", is_flag=True, help="Let the guest access the hole as well.")
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N",
-              help="Makes the order of the strategies in each round.")  # fmt: skip
+              help="Seed for the order of the strategies in each round.")  # fmt: skip
 @device_option
 @json_option
 def command(

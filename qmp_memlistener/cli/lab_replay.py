@@ -15,7 +15,7 @@ from .lab_options import device_option, exit_code, progress_bar, strategies_opti
 @click.option("--first", type=click.IntRange(min=1), metavar="N",
               help="Only the first N transitions.")  # fmt: skip
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N",
-              help="Makes the order of the strategies in each transition.")  # fmt: skip
+              help="Seed for the order of the strategies in each transition.")  # fmt: skip
 @device_option
 @json_option
 def command(

@@ -30,7 +30,7 @@ STRATEGIES = ("all", "qemu", "pause", "batch-incremental", "batch-full", "hole")
 @click.option("--transition", type=int, metavar="SEQ", help="Which transition of the recording; "
               "default: all.")  # fmt: skip
 @click.option("--rules", default=None, metavar="7.2|8.0", help="Order of QEMU up to 7.2, or from "
-              "8.0; default 8.0, or what the recording says.")  # fmt: skip
+              "8.0; default 8.0, or the recording's.")  # fmt: skip
 @click.option("--strategy", type=click.Choice(STRATEGIES), default="all", show_default=True)
 @click.option("--log-start", multiple=True, metavar="REGION", help="Dirty logging of a region "
               "starts with the transition; `all` for a migration.")  # fmt: skip

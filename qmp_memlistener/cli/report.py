@@ -15,10 +15,11 @@ from .common import json_option, print_json, say, terminal_shape
               help="Show the N longest stalls.")  # fmt: skip
 @json_option
 def command(recording: str, histograms: bool, longest: int, as_json: bool) -> None:
-    """Say what a RECORDING holds: the guest, losses, violations, and statistics of its stalls.
+    """Show what a RECORDING holds: the guest, losses, violations, and statistics of its stalls.
 
     The recording may still be growing; what is in it so far is reported. Where the bounds of a
-    length are more than 10 % apart both are told. The longest stalls are those that certainly were.
+    length are more than 10 % apart, both are shown. The longest stalls are those with the largest
+    lower bounds.
 
     Example: qmp-memlistener report boot.jsonl
     """

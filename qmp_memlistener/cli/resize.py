@@ -33,8 +33,8 @@ def command(
 ) -> int:
     """Give a running guest more memory (+256M), less (-256M), or so much in all (=4G).
 
-    direct and pause plug and unplug DIMMs; hole changes how much of a virtio-mem device the guest
-    has, whose region is there already.
+    direct and pause plug and unplug DIMMs; hole changes the size of virtio-mem devices inside
+    their regions, which are there already.
 
     Exit code 1: it was refused, failed, or the guest has done a part of it only.
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 @click.command("unplug")
 @click.argument("target")
 @click.argument("device", metavar="ID")
-@click.option("--backends", is_flag=True, help="Remove what it stood on as well: memory backend, "
+@click.option("--backends", is_flag=True, help="Remove its backends as well: memory backend, "
               "netdev, block node.")  # fmt: skip
 @strategy_option
 @update_options
@@ -38,9 +38,10 @@ def command(
     options: UpdateOptions,
     as_json: bool,
 ) -> int:
-    """Take the device ID out of a running guest, wait until it is gone, and tell what that cost.
+    """Unplug the device ID from a running guest, wait until it is gone, and report what that cost.
 
-    A guest has to let go of a device; when it does not, what it waits for or who refused is said.
+    A guest has to release a device. When it does not, the message says what is waited for, or what
+    refused.
 
     Exit code 1: it was refused, failed, or is still there.
 
@@ -51,7 +52,7 @@ def command(
     except UnicodeEncodeError:
         device = ""  # the shell gave bytes that are no text
     if not device:
-        raise click.BadParameter("no device is called that", param_hint="'ID'")
+        raise click.BadParameter("no device has this id", param_hint="'ID'")
 
     async def intend(agent: Agent) -> Unplug:
         from ..updates.guest_view import backends_of

@@ -117,7 +117,7 @@ def update_options(function: Callable[..., int]) -> Callable[..., int]:
         from ..updates.settings import UpdateOptions
 
         if not max_pause:
-            raise click.BadParameter("a pause is longer than 0", param_hint="'--max-pause'")
+            raise click.BadParameter("a pause must be longer than 0", param_hint="'--max-pause'")
         if guard_monitor is not None:
             if rest.get("strategy", "pause") != "pause":
                 raise click.UsageError("--guard-monitor goes with --strategy pause only")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import OperationFailed
+from ..text import quoted
 from .common import duration, json_option, run_async, say
 from .follow import FollowOptions, follow, follow_options
 from .watch_mirror import MirrorOptions, mirror_options
@@ -36,15 +37,14 @@ def command(
 ) -> None:
     """Watch a guest: its memory map's transitions, their KVM slot operations, and the stalls.
 
-    Ends with Ctrl-C, after --for or --count, or (exit code 3) when the guest is gone; then comes
-    a summary of all stalls by kind and cause. The guest's trace events and log are put back as
+    Ends with Ctrl-C, after --for or --count, or (exit code 3) when the guest ends, with a
+    summary of all stalls by kind and cause. The guest's trace events and log are put back as
     they were. Exit code 1: a limit was exceeded for certain, or a mirror was not in step at the
-    end. A stall that may have been longer than its limit, by the bounds within which it is known,
-    is told as a possible violation and does not count. Exit code 4: nothing here measures a kind
-    that --max-stall limits.
+    end. A stall of which only the upper bound exceeds its limit is reported as a possible violation
+    and does not change the exit code. Exit code 4: no probe here measures a kind that --max-stall
+    limits.
 
-    With --mirror, slots of our own follow the guest's map meanwhile, and the report of that comes
-    before the summary.
+    With --mirror, slots of our own follow the guest's map; their report comes before the summary.
 
     TARGET is unix:PATH, HOST:PORT or pid:N.
 
@@ -62,7 +62,7 @@ def command(
         more = f" and {possible}" if seen.possible_violations else ""
         problems.append(f"{count_text(seen.violations, 'violation')}{more} of the limits")
     elif seen.possible_violations:
-        unsure = "how long those stalls were is not known well enough to tell"
+        unsure = "the length of these stalls is not known precisely enough"
         say(f"{possible} of the limits: {unsure}", err=True)
     if seen.not_always_measured:
         kinds = ", ".join(seen.not_always_measured)
@@ -73,9 +73,9 @@ def command(
         more = f" ({seen.error.message})" if seen.error is not None else ""
         raise OperationFailed(
             f"{'; '.join(problems)}{more}",
-            remedy="the lines above say which stalls and transitions, and what made them"
+            remedy="the lines above name the stalls and transitions, and their causes"
             if seen.violations
-            else "the lines above, from `mirror` on, say where and what",
+            else "the lines above, from `mirror` on, name the differences",
         )
     if seen.error is not None:
         raise seen.error
@@ -90,7 +90,7 @@ def _limits(max_stalls: tuple[str, ...], freeze: bool) -> Limits | None:
         name, sign, length = text.partition("=")
         if name not in set(StallKind) or not sign:
             raise click.BadParameter(
-                f"{text!r} is not KIND=DURATION; the kinds are {', '.join(StallKind)}",
+                f"{quoted(text)} is not KIND=DURATION; the kinds are {', '.join(StallKind)}",
                 param_hint="'--max-stall'",
             )
         found[StallKind(name)] = duration(length)

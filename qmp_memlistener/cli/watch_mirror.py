@@ -141,7 +141,7 @@ class WatchedMirror:
             if self._mirror is None or not patience.expired():
                 raise
             self._cut_short = True
-            self._mirror.remark("not compared at the end: it was not to be waited for any longer")
+            self._mirror.remark("not compared at the end: the wait was ended")
         finally:
             self._hurry = _nothing
 
@@ -175,7 +175,7 @@ class WatchedMirror:
             try:
                 verified = await in_thread(self._lab.verify)
             except MemListenerError as exc:
-                self.fault = f"the lab could not be looked at: {exc.message}"
+                self.fault = f"the lab could not be checked: {exc.message}"
             lab = lab_mirror(self._lab.facts(), verified)
         record = self._mirror.report(self.options.backend, lab)
         if record.faults:

@@ -333,7 +333,7 @@ class Pulse(PulseMemory):
                 break
             await asyncio.sleep(0.001)
         if not best[0]:
-            raise OperationFailed(f"CPU {cpu} of the pulse guest is not beating")
+            raise OperationFailed(f"CPU {cpu} of the pulse guest makes no heartbeats")
         return best
 
 

@@ -202,7 +202,7 @@ class KvmBackend(Closing):
             try:
                 misread = tuple(verify_slots(slots.table, self._blocks, probe, samples))
             except OSError as exc:
-                raise OperationFailed(f"the lab cannot look at its slots: {exc.strerror}") from exc
+                raise OperationFailed(f"the lab cannot read its slots: {exc.strerror}") from exc
             unreached = sum(gpa >= probe.reach for gpa in samples)
             return Verified(len(samples) - unreached, unreached, misread, tuple(slots.wrong_logs()))
 

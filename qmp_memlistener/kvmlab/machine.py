@@ -259,7 +259,7 @@ class Machine(Closing):
             if khz:
                 return khz
         raise OperationFailed(
-            "this KVM does not tell the frequency of the guest's clock (KVM_GET_TSC_KHZ)",
+            "this KVM does not report the frequency of the guest's clock (KVM_GET_TSC_KHZ)",
             remedy="use a host with a stable TSC",
         )
 

@@ -176,7 +176,7 @@ def none_ran(results: Iterable[tuple[str, str | None]]) -> MissingPrerequisite |
         return None
     reasons = "; ".join(f"{name}: {why}" for name, why in asked)
     return MissingPrerequisite(
-        f"none of the strategies that were asked for can run here: {reasons}",
+        f"none of the requested strategies can run here: {reasons}",
         remedy="`lab strategies` lists those that can",
     )
 

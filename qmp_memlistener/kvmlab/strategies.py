@@ -15,6 +15,7 @@ from enum import StrEnum
 from ..errors import InputError
 from ..memslots import Order
 from ..memslots import Strategy as PlanStrategy
+from ..text import quoted
 from . import userfault
 from .abi import Cap
 from .vm import Kvm
@@ -95,7 +96,7 @@ STRATEGIES: tuple[LabStrategy, ...] = (
     LabStrategy(
         "pause+sync",
         PlanStrategy.PAUSE,
-        "the same, with the dirty logs fetched while they stand",
+        "the same, with the dirty logs fetched while vCPUs are paused",
         sync=True,
     ),
     LabStrategy(
@@ -148,7 +149,7 @@ STRATEGIES: tuple[LabStrategy, ...] = (
         "hole-munmap",
         PlanStrategy.HOLE,
         "the same, made by taking the mapping away and putting it back (one mmap in its place, "
-        "so that nobody else's mapping can come in between)",
+        "so that no other mapping can come in between)",
         hole=HoleKind.MUNMAP,
         needs=(Cap.SYNC_MMU,),
     ),
@@ -209,7 +210,7 @@ def _presplit(name: str) -> LabStrategy:
     chunk = int(match[1]) << _UNITS[match[2]] if match else 0
     if chunk < 4096 or chunk & (chunk - 1):
         raise InputError(
-            f"{name!r} is no strategy of the lab",
+            f"the lab has no strategy {quoted(name)}",
             remedy=f"use all, presplit, presplit-SIZE, or {', '.join(_BY_NAME)}",
         )
     base = _BY_NAME["presplit-64k"]

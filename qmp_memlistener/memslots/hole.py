@@ -23,7 +23,7 @@ Decisions, where the idea leaves room:
 - More than `max_holes` holes in a slot: it falls back to one plain slot for each mapped range,
   as QEMU has them, and its changes go into the batch, until the holes fit again.
 - RAM beyond the extent of a slot (possible only when the table comes from an earlier plan):
-  the slot is made anew, longer, under the same id, in the batch.
+  the slot is recreated, longer, under the same id, in the batch.
 """
 
 from __future__ import annotations
@@ -218,7 +218,7 @@ def _replace(block: Block, crossing: bool, work: _Work, max_holes: int | None) -
             "holes, so each has a slot, and they change in one batch"
         )
     elif both:
-        why = "is made anew, longer" if block.whole is not None else "is one slot again"
+        why = "is recreated, longer" if block.whole is not None else "is one slot again"
         work.notes.append(f"{_name(block.added[0])} {why}, in the batch")
 
 

@@ -16,6 +16,7 @@ from enum import StrEnum
 import msgspec
 
 from ..errors import InputError
+from ..text import quoted
 from ..topology.model import FlatRange, FlatView, Kind
 from .dirty_log import DirtyLog
 from .slots import GUEST_MEMFD, LOG_DIRTY_PAGES, READONLY, Slot, SlotTable
@@ -71,7 +72,7 @@ class Rules:
             major = int(text.split(".", 1)[0])
         except ValueError:
             raise InputError(
-                f"{text!r} names no rules", remedy="use 7.2, 8.0 or the version of a QEMU"
+                f"{quoted(text)} names no rules", remedy="use 7.2, 8.0 or the version of a QEMU"
             ) from None
         return cls(Order.V8_0 if major >= 8 else Order.V7_2, page_size)
 

@@ -46,7 +46,7 @@ _PLANS = {
     Strategy.PAUSE: PlanStrategy.PAUSE,
     Strategy.HOLE: PlanStrategy.HOLE,
 }
-_NOT_TOLD = "no map was told yet"
+_NOT_TOLD = "no map was received yet"
 _NOTES = 100
 _EMPTY = FlatView(())
 

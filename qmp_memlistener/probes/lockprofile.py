@@ -25,6 +25,7 @@ from ..host.directory import HeldFile
 from ..host.processes import Process
 from ..qmp import Monitor, hmp, hmp_timed
 from ..records import MeasurementRecord
+from ..text import quoted
 from .delivery import Progress
 from .lockprofile_text import Profile, Waits, difference, read_profile
 from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
@@ -286,7 +287,7 @@ class LockProfileProbe:
         self._deliver(before, after)
         if not still_on:
             if self._sink is not None:
-                what = "somebody switched the lock profiler off: it is left so"
+                what = "another client switched the lock profiler off: it stays off"
                 self._sink.lost(self.info.name, what)
             self._undo = False  # what is put back already may be somebody else's by the end
             await self._switch_off()
@@ -297,7 +298,9 @@ class LockProfileProbe:
             return
         sites, reset = difference(before.profile, after.profile)
         if reset:
-            sink.lost(self.info.name, "somebody reset the lock profile: earlier waits are gone")
+            sink.lost(
+                self.info.name, "another client reset the lock profile: earlier waits are gone"
+            )
         values: dict[str, int | float | str] = {}
         observations = []
         for site, waits in sorted(sites.items(), key=lambda s: s[1].total_ns, reverse=True):
@@ -349,7 +352,7 @@ class LockProfileProbe:
         text = await hmp(self._context.monitor, _WHAT, deadline=_DEADLINE_S)
         state = text.strip().removeprefix("sync-profile is ")
         if state not in ("on", "off"):
-            raise ProtocolViolation(f"not an answer to `sync-profile`: {text[:80]!r}")
+            raise ProtocolViolation(f"not an answer to `sync-profile`: {quoted(text, 80)}")
         return state == "on"
 
     async def _say(self, command: str) -> None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from ..errors import ProtocolViolation
+from ..text import quoted
 
 __all__ = ["BQL", "Profile", "Waits", "difference", "read_profile"]
 
@@ -58,7 +59,7 @@ def read_profile(text: str) -> Profile:
             expected = _HEAD if number == 1 else _RULE
             if line and not expected.fullmatch(line):
                 raise ProtocolViolation(
-                    f"line {number} is not `info sync-profile` output: {line[:120]!r}"
+                    f"line {number} is not `info sync-profile` output: {quoted(line)}"
                 )
             continue
         rows += 1

@@ -18,6 +18,7 @@ from ..qmp import SocketTarget
 from ..qmp.allowed import names
 from ..qmp.dial import no_answer
 from ..qmp.identity import ASKED, GuestIdentity, same_answers
+from ..text import quoted
 from .ping_brackets import Ping
 
 __all__ = ["PingLink", "Stopped"]
@@ -101,7 +102,7 @@ class PingLink:
                 remedy="QEMU's main loop is stalled, or the process is stopped",
             )
         if "return" not in answer:
-            raise ProtocolViolation(f"{self.target} refused qmp_capabilities: {answer!r:.200}")
+            raise ProtocolViolation(f"{self.target} refused qmp_capabilities: {quoted(answer)}")
         if self._meant is not None and not self._meant.certain:
             self._check_guest(self._meant)
 
@@ -149,7 +150,7 @@ class PingLink:
                     self.unanswered = None
                     return Ping(begun, sent, oob, empty, now)
                 else:
-                    raise ProtocolViolation(f"{self.target} said {message!r:.200}")
+                    raise ProtocolViolation(f"{self.target} sent {quoted(message)}")
 
     def rest(self, ns: int) -> None:
         """Wait, at most until `wake`; events that arrive meanwhile are thrown away.
@@ -171,7 +172,9 @@ class PingLink:
             if self._receive():
                 for message in self._messages():
                     if "event" not in message:
-                        raise ProtocolViolation(f"{self.target} said unasked {message!r:.200}")
+                        raise ProtocolViolation(
+                            f"{self.target} sent without a command {quoted(message)}"
+                        )
 
     def close(self) -> None:
         """Hang up, and wait a moment for QEMU to do so too: then the monitor is free again."""
@@ -224,7 +227,7 @@ class PingLink:
                 message = None
             if not isinstance(message, dict):
                 raise ProtocolViolation(
-                    f"{self.target} does not speak QMP: {bytes(line[:100])!r}",
+                    f"{self.target} does not speak QMP: {quoted(line[:100])}",
                     remedy="is this a QMP monitor (-qmp, or -mon mode=control)?",
                 )
             found.append(message)

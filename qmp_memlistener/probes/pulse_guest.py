@@ -243,7 +243,7 @@ class GuestFollower:
                 times = f" in {len(steps)} steps" if len(steps) > 1 else ""
                 told.append(f"{what} {sum(steps) / 1e6:.1f} ms{times}")
         news.notes.append(
-            f"the guest's TSC {' and '.join(told)}; gaps since then are told by a new calibration"
+            f"the guest's TSC {' and '.join(told)}; gaps since then are timed by a new calibration"
         )
         self._steps_said_ns = now_ns
         self._steps.clear()
@@ -314,4 +314,4 @@ class GuestFollower:
             f"above {self._clock.length(ticks).high / 1e3:.0f} us on CPU {', '.join(cpus)}"
             for ticks, cpus in by_threshold.items()
         ]
-        news.notes.append(f"the pulse guest tells of gaps {', '.join(told)}")
+        news.notes.append(f"the pulse guest reports gaps {', '.join(told)}")

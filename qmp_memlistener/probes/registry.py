@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib import import_module
 
 from ..errors import InputError
+from ..text import quoted
 from .model import Context, Probe, ProbeInfo, Verdict
 
 __all__ = ["PROBES", "Choice", "choose", "known_names", "make", "on_host"]
@@ -42,7 +43,7 @@ def known_names(names: Sequence[str]) -> tuple[str, ...]:
     for name in names:
         if name not in PROBES:
             raise InputError(
-                f"there is no probe {name!r}", remedy=f"the probes are {', '.join(PROBES)}"
+                f"there is no probe {quoted(name)}", remedy=f"the probes are {', '.join(PROBES)}"
             )
     return tuple(name for name in PROBES if name in names)
 
@@ -82,7 +83,7 @@ async def choose(context: Context, names: Sequence[str] | None) -> list[Choice]:
     for name in PROBES:
         probe = make(name, context)
         if names is not None and name not in names:
-            verdict = Verdict.no("it was not asked for")
+            verdict = Verdict.no("it was not requested")
         elif context.max_share is not None and probe.info.share > context.max_share:
             verdict = Verdict.no(
                 f"it takes {probe.info.share:.1%} of a CPU from QEMU, "

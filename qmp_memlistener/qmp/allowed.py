@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from ..errors import CommandNotAllowed
+from ..text import quoted
 
 __all__ = ["HMP", "QMP", "TRIED", "Hmp", "Permit", "Qmp", "check", "is_listed", "names"]
 __all__ += ["may_be_examined", "untried"]
@@ -196,7 +197,7 @@ def untried(release: tuple[int, int]) -> str | None:
     first, last, this = (f"{major}.{minor}" for major, minor in (oldest, newest, release))
     return (
         f"QEMU {this} is {'older' if release < oldest else 'newer'} than those that our commands "
-        f"were tried on ({first} to {last}): that none of them does harm is not known"
+        f"were tried on ({first} to {last}): whether they do harm there is unknown"
     )
 
 
@@ -227,7 +228,7 @@ def check(
         return
     shown = str((arguments or {}).get("command-line")) if name == _HMP else name
     if name != _HMP and name in _BY_NAME:
-        shown += f" with {dict(arguments or {})!r:.100}"
+        shown += f" with {quoted(dict(arguments or {}))}"
     raise CommandNotAllowed(
         f"{shown:.200} was not sent: it is not among the commands that are known to be harmless",
         remedy="qmp/allowed.py lists them; please report what led here",

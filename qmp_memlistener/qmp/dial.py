@@ -266,7 +266,7 @@ def _stopped(target: Target, pids: Sequence[int]) -> DeadlineExceeded | None:
         if process is not None and process.is_stopped():
             return DeadlineExceeded(
                 f"QEMU behind {target} (pid {pid}) hangs: the process is stopped, by a signal or a "
-                "debugger, and nobody is served",
+                "debugger, and no client is served",
                 remedy=f"let it go on: kill -CONT {pid}",
             )
     return None
@@ -280,7 +280,7 @@ def _is_accepted(sock: socket.socket) -> bool:
 
 def _hangs(target: Target) -> DeadlineExceeded:
     return DeadlineExceeded(
-        f"QEMU behind {target} hangs: it serves nobody, and does not accept a connection",
+        f"QEMU behind {target} hangs: it serves no client and accepts no connection",
         remedy="its main loop is blocked, or the process is stopped; look at the process",
     )
 
@@ -304,7 +304,7 @@ def _unreachable(target: SocketTarget, error: OSError) -> TargetUnreachable:
                 )
     remedies = {
         errno.ENOENT: "no such socket; `qmp-memlistener list` shows the monitors on this host",
-        errno.ECONNREFUSED: "nobody listens there any more; is QEMU still running?",
+        errno.ECONNREFUSED: "no process listens there any more; is QEMU still running?",
         errno.EACCES: "your user may not connect; use the user that runs QEMU, or root",
         errno.EPERM: "your user may not connect; use the user that runs QEMU, or root",
     }

@@ -112,7 +112,7 @@ class Guest:
         """For people: what may be missing here, and why."""
         if self.trouble:
             return (self.trouble,)
-        hidden = "no permission to look into the process: monitors may be missing here"
+        hidden = "no permission to examine the process: monitors may be missing here"
         return (*self.command_line.notes, *(() if self.visible else (hidden,)))
 
     @property
@@ -139,7 +139,7 @@ def find_guests() -> list[Guest]:
     A process that cannot be looked into in time costs the others nothing: if its name is a QEMU's
     it is there with what is known, and says so.
     """
-    with waiting("for processes of this host to be looked at"):
+    with waiting("for processes of this host to be examined"):
         diag = unix_sockets()
         looked = bounded.each(
             lambda pid: _find(pid, diag, asked_for=False), process_ids(), soft=_SOFT_S, hard=_HARD_S
@@ -176,7 +176,7 @@ def _sketched(pid: int, error: Exception) -> Guest | None:
         accel=None,
         monitors=(),
         visible=False,
-        trouble=f"the process could not be looked into {why}: nothing more is known",
+        trouble=f"the process could not be examined {why}: nothing more is known",
     )
 
 
@@ -250,7 +250,7 @@ def _monitor(spec: MonitorSpec, sockets: _Sockets) -> GuestMonitor:
     # Without the kernel's table a socket that is there counts as free: connecting to find out
     # would take its place.
     known = MonitorState.FREE if state is None else state.monitor_state
-    why = "nobody listens there" if known is MonitorState.UNREACHABLE else ""
+    why = "no process listens there" if known is MonitorState.UNREACHABLE else ""
     return GuestMonitor(spec.mode, spec.text, target, known, why)
 
 

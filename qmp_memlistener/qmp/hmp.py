@@ -13,6 +13,7 @@ import re
 from dataclasses import dataclass
 
 from ..errors import CommandFailed, InputError, ProtocolViolation
+from ..text import quoted
 from .connection import Monitor, Reply
 
 __all__ = ["Flag", "hmp", "hmp_line", "hmp_timed"]
@@ -77,7 +78,7 @@ async def hmp_timed(
     line = hmp_line(command, *args)
     reply = await monitor.timed("human-monitor-command", {"command-line": line}, deadline=deadline)
     if not isinstance(reply.value, str):
-        raise ProtocolViolation(f"{monitor.target} returned no text for {command!r}")
+        raise ProtocolViolation(f"{monitor.target} returned no text for {quoted(command)}")
     error = _error_of(reply.value, quiet)
     if error is not None:
         raise CommandFailed(command, "HMP", error)
@@ -90,14 +91,14 @@ def hmp_line(command: str, *args: str | int | Flag) -> str:
     `command` is written by a programmer, in lower case, sub-commands included ("info mtree").
     """
     if not _COMMAND.fullmatch(command):
-        raise InputError(f"not the name of a human-monitor command: {command!r}")
+        raise InputError(f"not the name of a human-monitor command: {quoted(command)}")
     return " ".join([command, *map(_word, args)])
 
 
 def _word(arg: str | int | Flag) -> str:
     if isinstance(arg, Flag):
         if not (len(arg.letter) == 1 and arg.letter.isascii() and arg.letter.isalpha()):
-            raise InputError(f"not an option of a human-monitor command: {arg.letter!r}")
+            raise InputError(f"not an option of a human-monitor command: {quoted(arg.letter)}")
         return f"-{arg.letter}"
     if isinstance(arg, int):
         # Unsigned 64 bit is what get_expr() reads; in hexadecimal no octal surprise is possible.
@@ -109,14 +110,14 @@ def _word(arg: str | int | Flag) -> str:
     try:
         size = len(arg.encode())
     except UnicodeEncodeError:
-        raise InputError(f"not valid text for a human-monitor command: {arg!r}") from None
+        raise InputError(f"not valid text for a human-monitor command: {quoted(arg)}") from None
     if size > _MAX_BYTES:
         raise InputError(
             f"an argument of {size} bytes is too long for a human-monitor command",
             remedy=f"QEMU cuts it after {_MAX_BYTES} bytes",
         )
     if any(ord(c) < 0x20 and c not in "\n\r\t" for c in arg) or "\x7f" in arg:
-        raise InputError(f"a control character in an argument: {arg!r}")
+        raise InputError(f"a control character in an argument: {quoted(arg)}")
     return f'"{arg.translate(_ESCAPES)}"'
 
 

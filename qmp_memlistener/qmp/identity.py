@@ -32,6 +32,7 @@ from dataclasses import dataclass, replace
 from ..errors import WrongGuest
 from ..host.bounded import in_thread
 from ..host.processes import Process, socket_inodes
+from ..text import quoted
 from .discovery import Guest, find_guest, find_guests
 from .sockets import listening_pids, tcp_peer_inode, unix_sockets
 from .targets import SocketTarget, same_socket
@@ -250,7 +251,7 @@ def _named(pid: int, start_ticks: int) -> str:
     if guest is None:
         name = os.path.basename(process.exe or (process.argv or ("a process",))[0])
         return f"{name} (pid {pid})"
-    return f"QEMU {guest.name!r} (pid {pid})" if guest.name else f"QEMU (pid {pid})"
+    return f"QEMU {quoted(guest.name)} (pid {pid})" if guest.name else f"QEMU (pid {pid})"
 
 
 # -- the guest's other monitors ------------------------------------------------------------
@@ -334,7 +335,7 @@ def companions_of(
         )
     if without and guest is None:
         without.append(
-            "QEMU's process is not visible here, so its other monitors are not known: name them "
+            "QEMU's process is not visible here, so its other monitors are unknown: name them "
             "with --ping-monitor and --ops-monitor"
         )
     return Companions(guest, ping, operations, tuple(without), guard)

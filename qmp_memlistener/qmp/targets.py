@@ -16,6 +16,7 @@ import socket
 from dataclasses import dataclass
 
 from ..errors import InputError
+from ..text import quoted
 
 __all__ = [
     "TARGET_FORMS",
@@ -142,7 +143,7 @@ def _tcp(text: str, address: str) -> TcpTarget:
     try:
         host.encode("idna")  # what resolving it does first
     except UnicodeError:
-        raise _not_a_target(text, f"{host!r} can be no host name") from None
+        raise _not_a_target(text, f"{quoted(host)} is no host name") from None
     port = int(match[3])
     if not 0 < port < 65536:
         raise _not_a_target(text, f"{port} is no port number")
@@ -151,6 +152,6 @@ def _tcp(text: str, address: str) -> TcpTarget:
 
 def _not_a_target(text: str, why: str) -> InputError:
     return InputError(
-        f"not a target: {text!r} ({why})",
+        f"not a target: {quoted(text)} ({why})",
         remedy=f"a target is {TARGET_FORMS}; `qmp-memlistener list` shows those on this host",
     )

@@ -290,7 +290,7 @@ async def undo(monitor: Monitor, place: Place, guest: Guest, note: TraceNote) ->
         if redirect:
             where = await _restore_log(monitor, guest, log, remarks)
         else:
-            remarks.append("somebody else has redirected QEMU's log since: it is left as it is")
+            remarks.append("another client has redirected QEMU's log since: it is left as it is")
         remove_foreign_log(guest.process, log.path)
     place.clear()
     return Restored(tuple(n for n in disabled if n not in refused), where, tuple(remarks))

@@ -59,7 +59,7 @@ class LabMirror(msgspec.Struct, frozen=True, kw_only=True):
 
     `vcpus` ran meanwhile.  `slots` are KVM's at the end, `slot_ioctls` the
     KVM_SET_USER_MEMORY_REGION calls, `mappings` changes of host mappings.  `placed` slots came by
-    such a change alone; `grown` slots were made anew, larger; `moved`: the lab's own slot gave way.
+    such a change alone; `grown` slots were recreated, larger; `moved`: the lab's own slot gave way.
     `holds` are of its vCPUs.  `reads` words were read by a guest; `differences` are those that were
     not what the mirror's slots say, `wrong_logs` KVM's dirty logs that should not be, or are not.
     """
@@ -92,7 +92,7 @@ class MirrorRecord(Record, frozen=True, kw_only=True, tag="mirror"):
     bitmaps_dropped   bytes of dirty bitmaps that went with slots and holes
     updates           from the first call to the last, pause included
     pauses            of the guest by the mirror, from STOP to RESUME
-    already_paused    updates under `pause` of a guest that stood still anyhow
+    already_paused    updates under `pause` of a guest that was paused already
     unpaused          updates under `pause` in which the guest ran, wholly or in part
     lag               from QEMU's first operation for a transition to the end of the mirror's
     rebuilt           times the backend was emptied and filled again

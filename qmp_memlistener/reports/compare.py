@@ -35,7 +35,7 @@ def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
     if len(set(counts.values())) > 1:
         each = f"up to {each}"
     yield from _folded(f"{what}: {each} each in random order (seed {found.seed}),")
-    yield f"{window} looked at from the beginning of each; {CONTROL} did nothing"
+    yield f"{window} observed from the beginning of each; {CONTROL} did nothing"
     for skipped in found.skipped:
         yield from _folded(f"{skipped.strategy} is not possible: {skipped.reason}")
         if skipped.remedy:
@@ -58,7 +58,7 @@ def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
     if not found.summary:
         return
     kinds = {s.kind for s in found.summary}
-    yield from _measured(found, "time that a round lost to stalls of a kind, all together", kinds)
+    yield from _measured(found, "sum of a round's stalls of a kind", kinds)
     # one stall a round is all of it
     many = {s.kind for s in found.summary if s.stalls and (s.longest_ns or 0) < (s.max_ns or 0)}
     single = msgspec.structs.replace(
@@ -199,7 +199,7 @@ def _differences(found: Sequence[Difference]) -> Iterator[str]:
         if d.ci95_ns is None:
             yield f"{pair:<32}not measured"
         elif not d.enough:
-            yield f"{pair:<32}too few rounds to tell"
+            yield f"{pair:<32}too few rounds"
         elif not d.seen and _is_open(d):
             yield f"{pair:<32}bounds leave it open ({_interval(d.ci95_ns)})"
         elif not d.seen:

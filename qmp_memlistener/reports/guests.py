@@ -34,7 +34,7 @@ def guest_rows(guests: Sequence[Guest]) -> Iterator[tuple[str, ...]]:
         facts = (guest.version, guest.machine, guest.accel)
         lead = (str(guest.pid), guest.name or "-", *(fact or "not known" for fact in facts))
         if not guest.qmp_monitors:
-            none = "no QMP monitor" if guest.visible else "not known: no permission"
+            none = "no QMP monitor" if guest.visible else "unknown: no permission"
             yield (*lead, none, "")
         for monitor in guest.qmp_monitors:
             state = f"{monitor.state}: {monitor.why}" if monitor.why else str(monitor.state)

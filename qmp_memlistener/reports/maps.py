@@ -65,12 +65,12 @@ def guest_document(
 def guest_title(facts: GuestFacts, bql_cost_ns: int | None) -> str:
     """The guest and what its map cost it, in a line."""
     cost = (
-        f", the map cost its BQL at most {bql_cost_ns / 1e6:.1f} ms"
+        f", the snapshot held the BQL for at most {bql_cost_ns / 1e6:.1f} ms"
         if bql_cost_ns is not None
         else ""
     )
     machine, accel = facts.machine or "not known", facts.accel or "not known"
-    status = facts.status or "status not known"
+    status = facts.status or "status unknown"
     return f"QEMU {facts.version}, machine {machine}, accelerator {accel}, {status}{cost}"
 
 

@@ -92,9 +92,10 @@ def _texts(m: MirrorRecord) -> Iterator[str]:
     )
     yield from _durations(m)
     if m.exposed:
-        yield f"{count_text(m.exposed, 'update')} with memory missing in between that stays"
+        updates = count_text(m.exposed, "update")
+        yield f"{updates} with memory missing that is there before and after"
     if m.rebuilt:
-        yield f"emptied and filled anew {count_text(m.rebuilt, 'time')}"
+        yield f"recreated {count_text(m.rebuilt, 'time')}"
     if m.dropped:
         yield f"{count_text(m.dropped, 'change')} dropped because it was too slow"
     if m.unpaused:
@@ -125,13 +126,13 @@ def _lab(lab: LabMirror) -> Iterator[str]:
     )
     for count, words in (
         (lab.placed, "placed in another's hole"),
-        (lab.grown, "made anew, larger"),
+        (lab.grown, "recreated, larger"),
     ):
         if count:
             text += f"; {count_text(count, 'slot')} {words}"
     yield text
     if lab.moved:
-        yield f"lab: its own slot gave way {count_text(lab.moved, 'time')}"
+        yield f"lab: its own slot was moved {count_text(lab.moved, 'time')}"
     if lab.vcpus:
         held = f", held for {_average(lab.holds)}" if lab.holds.count else ""
         yield f"lab: {count_text(lab.vcpus, 'vCPU')} running{held}"

@@ -143,13 +143,13 @@ class Contents:
 
     def _probe_lines(self) -> Iterator[str]:
         if not self._tally.probes:
-            yield "no probe was at work: stalls were not measured"
+            yield "no probe was active: stalls were not measured"
             return
         active = [s for s in self._tally.probes.values() if s.active]
-        yield f"probes: {', '.join(s.name for s in active) or 'none at work'}"
+        yield f"probes: {', '.join(s.name for s in active) or 'none active'}"
         for state in self._tally.probes.values():
             if not state.active:
-                yield f"without {state.name}: {state.reason or 'not asked for'}"
+                yield f"without {state.name}: {state.reason or 'not requested'}"
 
     def _comparison(self) -> str:
         if not self._tally.compared:

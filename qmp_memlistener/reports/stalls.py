@@ -76,11 +76,11 @@ def measured_lines(
             yield from _values(record.values)
         case ProbesRecord():
             active = ", ".join(p.name for p in record.probes if p.active)
-            yield f"{stamp}  probes: {active or 'none at work'}"
+            yield f"{stamp}  probes: {active or 'none active'}"
             for probe in record.probes:
                 if not probe.active:
                     remedy = f"; to get it: {probe.remedy}" if probe.remedy else ""
-                    why = probe.reason or "not asked for"
+                    why = probe.reason or "not requested"
                     yield f"{_INDENT}without {probe.name}: {why}{remedy}"
         case GuestReset():
             yield from _reset(record, stamp)
@@ -158,7 +158,7 @@ def _values(values: dict[str, int | float | str]) -> Iterator[str]:
 
 def _reset(r: GuestReset, stamp: str) -> Iterator[str]:
     instead = ", and QEMU goes down instead" if r.shutdown else ""
-    yield f"{stamp}  guest reset ({r.reason or 'reason not told'}){instead}: {r.what}"
+    yield f"{stamp}  guest reset ({r.reason or 'no reason given'}){instead}: {r.what}"
     if r.possible is not None:
         yield f"{_INDENT}possible, not proven: {r.possible}"
 

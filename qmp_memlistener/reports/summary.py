@@ -54,7 +54,7 @@ def summary_lines(
 def probes_lines(probes: Sequence[ProbeState], *, width: int = 80) -> Iterator[str]:
     """What measured, in a line; why the others did not, in short, below."""
     lines = [f"measured by: {', '.join(p.name for p in probes if p.active) or 'nobody'}"]
-    without = [f"{p.name} ({p.reason or 'not asked for'})" for p in probes if not p.active]
+    without = [f"{p.name} ({p.reason or 'not requested'})" for p in probes if not p.active]
     if without:
         lines.append(f"  without {', '.join(without)}")
     for line in lines:

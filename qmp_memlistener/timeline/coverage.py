@@ -105,7 +105,7 @@ def one_sided(
     if forged:
         yield (
             f"slot operations in QEMU's log that no uprobe saw: {len(forged)} "
-            f"(the first: {op_text(forged[0])}); does somebody else write to that log?"
+            f"(the first: {op_text(forged[0])}); does another process write to that log?"
         )
     untold = [
         seen
@@ -116,6 +116,6 @@ def one_sided(
         at = untold[0].update
         first = f"slot {at.slot} at {at.gpa:#x}, size {at.size:#x}" if at is not None else "?"
         yield (
-            f"slot operations that uprobes saw and QEMU's log does not tell: {len(untold)} "
+            f"slot operations that uprobes saw and QEMU's log lacks: {len(untold)} "
             f"(the first: {first})"
         )

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ..errors import InputError
+from ..text import quoted
 from .blocks import ram_blocks
 from .link import link
 from .model import FlatView, RamBlock, VirtioMemory
@@ -40,7 +41,7 @@ def read_map(text: str | Dump, address_space: str = "memory") -> MemoryMap:
     known = dump.flat_views if dump.is_flat else dump.address_spaces
     if address_space not in known:
         raise InputError(
-            f"no address space {address_space!r} in it",
+            f"no address space {quoted(address_space)} in it",
             remedy="it has: " + ", ".join(sorted(known)),
         )
     return _read(dump, [address_space])[address_space]

@@ -20,6 +20,7 @@ from collections import Counter
 from dataclasses import dataclass, field
 
 from ..errors import MtreeError
+from ..text import quoted
 from .model import ADDRESS_SPACE_SIZE, FlatRange, FlatView, Kind, Region
 
 __all__ = ["Dump", "parse"]
@@ -116,7 +117,7 @@ def _kind(text: str, line_no: int, line: str) -> Kind:
             f"a QEMU of 2016 or before wrote it, which prints {text} and not the region's kind",
             remedy="take the map with QEMU 7.2 to 11.1: what is RAM is not in this text",
         )
-    raise MtreeError(line_no, line, f"unknown region type {text!r}")
+    raise MtreeError(line_no, line, f"unknown region type {quoted(text)}")
 
 
 def _span(start: int, last: int) -> int:

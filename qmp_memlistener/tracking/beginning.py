@@ -64,7 +64,7 @@ def beginning(traced: Traced) -> tuple[list[LiveSlot], Ids]:
         for as_id, space in found.spaces.items()
     }
     if count := sum(map(len, hidden.values())):
-        traced.remarks.add(f"slots that were there all the time, at places not told: {count}")
+        traced.remarks.add(f"slots that were there from the start, at unknown places: {count}")
     if slots:
         unsure = f" (sizes guessed: {len(found.unsized)})" if found.unsized else ""
         traced.remarks.add(

@@ -15,6 +15,7 @@ from typing import BinaryIO
 from ..errors import InputError
 from ..inputs import TraceLine, open_input, read_trace_line
 from ..memslots import Order, Rules
+from ..text import quoted
 from .commits import Commit, CommitGrouper
 from .guesses import counts_from_zero, log_switches
 from .live_slots import LiveSlot, LiveSlots, RawOp
@@ -45,7 +46,7 @@ def read_log(path: str) -> Traced:
     if not reader.found and reader.unreadable is not None:
         number, text = reader.unreadable
         raise InputError(
-            f"{path}, line {number} is a slot operation in a form that is not known: {text!r}",
+            f"{path}, line {number} is a slot operation in an unknown form: {quoted(text)}",
             remedy="give the text of QEMU's log backend, of scripts/simpletrace.py, or of perf "
             "script, unchanged",
         )

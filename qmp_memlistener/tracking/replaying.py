@@ -129,7 +129,7 @@ def read_recording(path: str, rules: Rules) -> Traced:
     if recording.truncated:
         remarks.add("the last line is cut off")
     if order is None:
-        remarks.add("it does not tell QEMU's version; taken for 8.0 or later")
+        remarks.add("it does not name QEMU's version; 8.0 or later is assumed")
     return Traced(
         "recording",
         version,
@@ -181,7 +181,7 @@ class _Reader:
         self._view = _of_map(record)
         self._span(record.ranges)
         if self.slots is not None:
-            self._remarks.add("the recorder began anew: what happened before that is not told")
+            self._remarks.add("the recorder started again: what happened before that is unknown")
             return
         slots = []
         for s in slot_table(self._view, self._rules):
@@ -211,7 +211,7 @@ class _Reader:
         if not known or any(not 0 <= n <= limit for n, limit in limits):
             raise _unfit(f"an operation of transition {op.transition} is none of KVM's")
         if op.predicted:
-            self._remarks.add("the operations are predicted: nobody saw the guest's own")
+            self._remarks.add("the operations are predicted: the guest's own were not seen")
         same = self._open and op.transition == self._transition
         if not same:
             self._upwards.begin()

@@ -158,7 +158,7 @@ class GuestResponse:
             self._marks.sign(t_ns)
             why = f": {data['msg']}" if data.get("msg") else ""
             self._refusal = (
-                f"the guest refused to let go of {data.get('device') or path} ({name}{why})"
+                f"the guest refused to release {data.get('device') or path} ({name}{why})"
             )
 
     # -- waiting -----------------------------------------------------------------------------
@@ -192,7 +192,7 @@ class GuestResponse:
         if answer.done and self._plan.awaited is not Awaited.GONE and self._cut_short:
             why = "it was changed, and the guest's part was not waited for"
             return GuestAnswer(
-                False, reason=why, remedy="nothing: it goes on by itself", notes=(note,)
+                False, reason=why, remedy="nothing: it continues by itself", notes=(note,)
             )
         return replace(answer, notes=notes)
 
@@ -212,7 +212,7 @@ class GuestResponse:
                 False,
                 reason=f"{', '.join(sorted(left))} left the guest, and QEMU has not freed it yet: "
                 "a vCPU or a request holds on to it",
-                remedy="it goes on by itself; wait longer (--wait)",
+                remedy="it continues by itself; wait longer (--wait)",
             )
         so_far = []
         if self._backends_gone:
@@ -251,7 +251,7 @@ class GuestResponse:
         return GuestAnswer(
             False,
             reason=f"the guest has not plugged or unplugged all of it: {have}",
-            remedy="it goes on as the guest can; wait longer (--wait), or ask for another size",
+            remedy="it continues as the guest can; wait longer (--wait), or ask for another size",
         )
 
     async def _read_sizes(self) -> dict[str, int]:
@@ -265,7 +265,7 @@ class GuestResponse:
         devices = list((self._seen or {}).values())
         unseen = [s.why_unseen for s in devices if s.why_unseen is not None]
         if devices and len(unseen) == len(devices):
-            note = f"realised in QEMU; what the guest does with it is not known: {unseen[0]}"
+            note = f"realised in QEMU; what the guest does with it is unknown: {unseen[0]}"
             return GuestAnswer(True, notes=(note,))
         first = min(end, time.monotonic() + FIRST_SIGN_S)
         while self._marks.first_sign is None and self._left(first):

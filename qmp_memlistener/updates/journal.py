@@ -63,7 +63,7 @@ class Journal:
     def left(self) -> list[str]:
         """What is there now, in words."""
         return [step.state for step in self.made] + [
-            f"whether {step.state} is not known" for step in self.asked
+            f"whether {step.state} is unknown" for step in self.asked
         ]
 
     @property
@@ -89,7 +89,7 @@ class Journal:
         except MemListenerError as exc:
             self.notes.append(f"what was changed may not be as it was before: {exc.message}")
         self.notes += [
-            f"{step.what}: whether QEMU took the command is not known"
+            f"{step.what}: whether QEMU took the command is unknown"
             for step in self.asked
             if step.undo is None and step.addition is None
         ]

@@ -119,7 +119,7 @@ def _check_process(monitor: Monitor, note: notes.Note) -> None:
         raise OperationFailed(
             f"{monitor.target} is not known to be a monitor of the QEMU (pid {note.pid or '?'}) "
             "that the note is about; nothing was touched",
-            remedy="look what is left over in the guest (`show`), and undo it by hand",
+            remedy="`show` lists what is left over in the guest; undo it by hand",
         )
 
 
@@ -131,9 +131,9 @@ async def _resume(monitor: Monitor, note: GuardNote) -> None:
     elif seen.status != "paused":
         why = f"it is in the state {seen.status}"
     elif note.state != "stopped":
-        why = "whether it was stopped by that agent or by somebody else is not known"
+        why = "whether it was stopped by that agent or by another client is unknown"
     elif (ran := _have_run(note)) is None:
-        why = "whether it has run since, and was paused by somebody else then, is not known"
+        why = "whether it has run since, and was then paused by another client, is unknown"
     elif ran:
         why = (
             "the threads of its vCPUs have run since: somebody else may have resumed it and paused "

@@ -230,7 +230,7 @@ class _Operation:
                 await self._settle()  # whose doing late transitions are is told apart, too
                 return answer
         except CommandFailed as exc:
-            why = f"it was changed, but what the guest does about it is not known: {exc.message}"
+            why = f"it was changed, but what the guest does about it is unknown: {exc.message}"
             return GuestAnswer(False, reason=why, remedy=exc.remedy)
         await self._settle()
         answer = await response.still()
@@ -363,7 +363,7 @@ class _Operation:
         why, remedy = journal.removed, None
         if journal.left:
             why = "; ".join(journal.left)
-            remedy = "`show` tells what the guest has; `unplug ID --backends` takes a device out"
+            remedy = "`show` lists what the guest has; `unplug ID --backends` takes a device out"
         outcome = Result.FAILED if self._marks.touched else Result.REFUSED
         if journal.left:
             outcome = Result.PARTIAL

@@ -23,6 +23,7 @@ from fractions import Fraction
 from typing import NoReturn
 
 from ..errors import InputError
+from ..text import quoted
 from .model import Addition, Resize, Role, Value
 
 __all__ = ["parse_addition", "parse_resize", "shown"]
@@ -75,7 +76,7 @@ def parse_addition(role: Role, text: str) -> Addition:
     kind = values.get(role.type_key)
     if kind is None:
         raise InputError(
-            f"{role} {shown(text)} does not say what it is",
+            f"{role} {shown(text)} does not name its type",
             remedy=f"add its {role.type_key}"
             if typed
             else f"begin with its type, or add {role.type_key}=…",
@@ -133,8 +134,7 @@ def parse_resize(text: str) -> Resize:
 
 def shown(value: object) -> str:
     """A value as it appears in messages: quoted, on one line, and not long."""
-    quoted = ascii(value)
-    return quoted if len(quoted) <= _MAX_SHOWN else quoted[: _MAX_SHOWN - 1] + "…"
+    return quoted(value, _MAX_SHOWN, only_ascii=True)
 
 
 def _checked_id(role: Role, name: Value) -> str:
@@ -325,7 +325,7 @@ def _checked(value: object, depth: int) -> Value:
         return value
     if isinstance(value, float) and math.isfinite(value):
         return value
-    raise InputError(f"{shown(value)} cannot be said in QMP", remedy="give a JSON value")
+    raise InputError(f"{shown(value)} cannot be expressed in QMP", remedy="give a JSON value")
 
 
 def _check_text(text: str) -> str:
@@ -337,7 +337,7 @@ def _check_text(text: str) -> str:
     found = _UNSPEAKABLE.search(text)
     if found is not None:
         raise InputError(
-            f"{shown(text)} has a character that QEMU cannot be told, U+{ord(found[0]):04X}",
+            f"{shown(text)} has a character that QMP cannot carry, U+{ord(found[0]):04X}",
             remedy="leave it out",
         )
     return text

@@ -58,7 +58,7 @@ def _check_state(view: GuestView, strategy: Strategy) -> None:
         )
     if strategy is Strategy.PAUSE and view.jobs:
         raise UpdateRefused(
-            f"a block job is at work ({', '.join(view.jobs)}), which stopping the guest would "
+            f"a block job is running ({', '.join(view.jobs)}), which stopping the guest would "
             "disturb; nothing was touched",
             remedy="wait for the job, or use --strategy direct",
         )
@@ -223,7 +223,7 @@ def _resize(intent: Resize, strategy: Strategy, view: GuestView, facts: Facts) -
         change = -change
     if not change:
         late = {str(v.id): v.requested for v in view.virtio_mems if v.size != v.requested}
-        note = "that much was asked for already" if late else "the guest has that much already"
+        note = "that much was requested already" if late else "the guest has that much already"
         return UpdatePlan(awaited=Awaited.SIZE, devices=tuple(late), sizes=late, notes=(note,))
     if strategy is Strategy.HOLE:
         return _resize_virtio_mem(change, view)

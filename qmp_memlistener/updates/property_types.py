@@ -295,7 +295,7 @@ def text_to(type_name: str, text: str, key: str) -> Value:
         value, expected = _number(text), "a number"
     elif type_name == "list" or type_name.endswith("List"):
         raise InputError(
-            f"{key}={shown(text)}: {key} is a list, which option syntax cannot say",
+            f"{key}={shown(text)}: {key} is a list, which option syntax cannot express",
             remedy="give the device as JSON",
         )
     else:

@@ -147,7 +147,7 @@ def _refused(path: str, _flags: int) -> int:
 @pytest.mark.parametrize(
     ("args", "words"),
     [
-        (("race", "--strategy", "fast"), ("'fast' is no strategy", "presplit")),
+        (("race", "--strategy", "fast"), ('no strategy "fast"', "presplit")),
         (("race", "--slot-size", "1K"), ("slot of 1024",)),
         (("race", "--hole-size", "1G"), ("does not",)),
         (("race", "--hole-at", "64M"), ("does not",)),

@@ -74,7 +74,7 @@ async def test_devices_that_give_no_sign_are_not_waited_for(build: QemuBuild) ->
             outcome = await plug(agent, device, options=UpdateOptions(wait_s=60.0))
             assert (outcome.outcome, outcome.reason) == ("done", None)
             (note,) = outcome.notes
-            assert note.startswith("realised in QEMU; what the guest does with it is not known")
+            assert note.startswith("realised in QEMU; what the guest does with it is unknown")
             (placed,) = outcome.placed
             assert (placed.bus, placed.bus_type, placed.pci) == (bus, kind, None)
             assert not names(outcome) & {"guest_told", "guest_acts", "driver_bound"}

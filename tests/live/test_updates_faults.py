@@ -355,7 +355,7 @@ async def test_what_came_of_a_command_without_an_answer_is_asked(how: How, tmp_p
         assert b.proxy.hits == 1
         gone = "u0" in done.before.things - done.after.things
         assert gone is (how is How.CUT_AFTER)
-        told = "is gone" if gone else "whether QEMU took the command is not known"
+        told = "is gone" if gone else "whether QEMU took the command is unknown"
         assert isinstance(done.end, MemListenerError)
         assert re.search(rf"device u0:? {told}", done.end.message)
 

@@ -72,9 +72,9 @@ async def test_limits_that_hold(build: QemuBuild) -> None:
 async def test_a_limit_that_nothing_measures_is_no_success(build: QemuBuild) -> None:
     async with booted(build, best_accel(build)) as vm:
         for probes, limit, reason in (
-            (("--probes", "none"), "main_loop=5ms", "ping: it was not asked for"),
-            (("--probes", "ping"), "vcpu_gap=1ms", "pulse: it was not asked for"),
-            (("--probes", "none", "--freeze"), "commit=1ms", "uprobes: it was not asked for"),
+            (("--probes", "none"), "main_loop=5ms", "ping: it was not requested"),
+            (("--probes", "ping"), "vcpu_gap=1ms", "pulse: it was not requested"),
+            (("--probes", "none", "--freeze"), "commit=1ms", "uprobes: it was not requested"),
         ):
             ran = await run_verb("watch", vm.target, *probes, "--max-stall", limit, "--for", "10s")
             ran.check_error(4, limit.partition("=")[0], reason, "--probes")

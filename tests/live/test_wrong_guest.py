@@ -94,7 +94,7 @@ async def other(tmp_path: Path, how: str = "") -> AsyncIterator[Other]:
 def check_refusal(error: TargetError, one: int, two: int) -> None:
     """Both are named."""
     assert error.exit_code == 3
-    assert f"'other' (pid {two}), and QEMU 'meant' (pid {one}) is meant" in error.message
+    assert f'"other" (pid {two}), and QEMU "meant" (pid {one}) is meant' in error.message
 
 
 @HOW

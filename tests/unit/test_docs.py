@@ -65,7 +65,7 @@ def test_links_lead_somewhere(page: Path) -> None:
 def test_verbs_and_options_exist(page: Path) -> None:
     for words in command_lines(page.read_text()):
         command: click.Command = cli
-        context = click.Context(cli)
+        context = click.Context(cli, **cli.context_settings)
         while isinstance(command, click.Group) and words and not words[0].startswith("-"):
             found = command.get_command(context, words[0])
             assert found is not None, words
@@ -80,7 +80,7 @@ def test_every_option_that_a_page_names_exists() -> None:
     groups: list[click.Command] = [cli]
     while groups:
         command = groups.pop()
-        context = click.Context(command)
+        context = click.Context(command, **command.context_settings)
         ours |= {name for param in command.get_params(context) for name in param.opts}
         if isinstance(command, click.Group):
             names = command.list_commands(context)

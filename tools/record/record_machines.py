@@ -128,7 +128,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 say(f"{qemu.label} {name}: {told}")
         if options.list or checking:
             continue
-        # those that were not asked for stay as they are
+        # those that were not requested stay as they are
         kept = [
             m for m in known.values() if not fnmatch(f"{m['arch']}/{m['machine']}", options.only)
         ]

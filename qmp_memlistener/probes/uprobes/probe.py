@@ -147,7 +147,7 @@ class UprobesProbe:
         await asyncio.shield(in_thread(reader.stop))
         if self._looked and not reader.bql_known:
             self._sink.note(
-                "uprobes never learned the BQL's address: holds that a wait ended were not told"
+                "uprobes did not find the BQL's address: holds after a wait were not reported"
             )
         self._measure(reader)
 
@@ -194,10 +194,10 @@ class UprobesProbe:
             await _within(self._reader.set_bql(on))
             self._say_measured(looking=on)
         except DeadlineExceeded:
-            self._sink.note("uprobes look at the BQL late: the kernel is busy with other probes")
+            self._sink.note("uprobes watch the BQL late: the kernel is busy with other probes")
         except OSError as error:
             self._may_look = self._looking = False
-            self._sink.note(f"uprobes do not look at the BQL: {error.strerror}")
+            self._sink.note(f"uprobes do not watch the BQL: {error.strerror}")
 
     def _say_measured(self, *, looking: bool) -> None:
         """Kinds whose functions this QEMU has; those of the BQL only while it is looked at."""

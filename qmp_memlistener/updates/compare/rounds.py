@@ -318,10 +318,10 @@ async def _to_the_end(guest: ComparedGuest) -> None:
             async with asyncio.timeout(_LOOK_S):
                 left = await guest.left()
         except (TimeoutError, MemListenerError):
-            left = "what is left over is not known"
+            left = "what is left over is unknown"
         raise NotPutBack(
             f"interrupted again while the guest was being put back: {left or 'it is as it was'}",
-            remedy="look what is left over in the guest (`show`), and undo it by hand",
+            remedy="`show` lists what is left over in the guest; undo it by hand",
         )
     task.result()
     if cancelled:

@@ -326,7 +326,7 @@ class ResumeGuard:
         why = f" ({self._failure})" if self._failure else ""
         return OperationFailed(
             f"the resume guard of {self.target} has ended{why}; the guest was not stopped",
-            remedy="QEMU quit, or somebody killed the guard: try again",
+            remedy="QEMU quit, or the guard was killed: try again",
         )
 
 

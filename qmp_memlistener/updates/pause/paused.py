@@ -54,7 +54,7 @@ __all__ = ["Pause", "paused_guest", "run_paused"]
 T = TypeVar("T")
 
 _RUNNING = "running"
-_UNTOLD = "a guest whose status is not told"
+_UNTOLD = "a guest whose status is unknown"
 _LOOKS = 3
 """On a host that is always too slow the last answer has to do."""
 _STOP, _CONT = Command("stop"), Command("cont")
@@ -308,7 +308,7 @@ async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: 
             # A `stop` that came after that RESUME is somebody else's: no `cont`.
             await end.release(guard)
             if end.runs and not guard.acted:
-                end.notes.append("somebody else resumed the guest meanwhile")
+                end.notes.append("another client resumed the guest meanwhile")
         elif asked and (seen.status != "paused" or has_guest(seen)):
             # one of us sends `cont`, and the guard is at it already
             began = f"a migration began ({seen.migration})"

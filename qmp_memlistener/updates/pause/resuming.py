@@ -122,7 +122,7 @@ def _sentence(settled: Settled, guard: ResumeGuard, known: str) -> str:
         Settled.RUNS: "the guest runs",
         Settled.RESUMED: f"the resume guard resumed the guest{reason}",
         Settled.LEFT: f"the guest is still stopped: {guard.obstacle}",
-        Settled.UNKNOWN: "whether the guest runs is not known",
+        Settled.UNKNOWN: "whether the guest runs is unknown",
     }[settled]
 
 
@@ -131,7 +131,7 @@ def lost(error: TargetError, settled: Settled) -> TargetError:
         Settled.RUNS: "the guest runs",
         Settled.RESUMED: "the resume guard resumed the guest",
         Settled.LEFT: "the guest could not be resumed",
-        Settled.UNKNOWN: "whether the guest runs is not known; QEMU may be gone",
+        Settled.UNKNOWN: "whether the guest runs is unknown; QEMU may be gone",
     }[settled]
     kind = type(error) if isinstance(error, TargetLost | ProtocolViolation) else TargetError
     return kind(f"{error.message} while the guest was being paused; {how}", remedy=error.remedy)

@@ -209,7 +209,7 @@ def test_histograms(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
 def test_a_recording_without_stalls(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
     path = recording(tmp_path / "r.jsonl", [transition(1, START + 5_000, 1)])
     out = run(capsys, "report", path).out
-    assert "no probe was at work: stalls were not measured" in out
+    assert "no probe was active: stalls were not measured" in out
     assert "no stall, 1 transition in 5.0 us" in out
     summary = run(capsys, "report", path, "--json").document()["summary"]
     assert (summary["stalls"], summary["statistics"]) == (0, [])

@@ -285,7 +285,7 @@ def test_a_row_that_is_piped_is_one_line(tmp_path: Path) -> None:
         (tree("nonsense").encode(), "line 3"),
         (RamMap(0x1000).text().encode()[:200], "line"),
         (tree("0000000000000000-0000000000000fff (prio 0, ram): a", space="I/O").encode(),
-         "no address space 'memory'"),
+         'no address space "memory"'),
         (tree("0000000000000000-0000000000000fff (prio " + "9" * 5000 + ", ram): a").encode(),
          "line 3"),
     ],
@@ -313,7 +313,7 @@ def test_the_known_address_spaces_are_named(
 ) -> None:
     path = RamMap(0x1000).file(tmp_path / "m.txt")
     err = run(capsys, "show", "--from", path, "--address-space", "I/O").refused()
-    assert "'I/O'" in err
+    assert '"I/O"' in err
     assert "it has: memory" in err
 
 

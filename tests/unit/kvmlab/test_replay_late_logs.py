@@ -25,7 +25,7 @@ def test_a_slot_from_before_is_as_large_as_what_takes_its_place(tmp_path: Path) 
     found = read(tmp_path, *PAM)
     assert list(found.initial) == [Slot(0, 2, 0xE0000, 15 * MIB, 0, "ram0", None, 0)]
     assert found.notes == (
-        "slots that were there all the time, at places not told: 2",
+        "slots that were there from the start, at unknown places: 2",
         "slots that were there before the first operation: 1 (sizes guessed: 1)",
     )
 

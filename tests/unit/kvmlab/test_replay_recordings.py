@@ -230,7 +230,7 @@ def test_predicted_operations_have_the_maps_blocks(tmp_path: Path) -> None:
     found = read(tmp_path, MAP, PAM[0], *predicted, smram)
     assert [b.name for b in found.blocks] == ["pc.ram", "pc.rom"]
     assert [s.offset for s in found.transitions[0].slots] == [0xE0000, 0xE0000, 0xF0000, 0]
-    assert found.notes[0] == "the operations are predicted: nobody saw the guest's own"
+    assert found.notes[0] == "the operations are predicted: the guest's own were not seen"
     strange = op(1, "add", 1, 1 << 40, MIB, None, as_id=1)
     found = read(tmp_path, MAP, PAM[0], *predicted, strange)
     assert found.blocks[-1].name == "address space 1"

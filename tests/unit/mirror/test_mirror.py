@@ -31,7 +31,7 @@ STRATEGIES = pytest.mark.parametrize("strategy", list(Strategy))
 @pytest.mark.asyncio
 async def test_counts(strategy: Strategy) -> None:
     mirror, backend, told = mirror_of(strategy)
-    assert mirror.report().why_not == "no map was told yet"
+    assert mirror.report().why_not == "no map was received yet"
     await told(WHOLE)
     await told(HOLED)
     await told(MMIO)
@@ -128,7 +128,7 @@ async def test_a_failure_is_reported_once_and_following_ends(strategy: Strategy)
 @pytest.mark.asyncio
 async def test_resync_that_fails_can_be_tried_again() -> None:
     mirror, backend, told = mirror_of(Strategy.DIRECT)
-    with pytest.raises(OperationFailed, match="no map was told yet"):
+    with pytest.raises(OperationFailed, match="no map was received yet"):
         await mirror.resync()
     await told(HOLED)
     backend.fail_in = 2

@@ -94,7 +94,7 @@ def test_a_good_mirror_in_words() -> None:
         "  an update took 2.00 ms on average, 5.00 ms at most",
         "  behind the guest for 3.00 ms on average, 9.00 ms at most",
         "  lab: 2 slots of KVM's, 4 slot ioctls, 46 host mappings made; 12 slots placed",
-        "    in another's hole; 1 slot made anew, larger",
+        "    in another's hole; 1 slot recreated, larger",
         "  lab: its guest read 21 words, each from where it should be",
     ]
 
@@ -130,8 +130,8 @@ def test_differences_and_trouble_are_said() -> None:
         "- 0xf0000-0xfffff has pc.bios @0x30000 (read-only) instead of pc.ram @0xf0000",
         "- 0x100000000-0x100000fff has unknown memory instead of no memory",
         "- 0x0-0xfff has no memory instead of pc.ram @0xf0000",
-        "3 updates with memory missing in between that stays",
-        "emptied and filled anew 1 time",
+        "3 updates with memory missing that is there before and after",
+        "recreated 1 time",
         "2 changes dropped because it was too slow",
         "4 updates during which the guest ran, wholly or in part",
         "5 updates of a guest that was paused already",
@@ -170,7 +170,7 @@ def test_what_the_lab_found_is_said() -> None:
     ]
     text = words(record)
     for said in (
-        "lab: its own slot gave way 1 time",
+        "lab: its own slot was moved 1 time",
         "lab: 2 vCPUs running, held for 2.00 ms on average, 3.00 ms at most",
         "lab: its guest read 9 words, 3 not from where it should be:",
         "- 0x1000-0x1007 has no memory instead of pc.ram @0x1000",

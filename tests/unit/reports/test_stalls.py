@@ -294,7 +294,7 @@ def test_probes() -> None:
         f"{INDENT}without uprobes: tracefs is not mounted; to get it: mount it",
         f"{INDENT}without pulse: the guest has none",
     ]
-    assert lines(ProbesRecord(t_ns=1, probes=[])) == [f"{STAMP}  probes: none at work"]
+    assert lines(ProbesRecord(t_ns=1, probes=[])) == [f"{STAMP}  probes: none active"]
 
 
 def test_a_proven_failure_says_where_and_why() -> None:
