@@ -299,7 +299,8 @@ class LockProfileProbe:
         sites, reset = difference(before.profile, after.profile)
         if reset:
             sink.lost(
-                self.info.name, "another client reset the lock profile: earlier waits are gone"
+                self.info.name,
+                "the lock profile was reset by another client: earlier waits are lost",
             )
         values: dict[str, int | float | str] = {}
         observations = []
