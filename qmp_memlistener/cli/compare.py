@@ -43,8 +43,8 @@ def _strategies(_: click.Context, __: click.Parameter, text: str) -> tuple[Strat
               help="Rounds of each strategy.")  # fmt: skip
 @click.option("--window", type=duration, default="1s", show_default=True, metavar="DURATION",
               help="How long each round is observed from its first command on.")  # fmt: skip
-@click.option("--seed", type=int, metavar="N", help="Seed for the order of the rounds; default: a new "
-              "one each time.")  # fmt: skip
+@click.option("--seed", type=int, metavar="N", help="Seed for the order of the rounds; default: "
+              "a new one each time.")  # fmt: skip
 @update_options
 @attach_options
 @json_option
@@ -78,9 +78,7 @@ def command(
     from ..updates.compare import INTERRUPTED, CompareOptions
 
     if (intent is None) == (device is None):
-        raise click.UsageError(
-            "give an INTENT such as +256M, or --device DRIVER,id=ID,…"
-        )
+        raise click.UsageError("give an INTENT such as +256M, or --device DRIVER,id=ID,…")
     if window <= 0:
         raise click.BadParameter("a window must be longer than 0", param_hint="'--window'")
     change, what = _intent(intent or device or "", objects, netdevs, blockdevs)

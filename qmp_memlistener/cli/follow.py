@@ -22,6 +22,7 @@ from ..records import (
     TransitionRecord,
 )
 from ..reports.tally import Tally
+from ..text import quoted
 from ..waits import waiting
 from .common import READER_GONE, duration, print_json, say, terminal_shape
 from .signals import signals
@@ -70,7 +71,7 @@ def _share(_: click.Context, __: click.Parameter, text: str | None) -> float | N
     except ValueError:
         value = -1.0
     if not 0 < value <= 1:
-        raise click.BadParameter(f"{text!r} is not a part of one CPU such as 2%")
+        raise click.BadParameter(f"{quoted(text)} is not a part of one CPU such as 2%")
     return value
 
 

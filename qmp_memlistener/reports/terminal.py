@@ -20,6 +20,7 @@ from ..records import (
     StallRecord,
     TransitionRecord,
 )
+from ..text import quoted
 from ..topology import Hole
 from .stalls import measured_lines
 
@@ -163,7 +164,7 @@ def _time_of(record: Record) -> int:
 
 
 def _header(h: Header) -> Iterator[str]:
-    name = f" {h.guest_name!r}" if h.guest_name else ""
+    name = f" {quoted(h.guest_name)}" if h.guest_name else ""
     yield (
         f"QEMU {h.qemu_version or '(unknown version)'}{name}, machine {h.machine or 'not known'}, "
         f"accelerator {h.accel or 'not known'}, pid {h.pid if h.pid is not None else 'not known'}"

@@ -67,9 +67,7 @@ class GuardNote(notes.Note, frozen=True, kw_only=True):
     def remedy(self) -> str | None:
         if self.resumed:
             return None
-        return (
-            "if the guest is still paused, send `cont` to a monitor (a failed guest needs a reset)"
-        )
+        return "if the guest is still paused, send it `cont` (a failed guest needs a reset)"
 
 
 @dataclass(frozen=True, slots=True)
