@@ -20,7 +20,7 @@ A path may have one of these forms, and each is resolved accordingly:
     anything else                         a path of ours; its last component is no link
 
 Nothing here creates, truncates or changes a file.  All errors are OSErrors: FileNotFoundError and
-PermissionError are Python's own, `NotRegular` and `TooLarge` are ours.  A file system that does not
+PermissionError are Python's own, `NotRegular` is ours.  A file system that does not
 answer (NFS, FUSE) still makes us wait: `bounded.call` sets a deadline for that.
 """
 
@@ -37,14 +37,12 @@ from .processes import Process
 
 __all__ = [
     "NotRegular",
-    "TooLarge",
     "find_text",
     "locate",
     "may_write",
     "open_foreign",
     "open_in_root",
     "pieces",
-    "read_foreign",
     "stat_foreign",
 ]
 
@@ -75,10 +73,6 @@ class NotRegular(OSError):
     """It is a FIFO, a device, a socket, a directory or a symbolic link."""
 
 
-class TooLarge(OSError):
-    """It is larger than what is asked for may be."""
-
-
 def open_foreign(
     path: str, flags: int = os.O_RDONLY, *, dir_fd: int | None = None, follow: bool = False
 ) -> int:
@@ -98,22 +92,6 @@ def open_foreign(
         raise
     finally:
         os.close(handle)
-
-
-def read_foreign(
-    path: str, *, limit: int, dir_fd: int | None = None, follow: bool = False
-) -> bytes:
-    """All of a regular file of at most `limit` bytes.  Raises OSError."""
-    handle = open_foreign(path, dir_fd=dir_fd, follow=follow)
-    try:
-        if os.fstat(handle).st_size > limit:
-            raise TooLarge(errno.EFBIG, f"larger than {limit} bytes", path)
-        data = b"".join(pieces(handle, limit + 1))
-    finally:
-        os.close(handle)
-    if len(data) > limit:  # it grew meanwhile
-        raise TooLarge(errno.EFBIG, f"larger than {limit} bytes", path)
-    return data
 
 
 def stat_foreign(path: str, *, dir_fd: int | None = None, follow: bool = False) -> os.stat_result:

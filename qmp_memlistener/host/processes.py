@@ -78,9 +78,7 @@ class Process:
     def read(cls, pid: int) -> Process | None:
         """The process, or None when there is none (any more), or it is a zombie."""
         try:
-            with open(f"/proc/{pid}/stat", "rb") as f:
-                # The name (field 2) may hold spaces and parentheses.
-                fields = f.read().rpartition(b")")[2].split()
+            _, fields = _stat(pid)
             with open(f"/proc/{pid}/cmdline", "rb") as f:
                 argv = f.read(_LONGEST_ARGV).split(b"\0", _MOST_ARGUMENTS)[:-1]
             with open(f"/proc/{pid}/status", "rb") as f:
@@ -146,8 +144,7 @@ class Process:
 
     def _state(self) -> bytes:
         try:
-            with open(f"/proc/{self.pid}/stat", "rb") as f:
-                return f.read().rpartition(b")")[2].split()[0]
+            return _stat(self.pid)[1][0]
         except (OSError, IndexError):
             return b""
 
@@ -223,17 +220,19 @@ class Sketch:
     @classmethod
     def read(cls, pid: int) -> Sketch | None:
         try:
-            with open(f"/proc/{pid}/stat", "rb") as f:
-                head, _, tail = f.read().rpartition(b")")
+            name, fields = _stat(pid)
             owner = os.stat(f"/proc/{pid}")
-            return cls(
-                os.fsdecode(head.partition(b"(")[2]),
-                int(tail.split()[19]),
-                owner.st_uid,
-                owner.st_gid,
-            )
+            return cls(os.fsdecode(name), int(fields[19]), owner.st_uid, owner.st_gid)
         except (OSError, IndexError):
             return None
+
+
+def _stat(pid: int) -> tuple[bytes, list[bytes]]:
+    """The name (field 2 of stat) and the fields from the third on.  Raises OSError."""
+    with open(f"/proc/{pid}/stat", "rb") as f:
+        # the name may hold spaces and parentheses
+        head, _, tail = f.read().rpartition(b")")
+    return head.partition(b"(")[2], tail.split()
 
 
 def is_key(text: str) -> bool:

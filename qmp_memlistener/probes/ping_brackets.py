@@ -207,10 +207,6 @@ class Pace:
         self._bursts = 0
         self._period_ns = self._idle_ns
 
-    @property
-    def bursting(self) -> bool:
-        return self._bursts > 0
-
     def burst(self, on: bool) -> None:
         """An operation begins or ends; they may overlap."""
         self._bursts = max(0, self._bursts + (1 if on else -1))

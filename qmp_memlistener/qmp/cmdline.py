@@ -32,7 +32,6 @@ __all__ = [
     "has_qemu_options",
     "is_qemu_name",
     "parse_arguments",
-    "parse_command_line",
     "program_index",
 ]
 
@@ -116,20 +115,6 @@ class CommandLine:
 
 ReadConfig = Callable[[str], str | None]
 """The text of a file for -readconfig, None when what QEMU read is not known."""
-
-
-def parse_command_line(
-    argv: Sequence[str], read_config: ReadConfig = lambda _: None
-) -> CommandLine | None:
-    """The QEMU command line in `argv`, or None when the name is not that of a system emulator.
-
-    Understands a binary that was started through a dynamic loader, as side-by-side
-    installations do (`ld-linux.so --library-path DIR QEMU ...`).
-    """
-    at = program_index(argv)
-    if at is None or not is_qemu_name(argv[at]):
-        return None
-    return parse_arguments(argv[at], argv[at + 1 :], read_config)
 
 
 def parse_arguments(

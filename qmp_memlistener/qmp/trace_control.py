@@ -20,7 +20,6 @@ from __future__ import annotations
 import asyncio
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
@@ -68,17 +67,6 @@ _LOCK_DEADLINE = 5.0
 _RESTORE_DEADLINE = 5.0
 
 
-@dataclass(frozen=True, slots=True)
-class _Setting:
-    """What a session stands on; `log` is the open file that QEMU logs to."""
-
-    guest: Guest
-    place: Place
-    note: TraceNote
-    lease: Lease
-    log: int
-
-
 class TraceSession:
     """Tracing that is switched on.  Made by `start_tracing`; an async context manager that stops.
 
@@ -87,17 +75,28 @@ class TraceSession:
     file is QEMU's own log, `shared` that other agents read it too; `remarks` are for the user.
     """
 
-    def __init__(self, monitor: Monitor, setting: _Setting, missing: Sequence[str]) -> None:
-        note = setting.note
+    def __init__(
+        self,
+        monitor: Monitor,
+        guest: Guest,
+        place: Place,
+        note: TraceNote,
+        lease: Lease,
+        log: int,
+    ) -> None:
         self.monitor = monitor
         self.in_place = note.in_place is not None
         self.path = note.path
         self.start = 0
         self.events: frozenset[str] = frozenset()
-        self.missing = tuple(missing)
+        self.missing: tuple[str, ...] = ()
         self.shared = False
-        self.timestamps = setting.guest.command_line.timestamps
-        self._setting = setting
+        self.timestamps = guest.command_line.timestamps
+        self._guest = guest
+        self._place = place
+        self._note = note
+        self._lease = lease
+        self._log = log  # the open file that QEMU logs to
         self._stopped = False
 
     @property
@@ -106,7 +105,7 @@ class TraceSession:
         until = "should this process be killed, it grows until the next attach or `doctor --clean`"
         if self.in_place:
             return f"a log of QEMU's own has no limit: {until}"
-        log = self._setting.note.log
+        log = self._note.log
         if log is not None and not log.limit:
             return f"this user may make no file with a limit: {until}"
         return None
@@ -114,7 +113,7 @@ class TraceSession:
     @property
     def remarks(self) -> tuple[str, ...]:
         found = []
-        note = self._setting.note
+        note = self._note
         log = note.log
         if self.in_place:
             found.append(
@@ -122,7 +121,7 @@ class TraceSession:
                 f"{self.unlimited}"
             )
             found += [note.in_place_remark] if note.in_place_remark else []
-        elif self._setting.guest.command_line.uses_log:
+        elif self._guest.command_line.uses_log:
             found.append("QEMU's other log lines go to the trace log too until we leave")
         elif self.unlimited is not None:
             found.append(f"QEMU's log is {note.path}; {self.unlimited}")
@@ -135,8 +134,8 @@ class TraceSession:
     def tail(self) -> TraceTail:
         """A reader of the log from where this session began."""
         # The file that was opened at the start: QEMU may log elsewhere by now.
-        path = f"/proc/self/fd/{self._setting.log}"
-        log = self._setting.note.log
+        path = f"/proc/self/fd/{self._log}"
+        log = self._note.log
         if log is None:
             return TraceTail(path, start=self.start)
         return TraceTail(path, start=self.start, release=self._release, limit=log.limit)
@@ -158,17 +157,16 @@ class TraceSession:
         if self._stopped:
             return Restored()
         self._stopped = True
-        place, guest = self._setting.place, self._setting.guest
         try:
             async with asyncio.timeout(_RESTORE_DEADLINE):
-                async with place.locked(_LOCK_DEADLINE):
-                    self._setting.lease.release()
-                    return await self._restore(place, guest)
+                async with self._place.locked(_LOCK_DEADLINE):
+                    self._lease.release()
+                    return await self._restore()
         except (TargetError, TimeoutError, OSError) as error:
             return Restored(undone=str(error) or "QEMU did not answer in time")
         finally:
-            self._setting.lease.release()
-            os.close(self._setting.log)
+            self._lease.release()
+            os.close(self._log)
 
     async def __aenter__(self) -> Self:
         return self
@@ -181,7 +179,8 @@ class TraceSession:
     ) -> None:
         await self.stop()
 
-    async def _restore(self, place: Place, guest: Guest) -> Restored:
+    async def _restore(self) -> Restored:
+        place, guest = self._place, self._guest
         note = place.read_note()
         if note is None or not guest.process.is_alive():
             place.clear()
@@ -202,8 +201,8 @@ class TraceSession:
 
     def _release(self, offset: int) -> int:
         """For the tail: up to where every agent has read."""
-        self._setting.lease.set_position(offset)
-        return self._setting.place.lowest_position(offset)
+        self._lease.set_position(offset)
+        return self._place.lowest_position(offset)
 
 
 async def start_tracing(
@@ -242,7 +241,8 @@ async def start_tracing(
         try:
             note = await _settle(monitor, guest, place, note, before)
             log, _ = _open(guest, note)
-            session = TraceSession(monitor, _Setting(guest, place, note, lease, log), missing)
+            session = TraceSession(monitor, guest, place, note, lease, log)
+            session.missing = tuple(missing)
             session.shared = bool(others)
             session.start = os.fstat(log).st_size
             lease.set_position(session.start)

@@ -236,20 +236,13 @@ class Place:
                 pass
         return self._directory().create(_LOG), 0
 
-    def remove_log(self) -> None:
-        directory = self._base.subdirectory(self.key, create=False)
-        if directory is not None:
-            directory.remove(_LOG)
-
-    def live_events(self, but: Lease | None = None) -> list[set[str]]:
-        """The events of each agent that is alive, `but` left out.  Dead leases are removed."""
+    def live_events(self) -> list[set[str]]:
+        """The events of each agent that is alive.  Dead leases are removed."""
         directory = self._base.subdirectory(self.key, create=False)
         if directory is None:
             return []
         found = []
         for name in _leases(directory):
-            if but is not None and name == but.name:
-                continue
             document = _read_live(directory, name)
             if document is None:
                 _remove_lease(directory, name)

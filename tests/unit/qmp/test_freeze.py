@@ -20,7 +20,7 @@ from qmp_memlistener.host import state
 from qmp_memlistener.host.directory import set_lock
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import freeze
-from qmp_memlistener.qmp.cmdline import parse_command_line
+from qmp_memlistener.qmp.cmdline import parse_arguments
 from qmp_memlistener.qmp.discovery import Guest
 from qmp_memlistener.qmp.freeze import (
     FreezeKey,
@@ -333,8 +333,7 @@ def test_a_process_that_is_gone_is_a_key_of_its_own() -> None:
 
 
 def guest(process: Process) -> Guest:
-    line = parse_command_line(("qemu-system-x86_64",))
-    assert line is not None
+    line = parse_arguments("qemu-system-x86_64", ())
     return Guest(process, line, None, None, None, None, ())
 
 
