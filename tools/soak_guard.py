@@ -34,7 +34,7 @@ from pathlib import Path
 from qmp_memlistener.errors import MemListenerError
 from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, find_qemus, launch
 from qmp_memlistener.host.processes import Process
-from qmp_memlistener.qmp import Command, Monitor, QmpEvent, UnixTarget
+from qmp_memlistener.qmp import Command, Monitor, MonitorEvent, UnixTarget
 from qmp_memlistener.qmp.freeze import process_key
 from qmp_memlistener.updates.pause import paused_guest, run_paused
 from qmp_memlistener.updates.pause.guard import ResumeGuard
@@ -135,7 +135,7 @@ class Watcher:
         assert isinstance(value, dict)
         return str(value["status"])
 
-    def _on_event(self, event: QmpEvent) -> None:
+    def _on_event(self, event: MonitorEvent) -> None:
         if event.name == "STOP":
             self.stopped_ns = event.t_ns
         elif event.name == "RESUME":

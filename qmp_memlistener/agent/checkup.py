@@ -14,7 +14,7 @@ from ..probes.registry import PROBES, choose, on_host
 from ..qmp import allowed, measure_idle, read_facts, start_tracing, take_snapshot
 from .monitors import connect_monitors, context_of
 
-__all__ = ["Check", "ProbeCheck", "check_guest", "check_host", "probes_of_host"]
+__all__ = ["Check", "ProbeCheck", "examine_guest", "check_host", "probes_of_host"]
 
 _TRY = "upgrade qmp-memlistener, or try it on a guest that may be lost first"
 _TRACE_LOG = "its trace log in a file of limited size"
@@ -62,7 +62,7 @@ def probes_of_host() -> list[ProbeCheck]:
     return [ProbeCheck.of(info, verdict) for info, verdict in on_host()]
 
 
-async def check_guest(target: str) -> tuple[list[ProbeCheck], list[Check]]:
+async def examine_guest(target: str) -> tuple[list[ProbeCheck], list[Check]]:
     """All probes, and what else there is to know, for a guest.
 
     Really switches tracing on and off again, asks every probe, and sees what a snapshot costs.

@@ -16,7 +16,7 @@ from pathlib import Path
 from ..errors import CommandFailed, MemListenerError, TargetError
 from ..host.bounded import in_thread
 from ..probes import StallKind
-from ..qmp import Monitor, QmpEvent
+from ..qmp import Monitor, MonitorEvent
 from ..qmp.guest import read_registers, read_vcpus, translate
 from ..records import GuestReset, GuestState, Record, SlotOp, StallRecord, TransitionRecord
 from ..topology import MemoryMap
@@ -122,7 +122,7 @@ class FailureWatch:
                 self._start(self._stopped(record.t_ns))
             self._failed = failed
 
-    def event(self, event: QmpEvent) -> None:
+    def event(self, event: MonitorEvent) -> None:
         """A QMP event of the observer's monitor."""
         if event.name not in ("RESET", "SHUTDOWN"):
             return
@@ -156,7 +156,7 @@ class FailureWatch:
         )
         self._publish([failure])
 
-    async def _reset(self, event: QmpEvent, *, judged: bool) -> None:
+    async def _reset(self, event: MonitorEvent, *, judged: bool) -> None:
         """`judged`: it may be a death, and is told once what speaks for that is known."""
         found = None
         if judged:

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import asyncio
 
-from ..qmp import Monitor, QmpEvent
+from ..qmp import Monitor, MonitorEvent
 from ..qmp.guest import try_status
-from ..records import GuestState, Lost, Record
-from ..records import QmpEvent as EventRecord
+from ..records import GuestState, Lost, QmpEvent, Record
 from .source import Publish, Source
 
 __all__ = ["GuestEvents"]
@@ -41,18 +40,18 @@ class GuestEvents:
         self._monitor = monitor
         self._source = source
         self._publish = publish
-        self._waiting: list[QmpEvent] = []
+        self._waiting: list[MonitorEvent] = []
         self._dropped = 0
         self._telling: asyncio.Task[None] | None = None
 
-    def take(self, event: QmpEvent) -> None:
+    def take(self, event: MonitorEvent) -> None:
         """Report one event, or ask the guest about it first."""
         if event.name in _STATE_EVENTS:
             # with a trace `runstate_set` tells, and tells why
             if self._source.name != "trace" or event.name not in ("STOP", "RESUME"):
                 self._tell(event)
         elif event.name in _DEVICE_EVENTS:
-            record = EventRecord(t_ns=event.t_ns, event=event.name, data=dict(event.data))
+            record = QmpEvent(t_ns=event.t_ns, event=event.name, data=dict(event.data))
             self._publish([record])
         self._source.poke()
 
@@ -63,7 +62,7 @@ class GuestEvents:
             telling.cancel()
             await asyncio.wait([telling])
 
-    def _tell(self, event: QmpEvent) -> None:
+    def _tell(self, event: MonitorEvent) -> None:
         if len(self._waiting) >= WAITING:
             self._dropped += 1
             return

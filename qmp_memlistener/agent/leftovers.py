@@ -24,7 +24,7 @@ from ..probes.lockprofile import ProfilerNote, left_on, switch_off
 from ..qmp import Guest, Monitor, PidTarget, find_guest, restore_stale
 from ..qmp.freeze import check_not_frozen, process_key
 from ..qmp.identity import GuestIdentity
-from ..qmp.trace_notes import Place, noted, sweep
+from ..qmp.trace_notes import Place, noted_processes, sweep
 from ..updates.left_behind import REMEDY, LeftBehind, confirmed, left_behind, take_away
 
 __all__ = ["Leftover", "clean_leftovers", "find_leftovers", "switch_off_profiler"]
@@ -89,7 +89,7 @@ async def switch_off_profiler(monitor: Monitor, owner: Guest) -> list[str]:
 def _traced() -> Iterator[Leftover]:
     """Trace events that are on, logs that go to us."""
     sweep()
-    for process in noted():
+    for process in noted_processes():
         guest = find_guest(process.pid)
         if guest is None:
             continue

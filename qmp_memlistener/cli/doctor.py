@@ -40,7 +40,7 @@ def command(target: str | None, clean: bool, as_json: bool) -> None:
     if target is None:
         probes = checkup.probes_of_host()
     else:
-        probes, checks = run_async(checkup.check_guest(target))
+        probes, checks = run_async(checkup.examine_guest(target))
     checks += checkup.check_host()
     if as_json:
         print_json(

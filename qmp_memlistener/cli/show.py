@@ -75,7 +75,7 @@ def command(
     found = {address_space: shown, **others}
     slots = slot_table({n: found[name].view for name, n in ADDRESS_SPACES.items() if name in found})
     if as_json:
-        more = maps.guest_document(facts, slots, bql_cost_ns)
+        more = maps.live_document(facts, slots, bql_cost_ns)
         print_json(maps.map_document(shown, address_space) | more)
         return
     say(maps.guest_title(facts, bql_cost_ns), "")

@@ -20,13 +20,13 @@ from .files import NotRegular
 from .processes import Process, boot_id, is_key, process_of
 from .state import directories, directory_of, own_directory
 
-__all__ = ["Note", "Stale", "hold", "new_name", "stale"]
+__all__ = ["DiskNote", "Stale", "hold", "new_name", "stale"]
 
 SCHEMA = 1
 _ADDRESSES = ("unix-", "tcp-")  # `freeze.freeze_key`
 
 
-class Note(msgspec.Struct, frozen=True, kw_only=True):
+class DiskNote(msgspec.Struct, frozen=True, kw_only=True):
     """What every note says: `pid` and `start_ticks` are QEMU's, None where it is not visible."""
 
     schema: int
@@ -47,7 +47,7 @@ class Note(msgspec.Struct, frozen=True, kw_only=True):
         return self.pid is None or process_of(f"{self.pid}-{self.start_ticks}") is not None
 
 
-N = TypeVar("N", bound=Note)
+N = TypeVar("N", bound=DiskNote)
 
 
 @dataclass(frozen=True, slots=True)

@@ -47,7 +47,7 @@ _NAME_IT = (
 )
 
 
-class ProfilerNote(notes.Note, frozen=True, kw_only=True):
+class ProfilerNote(notes.DiskNote, frozen=True, kw_only=True):
     """The lock profiler of this QEMU is on by our doing."""
 
     what: str = _WHAT

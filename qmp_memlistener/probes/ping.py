@@ -26,7 +26,7 @@ from ..qmp.identity import GuestIdentity
 from ..qmp.sockets import listener_state
 from .delivery import Inbox
 from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
-from .ping_brackets import RESOLUTION_NS, Pace, Ping, Stall, StallFinder
+from .ping_brackets import RESOLUTION_NS, LoopStall, Pace, Ping, StallFinder
 from .ping_link import PingLink, Stopped
 
 __all__ = ["PingProbe"]
@@ -76,7 +76,7 @@ class PingProbe:
     def __init__(self, context: Context) -> None:
         self._context = context
         self._pace = Pace(context.max_share, context.must_see.get(StallKind.MAIN_LOOP))
-        self._found: deque[Stall] = deque()
+        self._found: deque[LoopStall] = deque()
         self._reached_ns = 0
         self._posted_ns = 0
         self._asked = False
@@ -204,7 +204,7 @@ class PingProbe:
             if reached >= since and not waiting.done():
                 waiting.set_result(None)
 
-    def _observation(self, stall: Stall) -> Observation:
+    def _observation(self, stall: LoopStall) -> Observation:
         return Observation(
             kind=StallKind.MAIN_LOOP,
             start_ns=stall.start_ns,
@@ -306,7 +306,7 @@ class PingProbe:
                 self._told.set()
                 self._call(self._deliver)
 
-    def _note_stall(self, stall: Stall | None) -> None:
+    def _note_stall(self, stall: LoopStall | None) -> None:
         if stall is not None:
             self._found.append(stall)
 

@@ -25,7 +25,7 @@ from collections import deque
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-__all__ = ["RESOLUTION_NS", "Baseline", "Pace", "Ping", "Stall", "StallFinder"]
+__all__ = ["RESOLUTION_NS", "Baseline", "Pace", "Ping", "LoopStall", "StallFinder"]
 
 RESOLUTION_NS = 3_000_000
 
@@ -66,7 +66,7 @@ class Ping:
 
 
 @dataclass(frozen=True, slots=True)
-class Stall:
+class LoopStall:
     """The main loop did not answer for a while: inside `[start_ns, end_ns)`, how long is bracketed.
 
     `whole`: the monitor's own thread did not answer either, so all of QEMU may have stood still.
@@ -153,7 +153,7 @@ class StallFinder:
         """Take the first pings as what is usual.  They have to be given to `take` as well."""
         self.baseline.calibrate(pings)
 
-    def take(self, ping: Ping) -> Stall | None:
+    def take(self, ping: Ping) -> LoopStall | None:
         """The next ping, answered or, as the last one of all, not."""
         before, self._before = self._before, ping
         found = self._stall(before, ping)
@@ -161,7 +161,7 @@ class StallFinder:
             self.raised += 1
         return found
 
-    def _stall(self, before: Ping | None, ping: Ping) -> Stall | None:
+    def _stall(self, before: Ping | None, ping: Ping) -> LoopStall | None:
         usual = self.baseline.usual_ns
         start = ping.begun_ns if before is None else before.empty_ns
         end = ping.empty_ns if ping.answered_ns is None else ping.answered_ns
@@ -175,7 +175,7 @@ class StallFinder:
         else:
             return None
         at_most = end - start
-        return Stall(
+        return LoopStall(
             start_ns=start,
             end_ns=end,
             at_least_ns=min(max(0, proven), at_most),

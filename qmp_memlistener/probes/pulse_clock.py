@@ -12,7 +12,7 @@ from collections import deque
 from dataclasses import dataclass, field
 from math import ceil, floor
 
-__all__ = ["Anchor", "BeatClock", "BeatSampler", "Bounds", "Window"]
+__all__ = ["Anchor", "BeatClock", "BeatSampler", "Bounds", "GapWindow"]
 
 _RECENT = 16  # anchors of a line that take part in mapping
 _STRAIGHT = 3  # so many at least tell that a line is one
@@ -55,7 +55,7 @@ class Anchor:
 
 
 @dataclass(frozen=True, slots=True)
-class Window:
+class GapWindow:
     """A gap: inside `[start_ns, end_ns)`, and how long."""
 
     start_ns: int
@@ -228,7 +228,7 @@ class BeatClock:
         slow, fast = self._known_rate()
         return Bounds(floor(ticks / fast), ceil(ticks / slow))
 
-    def window(self, end_tsc: int, ticks: int, beat_ticks: int, over_ns: int) -> Window:
+    def window(self, end_tsc: int, ticks: int, beat_ticks: int, over_ns: int) -> GapWindow:
         """A gap of `ticks` that ended at `end_tsc`, of which the CPU was at work for one beat.
 
         At `over_ns` it was seen to be over.  ValueError unless `ready`.
@@ -241,7 +241,7 @@ class BeatClock:
             length = self.length(ticks)
             at_least, at_most = max(at_least, length.low), min(at_most, length.high)
         at_least -= self.length(beat_ticks).high
-        return Window(start.low, start.low + whole, max(0, min(at_least, at_most)), at_most)
+        return GapWindow(start.low, start.low + whole, max(0, min(at_least, at_most)), at_most)
 
     def _broken(self, start_tsc: int, end_tsc: int) -> bool:
         """The line broke somewhere in between, so the ticks do not tell the length."""

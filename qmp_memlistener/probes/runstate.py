@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from ..qmp import QmpEvent
+from ..qmp import MonitorEvent
 from ..qmp.guest import try_status
 from .delivery import Progress
 from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
@@ -200,7 +200,7 @@ class RunStateProbe:
             self._stopped = Moment(asked_ns, now, None, read_offset())
             self._since_before = True
 
-    def _take(self, event: QmpEvent) -> None:
+    def _take(self, event: MonitorEvent) -> None:
         if event.name not in ("STOP", "RESUME") or self._sink is None:
             return
         self._event_ns = event.t_ns

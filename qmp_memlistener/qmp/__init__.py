@@ -9,7 +9,7 @@ from ..errors import TraceReason, TraceUnavailable
 from .cmdline import CommandLine, MonitorMode
 from .connection import CONNECT_DEADLINE, Command, Monitor, QemuVersion, Reply
 from .discovery import Guest, GuestMonitor, find_guest, find_guests
-from .events import EventStream, QmpEvent
+from .events import EventStream, MonitorEvent
 from .guest import GuestFacts, MemoryDevice, read_facts
 from .hmp import Flag, hmp, hmp_line, hmp_timed
 from .identity import Companions, companions_of, find_owner
@@ -70,7 +70,7 @@ __all__ = [
     "Command",
     "Reply",
     "QemuVersion",
-    "QmpEvent",
+    "MonitorEvent",
     "EventStream",
     "hmp",
     "hmp_timed",

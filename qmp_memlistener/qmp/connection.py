@@ -33,7 +33,7 @@ from ..waits import waiting
 from . import allowed
 from .client import Command, QemuVersion, Reply, TimedClient
 from .dial import answered, resolve
-from .events import EventStream, QmpEvent, decode_event
+from .events import EventStream, MonitorEvent, decode_event
 from .identity import ASKED, GuestIdentity, same_answers
 from .targets import SocketTarget, Target
 
@@ -64,7 +64,7 @@ class Monitor:
         self._ended = asyncio.Event()
         self._reaper: asyncio.Task[None] | None = None
         self._in_band = asyncio.Lock()
-        self._callbacks: list[Callable[[QmpEvent], None]] = []
+        self._callbacks: list[Callable[[MonitorEvent], None]] = []
         self._streams: list[EventStream] = []
         self._closing = False
 
@@ -171,7 +171,7 @@ class Monitor:
         self._streams.append(stream)
         return stream
 
-    def subscribe(self, callback: Callable[[QmpEvent], None]) -> Callable[[], None]:
+    def subscribe(self, callback: Callable[[MonitorEvent], None]) -> Callable[[], None]:
         """Call `callback` with each event, in the event loop; returns the way to stop it.
 
         The callback must be quick and must not raise.

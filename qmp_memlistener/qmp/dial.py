@@ -20,7 +20,7 @@ from ..host.bounded import in_thread
 from ..host.files import locate
 from ..host.processes import Process
 from .discovery import find_guest
-from .identity import GuestIdentity, identify, peer_pid
+from .identity import GuestIdentity, identify_peer, peer_pid
 from .sockets import MonitorState, listener_state, listening_pids, unix_sockets
 from .targets import (
     PidTarget,
@@ -156,7 +156,7 @@ async def answered(target: SocketTarget, meant: GuestIdentity | None, deadline: 
             sock = await dial(target)
             async with explain_silence(target, sock, limit):
                 await _readable(sock)
-            return Answered(sock, await identify(sock, target, meant))
+            return Answered(sock, await identify_peer(sock, target, meant))
     except TimeoutError:
         error = no_answer(target, deadline, connected=sock is not None)
         if sock is not None:

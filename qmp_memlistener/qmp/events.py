@@ -10,13 +10,13 @@ from typing import Self
 
 from ..errors import TargetError
 
-__all__ = ["QUEUE_BYTES", "EventStream", "QmpEvent", "decode_event"]
+__all__ = ["QUEUE_BYTES", "EventStream", "MonitorEvent", "decode_event"]
 
 QUEUE_BYTES = 8 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
-class QmpEvent:
+class MonitorEvent:
     """One event.
 
     `t_ns` is our CLOCK_MONOTONIC when it was read; `stamp_ns` QEMU's own realtime clock
@@ -29,7 +29,7 @@ class QmpEvent:
     stamp_ns: int | None
 
 
-def decode_event(message: Mapping[str, object], t_ns: int) -> QmpEvent:
+def decode_event(message: Mapping[str, object], t_ns: int) -> MonitorEvent:
     """The event in a QMP message; missing or odd members become empty values, nothing raises."""
     data = message.get("data")
     stamp = message.get("timestamp")
@@ -39,7 +39,7 @@ def decode_event(message: Mapping[str, object], t_ns: int) -> QmpEvent:
         # QEMU sends -1 for both when the clock cannot be read (qapi/qmp-event.c).
         if isinstance(seconds, int) and isinstance(microseconds, int) and seconds >= 0:
             stamp_ns = seconds * 1_000_000_000 + microseconds * 1_000
-    return QmpEvent(
+    return MonitorEvent(
         name=str(message.get("event", "")),
         data=data if isinstance(data, Mapping) else {},
         t_ns=t_ns,
@@ -58,7 +58,7 @@ class EventStream:
 
     def __init__(self, limit: int, forget: Callable[[EventStream], None]) -> None:
         self.dropped = 0
-        self._queue: deque[tuple[QmpEvent, int]] = deque()
+        self._queue: deque[tuple[MonitorEvent, int]] = deque()
         self._bytes = 0
         self._limit = limit
         self._forget = forget
@@ -66,7 +66,7 @@ class EventStream:
         self._error: TargetError | None = None
         self._closed = False
 
-    def push(self, event: QmpEvent, size: int) -> None:
+    def push(self, event: MonitorEvent, size: int) -> None:
         """Add an event, `size` bytes in QMP; the monitor's side."""
         self._queue.append((event, size))
         self._bytes += size
@@ -102,7 +102,7 @@ class EventStream:
     def __aiter__(self) -> EventStream:
         return self
 
-    async def __anext__(self) -> QmpEvent:
+    async def __anext__(self) -> MonitorEvent:
         while True:
             if self._queue:
                 return self._take()
@@ -113,7 +113,7 @@ class EventStream:
             self._wake.clear()
             await self._wake.wait()
 
-    def _take(self) -> QmpEvent:
+    def _take(self) -> MonitorEvent:
         event, size = self._queue.popleft()
         self._bytes -= size
         return event

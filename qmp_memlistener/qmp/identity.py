@@ -43,7 +43,7 @@ __all__ = [
     "GuestIdentity",
     "companions_of",
     "find_owner",
-    "identify",
+    "identify_peer",
     "peer_pid",
     "same_answers",
     "wrong_guest",
@@ -128,7 +128,7 @@ def peer_pid(sock: socket.socket) -> int | None:
     return pid if pid > 0 else None
 
 
-async def identify(
+async def identify_peer(
     sock: socket.socket, target: SocketTarget, meant: GuestIdentity | None
 ) -> GuestIdentity:
     """Who answers on a connected socket that has been greeted on: before that nobody has accepted

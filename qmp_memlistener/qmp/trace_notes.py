@@ -38,7 +38,16 @@ from ..host.processes import Process, boot_id, is_key, process_of
 from ..host.state import directories, directory_of, own_directory
 from ..text import json_bytes
 
-__all__ = ["LAG_LIMIT", "LOG_LIMIT", "Lease", "Place", "Redirection", "TraceNote", "noted", "sweep"]
+__all__ = [
+    "LAG_LIMIT",
+    "LOG_LIMIT",
+    "Lease",
+    "Place",
+    "Redirection",
+    "TraceNote",
+    "noted_processes",
+    "sweep",
+]
 
 LOG_LIMIT = 64 << 20
 """A log holds this much that no agent has read."""
@@ -69,7 +78,7 @@ class Redirection(msgspec.Struct, frozen=True, kw_only=True):
     proven: bool = True
 
 
-class TraceNote(notes.Note, frozen=True, kw_only=True):
+class TraceNote(notes.DiskNote, frozen=True, kw_only=True):
     """How a guest was before.  `events` holds the state of each event that we may change;
     `in_place` is the file that QEMU logs to anyway (`in_place_name` for people), `log` the
     redirection otherwise."""
@@ -286,7 +295,7 @@ class Place:
                 )
 
 
-def noted() -> list[Process]:
+def noted_processes() -> list[Process]:
     """Processes that live and that something is noted about here, by pid."""
     keys = {n for d in directories() for n in d.names() if is_key(n)}
     found = [p for p in map(process_of, keys) if p is not None]

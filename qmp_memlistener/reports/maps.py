@@ -13,7 +13,7 @@ from .terminal import flags_text, size_text
 __all__ = [
     "blocks_table",
     "devices_table",
-    "guest_document",
+    "live_document",
     "guest_title",
     "map_document",
     "open_questions",
@@ -38,7 +38,7 @@ def map_document(shown: MemoryMap, address_space: str) -> dict[str, object]:
     }
 
 
-def guest_document(
+def live_document(
     facts: GuestFacts, slots: Iterable[Slot], bql_cost_ns: int | None
 ) -> dict[str, object]:
     """What the document says more of a running guest."""

@@ -20,7 +20,7 @@ from typing import NamedTuple
 
 from .model import Kind, Region
 
-__all__ = ["Answer", "answers"]
+__all__ = ["Answering", "answers"]
 
 # With children: memory_region_init_io() and memory_region_add_subregion() on the same region.
 _ANSWERING_PARENTS = frozenset(
@@ -118,18 +118,18 @@ _BUS_WINDOW = re.compile(r"(?:.*[^a-z])?(?:pci\w?|isa|bus)\d*[-_. ](?:mem|memory
 _LIKE_A_CONTAINER = 16 << 20  # bytes; registers take less
 
 
-class Answer(NamedTuple):
+class Answering(NamedTuple):
     """`yes`: the region answers itself; `certain`: that is known and not a guess."""
 
     yes: bool
     certain: bool
 
 
-_YES, _NO = Answer(True, True), Answer(False, True)
-_PERHAPS, _HARDLY = Answer(True, False), Answer(False, False)
+_YES, _NO = Answering(True, True), Answering(False, True)
+_PERHAPS, _HARDLY = Answering(True, False), Answering(False, False)
 
 
-def answers(region: Region) -> Answer:
+def answers(region: Region) -> Answering:
     """Whether the region itself is visible where no child of it is."""
     if region.kind is not Kind.IO:
         return _YES
@@ -145,7 +145,7 @@ def _is_container(name: str) -> bool:
     return name in _CONTAINERS
 
 
-def _parent(name: str) -> Answer:
+def _parent(name: str) -> Answering:
     if name in _ANSWERING_PARENTS or _ANSWERING_PARENT.fullmatch(name):
         return _YES
     if name in _CONTAINING_PARENTS or _is_container(name):
@@ -154,7 +154,7 @@ def _parent(name: str) -> Answer:
 
 
 @lru_cache(maxsize=1 << 14)  # one snapshot shows the names of the last
-def _leaf(name: str, size: int) -> Answer:
+def _leaf(name: str, size: int) -> Answering:
     if _is_container(name):
         return _NO
     if size < _LIKE_A_CONTAINER:

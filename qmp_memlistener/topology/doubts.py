@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from .model import Region
 
-__all__ = ["NOTHING", "Doubts", "Inherited", "Overlap", "Piece", "Visible"]
+__all__ = ["NOTHING", "Doubts", "Inherited", "Overlap", "Clipped", "Visible"]
 
 NOTHING = "nothing"
 """Stands for what is behind a region when no other is."""
@@ -34,7 +34,7 @@ class Inherited(NamedTuple):
 
 
 @dataclass(slots=True)
-class Piece:
+class Clipped:
     """A region clipped to where it could be seen; its index is its rank."""
 
     start: int
@@ -44,7 +44,7 @@ class Piece:
     flags: Inherited
 
 
-Visible = tuple[int, int, int, Piece]
+Visible = tuple[int, int, int, Clipped]
 """Start, end, rank and piece of what is visible."""
 
 
@@ -66,17 +66,17 @@ class Doubts:
     limits.
     """
 
-    def __init__(self, pieces: Sequence[Piece]) -> None:
+    def __init__(self, pieces: Sequence[Clipped]) -> None:
         self.overlaps: list[Overlap] = []
         self.unseen: set[tuple[str, str]] = set()
         self._pieces = pieces
         self._taken: set[int] = set()
-        self._ghosts: list[tuple[int, Piece]] = []
+        self._ghosts: list[tuple[int, Clipped]] = []
         self._visible: Sequence[Visible] = ()
         self._starts: list[int] = []
         self._looks = 0
 
-    def note_guess(self, piece: Piece, *, taken: bool) -> None:
+    def note_guess(self, piece: Clipped, *, taken: bool) -> None:
         """Whether this region answers is guessed: `taken` for one that does.
 
         Call it when its place among the pieces is at their end.
@@ -120,7 +120,7 @@ class Doubts:
                         return True
         return self._looks > _MAX_LOOKS
 
-    def _behind(self, rank: int, ghost: Piece) -> str | None:
+    def _behind(self, rank: int, ghost: Clipped) -> str | None:
         """What is visible where the region would be; None when it would be hidden everywhere."""
         at = ghost.start
         for lo, hi, other, piece in self._between(ghost.start, ghost.end):

@@ -27,7 +27,7 @@ from operator import attrgetter
 
 from ..errors import MtreeError
 from .containers import answers
-from .doubts import NOTHING, Doubts, Inherited, Overlap, Piece, Visible
+from .doubts import NOTHING, Clipped, Doubts, Inherited, Overlap, Visible
 from .model import ADDRESS_SPACE_SIZE, FlatRange, FlatView, Kind, Region, VirtioMemory
 
 __all__ = ["NOTHING", "Extent", "Rendering", "render"]
@@ -137,7 +137,7 @@ class _Collector:
     """
 
     def __init__(self) -> None:
-        self.pieces: list[Piece] = []
+        self.pieces: list[Clipped] = []
         self.unresolved: set[str] = set()
         self.doubts = Doubts(self.pieces)
         self._order: dict[int, tuple[list[Region], list[tuple[int, int]]]] = {}
@@ -177,7 +177,7 @@ class _Collector:
                 flags = flags._replace(device_memory=True)
             self._visit_children(region, base, lo, hi, flags, depth)
         yes, certain = answers(region)
-        piece = Piece(lo, hi, region, lo - base, flags)
+        piece = Clipped(lo, hi, region, lo - base, flags)
         if not certain:
             self.doubts.note_guess(piece, taken=yes)
         if yes:
@@ -297,7 +297,7 @@ def _is_readonly_alias(alias: Region) -> bool:
     return alias.name == "pam-rom" or (alias.name == "isa-bios" and alias.kind is Kind.ROMD)
 
 
-def _sweep(pieces: list[Piece]) -> Iterator[Visible]:
+def _sweep(pieces: list[Clipped]) -> Iterator[Visible]:
     """What is visible, in address order."""
     starts = [piece.start for piece in pieces]
     order = sorted(range(len(pieces)), key=starts.__getitem__)
@@ -332,7 +332,7 @@ def _sweep(pieces: list[Piece]) -> Iterator[Visible]:
 def _simplify(visible: Iterable[Visible]) -> Iterator[FlatRange]:
     """Merge neighbours that continue each other (`flatview_simplify`, `can_merge`)."""
     start = offset = until = 0
-    last: Piece | None = None
+    last: Clipped | None = None
     for lo, hi, _rank, piece in visible:
         at = piece.offset + (lo - piece.start)
         if last is not None:
@@ -345,7 +345,7 @@ def _simplify(visible: Iterable[Visible]) -> Iterator[FlatRange]:
         yield _flat_range(start, until, offset, last)
 
 
-def _can_merge(one: Piece, other: Piece) -> bool:
+def _can_merge(one: Clipped, other: Clipped) -> bool:
     a, b = one.region, other.region
     return (
         (a is b or (a.name, a.owner) == (b.name, b.owner))
@@ -356,11 +356,11 @@ def _can_merge(one: Piece, other: Piece) -> bool:
     )
 
 
-def _kind(piece: Piece) -> Kind:
+def _kind(piece: Clipped) -> Kind:
     return Kind.ROM if piece.flags.readonly else piece.region.kind
 
 
-def _flat_range(start: int, end: int, offset: int, piece: Piece) -> FlatRange:
+def _flat_range(start: int, end: int, offset: int, piece: Clipped) -> FlatRange:
     region, flags = piece.region, piece.flags
     kind = _kind(piece)
     size = end - start

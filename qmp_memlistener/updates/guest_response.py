@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from .. import waits
-from ..qmp import Monitor, QmpEvent
+from ..qmp import Monitor, MonitorEvent
 from ..qmp.guest import read_memory_devices
 from ..qmp.guest_devices import PERIPHERAL, read_children
 from ..records import Cause, Record, TransitionRecord
@@ -110,7 +110,7 @@ class GuestResponse:
                 # BARs are mapped when the guest programs them, never by plugging (hw/pci/pci.c)
                 self._marks.sign(record.t_ns, surely=True)
 
-    def event(self, event: QmpEvent) -> None:
+    def event(self, event: MonitorEvent) -> None:
         """A QMP event: of our devices, or of the guest's end."""
         data = event.data
         if event.name == "ACPI_DEVICE_OST":

@@ -167,7 +167,7 @@ class Made(msgspec.Struct, frozen=True):
         return f"{self.role} {self.id} ({self.type})"
 
 
-class MadeNote(notes.Note, frozen=True, kw_only=True):
+class MadeNote(notes.DiskNote, frozen=True, kw_only=True):
     """`things` are made, in this order, from `t_ns` (CLOCK_MONOTONIC) on, for these `devices`."""
 
     devices: list[str]

@@ -109,11 +109,11 @@ async def take_away(monitor: Monitor, left: LeftBehind) -> bool:
     return True
 
 
-def _meant(note: notes.Note) -> GuestIdentity:
+def _meant(note: notes.DiskNote) -> GuestIdentity:
     return GuestIdentity(note.pid, note.start_ticks or 0, note.pid is not None)
 
 
-def _check_process(monitor: Monitor, note: notes.Note) -> None:
+def _check_process(monitor: Monitor, note: notes.DiskNote) -> None:
     """The monitor is of the very QEMU that the note is about."""
     if note.pid is None or monitor.identity != _meant(note):
         raise OperationFailed(

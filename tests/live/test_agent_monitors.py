@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qmp_memlistener import attach
-from qmp_memlistener.agent.checkup import check_guest
+from qmp_memlistener.agent.checkup import examine_guest
 from qmp_memlistener.errors import InputError, MonitorBusy, WrongGuest
 from qmp_memlistener.guests import GuestSpec, launch
 from qmp_memlistener.qmp import Monitor, allowed, parse_target
@@ -60,7 +60,7 @@ async def test_a_qemu_that_nothing_was_tried_on_is_told_of_once(
         async with attach(target, probes=(), trace=False) as agent:
             (remark,) = [r for r in agent.remarks if "tried on" in r]
             assert "is newer than those that our commands were tried on (1.0 to 1.1)" in remark
-        (check,) = [c for c in (await check_guest(target))[1] if "commands" in c.name]
+        (check,) = [c for c in (await examine_guest(target))[1] if "commands" in c.name]
         assert (check.usable, check.reason) == (False, remark)
         assert check.remedy
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from qmp_memlistener.agent.checkup import check_guest
+from qmp_memlistener.agent.checkup import examine_guest
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.qmp import (
     TRACE_EVENTS,
@@ -68,7 +68,7 @@ async def test_a_log_that_nothing_limits_is_told_of(
                 (remark,) = [r for r in session.remarks if "no limit" in r or "with a limit" in r]
                 assert "until the next attach or `doctor --clean`" in remark
                 assert str(session.unlimited) in remark
-            checks = {c.name: c for c in (await check_guest(str(qemu.b)))[1]}
+            checks = {c.name: c for c in (await examine_guest(str(qemu.b)))[1]}
             check = checks["its trace log in a file of limited size"]
             assert not check.usable
             assert ("-D" if own else "user namespaces") in str(check.remedy)

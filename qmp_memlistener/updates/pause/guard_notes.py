@@ -29,7 +29,7 @@ __all__ = ["GuardNote", "NoteForm", "all_notes", "new_note", "take_notes", "unfi
 _WHAT = "guard"
 
 
-class GuardNote(notes.Note, frozen=True, kw_only=True):
+class GuardNote(notes.DiskNote, frozen=True, kw_only=True):
     """What a guard promised, and what it did without its agent.
 
     `guest` is for people; `agent` and `agent_start` tell who started it.  `t_ns` (CLOCK_MONOTONIC)

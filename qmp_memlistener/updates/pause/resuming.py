@@ -7,7 +7,7 @@ from types import TracebackType
 from typing import Self
 
 from ...errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
-from ...qmp import Monitor, QmpEvent
+from ...qmp import Monitor, MonitorEvent
 from ...qmp.guest import GuestLook, look
 from .guard import ResumeGuard, Settled
 from .migrating import RAN_TWICE
@@ -20,8 +20,8 @@ class StopAndResume:
     """The first STOP event, and the first RESUME after it; within its block."""
 
     def __init__(self, monitor: Monitor) -> None:
-        self._stop: QmpEvent | None = None
-        self._resume: QmpEvent | None = None
+        self._stop: MonitorEvent | None = None
+        self._resume: MonitorEvent | None = None
         self._monitor = monitor
 
     @property
@@ -49,7 +49,7 @@ class StopAndResume:
     ) -> None:
         self._end()
 
-    def _on_event(self, event: QmpEvent) -> None:
+    def _on_event(self, event: MonitorEvent) -> None:
         if event.name == "STOP" and self._stop is None:
             self._stop = event
         elif event.name == "RESUME" and self._stop is not None and self._resume is None:

@@ -19,7 +19,7 @@ from qmp_memlistener.agent.postmortem import (
     parse_dumps,
     parse_registers,
 )
-from qmp_memlistener.qmp import Monitor, QmpEvent
+from qmp_memlistener.qmp import Monitor, MonitorEvent
 from qmp_memlistener.records import GuestFailure, GuestReset, Record, SlotOp
 from qmp_memlistener.topology import MemoryMap
 from tests.support.records import transition
@@ -333,7 +333,7 @@ async def test_a_reset_soon_after_another_is_the_firmwares(apart_s: float, told:
             watch.record(transition(i + 1, at - 400_000))
             for each in change.ops:
                 watch.record(replace(each, transition=i + 1))
-            watch.event(QmpEvent("RESET", {"reason": "guest-reset", "guest": True}, at, None))
+            watch.event(MonitorEvent("RESET", {"reason": "guest-reset", "guest": True}, at, None))
             for _ in range(10):
                 await asyncio.sleep(0)
     finally:
@@ -362,7 +362,7 @@ async def test_a_reset_is_a_reset_and_a_suspicion_only_below(
         watch.record(transition(1, DIED - 400_000))
         for each in toggle(1, 0.4).ops:
             watch.record(each)
-        watch.event(QmpEvent(name, {"reason": reason, "guest": guest}, DIED, None))
+        watch.event(MonitorEvent(name, {"reason": reason, "guest": guest}, DIED, None))
         for _ in range(10):
             await asyncio.sleep(0)
     finally:

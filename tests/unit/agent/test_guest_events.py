@@ -11,7 +11,7 @@ import pytest
 from qmp_memlistener.agent import guest_events
 from qmp_memlistener.agent.guest_events import GuestEvents
 from qmp_memlistener.agent.source import Source
-from qmp_memlistener.qmp import Monitor, QmpEvent
+from qmp_memlistener.qmp import Monitor, MonitorEvent
 from qmp_memlistener.records import GuestState, Lost, Record
 
 
@@ -49,7 +49,7 @@ async def test_a_flood_of_resets_is_asked_about_twice() -> None:
     events = GuestEvents(cast(Monitor, asked), cast(Source, Poked()), publish)
     count = 10_000
     for i in range(count):
-        events.take(QmpEvent("RESET", {}, i, None))
+        events.take(MonitorEvent("RESET", {}, i, None))
         if i == 0:
             await asyncio.sleep(0)  # it asks
     assert len(asyncio.all_tasks()) == 2

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from qmp_memlistener.probes.ping_brackets import (
     RESOLUTION_NS,
     Baseline,
+    LoopStall,
     Pace,
     Ping,
-    Stall,
     StallFinder,
 )
 
@@ -181,7 +181,7 @@ def test_an_empty_calibration_says_nothing() -> None:
 BASE = 150 * US
 
 
-def watch(holds: list[tuple[int, int]], period: int, until: int) -> list[Stall]:
+def watch(holds: list[tuple[int, int]], period: int, until: int) -> list[LoopStall]:
     """The stalls seen by pings at `period` of a main loop that does not serve during `holds`."""
     finder = calibrated()
     now, found = 100 * MS, []

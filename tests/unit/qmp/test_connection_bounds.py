@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import ProtocolViolation
-from qmp_memlistener.qmp import EventStream, Monitor, QmpEvent
+from qmp_memlistener.qmp import EventStream, Monitor, MonitorEvent
 from qmp_memlistener.qmp.client import EVENT_LIMIT, VALUES_LIMIT
 from qmp_memlistener.qmp.events import QUEUE_BYTES
 from tests.unit.qmp.fake_qmp import message, replying, serving
@@ -58,7 +58,7 @@ async def test_events_that_nobody_reads_are_bounded_in_bytes(tmp_path: Path) -> 
 @pytest.mark.asyncio
 async def test_one_event_is_kept_however_large() -> None:
     stream = EventStream(10, lambda _: None)
-    stream.push(QmpEvent("A", {}, 0, None), 1)
-    stream.push(QmpEvent("B", {}, 0, None), QUEUE_BYTES + 1)
+    stream.push(MonitorEvent("A", {}, 0, None), 1)
+    stream.push(MonitorEvent("B", {}, 0, None), QUEUE_BYTES + 1)
     assert stream.dropped == 1
     assert (await asyncio.wait_for(anext(stream), 1)).name == "B"
