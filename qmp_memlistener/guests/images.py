@@ -41,7 +41,7 @@ def find_built_image(guest: str, name: str) -> Path:
 
 
 class Description(msgspec.Struct):
-    """What tools/guest_image.py writes of every image; it may know more than we need."""
+    """What tools/guest_image.py writes of every image; it may have more than is needed."""
 
     label: str
     release: str

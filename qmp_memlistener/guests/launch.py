@@ -198,9 +198,9 @@ def sized_file(where: Path, suffix: str, size: int) -> Iterator[Path]:
 
 @contextmanager
 def _log_file(directory: Path) -> Iterator[BinaryIO]:
-    """Where QEMU's messages go: a pipe would freeze its main loop when nobody reads it.
+    """Where QEMU's messages go: a pipe would freeze its main loop when it is not read.
 
-    Only QEMU keeps it open, and as its stderr alone: what it logs there is then nobody else's.
+    Only QEMU keeps it open, and as its stderr alone: what it logs there goes nowhere else.
     """
     with open(directory / _LOG, "wb") as log:
         yield log
@@ -210,7 +210,7 @@ async def _wait_up(guest: Guest, timeout: float) -> None:
     """Until every socket listens and QEMU's main loop runs, or the guest has failed.
 
     QEMU listens, and greets, before it creates its devices, and can still fail at those.  Commands
-    are carried out in the main loop, so an answer to one tells that all is well.
+    are carried out in the main loop, so an answer to one shows that it is up.
     """
     sockets = [str(p) for p in (*guest.monitors, guest.qtest) if p is not None]
     failed = asyncio.create_task(guest.process.wait())
@@ -241,7 +241,7 @@ async def _come_up(sockets: list[str], monitors: tuple[Path, ...]) -> None:
 
 
 async def _until(true: Callable[[], bool]) -> None:
-    while not true():  # noqa: ASYNC110 (what /proc shows, nobody announces)
+    while not true():  # noqa: ASYNC110 (/proc has no events)
         await asyncio.sleep(_POLL)
 
 

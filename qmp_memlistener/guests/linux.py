@@ -200,7 +200,7 @@ class LinuxGuest:
         await self.agent.wait_boot(boots, timeout)
 
     def log(self) -> str:
-        """What the kernel has printed on its console: warnings, mostly; `dmesg` tells the rest."""
+        """What the kernel has printed on its console: warnings, mostly; `dmesg` has the rest."""
         return self.log_path.read_text(errors="replace")
 
 
@@ -219,7 +219,7 @@ async def boot_linux(
     The block is entered when the guest is up; with `wait=False` as soon as QEMU has a monitor, for
     a guest that begins stopped (`args=("-S",)`), and `wait_booted` is the caller's.  `port` makes
     the agent's serial port at a path.  An image without the pulse program boots as well;
-    `image.why_no_pulse` tells.  Raises DeadlineExceeded with the end of the kernel's log when the
+    `image.why_no_pulse` says so.  Raises DeadlineExceeded with the end of the kernel's log when the
     guest is not up within `timeout` seconds, and what `launch` raises.
     """
     spec = spec or LinuxSpec()

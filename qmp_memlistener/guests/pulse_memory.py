@@ -88,7 +88,7 @@ class CpuState:
 class Heartbeat:
     """Beats since boot, and gaps between two beats since `reset_tsc`.  Gaps are ticks.
 
-    `gaps` counts those above `threshold`; `max_gap` (which ended at `max_gap_tsc`) knows all.
+    `gaps` counts those above `threshold`; `max_gap` (which ended at `max_gap_tsc`) counts all.
     """
 
     count: int

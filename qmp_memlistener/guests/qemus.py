@@ -90,7 +90,7 @@ def kvm_usable(qemu: str | QemuBuild = "qemu-system-x86_64", *, timeout: float =
 
 
 class _Description(msgspec.Struct):
-    """qemu.json as tools/side_by_side.py writes it; it may know more than we need."""
+    """qemu.json as tools/side_by_side.py writes it; it may have more than is needed."""
 
     version: str
     binary: str
@@ -104,7 +104,7 @@ def find_qemus() -> list[QemuBuild]:
 
     Looks at PATH, then at `DIR/<VERSION>/qemu.json`, DIR being $QMP_MEMLISTENER_QEMUS or
     `qmp-memlistener/qemu` in the user's cache.  Raises InputError for a description that is not
-    one.  Blocks while the installed QEMU tells its version.
+    one.  Blocks while the installed QEMU prints its version.
     """
     found: dict[str, QemuBuild] = {}
     installed = shutil.which("qemu-system-x86_64")

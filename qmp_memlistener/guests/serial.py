@@ -1,6 +1,6 @@
 """A serial port of a guest, on a unix socket of ours to which QEMU connects when it starts.
 
-So nothing that the guest prints is lost.  What the lines mean is for whoever derives from it.
+So nothing that the guest prints is lost.  What the lines mean is up to the derived class.
 """
 
 from __future__ import annotations

@@ -105,14 +105,14 @@ class KvmBackend(Closing):
             self._machine.vm,
             self._blocks.reach,
             last_id=self._private_slot,
-            standing=self._standing,
+            paused=self._paused,
         )
 
     # -- what a mirror calls -------------------------------------------------------------------
 
     def add_slot(self, slot: Slot) -> Awaitable[None] | None:
         """Raises SlotRefused; InputError for another address space than `memory`, and for a slot
-        of which nobody says what is behind it; OperationFailed when the host has no room."""
+        whose backing is unknown; OperationFailed when the host has no room."""
         return self._operate(slot, lambda: self._add(slot))
 
     def delete_slot(self, slot: Slot) -> Awaitable[None] | None:
@@ -180,11 +180,11 @@ class KvmBackend(Closing):
             return self._probe.write(gpa, word)
 
     def dirty_pages(self) -> frozenset[int]:
-        """gpas of pages written through logged slots, not told before: KVM's own dirty logs.
+        """gpas of pages written through logged slots, not reported before: KVM's own dirty logs.
 
         Slots that a strategy deletes lose theirs.  Pages in holes are left out; what was dirty when
-        a hole opened is told when it closes.  On hardware KVM a guest's first read of a page may
-        make it dirty, too.  Raises SlotRefused.
+        a hole opened is reported when it closes.  On hardware KVM a guest's first read of a page
+        may make it dirty, too.  Raises SlotRefused.
         """
         with self._lock:
             return self._slots.dirty_pages()
@@ -259,7 +259,7 @@ class KvmBackend(Closing):
         A slot of a VM whose vCPUs have their code and page tables in it cannot be moved.
         """
         held = self._machine.held
-        with self._standing():
+        with self._paused():
             machine, probe = self._build((*self._slots.spans(), (slot.gpa, slot.end)))
             try:
                 self._slots.move_to(machine.vm)
@@ -273,7 +273,7 @@ class KvmBackend(Closing):
             self.begin()
 
     @contextmanager
-    def _standing(self) -> Iterator[None]:
+    def _paused(self) -> Iterator[None]:
         """No vCPU runs in the block; they go on after it when they did before."""
         if self._machine.held:
             yield
@@ -285,7 +285,7 @@ class KvmBackend(Closing):
             self.end()
 
     def _build(self, taken: Sequence[Range]) -> tuple[Machine, GuestProbe]:
-        """A machine whose private slot is in nobody's way, and whose guests run there."""
+        """A machine whose private slot is not in the way, and whose guests run there."""
         why: OperationFailed | None = None
         for gibibytes in _REACHES:
             private_gpa = _place(gibibytes, taken)

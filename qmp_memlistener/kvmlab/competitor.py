@@ -31,7 +31,7 @@ _FILLER = 1 << 15  # ids of further slots count down from here, so that plans do
 
 
 class Competitor(Closing):
-    """A machine under one strategy.  Its vCPUs stand between updates."""
+    """A machine under one strategy.  Its vCPUs are held between updates."""
 
     def __init__(
         self,
@@ -191,7 +191,7 @@ class Competitor(Closing):
         self.updates.append(msgspec.structs.replace(update, **changes))
 
     def _stopped(self, vcpu: int) -> bool:
-        """The vCPU waits at the hole, which it was told to touch, until that is filled."""
+        """The vCPU waits at the hole, which its table has, until that is filled."""
         if not self.machine.touched or self.machine.hole == (0, 0):
             return False
         self._faults += len(self._executor.waiting_at())
@@ -217,7 +217,7 @@ class Competitor(Closing):
         return pages
 
     def _end_ledger(self, before: list[int], logs: list[Log]) -> tuple[int, int]:
-        """How many pages the guest changed since, and of how many of them no log told."""
+        """How many pages the guest changed since, and how many of them are in no log."""
         self.machine.hold()
         logs = [*logs, *self._executor.fetch_logs()]
         after = self._generations()

@@ -2,7 +2,7 @@
 
 KVM_CAP_DIRTY_LOG_RING (Documentation/virt/kvm/api.rst 8.29): a ring for each vCPU instead of a
 bitmap for each slot.  An entry names a slot by its id and a page in it; what that was when the page
-was written is for the reader to know.
+was written is not in it.
 """
 
 from __future__ import annotations

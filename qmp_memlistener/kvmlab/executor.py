@@ -122,7 +122,7 @@ class Executor:
         return FetchedLog(slot.gpa, slot.size, self._machine.vm.dirty_log(slot.kvm_slot, slot.size))
 
     def waiting_at(self) -> list[int]:
-        """gpas of holes at which a vCPU waits inside KVM (`hole-userfault`), not told before."""
+        """gpas of holes at which a vCPU waits in KVM (`hole-userfault`), not reported before."""
         if self._userfault is None or self._arenas is None:
             return []
         return self._arenas.gpas_of(self._userfault.addresses())

@@ -1,6 +1,6 @@
 """A lab machine: a VM, its private slot, and vCPU threads that run one of the guest programs.
 
-Nothing here knows of strategies; they change slots (`vm`) or host mappings and hold vCPUs.
+Strategies are not its business; they change slots (`vm`) or host mappings and hold vCPUs.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ Program = Callable[[int], tuple[int, int, dict[str, int]]]
 
 
 class Machine(Closing):
-    """A VM with `vcpus` vCPUs that stand still until `release`.
+    """A VM with `vcpus` vCPUs that are held until `release`.
 
     `private_slot` and `private_gpa` must be free in whatever the machine is to show.  Close it, or
     use it as a context manager: then threads, VM and memory are gone.
@@ -123,16 +123,16 @@ class Machine(Closing):
     # -- holding -------------------------------------------------------------------------------
 
     def hold(self, *, through_bql: bool = False) -> None:
-        """Kick all vCPUs out of the guest and wait until they stand.
+        """Kick all vCPUs out of the guest and wait until they are out.
 
         `through_bql`: each takes the machine's `bql` on its way out and in, as QEMU's do when it
-        pauses them, and the caller has it while they stand.  Raises OperationFailed.
+        pauses them, and the caller has it meanwhile.  Raises OperationFailed.
         """
         self._asked_ns = time.monotonic_ns()
         for thread in self.threads:
-            thread.ask_to_stand(through_bql)
+            thread.ask_to_pause(through_bql)
         for thread in self.threads:
-            thread.wait_standing()
+            thread.wait_paused()
         self.held = True
         if through_bql:
             self.bql.acquire()
@@ -146,7 +146,7 @@ class Machine(Closing):
         """
         self.held = False
         for thread in self.threads:
-            thread.let_go()
+            thread.resume()
         if self._through_bql:
             self._through_bql = False
             self.bql.release()
@@ -250,7 +250,7 @@ class Machine(Closing):
         return ticks * 1_000_000 // self._khz
 
     def _tsc_khz(self) -> int:
-        """The clock of the guest; measured where KVM does not tell."""
+        """Of the guest's clock.  Raises OperationFailed where KVM does not report it."""
         if self.vm.capability(Cap.TSC_KHZ):
             try:
                 khz = tsc_khz(self.vm.vcpus[0].ioctl)

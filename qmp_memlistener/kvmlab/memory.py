@@ -29,7 +29,7 @@ BlockName = tuple[str | None, str | None]
 class Reservation:
     """`size` bytes of address space in which memory can be placed at fixed addresses.
 
-    Whoever else maps something cannot get in between.
+    No other mapping of this process can come in between.
     """
 
     def __init__(self, size: int) -> None:
@@ -157,7 +157,7 @@ class Blocks:
         return block.fd
 
     def read(self, name: BlockName, offset: int, size: int) -> bytes:
-        """What is in a block; zeros where nobody wrote.  Raises OSError."""
+        """What is in a block; zeros where nothing was written.  Raises OSError."""
         return os.pread(self.reach(name, offset + size), size, offset)
 
     def write(self, name: BlockName, offset: int, data: bytes) -> None:

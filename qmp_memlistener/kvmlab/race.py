@@ -1,7 +1,7 @@
 """`lab race`: punch and fill a hole many times under each strategy, and say what the guest met.
 
 Each strategy has a machine of its own.  In a round every one of them punches and fills once, in
-random order, while the vCPUs of the others stand; the control, which changes nothing, takes part.
+random order, while the vCPUs of the others are held.  The control, which changes nothing, is one.
 """
 
 from __future__ import annotations
@@ -115,7 +115,7 @@ def run_race(
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> RaceReport:
-    """Run it.  `progress` is told rounds done and rounds in all.
+    """Run it.  `progress` gets rounds done and rounds in all.
 
     Raises InputError; MissingPrerequisite when KVM cannot be used here; OperationFailed when KVM
     refuses something or a vCPU does not go on.  Whatever it raises, nothing is left behind.
@@ -208,7 +208,7 @@ def model_of(strategy: LabStrategy, ground: Layout) -> Model:
 def host_facts(kvm: Kvm, cpus: Cpus) -> dict[str, object]:
     """Where something was measured: kernel, KVM, CPUs, capabilities.
 
-    `cpus_apart`: whoever changed slots had a CPU to himself.
+    `cpus_apart`: the thread that changed slots had a CPU of its own.
     """
     return {
         "kernel": platform.release(),

@@ -1,8 +1,8 @@
 """One real slot of KVM: an arena, what the host maps behind it, and its dirty log.
 
 An arena (see `arenas`) shows one or several slots of plans.  Punching and filling a hole, and
-swapping one RAM block for another, change what is mapped there; KVM is told by its MMU notifier,
-and no slot operation is made.  Which slots share an arena is decided in `real_slots`.
+swapping one RAM block for another, change what is mapped there; KVM learns of it through its MMU
+notifier, and no slot operation is made.  Which slots share an arena is decided in `real_slots`.
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class RealSlot:
         self.number = number
         self.flags = 0
         self.members = {s.slot: s for s in members}
-        self.carried = 0  # dirty bits that were fetched and are still to be told
+        self.carried = 0  # dirty bits that were fetched and are still to be reported
         self._context = context
         self._room = Reservation(arena.size)
         self._placed: list[Piece] = []
@@ -241,7 +241,7 @@ class RealSlot:
         self.carried |= other.carried << (other.gpa - self.gpa) // PAGE
 
     def take_dirty(self) -> Iterator[int]:
-        """gpas of dirty pages that logged slots in it show, each told once.  Raises SlotRefused."""
+        """gpas of dirty pages that logged slots in it show, each once.  Raises SlotRefused."""
         self.carry()
         bits, self.carried = self.carried, 0
         for slot in self.members.values():

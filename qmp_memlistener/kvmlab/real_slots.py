@@ -35,7 +35,7 @@ class RealSlots:
 
     `reach` gives the file of a RAM block, at least so many bytes long; `kind` says how holes are
     made.  With `arenas` each is a slot while something is in it; without, ids stay below `last_id`,
-    and `standing` makes a block in which no vCPU runs.  `table` is what a mirror holds, also after
+    and `paused` makes a block in which no vCPU runs.  `table` is what a mirror holds, also after
     a call that raised: what KVM refused is not in it, what went on the way is not either.
     """
 
@@ -48,13 +48,13 @@ class RealSlots:
         userfault: Userfault | None = None,
         arenas: Sequence[Arena] = (),
         last_id: int = 0,
-        standing: Callable[[], AbstractContextManager[None]] = nullcontext,
+        paused: Callable[[], AbstractContextManager[None]] = nullcontext,
     ) -> None:
         self.table = SlotTable()
         self.context = LabContext(vm, reach, kind, userfault)
         self._arenas = {a: a.as_id << AS_SHIFT | i for i, a in enumerate(arenas)}
         self._last_id = last_id
-        self._standing = standing
+        self._paused = paused
         self._reals: list[RealSlot] = []  # by address space and gpa
         self._numbers: set[int] = set()
 
@@ -192,7 +192,7 @@ class RealSlots:
         self.context.vm = vm
 
     def dirty_pages(self) -> frozenset[int]:
-        """gpas of pages written through logged slots, not told before.  Raises SlotRefused."""
+        """gpas of pages written through logged slots, not reported before.  Raises SlotRefused."""
         logged = (real for real in self._reals if real.logged)
         return frozenset(page for real in logged for page in real.take_dirty())
 
@@ -251,7 +251,7 @@ class RealSlots:
         self.context.counts.placed += 1
 
     def _grow(self, touched: list[RealSlot], slot: Slot) -> None:
-        """One arena in place of those, with room for `slot`; vCPUs stand meanwhile."""
+        """One arena in place of those, with room for `slot`; vCPUs are held meanwhile."""
         members = [s for real in touched for s in real.members.values()]
         start = min(slot.gpa, touched[0].gpa)
         end = max(slot.end, touched[-1].end)
@@ -260,7 +260,7 @@ class RealSlots:
         number = max(touched, key=lambda real: real.arena.size).number
         new = RealSlot(self.context, arena, (*members, slot), number, slot)
         try:
-            with self._standing():
+            with self._paused():
                 for old in touched:
                     if old.logged:
                         old.carry()

@@ -92,7 +92,7 @@ def run_replay(
     device: str | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> ReplayReport:
-    """Replay a recording or a QEMU log.  `progress` is told transitions done and in all.
+    """Replay a recording or a QEMU log.  `progress` gets transitions done and in all.
 
     Raises InputError, RecordingError; MissingPrerequisite when KVM cannot be used here;
     OperationFailed when a vCPU does not go on or memory is short.  Nothing is left behind.
@@ -282,7 +282,7 @@ def _memory(stack: ExitStack, source: ReplayInput) -> dict[BlockName, HostMemory
         size = -(-block.size // PAGE) * PAGE
         return stack.enter_context(HostMemory(size, "replay"))
 
-    # of operations that KVM refused nothing tells what they were to map: it does not matter
+    # what operations that KVM refused were to map is unknown, and does not matter
     unknown = stack.enter_context(HostMemory(PAGE, "replay"))
     return {
         (None, None): unknown,

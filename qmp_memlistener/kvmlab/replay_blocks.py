@@ -1,7 +1,7 @@
 """PURE: which host memory is behind each slot: RAM blocks by name, or runs of host addresses.
 
 A recording's map names the block of a range, an operation its host address; an operation on
-a range that the map shows tells both, and so where in QEMU the block lies.  What has an address
+a range that the map shows has both, and so where in QEMU the block lies.  What has an address
 alone belongs to the named block that is shown there then, else to the run of addresses it is part
 of: memory that is freed leaves its address to other memory.  A log has nothing but addresses.
 """
@@ -120,7 +120,7 @@ def _by_name(there: Iterable[_Shown]) -> None:
         blocks.setdefault(base, _Block(name, owner, base)).take(shown, offset)
     for shown, (name, owner, offset) in untold:
         blocks = found.setdefault((name, owner), {})
-        # of several the oldest: what is not told its address was mostly there from the beginning
+        # of several the oldest: what has no address was mostly there from the beginning
         block = next(iter(blocks.values()), None) or _Block(name, owner, None)
         blocks.setdefault(block.base, block).take(shown, offset)
 
@@ -184,7 +184,7 @@ def _by_address(everything: Iterable[_Shown], places: _Places) -> list[_Shown]:
 
 
 def _runs(left: Iterable[_Shown], places: _Places) -> None:
-    """Blocks out of addresses that touch, or that stand at the same distance from their gpas."""
+    """Blocks out of addresses that touch, or that are at the same distance from their gpas."""
     run: _Block | None = None
     apart: set[int] = set()  # distances of host address and gpa in the run
     end = 0

@@ -95,9 +95,9 @@ def _recorded(strategy: LabStrategy, t: ReplayTransition, rules: Rules) -> Plann
     slots, expected = t.slots, t.rets
     fence = _FENCE.get(strategy.plan)
     if fence is not None and ops:
-        nobody = Slot(0, -1, 0, 0)
+        no_slot = Slot(0, -1, 0, 0)
         ops = (fence[0], *ops, fence[1])
-        slots, expected = (nobody, *slots, nobody), (0, *expected, 0)
+        slots, expected = (no_slot, *slots, no_slot), (0, *expected, 0)
     good = [op for op, ret in zip(ops, expected, strict=True) if ret == 0]
     overlap = strategy.order is Order.V8_0 and _overlaps(good)
     done = Plan(

@@ -101,7 +101,7 @@ class ReplayInput:
     """A file's transitions in order.
 
     `kind` is `recording` or `log`.  `rules` are those of the QEMU that made the ops, as far as
-    the file tells.  `initial` are the slots before the first transition.  `notes` say in words
+    the file tells.  `initial` are the slots before the first transition.  `notes` have in words
     what was guessed, put in or left out.
     """
 

@@ -1,7 +1,7 @@
 """userfaultfd for holes: pages whose mapping is gone, and whose next use is reported.
 
 Minor faults of shared memory (Linux 5.14, Documentation/admin-guide/mm/userfaultfd.rst): the page
-stays in the memfd, its mapping is taken away, and whoever touches it waits until it is put back.
+stays in the memfd, its mapping is taken away, and an access to it waits until it is put back.
 """
 
 from __future__ import annotations
@@ -79,15 +79,15 @@ class Userfault:
             raise
 
     def punch(self, address: int, size: int) -> None:
-        """From now on, whoever touches `[address, address + size)` waits."""
-        # a page that was never there would be made, and nobody told
+        """From now on an access to `[address, address + size)` waits."""
+        # a page that was never there would be made without a report
         system.madvise(address, size, system.MADV_POPULATE_READ)
         register = _Register(_Range(address, size), MODE_MINOR)
         system.ioctl(self.fd, UFFDIO_REGISTER, register)
         system.madvise(address, size, system.MADV_DONTNEED)
 
     def fill(self, address: int, size: int) -> None:
-        """Put the pages back and wake whoever waits."""
+        """Put the pages back and wake what waits."""
         whole = True
         try:
             system.ioctl(self.fd, UFFDIO_CONTINUE, _Continue(_Range(address, size)))
@@ -102,7 +102,7 @@ class Userfault:
             system.ioctl(self.fd, UFFDIO_WAKE, _Range(address, size))
 
     def addresses(self) -> list[int]:
-        """Host addresses at which somebody waits, or waited, not told before."""
+        """Host addresses at which an access waits, or waited, not reported before."""
         found: list[int] = []
         while True:
             try:

@@ -1,4 +1,4 @@
-"""A thread that runs one vCPU: enters the guest, counts its exits, stands still when told to.
+"""A thread that runs one vCPU: enters the guest, counts its exits, and pauses when asked to.
 
 One signal kicks it out of KVM_RUN.  It is blocked in the thread and unblocked by KVM while the
 guest runs (KVM_SET_SIGNAL_MASK), so a kick is never lost and no handler ever runs; all other
@@ -70,9 +70,9 @@ class Exits:
 class VcpuThread:
     """Runs a vCPU from `begin` to `stop`.
 
-    Between `ask_to_stand` and `let_go` it is out of KVM_RUN.  A guest that dies stands too, until
+    Between `ask_to_pause` and `resume` it is out of KVM_RUN.  So is a guest that died, until
     `revive`.  `waits`: it met a hole, and only another mapping lets it go on.  `entered_ns` is when
-    it last entered the guest after it had stood.  `failure` is set when KVM_RUN fails in a way that
+    it last entered the guest after a pause.  `failure` is set when KVM_RUN fails in a way that
     no guest can cause.
     """
 
@@ -88,7 +88,7 @@ class VcpuThread:
         self._stopping = False
         self.waits = False
         self._tokens: SimpleQueue[None] = SimpleQueue()
-        self._stood: SimpleQueue[None] = SimpleQueue()
+        self._paused: SimpleQueue[None] = SimpleQueue()
         self._entered: SimpleQueue[None] = SimpleQueue()
         self._requests = self._answered = 0
         name = f"vcpu-{vcpu.index}"
@@ -97,25 +97,25 @@ class VcpuThread:
     # -- the other side ------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Start the thread, standing; `let_go` sends it into the guest."""
+        """Start the thread, paused; `resume` sends it into the guest."""
         self._requests += 1
         self._hold = True
         self._thread.start()
-        self._stood.get()
+        self._paused.get()
 
-    def ask_to_stand(self, through_bql: bool = False) -> None:
-        """Kick it; `wait_standing` must follow."""
+    def ask_to_pause(self, through_bql: bool = False) -> None:
+        """Kick it; `wait_paused` must follow."""
         self._through_bql = through_bql
         self._requests += 1
         self._hold = True
-        self._tokens.put(None)  # it may be standing already, dead or at a hole
+        self._tokens.put(None)  # it may be out already, dead or at a hole
         self._kick()
 
-    def wait_standing(self) -> None:
+    def wait_paused(self) -> None:
         """It is out of KVM_RUN, or dead."""
-        self._stood.get()
+        self._paused.get()
 
-    def let_go(self) -> None:
+    def resume(self) -> None:
         """It may enter the guest; `wait_running` must follow."""
         self._hold = False
         self._tokens.put(None)
@@ -126,7 +126,7 @@ class VcpuThread:
             self._entered.get()
 
     def memory_changed(self) -> None:
-        """Host mappings were changed: a vCPU that stands at a hole tries again."""
+        """Host mappings were changed: a vCPU that waits at a hole tries again."""
         if self.waits:
             self._tokens.put(None)
 
@@ -157,7 +157,7 @@ class VcpuThread:
         except OSError as exc:
             self.failure = exc
         if not self._stopping:
-            self._stand()  # whoever waits for us must get an answer
+            self._pause()  # `wait_paused` must return
 
     def _loop(self) -> None:
         fd, run, mmio = self.vcpu.fd, self.vcpu.run, self.vcpu.run.exit.mmio
@@ -165,7 +165,7 @@ class VcpuThread:
         enter = system.raw_ioctl
         while not self._stopping:
             if self._hold or self.death is not None:
-                self._stand()
+                self._pause()
                 continue
             changes = around.changes
             if enter(fd, abi.RUN, None) < 0:
@@ -197,7 +197,7 @@ class VcpuThread:
             raise OSError(number, os.strerror(number), "KVM_RUN")
 
     def _at_hole(self) -> bool:
-        """An access that came as -EFAULT was to the hole, as far as anybody can tell."""
+        """An access that came as -EFAULT was to the hole, as far as is known."""
         run = self.vcpu.run
         start, end = self._around.hole
         if run.exit_reason == ExitReason.MEMORY_FAULT:
@@ -224,8 +224,8 @@ class VcpuThread:
             self._tokens.get()
         self.waits = False
 
-    def _stand(self) -> None:
-        """Out of the guest, until nobody holds it and it lives."""
+    def _pause(self) -> None:
+        """Out of the guest, until it is not held and lives."""
         through_bql = False
         while (self._hold or self.death is not None or self.failure) and not self._stopping:
             if self._hold and self._answered != self._requests:
@@ -234,7 +234,7 @@ class VcpuThread:
                     # QEMU's vCPU threads take the BQL on their way out, and see `stop` under it
                     self._pass_bql()
                 self._answered = self._requests
-                self._stood.put(None)
+                self._paused.put(None)
             self._tokens.get()
         if self._stopping:
             return

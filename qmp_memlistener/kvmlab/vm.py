@@ -56,7 +56,7 @@ class Kvm(Closing):
         return system.ioctl(self._fd, request, argument)
 
     def capability(self, cap: Cap) -> int:
-        """What KVM_CHECK_EXTENSION returns; 0 for a capability that it does not know."""
+        """What KVM_CHECK_EXTENSION returns; 0 for a capability that it does not have."""
         return self.ioctl(abi.CHECK_EXTENSION, int(cap))
 
     def close(self) -> None:
@@ -109,7 +109,7 @@ class SlotRefused(OperationFailed):
 class LabVm(Closing):
     """A VM on /dev/kvm without devices or interrupts.
 
-    KVM does not tell which slots it has: whoever sets them keeps a table.  Raises OperationFailed
+    KVM does not report which slots it has: the caller keeps a table.  Raises OperationFailed
     when KVM makes no VM.
     """
 

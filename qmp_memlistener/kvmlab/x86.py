@@ -196,7 +196,7 @@ def start(vcpu: Ioctl, rip: int, cr3: int, registers: Mapping[str, int]) -> None
 
 
 def tsc_khz(vcpu: Ioctl) -> int:
-    """Ticks of the guest's TSC a millisecond, as KVM tells (KVM_CAP_GET_TSC_KHZ)."""
+    """Ticks of the guest's TSC a millisecond, as KVM reports it (KVM_CAP_GET_TSC_KHZ)."""
     return vcpu(GET_TSC_KHZ)
 
 

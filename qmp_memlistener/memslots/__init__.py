@@ -1,7 +1,4 @@
-"""PURE: the slot table, QEMU's rules, plans by strategy, and what a plan exposes.
-
-Knows nothing of sockets, clocks or processes.
-"""
+"""PURE: the slot table, QEMU's rules, plans by strategy, and what a plan exposes."""
 
 from .commit import QemuOps, qemu_ops
 from .dirty_log import DISPLAY_RAM, DirtyLog, LogChange, migratable

@@ -143,8 +143,8 @@ class _Plugged:
     """Regions of memory devices whose slot has another flag than that of migratable RAM.
 
     `unlogged` are added without LOG_DIRTY_PAGES although all migratable RAM is logged: pc-dimm and
-    nvdimm map their memory before they register it (`pc_dimm_plug`, hw/mem/pc-dimm.c), which no
-    listener is told; virtio-pmem never registers it; virtio-mem does so first (`realize`).  `due`
+    nvdimm map their memory before they register it (`pc_dimm_plug`, hw/mem/pc-dimm.c), of which no
+    listener learns; virtio-pmem never registers it; virtio-mem does so first (`realize`).  `due`
     are DIMMs that were added so before: the commit after finds them migratable.
 
     All lie in the machine's device memory.  An nvdimm's is non-volatile; the others look alike, and

@@ -54,7 +54,7 @@ class Block:
 def blocks_of(
     as_id: int, table: SlotTable, after: FlatView | None, sections: Sections
 ) -> tuple[dict[BlockKey, Block], list[Slot]]:
-    """The blocks of one address space, and the slots of which nobody knows what backs them."""
+    """The blocks of one address space, and the slots whose backing is unknown."""
     blocks: dict[BlockKey, Block] = {}
     unknown: list[Slot] = []
     for slot in table.slots(as_id):
@@ -93,8 +93,8 @@ def follow_blocks(
 
     The slots that QEMU gave to one block at one place become one, under the lowest id among
     them, that reaches as far as the block is mapped in the table or in any of `views`; where that
-    takes more than `max_holes` holes, one for each mapped range.  Slots of which nobody knows
-    what backs them stay as they are.
+    takes more than `max_holes` holes, one for each mapped range.  Slots whose backing is
+    unknown stay as they are.
     """
     views = list(views)
     log = DirtyLog(table)

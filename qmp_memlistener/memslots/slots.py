@@ -1,7 +1,7 @@
 """A memslot and the table of them: lookups by id, by exact range and by address.
 
-Knows what KVM knows (ids, ranges, flags) and, where it has been told, which RAM block backs a
-slot.  How QEMU fills and changes a table is in `rules`.
+A slot has what KVM has (id, range, flags) and, where that is known, the RAM block that backs it.
+How QEMU fills and changes a table is in `rules`.
 """
 
 from __future__ import annotations
@@ -205,7 +205,7 @@ class SlotTable:
     What is mapped never overlaps within an address space (with `hole` slots, a slot may lie in
     another one's hole).  `retired` remembers, by what it stood for, the last form of each `hole`
     slot that is gone, so that it comes back under its old id; it takes no part in comparisons.
-    `elsewhere` has, by address space, ids in use by slots of which nobody knows where they are.
+    `elsewhere` has, by address space, ids in use by slots whose place is unknown.
 
     `add` and `remove` shift a flat list, so they cost O(log n) and a move of a few bytes for each
     slot behind; the constructor is O(n log n) for all.  Raises InputError for an id used twice
