@@ -5,7 +5,7 @@ from __future__ import annotations
 import rich_click as click
 
 from .common import json_option, print_json, say
-from .lab_options import device_option, exit_code, progress_bar, strategies_option
+from .lab import device_option, exit_code, progress_bar, strategies_option
 
 
 @click.command("replay")

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from .launch import Guest, GuestSpec, launch
 from .pci import HOST_BRIDGE, I440FX, PAM_RAM, PAM_ROM, Q35, HostBridge, PciAddress
-from .pulse import Answer, Pulse, Toggle, TscClock, boot_args, find_image
+from .pulse import Pulse, PulseAnswer, Toggle, TscClock, boot_args, find_image
 from .pulse_memory import (
     CpuState,
     Gap,
-    GapLog,
-    Header,
     Heartbeat,
     High,
+    PulseHeader,
     PulseMemory,
     ToggleLog,
     ToggleWrite,
@@ -32,15 +31,14 @@ __all__ = [
     "find_image",
     "PulseMemory",
     "High",
-    "Header",
+    "PulseHeader",
     "CpuState",
     "Heartbeat",
     "Gap",
-    "GapLog",
     "Toggle",
     "ToggleLog",
     "ToggleWrite",
-    "Answer",
+    "PulseAnswer",
     "TscClock",
     "PciAddress",
     "HostBridge",

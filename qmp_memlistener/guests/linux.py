@@ -23,7 +23,7 @@ from .launch import Guest, GuestSpec, launch, sized_file
 from .qemus import QemuBuild
 from .serial import SerialPort
 
-__all__ = ["Agent", "LinuxGuest", "LinuxImage", "LinuxSpec", "boot_linux"]
+__all__ = ["AgentPort", "LinuxGuest", "LinuxImage", "LinuxSpec", "boot_linux"]
 
 BOOT_TIMEOUT = 90.0
 DEFAULT_LABEL = "6.1"
@@ -134,7 +134,7 @@ class LinuxSpec:
     kernel_args: tuple[str, ...] = ()
 
 
-class Agent(SerialPort):
+class AgentPort(SerialPort):
     """The serial port of the guest's agent, which says `ready` whenever the guest has come up."""
 
     def __init__(self, path: Path) -> None:
@@ -189,7 +189,7 @@ class LinuxGuest:
     image: LinuxImage
     guest: Guest
     page: Path
-    agent: Agent
+    agent: AgentPort
     log_path: Path
 
     async def wait_booted(self, boots: int = 1, timeout: float = BOOT_TIMEOUT) -> None:
@@ -212,7 +212,7 @@ async def boot_linux(
     *,
     timeout: float = BOOT_TIMEOUT,
     wait: bool = True,
-    port: Callable[[Path], Agent] = Agent,
+    port: Callable[[Path], AgentPort] = AgentPort,
 ) -> AsyncIterator[LinuxGuest]:
     """Boot a Linux guest on `build` (default: the installed QEMU); ends it when the block is left.
 

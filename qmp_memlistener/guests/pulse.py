@@ -21,10 +21,10 @@ from ..errors import DeadlineExceeded, OperationFailed
 from . import layout
 from .images import find_built_image
 from .pci import PciAddress
-from .pulse_memory import Header, High, PulseMemory, ToggleLog
+from .pulse_memory import High, PulseHeader, PulseMemory, ToggleLog
 
 __all__ = [
-    "Answer",
+    "PulseAnswer",
     "Pulse",
     "Toggle",
     "TscClock",
@@ -71,8 +71,8 @@ def boot_args(how: Literal["rom", "disk"] = "rom") -> tuple[str, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Answer:
-    """Answer to a command; the stamps enclose its last port write, or all of it if it had none."""
+class PulseAnswer:
+    """To a command; the stamps enclose its last port write, or all of it if it had none."""
 
     result: int
     begin_tsc: int
@@ -143,7 +143,7 @@ class Pulse(PulseMemory):
         super().__init__(ram, writable=True)
         self._lock = asyncio.Lock()
 
-    async def wait_ready(self, cpus: int | None = None, timeout: float = 30.0) -> Header:
+    async def wait_ready(self, cpus: int | None = None, timeout: float = 30.0) -> PulseHeader:
         """Until the guest is up; OperationFailed unless `cpus` (default: all it has) came along.
 
         After a reset the old header stays readable until the guest comes up again: compare `boots`.
@@ -176,7 +176,7 @@ class Pulse(PulseMemory):
         rate = (tsc1 - tsc0) * 1e9 / (ns1 - ns0)
         return TscClock(tsc1, ns1, rate, max(error0, error1))
 
-    async def command(self, code: int, *args: int, timeout: float = 10.0) -> Answer:
+    async def command(self, code: int, *args: int, timeout: float = 10.0) -> PulseAnswer:
         """Send one raw command (`layout.CMD_*`, up to six arguments) and wait for its answer."""
         name = _COMMANDS.get(code, str(code))
         async with self._lock:
@@ -203,7 +203,7 @@ class Pulse(PulseMemory):
                 why = _REFUSALS.get(status, f"status {status}")
                 raise OperationFailed(f"the pulse guest refused {name}: {why}")
             stamps = (at + layout.MB_RESULT, at + layout.MB_BEGIN_TSC, at + layout.MB_END_TSC)
-            return Answer(*map(self._get64, stamps))
+            return PulseAnswer(*map(self._get64, stamps))
 
     async def read_config(self, function: PciAddress, register: int, width: int) -> int:
         """Read a configuration register of 1, 2, 4 or 8 bytes."""
@@ -212,7 +212,7 @@ class Pulse(PulseMemory):
 
     async def write_config(
         self, function: PciAddress, register: int, value: int, width: int
-    ) -> Answer:
+    ) -> PulseAnswer:
         """Write a configuration register; of 8 bytes the upper four go first, as two writes."""
         _check_value(value, width)
         code = layout.CMD_WRITE_CONFIG
@@ -221,7 +221,7 @@ class Pulse(PulseMemory):
     async def port_in(self, port: int, width: int) -> int:
         return (await self.command(layout.CMD_IN, port, width)).result
 
-    async def port_out(self, port: int, value: int, width: int) -> Answer:
+    async def port_out(self, port: int, value: int, width: int) -> PulseAnswer:
         _check_value(value, width)
         return await self.command(layout.CMD_OUT, port, width, value)
 
@@ -234,11 +234,11 @@ class Pulse(PulseMemory):
         _check_value(value, width)
         await self.command(layout.CMD_POKE, address, width, value)
 
-    async def map_bar(self, function: PciAddress, bar: int, address: int) -> Answer:
+    async def map_bar(self, function: PciAddress, bar: int, address: int) -> PulseAnswer:
         """Give a memory BAR (0 to 5) an address and turn memory decoding on."""
         return await self.command(layout.CMD_MAP_BAR, function.bdf, bar, address)
 
-    async def unmap_bar(self, function: PciAddress) -> Answer:
+    async def unmap_bar(self, function: PciAddress) -> PulseAnswer:
         """Turn memory decoding off: all memory BARs of the function vanish."""
         return await self.command(layout.CMD_UNMAP_BAR, function.bdf)
 

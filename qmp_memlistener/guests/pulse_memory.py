@@ -29,8 +29,7 @@ __all__ = [
     "MAGIC",
     "CpuState",
     "Gap",
-    "GapLog",
-    "Header",
+    "PulseHeader",
     "Heartbeat",
     "High",
     "Look",
@@ -62,7 +61,7 @@ class High(IntFlag):
 
 
 @dataclass(frozen=True, slots=True)
-class Header:
+class PulseHeader:
     """The guest as a whole.  `boots` counts its starts since the RAM was fresh."""
 
     version: int
@@ -108,14 +107,6 @@ class Gap:
     end_tsc: int
     ticks: int
     count: int
-
-
-@dataclass(frozen=True, slots=True)
-class GapLog:
-    """The latest gaps above the threshold, oldest first; `lost` older ones were overwritten."""
-
-    gaps: tuple[Gap, ...]
-    lost: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,7 +172,7 @@ class PulseMemory:
         if fd >= 0:
             os.close(fd)
 
-    def header(self) -> Header | None:
+    def header(self) -> PulseHeader | None:
         """None while no pulse guest has come up in this RAM."""
         at = layout.HEADER
         if self._read(at, 8) != MAGIC:
@@ -190,7 +181,7 @@ class PulseMemory:
         ready = self._get32(at + layout.H_STATE) == layout.STATE_READY
         found = _HEADER.unpack(self._read(at, _HEADER.size))
         version, _, expected, live, boots, booted_by, entry, ready_tsc = found
-        return Header(
+        return PulseHeader(
             version=version,
             ready=ready,
             expected_cpus=expected,
@@ -214,15 +205,12 @@ class PulseMemory:
             if self.cpu_state(cpu) == state:
                 return beat
 
-    def gaps(self, cpu: int = 0) -> GapLog:
+    def gaps(self, cpu: int = 0) -> Look:
         """The gaps above the threshold since the last reset that the ring still has."""
         while True:
-            state = self.cpu_state(cpu)
-            block = self._block(cpu, state)
-            total = self._get64(block + layout.HB_GAPS)
-            kept = self._entries(block, 0, total)
-            if self.cpu_state(cpu) == state:
-                return GapLog(kept, total - len(kept))
+            found = self.look(cpu)
+            if found is not None:
+                return found
 
     def look(self, cpu: int, first: int = 0) -> Look | None:
         """The heartbeat and the gaps from number `first` (from 0) on.

@@ -32,7 +32,7 @@ __all__ = [
     "SET_USER_MEMORY_REGION",
     "Cap",
     "DirtyGfn",
-    "DirtyLog",
+    "GetDirtyLog",
     "EnableCap",
     "ExitReason",
     "GfnArray",
@@ -140,7 +140,7 @@ class MemoryRegion(ctypes.Structure):
     )
 
 
-class DirtyLog(ctypes.Structure):
+class GetDirtyLog(ctypes.Structure):
     """`struct kvm_dirty_log`: where the bitmap of a slot is to be written."""
 
     _fields_ = (("slot", c_uint32), ("padding1", c_uint32), ("dirty_bitmap", c_uint64))
@@ -232,7 +232,7 @@ CREATE_VM = io(0x01)
 CHECK_EXTENSION = io(0x03)
 GET_VCPU_MMAP_SIZE = io(0x04)
 CREATE_VCPU = io(0x41)
-GET_DIRTY_LOG = iow(0x42, DirtyLog)
+GET_DIRTY_LOG = iow(0x42, GetDirtyLog)
 SET_USER_MEMORY_REGION = iow(0x46, MemoryRegion)
 RUN = io(0x80)
 ENABLE_CAP = iow(0xA3, EnableCap)

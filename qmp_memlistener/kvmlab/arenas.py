@@ -17,7 +17,7 @@ from ..memslots import READONLY, Op, OpKind, Plan, Slot, SlotTable
 from ..memslots.intervals import Range, complement, subtract
 from .memory import BlockName
 
-__all__ = ["Arena", "Piece", "Step", "arenas_of", "shown", "slots_by_arena", "steps_of"]
+__all__ = ["Arena", "Piece", "HoleStep", "arenas_of", "shown", "slots_by_arena", "steps_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class Piece:
 
 
 @dataclass(frozen=True, slots=True)
-class Step:
+class HoleStep:
     """What the guest is to see as one change: pieces that change, slots that are there after it.
 
     `ops` are the indices of the plan's operations in it.
@@ -79,14 +79,14 @@ class Step:
     ops: tuple[int, ...]
 
 
-def steps_of(plan: Plan) -> list[Step]:
+def steps_of(plan: Plan) -> list[HoleStep]:
     """The steps of a `hole` plan, in order.  A slot that comes has its holes from the start.
 
     Where one slot gives way to
     another in the same step there is one piece, so that nothing is missing in between.
     """
     now: dict[tuple[int, int], Slot] = {(s.as_id, s.slot): s for s in plan.before}
-    out: list[Step] = []
+    out: list[HoleStep] = []
     for step in plan.steps:
         leaving: list[tuple[int, Range]] = []
         coming: list[tuple[Slot, Range]] = []
@@ -101,7 +101,7 @@ def steps_of(plan: Plan) -> list[Step]:
                 new.add((op.as_id, op.slot))
             if op.op is not OpKind.SET_HOLE or (op.as_id, op.slot) not in new:
                 _apply(op, now, plan.after, leaving, coming)
-        out.append(Step(_pieces(leaving, coming), tuple(now.values()), tuple(indices)))
+        out.append(HoleStep(_pieces(leaving, coming), tuple(now.values()), tuple(indices)))
     return out
 
 

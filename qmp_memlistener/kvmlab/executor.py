@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 
 from ..errors import OperationFailed
 from ..memslots import Missing, Op, OpKind, Plan, Slot, SlotTable
-from .arenas import Arena, Step, steps_of
+from .arenas import Arena, HoleStep, steps_of
 from .dirty_logs import FetchedLog, Log, ring_log
 from .machine import Machine
 from .memory import HostMemories, hva_of
@@ -155,7 +155,7 @@ class Executor:
         return done
 
     def _change(self, arenas: RealSlots, plan: Plan, done: ExecutionResult) -> None:
-        """Step by step: of a step with several operations the guest sees one change."""
+        """HoleStep by step: of a step with several operations the guest sees one change."""
         steps = steps_of(plan)
         done.begin_ns = time.monotonic_ns()
         for step in steps:
@@ -164,7 +164,7 @@ class Executor:
                 done.results |= dict.fromkeys(step.ops, result)
         done.end_ns = time.monotonic_ns()
 
-    def _take(self, arenas: RealSlots, step: Step, done: ExecutionResult) -> int:
+    def _take(self, arenas: RealSlots, step: HoleStep, done: ExecutionResult) -> int:
         since = time.monotonic_ns()
         result = 0
         try:

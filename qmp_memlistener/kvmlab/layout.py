@@ -7,8 +7,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from msgspec.structs import replace
+
 from ..errors import InputError
-from ..memslots import LOG_DIRTY_PAGES, Rules, Slot, SlotTable, slot_table
+from ..memslots import LOG_DIRTY_PAGES, Rules, SlotTable, slot_table
 from ..topology import FlatRange, FlatView, Kind
 from .memory import PAGE
 
@@ -111,13 +113,7 @@ class Layout:
         table = slot_table(view, rules)
         if not self.logged:
             return table
-        return SlotTable(
-            Slot(
-                *(s.as_id, s.slot, s.gpa, s.size, s.flags | LOG_DIRTY_PAGES),
-                *(s.block, s.owner, s.offset),
-            )
-            for s in table
-        )
+        return SlotTable(replace(s, flags=s.flags | LOG_DIRTY_PAGES) for s in table)
 
     # -- where the guest works ---------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from ..memslots import (
     OpKind,
     Order,
     Plan,
+    PlanStrategy,
     Rules,
     Slot,
     SlotTable,
@@ -28,7 +29,6 @@ from ..memslots import (
     plan,
     slot_table,
 )
-from ..memslots import Strategy as PlanStrategy
 from ..memslots.intervals import join
 from ..memslots.ops import BATCH_BEGIN, BATCH_COMMIT, PARK, UNPARK
 from ..topology import FlatRange, FlatView

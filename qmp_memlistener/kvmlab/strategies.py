@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 
 from ..errors import InputError
-from ..memslots import Order
-from ..memslots import Strategy as PlanStrategy
+from ..memslots import Order, PlanStrategy
 from ..text import quoted
 from . import userfault
 from .abi import Cap

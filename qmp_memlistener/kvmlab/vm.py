@@ -167,7 +167,7 @@ class LabVm(Closing):
         """
         words = (size // 4096 + 63) // 64
         bitmap = (ctypes.c_uint64 * words)()
-        log = abi.DirtyLog(slot, 0, ctypes.addressof(bitmap))
+        log = abi.GetDirtyLog(slot, 0, ctypes.addressof(bitmap))
         if system.raw_ioctl(self._fd, abi.GET_DIRTY_LOG, ctypes.addressof(log)) < 0:
             raise SlotRefused(f"the dirty log of slot {slot}", ctypes.get_errno())
         return bytes(bitmap)

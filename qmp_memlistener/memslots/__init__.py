@@ -5,7 +5,7 @@ from .dirty_log import DISPLAY_RAM, DirtyLog, LogChange, migratable
 from .exposure import DirtyBytes, Exposure, Missing, Step, expose
 from .hole import DEFAULT_MAX_HOLES, follow_blocks
 from .ops import Op, OpKind, TracedOp
-from .planning import Plan, Strategy, plan, plan_all
+from .planning import Plan, PlanStrategy, plan, plan_all
 from .rules import ADDRESS_SPACES, Order, Rules, name_backing, slot_table, views_by_as
 from .slots import GUEST_MEMFD, LOG_DIRTY_PAGES, READONLY, Slot, SlotTable, bitmap_bytes
 
@@ -30,7 +30,7 @@ __all__ = [
     "Slot",
     "SlotTable",
     "Step",
-    "Strategy",
+    "PlanStrategy",
     "TracedOp",
     "bitmap_bytes",
     "expose",

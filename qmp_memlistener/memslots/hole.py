@@ -38,7 +38,7 @@ from .intervals import Range, cut, cutting, put, subtract
 from .ops import BATCH_BEGIN, BATCH_COMMIT, Op, OpKind
 from .rules import Sections
 from .slots import LOG_DIRTY_PAGES, Slot, SlotTable
-from .strategies import Change, Outcome
+from .strategies import PlanTask, StrategyOps
 
 __all__ = ["DEFAULT_MAX_HOLES", "follow_blocks", "hole"]
 
@@ -47,7 +47,7 @@ DEFAULT_MAX_HOLES = 64
 the Hyper-V overlay pages of two dozen vCPUs, in 1 KiB a slot."""
 
 
-def hole(change: Change, max_holes: int | None = DEFAULT_MAX_HOLES) -> Outcome:
+def hole(change: PlanTask, max_holes: int | None = DEFAULT_MAX_HOLES) -> StrategyOps:
     """Holes for the transition; see the module's text for what is decided how.
 
     A table in which no slot follows its block yet is first taken as if they always had
@@ -71,7 +71,7 @@ def hole(change: Change, max_holes: int | None = DEFAULT_MAX_HOLES) -> Outcome:
         blocks += here
         slots += unknown
         slots += [s for b in here for s in (*b.kept, *b.added)]
-    return Outcome(
+    return StrategyOps(
         work.ops(),
         table,
         SlotTable(slots, retired=retire(table, blocks), elsewhere=table.elsewhere),

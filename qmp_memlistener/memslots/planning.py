@@ -14,14 +14,14 @@ from .hole import DEFAULT_MAX_HOLES, hole
 from .ops import Op
 from .rules import Rules, name_backing, slot_table, views_by_as
 from .slots import MOST_PAGES, SlotTable
-from .strategies import Change, batch_full, batch_incremental, pause, qemu
+from .strategies import PlanTask, batch_full, batch_incremental, pause, qemu
 
-__all__ = ["Plan", "Strategy", "plan", "plan_all"]
+__all__ = ["Plan", "PlanStrategy", "plan", "plan_all"]
 
 Views = FlatView | Iterable[FlatView] | Mapping[int, FlatView]
 
 
-class Strategy(StrEnum):
+class PlanStrategy(StrEnum):
     """The ways to carry out a transition."""
 
     QEMU = "qemu"
@@ -41,7 +41,7 @@ class Plan:
     `inhibited`.  The ranges that miss between QEMU's ioctls are reported all the same.
     """
 
-    strategy: Strategy
+    strategy: PlanStrategy
     rules: Rules
     ops: tuple[Op, ...]
     before: SlotTable
@@ -80,7 +80,7 @@ class Plan:
 def plan(
     before: Views,
     after: Views,
-    strategy: Strategy | str = Strategy.QEMU,
+    strategy: PlanStrategy | str = PlanStrategy.QEMU,
     *,
     table: SlotTable | None = None,
     rules: Rules | None = None,
@@ -99,7 +99,7 @@ def plan(
     slot may have, ValueError for no strategy.
     """
     change = _change(before, after, table, rules or Rules(), log)
-    return _carry_out(change, Strategy(strategy), hand_back, max_holes)
+    return _carry_out(change, PlanStrategy(strategy), hand_back, max_holes)
 
 
 def plan_all(
@@ -112,14 +112,14 @@ def plan_all(
     hand_back: bool = False,
     max_holes: int | None = DEFAULT_MAX_HOLES,
 ) -> tuple[Plan, ...]:
-    """One plan for each strategy, in the order of `Strategy`; arguments as for `plan`."""
+    """One plan for each strategy, in the order of `PlanStrategy`; arguments as for `plan`."""
     change = _change(before, after, table, rules or Rules(), log)
-    return tuple(_carry_out(change, strategy, hand_back, max_holes) for strategy in Strategy)
+    return tuple(_carry_out(change, strategy, hand_back, max_holes) for strategy in PlanStrategy)
 
 
 def _change(
     before: Views, after: Views, table: SlotTable | None, rules: Rules, log: LogChange | None
-) -> Change:
+) -> PlanTask:
     old, new = views_by_as(before), views_by_as(after)
     if table is None:
         mine = slot_table(old, rules)
@@ -135,11 +135,13 @@ def _change(
                 "QEMU aborts",
                 remedy="no guest has it: give memory of that size as several DIMMs",
             )
-    return Change(old, new, mine, rules, log)
+    return PlanTask(old, new, mine, rules, log)
 
 
-def _carry_out(change: Change, strategy: Strategy, hand_back: bool, max_holes: int | None) -> Plan:
-    done = hole(change, max_holes) if strategy is Strategy.HOLE else _OTHERS[strategy](change)
+def _carry_out(
+    change: PlanTask, strategy: PlanStrategy, hand_back: bool, max_holes: int | None
+) -> Plan:
+    done = hole(change, max_holes) if strategy is PlanStrategy.HOLE else _OTHERS[strategy](change)
     return Plan(
         strategy,
         change.rules,
@@ -154,8 +156,8 @@ def _carry_out(change: Change, strategy: Strategy, hand_back: bool, max_holes: i
 
 
 _OTHERS = {
-    Strategy.QEMU: qemu,
-    Strategy.PAUSE: pause,
-    Strategy.BATCH_INCREMENTAL: batch_incremental,
-    Strategy.BATCH_FULL: batch_full,
+    PlanStrategy.QEMU: qemu,
+    PlanStrategy.PAUSE: pause,
+    PlanStrategy.BATCH_INCREMENTAL: batch_incremental,
+    PlanStrategy.BATCH_FULL: batch_full,
 }

@@ -1,4 +1,4 @@
-"""The ways to carry out a transition: each turns one `Change` into ops and the table they leave.
+"""The ways to carry out a transition: each turns one `PlanTask` into ops and the table they leave.
 
 `hole` has a module of its own.
 """
@@ -16,11 +16,11 @@ from .ops import BATCH_BEGIN, BATCH_COMMIT, PARK, UNPARK, Op, OpKind
 from .rules import Rules
 from .slots import SlotTable
 
-__all__ = ["Change", "Outcome", "batch_full", "batch_incremental", "pause", "qemu"]
+__all__ = ["PlanTask", "StrategyOps", "batch_full", "batch_incremental", "pause", "qemu"]
 
 
 @dataclass(frozen=True)
-class Change:
+class PlanTask:
     """A transition: the views by address-space id, the table before, and what logs start or stop.
 
     `table` knows what backs its slots.
@@ -44,7 +44,7 @@ class Change:
 
 
 @dataclass(frozen=True, slots=True)
-class Outcome:
+class StrategyOps:
     """A strategy's answer.
 
     `before` is the table its ops start from (the strategy's own form of the table it was given).
@@ -59,22 +59,22 @@ class Outcome:
     notes: tuple[str, ...] = ()
 
 
-def qemu(change: Change) -> Outcome:
+def qemu(change: PlanTask) -> StrategyOps:
     """QEMU's own ioctls; every vCPU is kicked only where QEMU inhibits ioctls."""
     done = change.qemu
-    return Outcome(done.ops, change.table, done.after, bool(done.inhibited), done.inhibited)
+    return StrategyOps(done.ops, change.table, done.after, bool(done.inhibited), done.inhibited)
 
 
-def pause(change: Change) -> Outcome:
+def pause(change: PlanTask) -> StrategyOps:
     """QEMU's own ioctls between park and unpark; nothing at all when there are none."""
     done = change.qemu
     if not done.ops:
-        return Outcome((), change.table, done.after, False)
+        return StrategyOps((), change.table, done.after, False)
     ops = (PARK, *done.ops, UNPARK)
-    return Outcome(ops, change.table, done.after, True, done.inhibited)
+    return StrategyOps(ops, change.table, done.after, True, done.inhibited)
 
 
-def batch_incremental(change: Change) -> Outcome:
+def batch_incremental(change: PlanTask) -> StrategyOps:
     """QEMU's own ioctls as one that the kernel applies in one go, with all vCPUs kicked out.
 
     No kernel has it: KVM_SET_USER_MEMORY_REGION_LIST stayed an RFC.
@@ -82,7 +82,7 @@ def batch_incremental(change: Change) -> Outcome:
     return _batch(change, change.qemu.ops)
 
 
-def batch_full(change: Change) -> Outcome:
+def batch_full(change: PlanTask) -> StrategyOps:
     """The same with the whole new map: the kernel drops every slot and starts again.
 
     Nothing when QEMU has nothing to do.
@@ -94,8 +94,8 @@ def batch_full(change: Change) -> Outcome:
     return _batch(change, tuple(ops))
 
 
-def _batch(change: Change, ops: tuple[Op, ...]) -> Outcome:
+def _batch(change: PlanTask, ops: tuple[Op, ...]) -> StrategyOps:
     after = change.qemu.after
     if not ops:
-        return Outcome((), change.table, after, False)
-    return Outcome((BATCH_BEGIN, *ops, BATCH_COMMIT), change.table, after, True)
+        return StrategyOps((), change.table, after, False)
+    return StrategyOps((BATCH_BEGIN, *ops, BATCH_COMMIT), change.table, after, True)

@@ -24,8 +24,17 @@ from contextlib import AbstractAsyncContextManager
 
 from ..errors import GuestMigrating, MemListenerError, OperationFailed
 from ..listener import MemoryListener
-from ..memslots import DEFAULT_MAX_HOLES, LogChange, Op, OpKind, Plan, Rules, SlotTable, plan
-from ..memslots import Strategy as PlanStrategy
+from ..memslots import (
+    DEFAULT_MAX_HOLES,
+    LogChange,
+    Op,
+    OpKind,
+    Plan,
+    PlanStrategy,
+    Rules,
+    SlotTable,
+    plan,
+)
 from ..records import LabMirror, MirrorDifference, MirrorRecord, MirrorTimes, SlotOp
 from ..topology import FlatRange, FlatView, MemoryMap, Transition
 from ..tracking.live_slots import UNKNOWN_BLOCK

@@ -18,7 +18,7 @@ COMPILER = next((c for c in ("cc", "gcc", "clang") if shutil.which(c)), None)
 
 STRUCTS: dict[str, type[ctypes.Structure]] = {
     "kvm_userspace_memory_region": abi.MemoryRegion,
-    "kvm_dirty_log": abi.DirtyLog,
+    "kvm_dirty_log": abi.GetDirtyLog,
     "kvm_enable_cap": abi.EnableCap,
     "kvm_dirty_gfn": abi.DirtyGfn,
     "kvm_memory_attributes": abi.MemoryAttributes,

@@ -16,9 +16,9 @@ import pytest
 from qmp_memlistener.memslots import (
     ADDRESS_SPACES,
     LogChange,
+    PlanStrategy,
     Rules,
     SlotTable,
-    Strategy,
     TracedOp,
     plan,
     plan_all,
@@ -113,7 +113,7 @@ def test_planned_operations_equal_the_traced_ones(path: Path) -> None:
         planned = plan(
             views(step["mtree_before"]),
             views(step["mtree_after"]),
-            Strategy.QEMU,
+            PlanStrategy.QEMU,
             table=table_of(step),
             rules=rules,
             log=log_change(path, step),
@@ -161,6 +161,6 @@ def test_every_strategy_ends_in_the_same_reachable_memory(path: Path) -> None:
         reachable = fold(table_of(step), traced(step)).mapped(0)
         for p in plans:
             assert p.after.mapped(0) == reachable, (step["name"], p.strategy)
-            if p.strategy is not Strategy.QEMU:
+            if p.strategy is not PlanStrategy.QEMU:
                 assert p.missing == (), (step["name"], p.strategy)
                 assert p.atomic

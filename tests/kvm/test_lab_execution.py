@@ -16,9 +16,9 @@ from qmp_memlistener.kvmlab.programs import DATA
 from qmp_memlistener.kvmlab.strategies import HoleKind
 from qmp_memlistener.memslots import (
     Plan,
+    PlanStrategy,
     Rules,
     SlotTable,
-    Strategy,
     follow_blocks,
     plan,
     slot_table,
@@ -96,9 +96,9 @@ def holes(kind: HoleKind) -> Callable[[Rig, list[SlotTable]], Executor]:
     )
 
 
-def chain(views: list[FlatView], strategy: Strategy) -> list[Plan]:
+def chain(views: list[FlatView], strategy: PlanStrategy) -> list[Plan]:
     table = slot_table(views[0], RULES)
-    if strategy is Strategy.HOLE:
+    if strategy is PlanStrategy.HOLE:
         table = follow_blocks(table, [{0: v} for v in views], RULES, None)
     out: list[Plan] = []
     for before, after in itertools.pairwise(views):
@@ -111,17 +111,17 @@ def chain(views: list[FlatView], strategy: Strategy) -> list[Plan]:
 @pytest.mark.parametrize(
     ("strategy", "make"),
     [
-        pytest.param(Strategy.QEMU, slots, id="qemu"),
-        pytest.param(Strategy.PAUSE, slots, id="pause"),
-        pytest.param(Strategy.BATCH_INCREMENTAL, slots, id="batch"),
-        pytest.param(Strategy.BATCH_FULL, slots, id="batch-full"),
-        pytest.param(Strategy.HOLE, holes(HoleKind.MPROTECT), id="hole"),
-        pytest.param(Strategy.HOLE, holes(HoleKind.MUNMAP), id="hole-munmap"),
-        pytest.param(Strategy.HOLE, holes(HoleKind.USERFAULT), id="hole-userfault"),
+        pytest.param(PlanStrategy.QEMU, slots, id="qemu"),
+        pytest.param(PlanStrategy.PAUSE, slots, id="pause"),
+        pytest.param(PlanStrategy.BATCH_INCREMENTAL, slots, id="batch"),
+        pytest.param(PlanStrategy.BATCH_FULL, slots, id="batch-full"),
+        pytest.param(PlanStrategy.HOLE, holes(HoleKind.MPROTECT), id="hole"),
+        pytest.param(PlanStrategy.HOLE, holes(HoleKind.MUNMAP), id="hole-munmap"),
+        pytest.param(PlanStrategy.HOLE, holes(HoleKind.USERFAULT), id="hole-userfault"),
     ],
 )
 def test_every_map_is_what_the_guest_finds(
-    kvm: Kvm, seed: int, strategy: Strategy, make: Callable[[Rig, list[SlotTable]], Executor]
+    kvm: Kvm, seed: int, strategy: PlanStrategy, make: Callable[[Rig, list[SlotTable]], Executor]
 ) -> None:
     dice = random.Random(seed)
     views = [random_view(dice) for _ in range(30)]
@@ -147,7 +147,7 @@ def test_a_plan_for_other_slots_is_refused(kvm: Kvm) -> None:
 
     dice = random.Random(3)
     views = [random_view(dice) for _ in range(3)]
-    plans = chain(views, Strategy.QEMU)
+    plans = chain(views, PlanStrategy.QEMU)
     rig = Rig(kvm)
     try:
         executor = Executor(rig.machine, rig.memory)

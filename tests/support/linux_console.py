@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from qmp_memlistener.errors import DeadlineExceeded, OperationFailed, TargetLost
-from qmp_memlistener.guests.linux import Agent
+from qmp_memlistener.guests.linux import AgentPort
 
 __all__ = ["Console", "Outcome"]
 
@@ -31,7 +31,7 @@ class Outcome(NamedTuple):
     text: str
 
 
-class Console(Agent):
+class Console(AgentPort):
     """The agent's serial port, listening at `path`; a context manager.
 
     One command at a time, whoever calls.

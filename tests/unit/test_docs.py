@@ -12,7 +12,7 @@ import pytest
 
 from qmp_memlistener.cli.main import cli
 from qmp_memlistener.kvmlab.strategies import STRATEGIES
-from qmp_memlistener.memslots import Strategy as PlanStrategy
+from qmp_memlistener.memslots import PlanStrategy
 from qmp_memlistener.probes import StallKind
 from qmp_memlistener.probes.registry import PROBES
 from qmp_memlistener.reports.lengths import kind_text

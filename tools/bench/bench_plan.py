@@ -11,7 +11,7 @@ import random
 from collections.abc import Callable
 from functools import partial
 
-from qmp_memlistener.memslots import Slot, SlotTable, Strategy, plan, slot_table
+from qmp_memlistener.memslots import PlanStrategy, Slot, SlotTable, plan, slot_table
 from tools.bench.growth import Figure, interleaved, print_growths, print_table, sizes
 from tools.bench.synthetic import holed_view
 
@@ -36,12 +36,12 @@ def _plans(quick: bool) -> list[Figure]:
         for n in sizes(quick):
             before, after = holed_view(n), holed_view(n, move_every)
             table = slot_table(before)
-            for strategy in Strategy:
+            for strategy in PlanStrategy:
                 cases[f"{strategy} {n}"] = partial(plan, before, after, strategy, table=table)
         results = interleaved(cases, runs)
         tables = {
             str(strategy): {n: results[f"{strategy} {n}"] for n in sizes(quick)}
-            for strategy in Strategy
+            for strategy in PlanStrategy
         }
         print_growths(f"plan: {what}, n ranges", tables, at=AT, wanted="<= 100 at 10,000")
         for name, by_size in tables.items():

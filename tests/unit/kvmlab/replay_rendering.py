@@ -19,10 +19,10 @@ from qmp_memlistener.memslots import (
     OpKind,
     Order,
     Plan,
+    PlanStrategy,
     Rules,
     Slot,
     SlotTable,
-    Strategy,
     plan,
     plan_all,
 )
@@ -66,7 +66,7 @@ def history(maps: Iterable[FlatView], logs: Iterable[bool | None], order: Order)
     rules = Rules(order)
     for new, migration in zip(maps, logs, strict=True):
         log = LogChange(migration=migration) if migration is not None else None
-        done = plan(old, new, Strategy.QEMU, table=table, rules=rules, log=log)
+        done = plan(old, new, PlanStrategy.QEMU, table=table, rules=rules, log=log)
         if done.ops:
             hvas = [
                 hva_of(slot)
@@ -120,7 +120,7 @@ def ops_of(found: ReplayInput) -> list[Op]:
 def planned(found: ReplayInput, t: ReplayTransition) -> Plan:
     """QEMU's plan for a transition, as the lab makes it."""
     return plan(
-        t.view_before, t.view_after, Strategy.QEMU, table=t.before, rules=found.rules, log=t.log
+        t.view_before, t.view_after, PlanStrategy.QEMU, table=t.before, rules=found.rules, log=t.log
     )
 
 
@@ -139,7 +139,7 @@ def check(found: ReplayInput) -> None:
         ):
             for as_id, ranges in reachable.items():
                 assert done.after.mapped(as_id) == ranges, (t.seq, done.strategy)
-            if done.strategy is not Strategy.QEMU:
+            if done.strategy is not PlanStrategy.QEMU:
                 assert done.atomic, (t.seq, done.strategy)
     sizes = {block.name: block.size for block in found.blocks}
     assert len(sizes) == len(found.blocks)

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from qmp_memlistener.kvmlab.arenas import Arena, Piece, arenas_of, shown, slots_by_arena, steps_of
 from qmp_memlistener.memslots import (
     Plan,
+    PlanStrategy,
     Slot,
     SlotTable,
-    Strategy,
     follow_blocks,
     plan,
     slot_table,
@@ -32,7 +32,7 @@ def plans_of(maps: list[FlatView]) -> list[Plan]:
     table = follow_blocks(slot_table(maps[0], rules), [{0: m} for m in maps], rules, None)
     out: list[Plan] = []
     for before, after in itertools.pairwise(maps):
-        out.append(plan(before, after, Strategy.HOLE, table=table, max_holes=None))
+        out.append(plan(before, after, PlanStrategy.HOLE, table=table, max_holes=None))
         table = out[-1].after
     return out
 

@@ -13,10 +13,10 @@ from qmp_memlistener.memslots import (
     Op,
     OpKind,
     Order,
+    PlanStrategy,
     Rules,
     Slot,
     SlotTable,
-    Strategy,
     expose,
     plan,
     plan_all,
@@ -103,26 +103,31 @@ class TestBitmaps:
     """64 MiB logged: 16384 pages, 2048 bytes of bitmap."""
 
     @staticmethod
-    def dirty(strategy: Strategy, *, hand_back: bool = False) -> DirtyBytes:
+    def dirty(strategy: PlanStrategy, *, hand_back: bool = False) -> DirtyBytes:
         done = plan(BEFORE, PUNCHED, strategy, table=LOGGED, hand_back=hand_back)
         assert all(s.flags == 1 for s in done.after)
         return done.dirty
 
     @pytest.mark.parametrize(
         "strategy",
-        [Strategy.QEMU, Strategy.PAUSE, Strategy.BATCH_INCREMENTAL, Strategy.BATCH_FULL],
+        [
+            PlanStrategy.QEMU,
+            PlanStrategy.PAUSE,
+            PlanStrategy.BATCH_INCREMENTAL,
+            PlanStrategy.BATCH_FULL,
+        ],
     )
-    def test_slots_made_anew_lose_theirs(self, strategy: Strategy) -> None:
+    def test_slots_made_anew_lose_theirs(self, strategy: PlanStrategy) -> None:
         # 256 pages: 32 bytes; 16127 pages: 252 words
         assert self.dirty(strategy) == DirtyBytes(dropped=2048, reallocated=32 + 2016)
 
-    @pytest.mark.parametrize("strategy", [Strategy.BATCH_INCREMENTAL, Strategy.BATCH_FULL])
-    def test_a_batch_may_hand_them_back(self, strategy: Strategy) -> None:
+    @pytest.mark.parametrize("strategy", [PlanStrategy.BATCH_INCREMENTAL, PlanStrategy.BATCH_FULL])
+    def test_a_batch_may_hand_them_back(self, strategy: PlanStrategy) -> None:
         found = self.dirty(strategy, hand_back=True)
         assert found == DirtyBytes(reallocated=2048, handed_back=2048)
 
     def test_a_hole_costs_its_own_bits(self) -> None:
-        assert self.dirty(Strategy.HOLE) == DirtyBytes(kept=2047, dropped=1)
+        assert self.dirty(PlanStrategy.HOLE) == DirtyBytes(kept=2047, dropped=1)
 
     def test_only_a_full_batch_drops_those_of_others(self) -> None:
         other = ram(1 << 32, 64 * MIB, "dimm", 0)
@@ -130,11 +135,11 @@ class TestBitmaps:
         table = SlotTable([*LOGGED, Slot(0, 1, 1 << 32, 64 * MIB, 1)])
         kept = {p.strategy: p.dirty.kept for p in plan_all(before, after, table=table)}
         assert kept == {
-            Strategy.QEMU: 2048,
-            Strategy.PAUSE: 2048,
-            Strategy.BATCH_INCREMENTAL: 2048,
-            Strategy.BATCH_FULL: 0,
-            Strategy.HOLE: 2047 + 2048,
+            PlanStrategy.QEMU: 2048,
+            PlanStrategy.PAUSE: 2048,
+            PlanStrategy.BATCH_INCREMENTAL: 2048,
+            PlanStrategy.BATCH_FULL: 0,
+            PlanStrategy.HOLE: 2047 + 2048,
         }
 
     def test_log_start_allocates_and_log_stop_drops(self) -> None:
@@ -195,7 +200,7 @@ def test_document_follows_the_contract() -> None:
     text = json.dumps(plan_document(plan_all(BEFORE, PUNCHED, table=LOGGED)))
     document = json.loads(text)
     assert document["schema"] == 1
-    assert [p["strategy"] for p in document["plans"]] == [s.value for s in Strategy]
+    assert [p["strategy"] for p in document["plans"]] == [s.value for s in PlanStrategy]
     qemu, _pause, _incremental, _full, hole = document["plans"]
     assert qemu["ops"] == [
         {"op": "delete", "as_id": 0, "slot": 0, "gpa": 0, "size": 64 * MIB, "flags": 0},

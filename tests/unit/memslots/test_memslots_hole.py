@@ -5,10 +5,10 @@ from __future__ import annotations
 from qmp_memlistener.memslots import (
     LogChange,
     Plan,
+    PlanStrategy,
     Rules,
     Slot,
     SlotTable,
-    Strategy,
     follow_blocks,
     plan,
     slot_table,
@@ -26,7 +26,7 @@ def hole(
     max_holes: int | None = 64,
     log: LogChange | None = None,
 ) -> Plan:
-    return plan(before, after, Strategy.HOLE, table=table, max_holes=max_holes, log=log)
+    return plan(before, after, PlanStrategy.HOLE, table=table, max_holes=max_holes, log=log)
 
 
 def ops(done: Plan) -> list[tuple[str, int, int, int]]:

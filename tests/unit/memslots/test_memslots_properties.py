@@ -16,9 +16,9 @@ from qmp_memlistener.memslots import (
     OpKind,
     Order,
     Plan,
+    PlanStrategy,
     Rules,
     SlotTable,
-    Strategy,
     plan,
     plan_all,
     slot_table,
@@ -59,7 +59,7 @@ def test_nothing_is_exposed_but_by_qemu(
     before: FlatView, after: FlatView, rules: Rules, limit: int | None
 ) -> None:
     for done in plan_all(before, after, rules=rules, max_holes=limit):
-        if done.strategy is not Strategy.QEMU:
+        if done.strategy is not PlanStrategy.QEMU:
             assert done.missing == ()
             assert done.atomic
             assert observed_gaps(Vm(done.before).reach(), run(done)) == {}
@@ -95,11 +95,11 @@ def test_what_qemu_exposes_is_found_to_the_page(
 @settings(max_examples=300, deadline=None)
 @given(views(), views(), RULES, LIMITS)
 def test_there_and_back(before: FlatView, after: FlatView, rules: Rules, limit: int | None) -> None:
-    for strategy in Strategy:
+    for strategy in PlanStrategy:
         there = plan(before, after, strategy, rules=rules, max_holes=limit)
         back = plan(after, before, strategy, table=there.after, rules=rules, max_holes=limit)
         assert final_reach(back) == content_of(before)
-        if strategy is Strategy.HOLE:
+        if strategy is PlanStrategy.HOLE:
             assert back.before == there.after
             assert back.after == there.before, "the very table"
 
@@ -109,7 +109,7 @@ def test_there_and_back(before: FlatView, after: FlatView, rules: Rules, limit: 
 def test_hole_follows_a_guest_for_long(history: list[FlatView], limit: int | None) -> None:
     table: SlotTable | None = None
     for before, after in pairwise(history):
-        done = plan(before, after, Strategy.HOLE, table=table, max_holes=limit)
+        done = plan(before, after, PlanStrategy.HOLE, table=table, max_holes=limit)
         assert final_reach(done) == content_of(after)
         assert observed_gaps(Vm(done.before).reach(), run(done)) == {}
         table = done.after
@@ -124,7 +124,7 @@ def test_hole_keeps_ids_and_dirty_bits(
     for slot in list(table):  # a migration runs, so that every slot has a bitmap
         table.remove(slot.as_id, slot.slot)
         table.add(msgspec.structs.replace(slot, flags=slot.flags | LOG_DIRTY_PAGES))
-    done = plan(before, after, Strategy.HOLE, table=table, log=log, max_holes=None)
+    done = plan(before, after, PlanStrategy.HOLE, table=table, log=log, max_holes=None)
     vm = Vm(done.before)
     for live in vm.slots.values():
         live.dirty = set(live.mapped) if live.flags & LOG_DIRTY_PAGES else set()
@@ -157,7 +157,7 @@ def test_flags_after_a_plan_are_those_of_the_regions(
     log = DirtyLog(table, change)
     kinds = {r.name: r.region_kind for v in (before, after) for r in v}
     shown = {r.name: r for v in (before, after) for r in v}
-    for strategy in Strategy:
+    for strategy in PlanStrategy:
         done = plan(before, after, strategy, table=table, rules=rules, log=change)
         for slot in done.after:
             assert slot.block is not None
@@ -168,7 +168,7 @@ def test_flags_after_a_plan_are_those_of_the_regions(
 @settings(max_examples=200, deadline=None)
 @given(views(), views(), RULES)
 def test_tracing_a_plan_gives_its_table(before: FlatView, after: FlatView, rules: Rules) -> None:
-    for strategy in (Strategy.QEMU, Strategy.PAUSE, Strategy.BATCH_FULL):
+    for strategy in (PlanStrategy.QEMU, PlanStrategy.PAUSE, PlanStrategy.BATCH_FULL):
         done = plan(before, after, strategy, rules=rules)
         traced = [op.traced for op in done.ops]
         assert fold(done.before, [t for t in traced if t is not None]) == done.after
@@ -199,7 +199,7 @@ def test_no_change_takes_no_op(view: FlatView) -> None:
 @settings(max_examples=200, deadline=None)
 @given(views(), views(), st.sampled_from([0, 1, 2]))
 def test_no_slot_has_more_holes_than_allowed(before: FlatView, after: FlatView, limit: int) -> None:
-    done = plan(before, after, Strategy.HOLE, max_holes=limit)
+    done = plan(before, after, PlanStrategy.HOLE, max_holes=limit)
     holes = {s.slot: set(s.holes) for s in done.before}
     closed = False
     for op in done.ops:

@@ -17,7 +17,7 @@ import argparse
 import json
 import sys
 
-from qmp_memlistener.cli.lab_options import progress_bar, size
+from qmp_memlistener.cli.lab import progress_bar, size
 from qmp_memlistener.errors import MemListenerError
 from qmp_memlistener.kvmlab import Kvm
 
