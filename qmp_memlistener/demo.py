@@ -50,6 +50,7 @@ from .reports import Narrator
 from .reports.compare import comparison_lines
 from .reports.lengths import kind_text, span_text
 from .reports.stalls import measured_lines
+from .text import count_text
 from .updates.compare import CompareOptions, Comparison, compare
 from .updates.model import Strategy
 from .updates.options import parse_resize
@@ -232,8 +233,8 @@ class _Demo:
         seen = self._transitions - before[0]
         ops = self._slot_ops - before[1]
         self._screen.say(
-            f"{_INDENT}{_TOGGLES} writes in {took_ms:.0f} ms: {seen} transitions, "
-            f"{ops} slot operations seen"
+            f"{_INDENT}{_TOGGLES} writes in {took_ms:.0f} ms: "
+            f"{count_text(seen, 'transition')}, {count_text(ops, 'slot operation')} seen"
         )
         return {"toggles": _TOGGLES, "toggles_seen": seen}
 
@@ -303,10 +304,11 @@ class _Race:
             yield from measured_lines(self.failure, " " * 10)
             yield (
                 f"{_INDENT}dead after {writes} of {_RACE_WRITES} writes, "
-                f"{self.transitions} transitions"
+                f"{count_text(self.transitions, 'transition')}"
             )
         else:
-            yield f"{_INDENT}survived {writes} writes, {self.transitions} transitions"
+            transitions = count_text(self.transitions, "transition")
+            yield f"{_INDENT}survived {writes} writes, {transitions}"
         medians = self.medians()
         for kind in ("vcpu_gap", "vcpu_inhibit", "commit", "missing"):
             if kind in medians:

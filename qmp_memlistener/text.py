@@ -13,7 +13,7 @@ import json
 
 import msgspec
 
-__all__ = ["json_bytes", "quoted", "valid_text"]
+__all__ = ["count_text", "json_bytes", "quoted", "valid_text"]
 
 
 def valid_text(text: str) -> str:
@@ -30,6 +30,11 @@ def quoted(value: object, limit: int = 120, *, only_ascii: bool = False) -> str:
     if not shown.isprintable():
         shown = json.dumps(value, default=str)
     return shown if len(shown) <= limit else shown[: limit - 1] + "…"
+
+
+def count_text(count: int, one: str, many: str | None = None) -> str:
+    """`1 loss`, `1,200 losses`: `many` where it is not `one` with an s."""
+    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def json_bytes(document: object) -> bytes:

@@ -134,7 +134,7 @@ class Measuring:
         await self.start()
         while self._starting:
             names = ", ".join(t.get_name().removeprefix(_STARTING) for t in self._starting)
-            with waiting(f"for probes to be at work: {names}"):
+            with waiting(f"for probes to start: {names}"):
                 await asyncio.wait(self._starting, return_when=asyncio.FIRST_COMPLETED)
 
     async def wait_ready(self, timeout_s: float) -> tuple[str, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import rich_click as click
 
+from ..text import count_text
 from .common import json_option, print_json, run_async, say
 from .follow import FollowOptions, follow, follow_options
 
@@ -42,10 +43,11 @@ def command(target: str, output: str, options: FollowOptions, as_json: bool) -> 
         )
     else:
         say(
-            f"{output}: {seen.transitions} transitions, {seen.slot_ops} slot operations, "
-            f"{f'{seen.stalls} stalls' if measured else 'stalls not measured'}"
-            + (f", {seen.lost} losses" if seen.lost else "")
-            + (f", slots differed {seen.differences} times" if seen.differences else "")
+            f"{output}: {count_text(seen.transitions, 'transition')}, "
+            f"{count_text(seen.slot_ops, 'slot operation')}, "
+            f"{count_text(seen.stalls, 'stall') if measured else 'stalls not measured'}"
+            + (f", {count_text(seen.lost, 'loss', 'losses')}" if seen.lost else "")
+            + (f", slots differed {count_text(seen.differences, 'time')}" * (seen.differences > 0))
             + ("" if seen.compared else ", slots not compared"),
             *probes_lines(list(seen.probes.values())),
         )

@@ -52,7 +52,7 @@ def command(
     """
     if freeze and mirror is not None and mirror.pauses:
         raise click.UsageError("--strategy pause stops the guest: it does not go with --freeze")
-    from ..reports.lengths import count_text
+    from ..text import count_text
 
     limits = _limits(max_stalls, freeze)
     seen = run_async(follow(target, options, as_json=as_json, limits=limits, mirror=mirror))

@@ -33,7 +33,7 @@ _MAP = Identity(
     "`show --from FILE` shows it; `plan --before FILE --after FILE` plans a transition",
 )
 _RECORDING = Identity(
-    "a recording", "`report FILE` says what it holds; `plan FILE` and `lab replay FILE` take it"
+    "a recording", "`report FILE` shows what it holds; `plan FILE` and `lab replay FILE` take it"
 )
 _TRACE = Identity(
     "a trace log of QEMU", "`plan FILE` and `lab replay FILE` take it, it does not hold a map"

@@ -95,7 +95,9 @@ class RealSlots:
         if slot.as_id != _MEMORY or slot.offset is None:
             raise InputError(
                 f"the lab does not show {slot}: "
-                + ("nothing says what is behind it" if slot.as_id == _MEMORY else "it is SMRAM"),
+                + (
+                    "the RAM block behind it is unknown" if slot.as_id == _MEMORY else "it is SMRAM"
+                ),
                 remedy="mirror the address space `memory`, from plans made of maps",
             )
         if self.table.get(slot.as_id, slot.slot) is not None:

@@ -90,7 +90,7 @@ STRATEGIES: tuple[LabStrategy, ...] = (
     LabStrategy(
         "pause",
         PlanStrategy.PAUSE,
-        "all vCPUs stand still meanwhile and go through one lock, as when QEMU pauses them",
+        "all vCPUs are paused through one lock, as QEMU pauses them",
     ),
     LabStrategy(
         "pause+sync",

@@ -36,6 +36,7 @@ from ..memslots import (
     plan,
 )
 from ..records import LabMirror, MirrorDifference, MirrorRecord, MirrorTimes, SlotOp
+from ..text import count_text
 from ..topology import FlatRange, FlatView, MemoryMap, Transition
 from ..tracking.live_slots import UNKNOWN_BLOCK
 from ..updates.model import Strategy
@@ -179,9 +180,10 @@ class Mirror(MemoryListener):
     def lost(self, changes: int) -> None:
         """Changes were dropped: out of step until the next transition brings the whole map."""
         self._counts["dropped"] += changes
+        dropped = f"{count_text(changes, 'change')} dropped"
         if not self._stuck:
-            self._why_not = f"{changes} changes were dropped, the mirror was too slow"
-        self.remark(f"{changes} changes were dropped: waiting for the next whole map")
+            self._why_not = f"{dropped}, the mirror was too slow"
+        self.remark(f"{dropped}: waiting for the next whole map")
 
     # -- on request ----------------------------------------------------------------------------
 

@@ -236,7 +236,7 @@ class GuestFollower:
             return
         told = []
         for what, steps in (
-            ("stood still for", [step for step in self._steps if step > 0]),
+            ("stopped for", [step for step in self._steps if step > 0]),
             ("went ahead by", [-step for step in self._steps if step < 0]),
         ):
             if steps:

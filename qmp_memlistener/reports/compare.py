@@ -13,10 +13,11 @@ from collections.abc import Set as AbstractSet
 import msgspec
 
 from ..distribution import percentile
+from ..text import count_text
 from ..updates.compare import CONTROL, Comparison
 from ..updates.compare.stats import Difference, Round, Summary
 from ..updates.model import Result
-from .lengths import count_text, duration_text, kind_text, span_text
+from .lengths import duration_text, kind_text, span_text
 from .summary import probes_lines
 
 __all__ = ["comparison_lines"]
@@ -140,9 +141,8 @@ def _outlasted(found: Comparison) -> Iterator[str]:
         if late:
             of = count_text(len(own), "round")
             yield from _folded(
-                f"{name} took longer than was looked at in {late} of {of}"
-                f" (up to {duration_text(max(own))}): what it stalled afterwards is missing here, "
-                "use a longer --window"
+                f"{name} took longer than the window in {late} of {of} (up to "
+                f"{duration_text(max(own))}): later stalls are missing here, use a longer --window"
             )
 
 

@@ -55,10 +55,10 @@ def _met(ran: Sequence[StrategyResult], *, logged: bool, touched: bool) -> Itera
         row += ["changed" if t.ids_changed else "kept", "kept" if r.bitmap_kept else "lost"]
         rows.append(tuple(row))
     title = (
-        "hit: updates in which the guest met RAM that should have been there; its spurious exits, "
-        "its deaths"
+        "hit: updates in which the guest did not find RAM that should have been there; spurious "
+        "exits, deaths"
         f"{'; exits at the hole' if touched else ''}"
-        f"{'; pages it wrote, and of them those that no log told of' if logged else ''}; slot ids "
+        f"{'; pages that it wrote, and those of them in no dirty log' if logged else ''}; slot ids "
         "and dirty bitmaps of RAM that stays"
     )
     yield from Table(title, tuple(columns), tuple(rows)).lines()
@@ -124,8 +124,9 @@ def replay_lines(report: ReplayReport) -> Iterator[str]:
             )
         )
     yield from Table(
-        "hit: transitions in which the guest met RAM that should have been there; operations, and "
-        "those that KVM answered otherwise than recorded; spurious exits, deaths of the guest",
+        "hit: transitions in which the guest did not find RAM that should have been there; "
+        "operations, and those with another return code than recorded; spurious exits, deaths of "
+        "the guest",
         ("strategy", "hit", "of", "operations", "differ", "spurious", "died"),
         tuple(rows),
     ).lines()

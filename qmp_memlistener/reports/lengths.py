@@ -7,7 +7,6 @@ from ..probes import StallKind
 __all__ = [
     "KIND_ORDER",
     "bracket_text",
-    "count_text",
     "duration_text",
     "kind_text",
     "span_text",
@@ -75,11 +74,6 @@ def span_text(at_least_ns: int | None, at_most_ns: int | None) -> str:
     if low * 100 < unit:
         return f"<{high}"
     return f"{_number(low, unit, 2, up=False)}-{high}"
-
-
-def count_text(count: int, one: str, many: str | None = None) -> str:
-    """`1 loss`, `1,200 losses`: `many` where it is not `one` with an s."""
-    return f"{count:,} {one if count == 1 else many or one + 's'}"
 
 
 def kind_text(kind: str) -> str:

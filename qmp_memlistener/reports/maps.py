@@ -137,8 +137,8 @@ def open_questions(shown: MemoryMap) -> Iterator[str]:
     """What the text of the map leaves open."""
     for above, below in shown.ambiguous:
         yield (
-            f"note: the text does not tell whether {above} or {below} is seen where both could "
-            f"be; {above} is assumed to be"
+            f"note: the text does not show whether {above} or {below} is in front where they "
+            f"overlap; {above} is assumed"
         )
     for name in shown.unresolved:
         yield f"note: the text does not describe {name}, the target of an alias"

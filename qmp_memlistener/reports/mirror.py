@@ -13,7 +13,8 @@ from ..kvmlab.backend import LabFacts
 from ..kvmlab.backend_probe import WORD, Verified
 from ..memslots.slots import Backing
 from ..records import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
-from .lengths import count_text, duration_text
+from ..text import count_text
+from .lengths import duration_text
 
 __all__ = ["lab_mirror", "mirror_lines"]
 
@@ -87,7 +88,7 @@ def _texts(m: MirrorRecord) -> Iterator[str]:
     )
     parts = ", ".join(count_text(count, *words) for count, *words in done if count)
     yield (
-        f"{count_text(m.transitions, 'map')} told, {count_text(m.operations, 'operation')}"
+        f"{count_text(m.transitions, 'map')} received, {count_text(m.operations, 'operation')}"
         + (f": {parts}" if parts else "")
     )
     yield from _durations(m)
@@ -134,13 +135,13 @@ def _lab(lab: LabMirror) -> Iterator[str]:
     if lab.moved:
         yield f"lab: its own slot was moved {count_text(lab.moved, 'time')}"
     if lab.vcpus:
-        held = f", held for {_average(lab.holds)}" if lab.holds.count else ""
+        held = f", paused for {_average(lab.holds)}" if lab.holds.count else ""
         yield f"lab: {count_text(lab.vcpus, 'vCPU')} running{held}"
     read = f"lab: its guest read {count_text(lab.reads, 'word')}, "
     if not lab.differences:
         yield f"{read}each from where it should be" if lab.reads else "lab: its guest read nothing"
     else:
-        yield f"{read}{len(lab.differences):,} not from where it should be:"
+        yield f"{read}{len(lab.differences):,} not from where they should be:"
         yield from _differences(lab.differences)
     yield from (f"lab: {text}" for text in lab.wrong_logs)
 

@@ -16,8 +16,9 @@ from ..records import (
     SummaryRecord,
     Violation,
 )
+from ..text import count_text
 from ..timeline.summary import Statistics
-from .lengths import count_text, duration_text
+from .lengths import duration_text
 from .stalls import measured_lines
 from .summary import histogram_lines, summary_lines
 from .tally import Tally
@@ -156,9 +157,8 @@ class Contents:
             return "traced slots were not compared with those that QEMU's rules predict"
         if not self._tally.differences:
             return "traced slots: as QEMU's rules predict"
-        return (
-            f"traced slots differed from what QEMU's rules predict: {self._tally.differences} times"
-        )
+        times = count_text(self._tally.differences, "time")
+        return f"traced slots differed from what QEMU's rules predict: {times}"
 
     def _section(
         self, title: str, records: Sequence[Record], *, shown: int = _SHOWN

@@ -23,7 +23,8 @@ from ..records import (
     SummaryRecord,
     Violation,
 )
-from .lengths import bracket_text, count_text, duration_text, kind_text
+from ..text import count_text
+from .lengths import bracket_text, duration_text, kind_text
 from .summary import summary_lines
 
 __all__ = ["measured_lines", "stall_cause_text"]

@@ -11,8 +11,9 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..records import ProbeState, StallStatistics, SummaryRecord
+from ..text import count_text
 from ..timeline.summary import BOUNDS_NS
-from .lengths import KIND_ORDER, count_text, duration_text, kind_text, span_text
+from .lengths import KIND_ORDER, duration_text, kind_text, span_text
 
 __all__ = ["histogram_lines", "probes_lines", "summary_lines"]
 
@@ -53,7 +54,7 @@ def summary_lines(
 
 def probes_lines(probes: Sequence[ProbeState], *, width: int = 80) -> Iterator[str]:
     """What measured, in a line; why the others did not, in short, below."""
-    lines = [f"measured by: {', '.join(p.name for p in probes if p.active) or 'nobody'}"]
+    lines = [f"measured by: {', '.join(p.name for p in probes if p.active) or 'no probe'}"]
     without = [f"{p.name} ({p.reason or 'not requested'})" for p in probes if not p.active]
     if without:
         lines.append(f"  without {', '.join(without)}")

@@ -20,7 +20,7 @@ from ..records import (
     StallRecord,
     TransitionRecord,
 )
-from ..text import quoted
+from ..text import count_text, quoted
 from ..topology import Hole
 from .stalls import measured_lines
 
@@ -90,8 +90,9 @@ class Narrator:
                 self._stamp(record.t_ns)
                 holes = sum(len(b.holes) for b in record.ram_blocks)
                 yield (
-                    f"{self._stamp(record.t_ns)}  map: {len(record.ranges)} ranges, "
-                    f"{len(record.ram_blocks)} RAM blocks, {holes} holes in them"
+                    f"{self._stamp(record.t_ns)}  map: {count_text(len(record.ranges), 'range')}, "
+                    f"{count_text(len(record.ram_blocks), 'RAM block')}, "
+                    f"{count_text(holes, 'hole')} in them"
                 )
             case TransitionRecord():
                 yield from self._transition(record)
@@ -166,14 +167,14 @@ def _time_of(record: Record) -> int:
 def _header(h: Header) -> Iterator[str]:
     name = f" {quoted(h.guest_name)}" if h.guest_name else ""
     yield (
-        f"QEMU {h.qemu_version or '(unknown version)'}{name}, machine {h.machine or 'not known'}, "
-        f"accelerator {h.accel or 'not known'}, pid {h.pid if h.pid is not None else 'not known'}"
+        f"QEMU {h.qemu_version or '(unknown version)'}{name}, machine {h.machine or 'unknown'}, "
+        f"accelerator {h.accel or 'unknown'}, pid {h.pid if h.pid is not None else 'unknown'}"
     )
     yield f"source: {h.source}"
 
 
 def _hole(h: Hole, *, known: bool) -> str:
-    behind = h.covered_by or ("nothing" if known else "not known yet")
+    behind = h.covered_by or ("nothing" if known else "unknown so far")
     owner = f" ({h.owner})" if h.owner else ""
     return f"{h.block} {h.start:#x}+{size_text(h.size)} behind {behind}{owner}"
 

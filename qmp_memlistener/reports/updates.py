@@ -8,10 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..records import SummaryRecord
+from ..text import count_text
 from ..timeline.summary import Statistics
 from ..updates.model import Outcome, Phase, Placed
 from ..updates.steps import mib
-from .lengths import count_text, duration_text
+from .lengths import duration_text
 from .summary import probes_lines, summary_lines
 
 __all__ = ["outcome_lines"]

@@ -136,8 +136,8 @@ async def _resume(monitor: Monitor, note: GuardNote) -> None:
         why = "whether it has run since, and was then paused by another client, is unknown"
     elif ran:
         why = (
-            "the threads of its vCPUs have run since: somebody else may have resumed it and paused "
-            "it again"
+            "the threads of its vCPUs have run since: another client may have resumed it and "
+            "paused it again"
         )
     if why:
         raise OperationFailed(

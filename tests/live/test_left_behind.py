@@ -113,7 +113,7 @@ async def test_who_paused_it_on_purpose_afterwards_is_respected(build: QemuBuild
         await watcher.monitor.execute("stop")
         left, cleaned, said = await doctor("--clean")
         assert (len(left), cleaned) == (1, [])
-        assert "somebody else may have resumed it" in said
+        assert "another client may have resumed it" in said
         assert await watcher.status() == "paused"
         await watcher.monitor.execute("cont")
         assert (await doctor())[0] == [], "it runs: the pause is over"

@@ -360,7 +360,7 @@ async def test_a_tsc_that_stood_still_is_noticed(build: QemuBuild, accel: str) -
             await monitor.execute("stop")
             await asyncio.sleep(0.3)
             await monitor.execute("cont")
-            await told.wait_for("TSC stood still for")
+            await told.wait_for("TSC stopped for")
             told.gaps.clear()
             await check_toggles(vm, probe, told)
 

@@ -46,7 +46,7 @@ async def test_one_attachment_after_another(build: QemuBuild, seen: Seen) -> Non
                 started = asyncio.create_task(agent.probes_started())
                 await asyncio.sleep(0)
                 told = [wait.what for wait in waits()]
-                assert started.done() or "for probes to be at work: uprobes" in told
+                assert started.done() or "for probes to start: uprobes" in told
                 await started
                 uprobes = next(p for p in agent.probes() if p.name == "uprobes")
                 if not uprobes.active:

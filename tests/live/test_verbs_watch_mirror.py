@@ -164,7 +164,7 @@ async def test_a_mirror_on_kvm_in_words(build: QemuBuild) -> None:
         "holes marked",
         "behind the guest for",
         "lab: 2 slots of KVM's,",
-        "lab: 2 vCPUs running, held for",
+        "lab: 2 vCPUs running, paused for",
         "each from where it should be",
     ):
         assert words in text

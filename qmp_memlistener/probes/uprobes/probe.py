@@ -168,7 +168,7 @@ class UprobesProbe:
             self._governor = Governor(bound, reader.hit_ns, time.monotonic_ns())
         for kind, functions in reader.missing.items():
             if kind is not StallKind.VCPU_INHIBIT:  # before 8.0 there is no such thing to be seen
-                self._sink.note(f"uprobes cannot tell {kind}: this QEMU has no {functions}")
+                self._sink.note(f"uprobes cannot measure {kind}: this QEMU has no {functions}")
 
     async def _get_to_know(self, reader: UprobeReader) -> None:
         """Names of the vCPUs, and whether the guest runs."""

@@ -165,12 +165,12 @@ class _Comparing:
         async with self._host.burst():
             late = await self._host.probes_ready(0)
             if late:
-                self._progress(f"waiting for {', '.join(late)} to be at work")
+                self._progress(f"waiting for {', '.join(late)} to start")
                 late = await self._host.probes_ready(PROBES_S)
         if late:
             self._progress(
-                f"{', '.join(late)} not at work after {PROBES_S:g} s: what nothing else measures "
-                "is missing"
+                f"{', '.join(late)} not started after {PROBES_S:g} s: what no other probe "
+                "measures is missing"
             )
 
     async def _carry_out(self, possible: Sequence[Strategy]) -> None:

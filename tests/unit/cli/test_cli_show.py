@@ -220,7 +220,7 @@ def test_what_the_text_leaves_open_is_named(
     assert [sorted(pair) for pair in document["ambiguous"]] == [["big", "late"]]
     assert document["unresolved"] == ["gone"]
     out = run(capsys, "show", "--from", path).out
-    assert "whether late or big is seen" in out
+    assert "whether late or big is in front" in out
     assert "does not describe gone" in out
 
 

@@ -207,7 +207,7 @@ async def test_a_mirror_that_is_too_slow_goes_on_from_the_next_whole_map(
     report = mirror.report()
     assert (report.in_step, report.dropped) == (False, 2)
     assert report.why_not is not None
-    assert "2 changes were dropped" in report.why_not
+    assert "2 changes dropped" in report.why_not
     dispatcher.dispatch([told_of(HOLED, WHOLE)])
     await dispatcher.idle()
     report = mirror.report()

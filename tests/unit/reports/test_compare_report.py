@@ -127,7 +127,7 @@ def test_percentiles_that_so_few_rounds_do_not_give_are_left_out() -> None:
 
 def test_updates_that_outlast_the_window_are_told() -> None:
     text = " ".join(comparison_lines(comparison(5, took_ns=2_000_000_000), "it"))
-    assert "took longer than was looked at in 5 of 5 rounds" in text
+    assert "took longer than the window in 5 of 5 rounds" in text
     assert "took longer" not in " ".join(comparison_lines(comparison(5), "it"))
 
 

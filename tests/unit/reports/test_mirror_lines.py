@@ -89,8 +89,8 @@ def test_a_good_mirror_in_words() -> None:
         "",
         "mirror on /dev/kvm, strategy hole: in step",
         "  compared with the guest's map at the end: no difference",
-        "  21 maps told, 44 operations: 14 slots added, 10 deleted, 10 holes marked, 10",
-        "    unmarked",
+        "  21 maps received, 44 operations: 14 slots added, 10 deleted, 10 holes marked,",
+        "    10 unmarked",
         "  an update took 2.00 ms on average, 5.00 ms at most",
         "  behind the guest for 3.00 ms on average, 9.00 ms at most",
         "  lab: 2 slots of KVM's, 4 slot ioctls, 46 host mappings made; 12 slots placed",
@@ -171,8 +171,8 @@ def test_what_the_lab_found_is_said() -> None:
     text = words(record)
     for said in (
         "lab: its own slot was moved 1 time",
-        "lab: 2 vCPUs running, held for 2.00 ms on average, 3.00 ms at most",
-        "lab: its guest read 9 words, 3 not from where it should be:",
+        "lab: 2 vCPUs running, paused for 2.00 ms on average, 3.00 ms at most",
+        "lab: its guest read 9 words, 3 not from where they should be:",
         "- 0x1000-0x1007 has no memory instead of pc.ram @0x1000",
         "- 0x2000-0x2007 has pc.ram @0x1000 instead of no memory",
         "- 0x3000-0x3007 has unknown memory instead of pc.ram @0x1000",

@@ -252,8 +252,8 @@ async def test_probes_that_take_long_are_waited_for_and_named() -> None:
     options = CompareOptions(1, WINDOW_S, 1)
     found = await compare_rounds(guest, guest, (D,), options, said.append)
     assert said[:2] == [
-        "waiting for uprobes, pulse to be at work",
-        "pulse not at work after 30 s: what nothing else measures is missing",
+        "waiting for uprobes, pulse to start",
+        "pulse not started after 30 s: what no other probe measures is missing",
     ]
     assert [p.name for p in found.probes] == ["uprobes"]
 
