@@ -52,7 +52,7 @@ def call(function: Callable[[], T], seconds: float) -> T:
 async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
     """The function's result, while the event loop goes on.  Raises what the function raises.
 
-    Who is cancelled goes on at once; the function does so too, and nobody learns its result.
+    Who is cancelled goes on at once; the function does so too, and its result is dropped.
     """
     loop = asyncio.get_running_loop()
     done: asyncio.Future[T] = loop.create_future()
@@ -75,7 +75,7 @@ async def in_thread(function: Callable[P, T], *args: P.args, **kwargs: P.kwargs)
         try:
             loop.call_soon_threadsafe(settle, results, error)
         except RuntimeError:
-            pass  # the loop is closed: nobody waits any more
+            pass  # the loop is closed: there is no waiter any more
 
     threading.Thread(target=run, daemon=True, name="bounded").start()
     return await done

@@ -108,7 +108,7 @@ class HeldFile:
 class StateDirectory:
     """A directory of ours, or of a user that we look at, and what is in it, by name.
 
-    `path` is for people and for programs that are told where something lies; `uid` is the owner.
+    `path` is for people and for programs that are given the place of something; `uid` is the owner.
     `handle` is its descriptor, closed with the object.
     """
 

@@ -1,7 +1,7 @@
 """Opening what others own: files of other users and of guests, here and in other namespaces.
 
 The threat.  The name comes from a command line, a descriptor, a mapping or a note that another user
-wrote, and root opens it.  Behind the name there may be a FIFO that nobody writes to, a device that
+wrote, and root opens it.  Behind the name there may be a FIFO without a writer, a device that
 acts when it is opened, a sparse file of 40 GB, a file that is truncated while it is read (SIGBUS,
 if it were mapped), a symbolic link to where its owner may not go; and in the mount namespace of a
 container the links and the mounts are the container's.  So everything of others is opened here:
@@ -145,7 +145,7 @@ def may_write(path: str, *, follow: bool = False) -> bool:
 
 
 def find_text(handle: int, text: bytes, *, extra: int = 0, limit: int = SEARCHED) -> bytes | None:
-    """The first place in an open file where `text` stands, with `extra` bytes that follow it.
+    """The first place in an open file where `text` is, with `extra` bytes that follow it.
 
     At most `limit` bytes are read, holes are passed over.  None when it is not there.
     """

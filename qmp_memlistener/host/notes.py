@@ -113,7 +113,7 @@ def _stale(directory: StateDirectory, name: str, kind: type[N]) -> N | None:
         return None
     except OSError:
         return None
-    # beside others who read it at the same time, so that nobody takes them for its author
+    # beside others who read it at the same time, so that they are not taken for its author
     try:
         for shared in (True, False):
             held = directory.hold(name, create=False, shared=shared)

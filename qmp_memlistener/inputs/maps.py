@@ -68,14 +68,14 @@ def read_dump(path: str) -> Dump:
         raise _nothing(path, data)
     if len(dumps) > 1:
         _refuse_differing(path, found, dumps)
-    # the one that tells most: owners and disabled regions
+    # the one that shows most: owners and disabled regions
     return max(dumps, key=lambda d: (not d.is_flat, d.shows_owners, d.shows_disabled))
 
 
 def texts_in(text: str) -> list[_Text]:
     """The outputs of `info mtree` in `text`, in order.  Linear in its length.
 
-    Raises MtreeError for regions that stand below no heading.
+    Raises MtreeError for regions below no heading.
     """
     replies = [t for line_no, reply in _strings(text) for t in _in_plain(reply, line_no)]
     return replies or _in_plain(text, None)
@@ -104,7 +104,7 @@ def _strings(text: str) -> list[tuple[int, str]]:
 
 
 def _in_plain(text: str, reply_line: int | None) -> list[_Text]:
-    """The outputs in plain text; `reply_line` is where in the file it stands as one string."""
+    """The outputs in plain text; `reply_line` is where it is one string in the file."""
     if "\x1b" in text or "\x08" in text:
         text = _TERMINAL.sub("", text)
     quoted = _QUOTED.search(text)

@@ -84,7 +84,7 @@ def open_input(path: str, *, skip: int = 0) -> Iterator[BinaryIO]:
 
 
 def _open(path: str) -> BinaryIO:
-    """Opened without waiting: a FIFO that nobody writes to is empty."""
+    """Opened without waiting: a FIFO without a writer is empty."""
     if path == "-":
         return cast("BinaryIO", io.BufferedReader(_Unclosed(sys.stdin.buffer), _PIECE))
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)

@@ -27,7 +27,7 @@ _EVENTS = (
     b"memory_device_plug",
     b"memory_device_unplug",
 )
-# A console that ends in no newline may stand right before it.
+# A console that ends in no newline may be right before it.
 _NAME = re.compile(rb"(" + b"|".join((SLOT_EVENT, *_EVENTS)) + rb")(?![\w-])")
 _PAIR = re.compile(
     rb"([A-Za-z_]\w{0,31})(?: ?= ?|#)(-?(?:0x[0-9a-fA-F]{1,16}|\d{1,20}))(?![0-9a-fA-Fx.])"
@@ -93,7 +93,7 @@ class TraceLine:
 
 
 def read_trace_line(line: bytes, *, cut: bool = False) -> TraceLine | None:
-    """The event of a line that tells of slots or of a commit; None for any other line.
+    """The event of a line about slots or a commit; None for any other line.
 
     `cut`: the line has no end, so a number at its end may go on, unless it is 0.
     """

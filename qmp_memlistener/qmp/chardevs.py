@@ -87,7 +87,7 @@ class Chardev:
 
     @property
     def address(self) -> SocketTarget | None:
-        """Where QEMU listens, as it was told: a relative path is relative to QEMU's directory."""
+        """Where QEMU listens, as it was given: a relative path is relative to QEMU's directory."""
         options = self.options
         if not self.listens or any(is_on(options, k) for k in ("telnet", "tn3270", "websocket")):
             return None

@@ -149,7 +149,7 @@ class TimedClient(QMPClient):
         if self._writer is None:
             raise ConnectionError("not connected")
         # It travels with a blank, which must not come between the bytes of a command.
-        while self._writer.transport.get_write_buffer_size():  # noqa: ASYNC110 (nobody tells)
+        while self._writer.transport.get_write_buffer_size():  # noqa: ASYNC110 (there is no event for it)
             await asyncio.sleep(0.001)
         self.send_fd_scm(fd)
 

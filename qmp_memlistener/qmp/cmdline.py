@@ -49,7 +49,8 @@ class MonitorMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MonitorSpec:
-    """One monitor.  `address` is None when nobody can connect (stdio, a pty, QEMU as client).
+    """One monitor.  `address` is None when it cannot be connected to (stdio, a pty, QEMU as
+    client).
 
     `fd` is the number of a listening socket that QEMU inherited (libvirt starts it so); the
     address then has to be read from /proc.  A UNIX path is as given: relative to QEMU's cwd.

@@ -1,4 +1,4 @@
-"""The first step of a connection: find the socket, connect it, and explain why nobody answers.
+"""The first step of a connection: find the socket, connect it, and explain why there is no answer.
 
 Ends where QMP begins.
 """
@@ -216,7 +216,7 @@ async def explain_silence(
 
 def no_answer(target: SocketTarget, deadline: float, *, connected: bool) -> TargetError:
     """What to say when the deadline passed and the kernel shows no reason: of a peer on another
-    host it knows nothing, and being busy is by far the likeliest reason there.
+    host nothing is known, and being busy is by far the likeliest reason there.
     """
     if not connected:
         return TargetUnreachable(
@@ -232,8 +232,8 @@ def no_answer(target: SocketTarget, deadline: float, *, connected: bool) -> Targ
 def _reasons(
     target: SocketTarget, sock: socket.socket, deadline: float
 ) -> tuple[TargetError | None, TargetError | None]:
-    """Why nobody greets, as far as the kernel shows it: what is so, and what is so if it does not
-    change until the deadline, since QEMU may just be slow."""
+    """Why there is no greeting, as far as the kernel shows it: what is so, and what is so if it
+    does not change until the deadline, since QEMU may just be slow."""
     pid = peer_pid(sock)
     stopped = _stopped(target, listening_pids(target, pid))
     if stopped is not None:
@@ -252,7 +252,7 @@ def _reasons(
 
 
 def _why_backlog(target: UnixTarget) -> TargetError:
-    """Why no more connections fit: another client is served, or nobody is any more."""
+    """Why no more connections fit: another client is served, or none is any more."""
     stopped = _stopped(target, listening_pids(target))
     if stopped is not None:
         return stopped
@@ -273,7 +273,7 @@ def _stopped(target: Target, pids: Sequence[int]) -> DeadlineExceeded | None:
 
 
 def _is_accepted(sock: socket.socket) -> bool:
-    """Our connection has left the backlog; False as well when the kernel does not tell."""
+    """Our connection has left the backlog; False as well when the kernel does not show it."""
     known = (unix_sockets() or {}).get(os.fstat(sock.fileno()).st_ino)
     return known is not None and bool(known.peer)
 

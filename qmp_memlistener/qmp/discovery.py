@@ -74,8 +74,9 @@ _searched: dict[tuple[int, ...], bytes] = {}
 class GuestMonitor:
     """One monitor of a guest.
 
-    `target` is how *we* reach it; None when nobody can connect.  `text` is QEMU's own name for
-    it, for people; `why` says what keeps us from it, "" when that is its nature or nothing does.
+    `target` is how *we* reach it; None when it cannot be connected to.  `text` is QEMU's own name
+    for it, for people; `why` says what keeps us from it, "" when that is its nature or nothing
+    does.
     """
 
     mode: MonitorMode
@@ -273,7 +274,7 @@ def _socket_path(bound: UnixTarget, sockets: _Sockets) -> tuple[str | None, str]
         return None, _NO_PERMISSION
     if known:
         return None, "the path leads to another socket now, or to none"
-    # The kernel does not tell (another network namespace): the name has to do.
+    # Not in our network namespace: the name has to do.
     return ((there or paths)[0], "") if paths else (None, _NO_PERMISSION)
 
 
@@ -334,8 +335,8 @@ def _config_text(process: Process, path: str) -> str | None:
 def emulator_of(process: Process, *, asked_for: bool) -> tuple[int, str | None] | None:
     """Where in its `argv` the emulator is named and its version, None when it is no QEMU.
 
-    The version is None when the binary does not tell.  Without `asked_for` a process that nothing
-    hints at is not looked into.
+    The version is None when the binary does not show it.  Without `asked_for` a process that
+    nothing hints at is not looked into.
     """
     argv = process.argv
     at = program_index(argv)
@@ -362,7 +363,7 @@ def emulator_of(process: Process, *, asked_for: bool) -> tuple[int, str | None] 
 
 
 def _binaries(process: Process, binary: str, *, through_loader: bool) -> Iterator[str]:
-    """Files that may be the emulator: what the kernel runs, or what its loader was told to."""
+    """Files that may be the emulator: what the kernel runs, or what its loader was given."""
     if not through_loader:
         yield f"/proc/{process.pid}/exe"
         if process.exe is not None:

@@ -20,7 +20,7 @@ class MonitorEvent:
     """One event.
 
     `t_ns` is our CLOCK_MONOTONIC when it was read; `stamp_ns` QEMU's own realtime clock
-    (microseconds, as ns), None when QEMU could not tell the time.
+    (microseconds, as ns), None when QEMU could not read its clock.
     """
 
     name: str
@@ -50,10 +50,10 @@ def decode_event(message: Mapping[str, object], t_ns: int) -> MonitorEvent:
 class EventStream:
     """Events in order, as an async iterator.
 
-    Holds at most `limit` events that nobody has read, and at most QUEUE_BYTES of them as QEMU wrote
-    them; then the oldest go, counted in `dropped`.
-    The iteration stops when the stream is closed, and raises the monitor's TargetError, after
-    the last event, when the peer ended the session.  One reader at a time.
+    Holds at most `limit` events that have not been read, and at most QUEUE_BYTES of them as QEMU
+    wrote them; then the oldest go, counted in `dropped`. The iteration stops when the stream is
+    closed, and raises the monitor's TargetError, after the last event, when the peer ended the
+    session.  One reader at a time.
     """
 
     def __init__(self, limit: int, forget: Callable[[EventStream], None]) -> None:

@@ -99,7 +99,7 @@ class FreezeKey:
 class Holder:
     """Who holds a freeze: user id, `since_ns` (CLOCK_MONOTONIC), why; as in `list --json`.
 
-    `pid` is as the holder knows itself, None when it cannot be read.
+    `pid` is that of the holder in its own namespace, None when it cannot be read.
     """
 
     pid: int | None
@@ -184,7 +184,8 @@ async def hold_freeze(key: FreezeKey, reason: str) -> AsyncIterator[Freeze]:
 
 
 def frozen_by(key: FreezeKey) -> Holder | None:
-    """Who has frozen the guest; None when nobody has.  A freeze of this process counts as well."""
+    """Who has frozen the guest; None when it is not frozen.  A freeze of this process counts as
+    well."""
     return next((f.holder for f in _find(key) if f.held), None)
 
 
@@ -342,7 +343,7 @@ def _places(key: FreezeKey) -> Iterator[list[_Place]]:
 def _claim_at(place: _Place, token: str, content: _Content, stack: ExitStack) -> int:
     """A locked file for this guest, until `stack` is closed.  Raises OSError."""
     directory = state.directory_in(place.shm, state.SHM)
-    # without a name nobody can open it before it is locked
+    # without a name it cannot be opened before it is locked
     flags = os.O_TMPFILE | os.O_RDWR | os.O_CLOEXEC
     handle = os.open(".", flags, 0o600, dir_fd=directory.handle)
     stack.callback(os.close, handle)

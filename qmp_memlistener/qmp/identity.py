@@ -65,13 +65,13 @@ class GuestIdentity:
     """A guest that is meant, or that answers.
 
     `pid` and `start_ticks` are those of QEMU when `is_qemu`; otherwise of whoever listens in its
-    place (a forwarder), or None.  `told` are then the answers to `ASKED`.
+    place (a forwarder), or None.  `answers` are then those to `ASKED`.
     """
 
     pid: int | None = None
     start_ticks: int = 0
     is_qemu: bool = False
-    told: Mapping[str, object] | None = None
+    answers: Mapping[str, object] | None = None
 
     @classmethod
     def of(cls, process: Process) -> GuestIdentity:
@@ -84,11 +84,9 @@ class GuestIdentity:
         return self.is_qemu
 
     @property
-    def can_be_told(self) -> bool:
+    def is_named(self) -> bool:
         """It is no process that is seen, but has a UUID or a name: no guest without has these."""
-        answers = [a for a in (self.told or {}).values() if isinstance(a, Mapping)]
-        given = [v for a in answers for v in a.values() if v not in ("", _NO_UUID)]
-        return not self.is_qemu and bool(given)
+        return not self.is_qemu and any(v not in ("", _NO_UUID) for v in self._values())
 
     def differs(self, other: GuestIdentity) -> bool:
         """They are two processes for certain."""
@@ -100,7 +98,7 @@ class GuestIdentity:
         if self.certain:
             return None
         hidden = "QEMU's process is not visible behind this monitor"
-        if self.told is not None and not self.can_be_told:
+        if self.answers is not None and not self.is_named:
             return (
                 f"{hidden}, and the guest has neither a UUID nor a name: that each connection "
                 f"leads to the same guest is not known; {_NAMELESS}"
@@ -113,9 +111,12 @@ class GuestIdentity:
     def __str__(self) -> str:
         if self.pid is not None:
             return _named(self.pid, self.start_ticks)
-        answers = [a for a in (self.told or {}).values() if isinstance(a, Mapping)]
-        found = " ".join(str(value) for answer in answers for value in answer.values())
+        found = " ".join(map(str, self._values()))
         return f"the guest {found}" if found else "a guest that is not visible here"
+
+    def _values(self) -> list[object]:
+        answers = (a for a in (self.answers or {}).values() if isinstance(a, Mapping))
+        return [value for answer in answers for value in answer.values()]
 
 
 def peer_pid(sock: socket.socket) -> int | None:
@@ -143,7 +144,7 @@ def _identify(
     listener = _listener(sock)
     if meant is None:
         return _who(listener, far_end)
-    if meant.can_be_told:
+    if meant.is_named:
         return meant  # by what it answers, which is compared next
     if meant.pid is None:
         who = _who(listener, far_end)
@@ -159,7 +160,7 @@ def _identify(
 
 def wrong_guest(target: SocketTarget, meant: GuestIdentity, who: GuestIdentity) -> WrongGuest:
     """The error that names both."""
-    if not meant.certain and not meant.can_be_told and who.told is None:
+    if not meant.certain and not meant.is_named and who.answers is None:
         one = str(meant) if meant.pid is None else f"the guest behind {meant}"
         return WrongGuest(
             f"{target} is answered by {who}, and {one} is meant: that it is the same cannot be "
@@ -170,12 +171,14 @@ def wrong_guest(target: SocketTarget, meant: GuestIdentity, who: GuestIdentity) 
 
 
 def same_answers(
-    target: SocketTarget, identity: GuestIdentity, told: Mapping[str, object]
+    target: SocketTarget, identity: GuestIdentity, answers: Mapping[str, object]
 ) -> GuestIdentity:
-    """The identity with what the guest told; WrongGuest when it told something else before."""
-    if identity.told is not None and dict(identity.told) != dict(told):
-        raise wrong_guest(target, GuestIdentity(told=identity.told), GuestIdentity(told=told))
-    return replace(identity, told=told)
+    """The identity with these answers; WrongGuest when the guest gave others before."""
+    if identity.answers is not None and dict(identity.answers) != dict(answers):
+        raise wrong_guest(
+            target, GuestIdentity(answers=identity.answers), GuestIdentity(answers=answers)
+        )
+    return replace(identity, answers=answers)
 
 
 def _who(listener: tuple[int, int] | None, far_end: int | None) -> GuestIdentity:
@@ -225,7 +228,7 @@ def _has_peerpidfd() -> bool:
 
 
 def _far_end(sock: socket.socket) -> int | None:
-    """The inode of the socket at the other end, where the kernel tells."""
+    """The inode of the socket at the other end, where the kernel shows it."""
     if sock.family != socket.AF_UNIX:
         return tcp_peer_inode(sock)
     known = (unix_sockets() or {}).get(os.fstat(sock.fileno()).st_ino)

@@ -66,7 +66,7 @@ _WORD = struct.Struct("=I")
 
 
 class MonitorState(StrEnum):
-    """`free`: would serve us; `busy`: serves somebody; `unreachable`: nobody could connect."""
+    """`free`: would serve us; `busy`: serves somebody; `unreachable`: it cannot be connected to."""
 
     FREE = "free"
     BUSY = "busy"
@@ -310,7 +310,7 @@ class UnixSocket:
 
 def unix_sockets() -> dict[int, UnixSocket] | None:
     """Every UNIX stream socket of our network namespace by inode, those without an inode (they
-    wait to be accepted) left out.  None when the kernel does not tell."""
+    wait to be accepted) left out.  None when the kernel does not show them."""
     request = struct.pack(
         "=BBHIIIII", socket.AF_UNIX, 0, 0, 0xFFFFFFFF, 0, _SHOW_VFS | _SHOW_PEER, ~0 & 0xFFFFFFFF,
         ~0 & 0xFFFFFFFF,
@@ -331,7 +331,7 @@ def unix_sockets() -> dict[int, UnixSocket] | None:
 
 
 def _take(data: bytes, found: dict[int, UnixSocket]) -> bool:
-    """Add what one datagram tells; False after the last.  Raises OSError."""
+    """Add what is in one datagram; False after the last.  Raises OSError."""
     at = 0
     while at + _HEADER.size <= len(data):
         length, kind, *_ = _HEADER.unpack_from(data, at)

@@ -12,7 +12,7 @@ back; after a crash the next `start_tracing` or `restore_stale` does.
   (`trace_notes`).
 - Whether lines really reach the file is proved with a marker: the event `handle_hmp_command`
   writes the text of each human-monitor command to the log, so `print 0x71…` shows up there.  The
-  same marker later tells that everything logged before it has been read.
+  same marker later shows that everything logged before it has been read.
 """
 
 from __future__ import annotations

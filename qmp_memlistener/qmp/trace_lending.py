@@ -5,7 +5,7 @@ file system that QEMU sees is not ours to write to: a link in there could lead r
 the log is a limited file to which no path leads (`host.limited_file`), or one in our own directory
 (`host.state`), which a QEMU of our own user, or of root, that has our root opens by path.  Any
 other QEMU, and any QEMU for a limited file, is handed a descriptor (`getfd` with SCM_RIGHTS) and
-told to open /dev/fd/N.  Opening that asks for the rights on the file, which its user gets for this
+made to open /dev/fd/N.  Opening that asks for the rights on the file, which its user gets for this
 one file, by ACL and through our descriptor; it has no way to the directory, and the file is removed
 when we leave.  What is lent is taken back at once (`closefd`): QEMU has its own open file by then.
 

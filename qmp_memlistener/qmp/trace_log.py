@@ -9,7 +9,7 @@ What util/log.c does with `logfile PATH` (compared in 7.2, 10.0.2 and master):
 - There is no name for "stderr as before".  /dev/stderr is /proc/self/fd/2, which opens the same
   file once more: right for terminals, devices and pipes, impossible (ENXIO) for sockets such as
   the journal's, forbidden when the pipe belongs to another user; and on a FIFO (not a pipe) that
-  nobody reads the open itself would wait for ever, with QEMU's main loop in it.
+  is not read the open itself would wait for ever, with QEMU's main loop in it.
 - A daemonised QEMU logs only to a file, and `logfile` makes that file its stderr too; without
   -D it had /dev/null there.
 
@@ -20,8 +20,8 @@ choice: slot operations that never were.  So does any other process that has the
 passes on what a guest says.  Such a file is refused, with the way out (`check_writers`).  Who
 started QEMU may have kept the file open, other than as its own output: that is only said.
 
-Files are told by device and inode, not by name: by the descriptors that QEMU and the others have.
-Where QEMU's cannot be seen its command line has to do, and doubt is a refusal.
+Files are identified by device and inode, not by name: by the descriptors that QEMU and the others
+have. Where QEMU's cannot be seen its command line has to do, and doubt is a refusal.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ __all__ = ["LogFile", "check_writers", "find_log_files", "restore_target"]
 
 _INODE = re.compile(r"^ino:\s*(\d+)", re.MULTILINE)
 _FLAGS = re.compile(r"^flags:\s*([0-7]+)", re.MULTILINE)
-# What query-chardev calls devices whose output may be in a file that cannot be told.
+# What query-chardev calls devices whose output may be in a file that cannot be identified.
 _OUTPUTS = ("file", "stdio", "console", "fd")
 
 

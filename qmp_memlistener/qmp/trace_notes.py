@@ -261,7 +261,7 @@ class Place:
 
     def lowest_position(self, own: int) -> int:
         """Up to where every agent that lives has read the log, or at least LAG_LIMIT behind us: one
-        that is stopped must not make the log grow; it is told what it missed."""
+        that is stopped must not make the log grow; what it missed is reported."""
         directory = self._base.subdirectory(self.key, create=False)
         if directory is None:
             return own

@@ -112,7 +112,7 @@ async def send_marker(monitor: Monitor) -> int:
 
 
 def is_logged(path: str, start: int, number: int) -> bool:
-    """The marker's line stands in the file behind `start`."""
+    """The marker's line is in the file behind `start`."""
     wanted = b"cmdline: print %#x\n" % number
     try:
         handle = open_foreign(path, follow=True)
@@ -190,7 +190,7 @@ async def _prove(monitor: Monitor, guest: Guest, candidates: Sequence[LogFile]) 
     for log, start in starts:
         before = max(0, start - _SEARCHED)
         if await _looked(guest.process, is_logged, log.path, before, number):
-            # somebody else made the file longer than QEMU knows: what QEMU logs lies within it
+            # another writer made the file longer than QEMU's offset: what QEMU logs lies within it
             await refuse_other_writers(monitor, guest, log.path)
             raise TraceUnavailable(
                 TraceReason.LOG_SHARED,
@@ -301,8 +301,8 @@ async def _still_logs_here(
 ) -> bool:
     """QEMU's log still goes to our file.
 
-    A marker tells where `marked` (its event is on); else whether QEMU has the file open, which it
-    does a moment longer than it writes there.  What QEMU has not been seen to log is not known: it
+    A marker shows it where `marked` (its event is on); else whether QEMU has the file open, which
+    it does a moment longer than it writes there.  What QEMU has not been seen to log is unknown: it
     may have lost its log by our doing, and is given it back.
     """
     log = note.log

@@ -8,7 +8,7 @@ The file is ordinary, so QEMU never waits for us (a FIFO would freeze its main l
 small although QEMU only appends: what was read is given back with fallocate(PUNCH_HOLE |
 KEEP_SIZE), which changes neither the file's size nor the place where QEMU writes next.  A file with
 a limit takes nothing more once it is full, and goes on where it was when there is room again: that
-something may be missing there is told, as is what another reader has given back before us.
+something may be missing there is reported, as is what another reader has given back before us.
 """
 
 from __future__ import annotations

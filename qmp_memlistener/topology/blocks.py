@@ -1,7 +1,7 @@
 """RAM blocks: where each backed region is mapped, and the holes the guest sees in it.
 
-A RAM block may be mapped several times (below and above 4 GiB, SMRAM aliases); mappings are told
-apart by the distance between guest address and block offset.  With a region tree a mapping
+A RAM block may be mapped several times (below and above 4 GiB, SMRAM aliases); mappings are
+distinguished by the distance between guest address and block offset.  With a region tree a mapping
 reaches as far as the block would be visible if nothing were in front of it.  With a flat view alone
 it reaches from its first to its last visible byte, and on to where the block's next mapping goes on
 in it, as far as that is covered: RAM below 4 GiB ends where RAM above it begins (`_proven`).

@@ -2,7 +2,7 @@
 
 `info mtree` prints both alike: memory_region_init() and memory_region_init_io() make i/o regions
 (the kind `container` of 10.1 and later says no more than that a region has no parent).  No list of
-names can be complete, and some names stand for either (`isa-io` answers on one board and not on
+names can be complete, and some names are used for either (`isa-io` answers on one board and not on
 another).  So the answer has a certainty:
 
 - a region without children answers, unless its name or its size is one that containers have;

@@ -1,7 +1,7 @@
-"""Which of the guesses that a rendering makes its visible pieces hang on (see `render`).
+"""Which of the guesses that a rendering makes its visible pieces depend on (see `render`).
 
-`info mtree` does not tell the order of overlapping siblings, nor whether some regions answer by
-themselves.  A guess that nothing visible hangs on is none that a user needs to know.
+`info mtree` does not show the order of overlapping siblings, nor whether some regions answer by
+themselves.  A guess on which nothing visible depends is not reported.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Overlap:
 
 
 class Doubts:
-    """Collects guesses while `pieces` grow, and then tells which ones matter.
+    """Collects guesses while `pieces` grow, and then finds those that matter.
 
     `overlaps` are siblings whose order is guessed, `unseen` pairs of names that are beyond all
     limits.

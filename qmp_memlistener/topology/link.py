@@ -4,7 +4,7 @@ QEMU prints an alias with the *name* of its target only, and names repeat (every
 `pci_bridge_pci`).  But it also prints each aliased region once, in the order in which the aliases
 were met (`mtree_info_as`, system/memory.c), so the target of an alias is one of those sections.
 Among several of one name the owner decides, then the type, then whether the window fits.  Without
-owners (no -o) bridges are told apart by what their windows show; of a bridge behind a bridge the
+owners (no -o) bridges are distinguished by what their windows show; of a bridge behind a bridge the
 outer one was printed first.
 """
 

@@ -65,7 +65,7 @@ def _read(dump: Dump, address_spaces: Sequence[str]) -> dict[str, MemoryMap]:
         return maps
     link(dump)
     # each PCI device is an address space (bus master), with its type for a name (do_pci_register_
-    # device, hw/pci/pci.c); a text that was cut tells nothing of that
+    # device, hw/pci/pci.c); a text that was cut does not show them
     count = dump.address_space_counts
     devices = VirtioMemory(count["virtio-mem-pci"], count["virtio-pmem-pci"]) if count else None
     for name in address_spaces:

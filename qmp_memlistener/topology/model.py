@@ -86,7 +86,7 @@ class FlatRange:
     accel/kvm/kvm-all.c).  `memslot` says that an accelerator slot backs exactly this range: read
     from `info mtree -f`, predicted otherwise.  `unmergeable` keeps QEMU from joining neighbours
     (8.2, commit 533f5d6679).  `device_memory` says that a memory device shows it there: it lies in
-    the machine's region of that name, which only a tree tells.
+    the machine's region of that name, which only a tree shows.
     """
 
     start: int
@@ -108,7 +108,7 @@ class FlatRange:
 
     @property
     def region(self) -> tuple[str, str | None]:
-        """What stands for QEMU's MemoryRegion pointer: name and owner."""
+        """In place of QEMU's MemoryRegion pointer: name and owner."""
         return (self.name, self.owner)
 
     @property

@@ -85,7 +85,7 @@ def parse(text: str, *, first_line: int = 1) -> Dump:
 
 
 def _owners_at(text: str, end: int) -> int:
-    """Where the owners begin that stand in front of `end`; `end` when there are none."""
+    """Where the owners in front of `end` begin; `end` when there are none."""
     while True:
         if text.endswith(" orphan", 0, end):
             end -= len(" orphan")

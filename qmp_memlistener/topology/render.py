@@ -61,9 +61,9 @@ class Extent:
 class Rendering:
     """A rendered view, the extents of its backed regions, and what the tree left open.
 
-    `ambiguous` holds pairs of names: at some address both could be visible, the tree does not tell
+    `ambiguous` holds pairs of names: at some address both could be visible, the tree does not show
     which is, and the first is taken for it.  They are overlapping siblings whose order QEMU does
-    not print, or a region of which nobody knows whether it answers and what is behind it (NOTHING
+    not print, or a region of which it is unknown whether it answers and what is behind it (NOTHING
     when there is nothing).  `unresolved` holds names of alias targets that the text does not
     describe (rendered as they are).
     """
@@ -133,7 +133,7 @@ def _flatview_root(region: Region | None) -> Region | None:
 class _Collector:
     """Walks the tree in QEMU's rendering order and notes every piece that could be visible.
 
-    `doubts` are told each guess.
+    Each guess is noted in `doubts`.
     """
 
     def __init__(self) -> None:

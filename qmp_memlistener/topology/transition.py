@@ -1,4 +1,4 @@
-"""The difference of two FlatViews: what QEMU's listeners are told, and what it means.
+"""The difference of two FlatViews: the calls that QEMU's listeners get, and what it means.
 
 `diff` follows `address_space_update_topology_pass` (system/memory.c): one pass that deletes, one
 that adds, both in ascending address order; equal ranges are kept.  On top of it the transition

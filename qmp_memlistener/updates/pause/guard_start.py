@@ -79,7 +79,7 @@ def spawned(
         "monitor": monitor.fileno(),
         "agent": os.getpid(),
         "commands": names(*_COMMANDS, *ASKED),
-        "questions": [*(identity.told or ())],
+        "questions": [*(identity.answers or ())],
         "max_pause_ns": int(max_pause_s * 1e9),
         "note_path": note.path,
         "note_file": -1 if note.held is None else note.held.fileno(),

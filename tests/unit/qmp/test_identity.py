@@ -30,7 +30,7 @@ async def test_a_process_id_that_was_given_again(tmp_path: Path) -> None:
     meant = ourselves()
     async with serving(tmp_path, replying()) as target:
         async with await Monitor.connect(target, meant=replace(meant, is_qemu=False)) as monitor:
-            assert monitor.identity.told == EMPTY
+            assert monitor.identity.answers == EMPTY
         earlier = replace(meant, start_ticks=meant.start_ticks - 1)
         with pytest.raises(WrongGuest) as error:
             await Monitor.connect(target, meant=earlier)
@@ -89,8 +89,8 @@ def test_a_guest_that_is_not_seen_is_known_by_what_only_it_has() -> None:
     nobody = {"query-uuid": {"UUID": "00000000-0000-0000-0000-000000000000"}, "query-name": {}}
     named = nobody | {"query-name": {"name": "web1"}}
     given = nobody | {"query-uuid": {"UUID": "6f1d3e2a-0d3b-4c55-9d0f-0a3f5f1f7a11"}}
-    assert not GuestIdentity(told=nobody).can_be_told
-    assert not GuestIdentity().can_be_told
-    assert GuestIdentity(told=named).can_be_told
-    assert GuestIdentity(told=given).can_be_told
-    assert not GuestIdentity(1, 2, is_qemu=True, told=given).can_be_told
+    assert not GuestIdentity(answers=nobody).is_named
+    assert not GuestIdentity().is_named
+    assert GuestIdentity(answers=named).is_named
+    assert GuestIdentity(answers=given).is_named
+    assert not GuestIdentity(1, 2, is_qemu=True, answers=given).is_named
