@@ -37,7 +37,7 @@ class Competitor(Closing):
         self,
         kvm: Kvm,
         strategy: LabStrategy,
-        ground: Layout,
+        layout: Layout,
         guest: GuestKind,
         *,
         vcpus: int = 1,
@@ -48,14 +48,14 @@ class Competitor(Closing):
         """Raises InputError, OperationFailed, MissingPrerequisite."""
         self.strategy = strategy
         self.updates: list[Update] = []
-        self._field = ground
+        self._layout = layout
         self._guest = guest
         self._faults = 0  # of vCPUs that wait at the hole
         self._rules = Rules(strategy.order, PAGE)
         self._closers: list[Callable[[], None]] = []
-        self._full, self._holed = ground.views(strategy.chunk)
+        self._full, self._holed = layout.views(strategy.chunk)
         try:
-            self._memory = HostMemory(ground.size, RAM)
+            self._memory = HostMemory(layout.size, RAM)
             self._closers.append(self._memory.close)
             if populate:
                 self._memory.populate()
@@ -64,8 +64,8 @@ class Competitor(Closing):
                 kvm,
                 vcpus=vcpus,
                 private_slot=most - 1,
-                private_gpa=ground.private_gpa,
-                reach=ground.private_gpa,
+                private_gpa=layout.private_gpa,
+                reach=layout.private_gpa,
                 rings=rings,
                 vm_type=strategy.vm_type,
             )
@@ -89,8 +89,8 @@ class Competitor(Closing):
     def _add_filler(self, top: int) -> None:
         filler = HostMemory(PAGE, "filler")
         self._closers.append(filler.close)
-        for i in range(self._field.extra):
-            self.machine.vm.set_region(top - i, self._field.extra_gpa(i), PAGE, filler.hva)
+        for i in range(self._layout.extra):
+            self.machine.vm.set_region(top - i, self._layout.extra_gpa(i), PAGE, filler.hva)
 
     def _executor_of(self) -> Executor:
         strategy = self.strategy
@@ -103,7 +103,7 @@ class Competitor(Closing):
 
     def _first_table(self, view: FlatView) -> SlotTable:
         """The slots of a map that the executor begins with."""
-        table = self._field.table(view, self._rules)
+        table = self._layout.table(view, self._rules)
         if self.strategy.hole is None:
             return table
         return follow_blocks(table, [{0: self._full}, {0: self._holed}], self._rules, None)
@@ -127,28 +127,28 @@ class Competitor(Closing):
         )
 
     def _load(self, touch_hole: bool) -> None:
-        machine, ground = self.machine, self._field
+        machine, layout = self.machine, self._layout
         vcpus = len(machine.threads)
         private = machine.private
         tables = [[private.scratch_gpa(i)] for i in range(vcpus)]
         cr3, code_at = private.cr3, private.code_gpa
         program = {GuestKind.GAP: GAP, GuestKind.WRITER: WRITER}.get(self._guest, DATA)
         if self._guest is GuestKind.DATA:
-            tables = [ground.edges(i) for i in range(vcpus)]
+            tables = [layout.edges(i) for i in range(vcpus)]
         if touch_hole:
-            tables = [[*t, ground.touching(i)] for i, t in enumerate(tables)]
+            tables = [[*t, layout.touching(i)] for i, t in enumerate(tables)]
         if self._guest is GuestKind.CODE:
-            code_at = ground.inside(SIZE)
-            self._memory.write(code_at - ground.start, code())
+            code_at = layout.inside(SIZE)
+            self._memory.write(code_at - layout.start, code())
         if self._guest is GuestKind.PAGETABLE:
-            cr3 = ground.inside(len(private.page_tables(0, _ALIASES)))
-            self._memory.write(cr3 - ground.start, private.page_tables(cr3, _ALIASES))
+            cr3 = layout.inside(len(private.page_tables(0, _ALIASES)))
+            self._memory.write(cr3 - layout.start, private.page_tables(cr3, _ALIASES))
             tables = [private.scratch_aliases(i, _ALIASES) for i in range(vcpus)]
 
         def begin(i: int) -> tuple[int, int, dict[str, int]]:
             more = {}
             if self._guest is GuestKind.WRITER:
-                more = dict(zip(("r8", "r9", "r10", "r11"), ground.share(i, vcpus), strict=True))
+                more = dict(zip(("r8", "r9", "r10", "r11"), layout.share(i, vcpus), strict=True))
             return code_at + program, cr3, machine.registers(i, **more)
 
         machine.set_tables(tables)
@@ -162,7 +162,7 @@ class Competitor(Closing):
         Raises OperationFailed, SlotRefused; then it can only be closed.
         """
         self.machine.release()
-        self._update(self._plans[0], self._field.lost)
+        self._update(self._plans[0], self._layout.lost)
         self._update(self._plans[1], (0, 0))
         self.machine.hold()
 
@@ -175,7 +175,7 @@ class Competitor(Closing):
                 machine.hole = hole
             return self._carry_out(what)
 
-        update, carried = measure(
+        update, executed = measure(
             machine,
             act,
             ids_changed=bool(what.exposure.slot_ids_changed),
@@ -187,7 +187,9 @@ class Competitor(Closing):
         if hole == (0, 0):
             self._faults = 0
         if ledger is not None:
-            changes["pages_changed"], changes["pages_lost"] = self._end_ledger(ledger, carried.logs)
+            changes["pages_changed"], changes["pages_lost"] = self._end_ledger(
+                ledger, executed.logs
+            )
         self.updates.append(msgspec.structs.replace(update, **changes))
 
     def _stopped(self, vcpu: int) -> bool:
@@ -200,15 +202,15 @@ class Competitor(Closing):
     def _carry_out(self, what: Plan) -> ExecutionResult:
         if self.strategy.idle:
             return nothing(self.machine)
-        carried = self._executor.carry_out(what)
-        carried.check(what.ops)
-        return carried
+        executed = self._executor.carry_out(what)
+        executed.check(what.ops)
+        return executed
 
     # -- dirty pages -----------------------------------------------------------------------------
 
     def _begin_ledger(self) -> list[int] | None:
         """What the guest's pages say now, all dirty logs empty; None when nothing is logged."""
-        if not self._field.logged or self._guest is not GuestKind.WRITER:
+        if not self._layout.logged or self._guest is not GuestKind.WRITER:
             return None
         self.machine.hold()
         self._executor.fetch_logs()
@@ -222,10 +224,10 @@ class Competitor(Closing):
         logs = [*logs, *self._executor.fetch_logs()]
         after = self._generations()
         self.machine.release()
-        low, high = self._field.lost
+        low, high = self._layout.lost
         changed = lost = 0
         for page, (was, now) in enumerate(zip(before, after, strict=True)):
-            gpa = self._field.start + page * PAGE
+            gpa = self._layout.start + page * PAGE
             if was == now or low <= gpa < high:
                 continue
             changed += 1
@@ -234,8 +236,8 @@ class Competitor(Closing):
 
     def write_every_page(self) -> list[int]:
         """Let a writer sweep all of its pages, which gives their gpas, and then only beat."""
-        machine, ground = self.machine, self._field
-        pages = [ground.start + i * PAGE for i in range(ground.size // PAGE)]
+        machine, layout = self.machine, self._layout
+        pages = [layout.start + i * PAGE for i in range(layout.size // PAGE)]
         machine.release()
         machine.wait_beats(len(pages) + 1)
         machine.hold()
@@ -270,12 +272,12 @@ def keeps_bitmap(kvm: Kvm, strategy: LabStrategy) -> bool:
     the strategy does otherwise: that saves bits from being lost, it does not keep them.  Raises
     OperationFailed.
     """
-    ground = Layout(size=_BITMAP_SIZE, logged=True)
+    layout = Layout(size=_BITMAP_SIZE, logged=True)
     still = replace(strategy, sync=False)
-    with Competitor(kvm, still, ground, GuestKind.WRITER, populate=True) as competitor:
+    with Competitor(kvm, still, layout, GuestKind.WRITER, populate=True) as competitor:
         written = competitor.write_every_page()
         logs = competitor.punch_at_rest()
-        low, high = ground.lost
+        low, high = layout.lost
         stay = [gpa for gpa in written if not low <= gpa < high]
-        assert len(stay) == (ground.size - (high - low)) // PAGE, "the guest wrote every page"
+        assert len(stay) == (layout.size - (high - low)) // PAGE, "the guest wrote every page"
         return all(any(log.dirty(gpa) for log in logs) for gpa in stay)

@@ -106,21 +106,21 @@ def measure(
     machine.forget_gaps()
     machine.wait_beats(BEATS, unless=unless)
     before = machine.exits()
-    carried = act()
+    executed = act()
     machine.wait_beats(BEATS, unless=unless)
     after = machine.exits()
     update = Update(
         gap_ns=machine.longest_gap_ns(),
-        took_ns=carried.took_ns,
-        calls_ns=carried.calls_ns,
-        missing_ns=carried.missing_ns,
-        stall_ns=carried.stall_ns,
+        took_ns=executed.took_ns,
+        calls_ns=executed.calls_ns,
+        missing_ns=executed.missing_ns,
+        stall_ns=executed.stall_ns,
         spurious=after.spurious - before.spurious,
         hole=after.hole - before.hole,
         internal_errors=after.internal_errors - before.internal_errors,
         shutdowns=after.shutdowns - before.shutdowns,
-        ids_changed=ids_changed and bool(carried.deleted),
+        ids_changed=ids_changed and bool(executed.deleted),
     )
     if machine.revive():
         machine.wait_beats(1)
-    return update, carried
+    return update, executed

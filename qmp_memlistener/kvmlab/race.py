@@ -120,12 +120,12 @@ def run_race(
     Raises InputError; MissingPrerequisite when KVM cannot be used here; OperationFailed when KVM
     refuses something or a vCPU does not go on.  Whatever it raises, nothing is left behind.
     """
-    ground = options.layout()
+    layout = options.layout()
     chosen = select(options.strategies)
     order = random.Random(options.seed)
     with ExitStack() as stack:
         kvm = stack.enter_context(Kvm(device) if device else Kvm())
-        skipped = {s.name: why_not(s, kvm, slots=slots_of(s, ground)) for s in chosen}
+        skipped = {s.name: why_not(s, kvm, slots=slots_of(s, layout)) for s in chosen}
         kept = {s.name: keeps_bitmap(kvm, s) for s in chosen if skipped[s.name] is None}
         cpus = Cpus.for_vcpus(options.vcpus)
         with cpus.on(cpus.vcpus):  # where the threads of the vCPUs stay
@@ -134,7 +134,7 @@ def run_race(
                     Competitor(
                         kvm,
                         s,
-                        ground,
+                        layout,
                         options.guest,
                         vcpus=options.vcpus,
                         populate=options.populate,
@@ -158,14 +158,14 @@ def run_race(
             StrategyResult(
                 s.name,
                 s.fidelity,
-                model_of(s, ground),
+                model_of(s, layout),
                 skipped[s.name],
                 Totals.of(competitors[s.name].updates) if s.name in competitors else Totals(),
                 kept.get(s.name, False),
             )
             for s in chosen
         )
-        low, high = ground.lost
+        low, high = layout.lost
         return RaceReport(host_facts(kvm, cpus), options, results, high - low - options.hole_size)
 
 
@@ -181,20 +181,20 @@ def none_ran(results: Iterable[tuple[str, str | None]]) -> MissingPrerequisite |
     )
 
 
-def slots_of(strategy: LabStrategy, ground: Layout) -> int:
+def slots_of(strategy: LabStrategy, layout: Layout) -> int:
     """Slots that its machine needs at most."""
-    chunks = 1 if strategy.chunk is None else -(-ground.size // strategy.chunk)
-    return chunks + ground.extra + _OWN_SLOTS
+    chunks = 1 if strategy.chunk is None else -(-layout.size // strategy.chunk)
+    return chunks + layout.extra + _OWN_SLOTS
 
 
-def model_of(strategy: LabStrategy, ground: Layout) -> Model:
+def model_of(strategy: LabStrategy, layout: Layout) -> Model:
     """What its plan says, whether a kernel runs it or not."""
     if strategy.idle:
         return Model(0, 0, True, True, 0)
     rules = Rules(strategy.order, PAGE)
-    full, holed = ground.views(strategy.chunk)
+    full, holed = layout.views(strategy.chunk)
     punch = plan(
-        full, holed, strategy.plan, table=ground.table(full, rules), rules=rules, max_holes=None
+        full, holed, strategy.plan, table=layout.table(full, rules), rules=rules, max_holes=None
     )
     return Model(
         sum(op.slot >= 0 for op in punch.ops),

@@ -214,7 +214,7 @@ class _Player(Closing):
         machine.set_tables([self._addresses(transition, i) for i in range(self._vcpus)])
         machine.release()
         idle = self.strategy.idle
-        update, carried = measure(
+        update, executed = measure(
             machine,
             (lambda: nothing(machine)) if idle else lambda: self._carry_out(planned),
             ids_changed=bool(planned.plan.exposure.slot_ids_changed) and not idle,
@@ -223,13 +223,13 @@ class _Player(Closing):
         private = machine.private
         machine.set_tables([[private.scratch_gpa(i)] for i in range(self._vcpus)])
         if idle:
-            carried = self._carry_out(planned)  # so that the next one finds what it begins with
+            executed = self._carry_out(planned)  # so that the next one finds what it begins with
         machine.hold()
         self.transitions.append(
             ReplayedTransition(
                 transition.seq,
                 sum(op.slot >= 0 for op in planned.plan.ops),
-                _mismatches(planned, carried),
+                _mismatches(planned, executed),
                 update,
             )
         )
@@ -240,10 +240,10 @@ class _Player(Closing):
 
     def _carry_out(self, planned: Planned) -> ExecutionResult:
         assert self._executor is not None, "begun"
-        carried = self._executor.carry_out(planned.plan, planned.slots)
+        executed = self._executor.carry_out(planned.plan, planned.slots)
         if planned.slots is None:
-            carried.check(planned.plan.ops)
-        return carried
+            executed.check(planned.plan.ops)
+        return executed
 
     def close(self) -> None:
         if self._executor is not None:
@@ -263,11 +263,11 @@ class _Chunks(dict[BlockName, HostMemory]):
         return memory
 
 
-def _mismatches(planned: Planned, carried: ExecutionResult) -> int:
+def _mismatches(planned: Planned, executed: ExecutionResult) -> int:
     """Operations that KVM answered otherwise than it did when they were recorded."""
     if planned.expected is None:
-        return sum(bool(result) for result in carried.results.values())
-    return sum(result != planned.expected[i] for i, result in carried.results.items())
+        return sum(bool(result) for result in executed.results.values())
+    return sum(result != planned.expected[i] for i, result in executed.results.items())
 
 
 def _ends(source: ReplayInput) -> list[int]:

@@ -45,10 +45,10 @@ def run(quick: bool) -> list[Figure]:
     with ExitStack() as stack:
         stack.enter_context(kvm)
         cpus = Cpus.for_vcpus(1)
-        ground = Layout()
+        layout = Layout()
         with cpus.on(cpus.vcpus):
             contenders = [
-                stack.enter_context(Competitor(kvm, s, ground, GuestKind.DATA, populate=True))
+                stack.enter_context(Competitor(kvm, s, layout, GuestKind.DATA, populate=True))
                 for s in select(NAMES)
                 if why_not(s, kvm) is None
             ]

@@ -26,46 +26,46 @@ def fields(draw: st.DrawFn) -> Layout:
 
 
 @given(fields(), st.integers(1, 16))
-def test_the_guest_works_in_ram_that_stays(ground: Layout, vcpus: int) -> None:
-    low, high = ground.lost
-    words = [word for i in range(vcpus) for word in ground.edges(i)]
+def test_the_guest_works_in_ram_that_stays(layout: Layout, vcpus: int) -> None:
+    low, high = layout.lost
+    words = [word for i in range(vcpus) for word in layout.edges(i)]
     assert words
     for word in words:
-        assert ground.start <= word < ground.end - 7
+        assert layout.start <= word < layout.end - 7
         assert not low <= word < high
-    if high - low < PAGE * 2 and low - ground.start > PAGE and ground.end - high > PAGE:
+    if high - low < PAGE * 2 and low - layout.start > PAGE and layout.end - high > PAGE:
         assert len(set(words)) == len(words), "vCPUs do not share words"
     swept = set()
     for i in range(vcpus):
-        first, hole, behind, end = ground.share(i, vcpus)
+        first, hole, behind, end = layout.share(i, vcpus)
         assert first <= hole <= behind <= end
         swept |= {*range(first, hole, PAGE), *range(behind, end, PAGE)}
-    assert swept == {*range(ground.start, ground.end, PAGE)} - {*range(low, high, PAGE)}
-    at = ground.inside(512)
-    assert ground.start <= at
-    assert at + 512 <= ground.end
+    assert swept == {*range(layout.start, layout.end, PAGE)} - {*range(low, high, PAGE)}
+    at = layout.inside(512)
+    assert layout.start <= at
+    assert at + 512 <= layout.end
     assert at + 512 <= low or high <= at
 
 
 @given(fields(), st.sampled_from([None, PAGE, 16 * PAGE]))
-def test_the_views_differ_by_the_hole_alone(ground: Layout, chunk: int | None) -> None:
-    full, holed = ground.views(chunk)
+def test_the_views_differ_by_the_hole_alone(layout: Layout, chunk: int | None) -> None:
+    full, holed = layout.views(chunk)
     rules = Rules()
-    punch = plan(full, holed, table=ground.table(full, rules), rules=rules)
+    punch = plan(full, holed, table=layout.table(full, rules), rules=rules)
     before, after = (
         sum(end - start for start, end in table.mapped(0)) for table in (punch.before, punch.after)
     )
-    low, high = ground.lost
-    assert before == ground.size
-    assert after == ground.size - (high - low)
+    low, high = layout.lost
+    assert before == layout.size
+    assert after == layout.size - (high - low)
     for slot in (*punch.before, *punch.after):
-        assert slot.offset == slot.gpa - ground.start, "offsets are those in all of the RAM"
+        assert slot.offset == slot.gpa - layout.start, "offsets are those in all of the RAM"
 
 
 def test_a_logged_field_has_logged_slots() -> None:
-    ground = Layout(size=1 << 20, logged=True)
-    full, _ = ground.views()
-    assert all(slot.logged for slot in ground.table(full, Rules()))
+    layout = Layout(size=1 << 20, logged=True)
+    full, _ = layout.views()
+    assert all(slot.logged for slot in layout.table(full, Rules()))
 
 
 @pytest.mark.parametrize(
