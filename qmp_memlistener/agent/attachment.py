@@ -29,6 +29,7 @@ from ..qmp import (
     read_facts,
     start_tracing,
 )
+from ..qmp.trace_lines import STAMP_BOUND_NS
 from ..records import Header, Note, Record, RecordingWriter
 from ..topology import MemoryMap
 from ..tracking import Tracker
@@ -42,7 +43,7 @@ from .outlet import Outlet
 from .polling import PollSource
 from .probe_runner import Measuring
 from .source import MakeTracker, Source
-from .tracing import STAMP_BOUND_NS, TraceSource
+from .tracing import TraceSource
 
 __all__ = ["AttachOptions", "Attached", "Opening"]
 

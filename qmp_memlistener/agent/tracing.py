@@ -12,7 +12,7 @@ import secrets
 import time
 
 from ..errors import CommandFailed, DeadlineExceeded, ProtocolViolation
-from ..qmp import Command, Monitor, TraceBatch, TraceSession, TraceTail
+from ..qmp import Command, Monitor, TraceSession, TraceTail
 from ..qmp.trace_lines import new_marker
 from ..qmp.trace_records import (
     BarMapping,
@@ -23,12 +23,11 @@ from ..qmp.trace_records import (
     MemoryDeviceEvent,
     RunStateChange,
     SlotFailure,
-    SlotOp,
     TraceRecord,
     VirtioMemEvent,
 )
-from ..records import Cause, GuestState, Lost, Note, Record
-from ..tracking import RawOp, Tracker
+from ..records import Cause, GuestState, Lost, Note, Record, SlotOp
+from ..tracking import Tracker
 from .source import (
     BusMasters,
     MakeTracker,
@@ -39,7 +38,7 @@ from .source import (
     snapshot_deadline,
 )
 
-__all__ = ["STAMP_BOUND_NS", "TraceSource"]
+__all__ = ["TraceSource"]
 
 MIN_GAP_S = 0.002
 """At least this long between two snapshots, and `GAP_FACTOR` times what the last one took.
@@ -48,8 +47,6 @@ That is the longer of QEMU's time and ours: reading the text takes longer than p
 """
 GAP_FACTOR = 4.0
 RETRY_S = 1.0
-STAMP_BOUND_NS = 200_000
-"""A line without QEMU's own time stamp is stamped so late at most, unless it says otherwise."""
 PENDING = 256
 """So many commits wait for a snapshot that tells all of them; a guest can make more than that."""
 IO_SPACE = 1 << 16
@@ -98,7 +95,7 @@ class TraceSource:
         self._sync: dict[int, asyncio.Event] = {}
         self._losses = 0
         self._losses_mended = 0
-        self._early: list[tuple[TraceRecord, int, int]] = []
+        self._early: list[TraceRecord] = []
 
     async def read(self) -> None:
         """Fold lines in as they come, until the tail is finished."""
@@ -140,21 +137,11 @@ class TraceSource:
             for at in range(0, len(batch.records), _SLICE):
                 if at:
                     await asyncio.sleep(0)  # a signal, a reply, a release of stalls
-                self._fold_some(batch, batch.records[at : at + _SLICE])
+                self._fold_some(batch.records[at : at + _SLICE])
             self._folded_to_ns = None
 
-    def _fold_some(self, batch: TraceBatch, lines: list[TraceRecord]) -> None:
-        extra: list[Record] = []
-        skew = time.time_ns() - time.monotonic_ns()
-        late_ns = batch.late_ns if batch.late_ns > STAMP_BOUND_NS else 0
-        for line in lines:
-            if line.stamp_ns is None:
-                record = self._fold(line, line.t_ns, late_ns)
-            else:
-                t_ns = min(max(line.stamp_ns - skew, batch.t_after_ns), batch.t_ns)
-                record = self._fold(line, t_ns, 0)
-            if record is not None:
-                extra.append(record)
+    def _fold_some(self, lines: list[TraceRecord]) -> None:
+        extra = [record for line in lines if (record := self._fold(line)) is not None]
         self._hand_out(extra)
 
     def _hand_out(self, extra: list[Record]) -> None:
@@ -220,7 +207,7 @@ class TraceSource:
                 self.tracker = self._make_tracker(maps, reply.t_end_ns)
                 early, self._early = self._early, []
                 for line in early:
-                    self._fold(*line)
+                    self._fold(line)
             elif losses != self._losses_mended:
                 self.tracker.resync(maps, reply.t_end_ns)
             else:
@@ -249,19 +236,19 @@ class TraceSource:
         if self.tracker is not None and self.tracker.pending:
             await self.snapshot()
 
-    def _fold(self, line: TraceRecord, t_ns: int, late_ns: int) -> Record | None:
+    def _fold(self, line: TraceRecord) -> Record | None:
         tracker = self.tracker
         match line:
             case HmpCommand():
-                self._hmp(line, t_ns)
+                self._hmp(line)
             case _ if tracker is None:
                 # the first snapshot shows what was before its line, not what came after
                 if self._at_mark.is_set():
-                    self._early.append((line, t_ns, late_ns))
+                    self._early.append(line)
             case SlotOp():
-                tracker.commits.slot_operation(_raw(line, t_ns, late_ns))
+                tracker.commits.slot_operation(line)
             case FlatViewEvent(change=FlatViewChange.NEW):
-                tracker.commits.view_rebuilt(t_ns, line.root, late_ns)
+                tracker.commits.view_rebuilt(line.t_ns, line.root, line.late_ns)
             case BarMapping():
                 in_memory = line.addr + line.size > IO_SPACE
                 tracker.commits.cause(_bar_cause(line), moves_bar=in_memory)
@@ -273,18 +260,21 @@ class TraceSource:
                 )
             case RunStateChange():
                 return GuestState(
-                    t_ns=t_ns, status=line.new, running=line.new == "running", event="runstate_set"
+                    t_ns=line.t_ns,
+                    status=line.new,
+                    running=line.new == "running",
+                    event="runstate_set",
                 )
             case VirtioMemEvent():
-                return Note(t_ns=t_ns, text=_virtio_mem_text(line))
+                return Note(t_ns=line.t_ns, text=_virtio_mem_text(line))
             case SlotFailure():
                 return Note(
-                    t_ns=t_ns,
+                    t_ns=line.t_ns,
                     text=f"KVM refused slot {line.slot} at {line.start:#x}: {line.error}",
                 )
         return None
 
-    def _hmp(self, line: HmpCommand, t_ns: int) -> None:
+    def _hmp(self, line: HmpCommand) -> None:
         if line.marker is not None:
             if line.marker == self._marker:
                 self._armed = True
@@ -298,7 +288,7 @@ class TraceSource:
                 self._forget_old_syncs()
         elif self._armed and line.line == self._line:
             self._armed = False
-            self._mark_ns = t_ns
+            self._mark_ns = line.t_ns
             if self.tracker is not None:
                 self.tracker.mark()
             self._at_mark.set()
@@ -316,13 +306,6 @@ def _snapshot_line() -> str:
 
 def _hmp(line: str) -> Command:
     return Command("human-monitor-command", {"command-line": line})
-
-
-def _raw(line: SlotOp, t_ns: int, late_ns: int) -> RawOp:
-    return RawOp(
-        *(t_ns, line.as_id, line.slot, line.gpa, line.size, line.flags, line.ua, line.ret),
-        late_ns,
-    )
 
 
 def _bar_cause(line: BarMapping) -> Cause:

@@ -4,7 +4,7 @@ from .commit import QemuOps, qemu_ops
 from .dirty_log import DISPLAY_RAM, DirtyLog, LogChange, migratable
 from .exposure import DirtyBytes, Exposure, Missing, Step, expose
 from .hole import DEFAULT_MAX_HOLES, follow_blocks
-from .ops import Op, OpKind, TracedOp
+from .ops import Op, OpKind
 from .planning import Plan, PlanStrategy, plan, plan_all
 from .rules import ADDRESS_SPACES, Order, Rules, name_backing, slot_table, views_by_as
 from .slots import GUEST_MEMFD, LOG_DIRTY_PAGES, READONLY, Slot, SlotTable, bitmap_bytes
@@ -31,7 +31,6 @@ __all__ = [
     "SlotTable",
     "Step",
     "PlanStrategy",
-    "TracedOp",
     "bitmap_bytes",
     "expose",
     "follow_blocks",

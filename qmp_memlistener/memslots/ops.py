@@ -1,4 +1,4 @@
-"""One slot operation: what a plan is made of and what QEMU's trace shows.  Values only."""
+"""One operation of a plan.  One that was carried out is a `records.SlotOp`.  Values only."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from enum import StrEnum
 
 import msgspec
 
-__all__ = ["BATCH_BEGIN", "BATCH_COMMIT", "PARK", "UNPARK", "Op", "OpKind", "TracedOp"]
+__all__ = ["BATCH_BEGIN", "BATCH_COMMIT", "PARK", "UNPARK", "Op", "OpKind"]
 
 
 class OpKind(StrEnum):
@@ -28,21 +28,6 @@ class OpKind(StrEnum):
     BATCH_COMMIT = "batch_commit"
 
 
-class TracedOp(msgspec.Struct, frozen=True, gc=False):
-    """One line of QEMU's `kvm_set_user_memory` trace event.
-
-    `slot` is the bare id, the address space is in `as_id` (7.2 prints both in one number).
-    `size` is 0 for a delete.  `ret` is the ioctl's result, 0 when it went well.
-    """
-
-    as_id: int
-    slot: int
-    gpa: int
-    size: int
-    flags: int
-    ret: int = 0
-
-
 class Op(msgspec.Struct, frozen=True, gc=False):
     """One step of a plan.
 
@@ -62,19 +47,6 @@ class Op(msgspec.Struct, frozen=True, gc=False):
     def end(self) -> int:
         """First address behind the range."""
         return self.gpa + self.size
-
-    @property
-    def traced(self) -> TracedOp | None:
-        """The line that QEMU's trace shows for it when it succeeds, None when there is none.
-
-        A delete is traced with size 0 and flags 0 (`kvm_set_phys_mem` clears both before the
-        ioctl, accel/kvm/kvm-all.c).
-        """
-        if self.op is OpKind.DELETE:
-            return TracedOp(self.as_id, self.slot, self.gpa, 0, 0)
-        if self.op is OpKind.ADD or self.op is OpKind.FLAGS:
-            return TracedOp(self.as_id, self.slot, self.gpa, self.size, self.flags)
-        return None
 
 
 PARK = Op(OpKind.PARK)

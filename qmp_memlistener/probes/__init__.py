@@ -9,7 +9,6 @@ from .model import (
     ProbeInfo,
     ProbeUnavailable,
     Sink,
-    SlotUpdate,
     StallKind,
     Verdict,
 )
@@ -22,6 +21,5 @@ __all__ = [
     "Context",
     "Sink",
     "Observation",
-    "SlotUpdate",
     "ProbeUnavailable",
 ]

@@ -16,7 +16,7 @@ import msgspec
 
 from ..errors import MissingPrerequisite
 from ..qmp import Companions, Guest, GuestFacts, Monitor
-from ..records import CommandRecord, MeasurementRecord, StallKind
+from ..records import CommandRecord, MeasurementRecord, SlotOp, StallKind
 
 __all__ = [
     "StallKind",
@@ -24,7 +24,6 @@ __all__ = [
     "Verdict",
     "Context",
     "Observation",
-    "SlotUpdate",
     "Sink",
     "Probe",
     "ProbeUnavailable",
@@ -90,18 +89,6 @@ class Context:
     must_see: Mapping[StallKind, int] = field(default_factory=dict)
 
 
-class SlotUpdate(msgspec.Struct, frozen=True, gc=False):
-    """One slot ioctl as it was seen; `size` 0 deletes.  `slot` is without the address space."""
-
-    as_id: int
-    slot: int
-    flags: int
-    gpa: int
-    size: int
-    hva: int
-    ret: int | None
-
-
 class Observation(msgspec.Struct, frozen=True, gc=False):
     """One stall window as one probe saw it.
 
@@ -120,7 +107,7 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     thread: str | None = None
     tid: int | None = None
     site: str | None = None
-    update: SlotUpdate | None = None
+    update: SlotOp | None = None
     handoffs: int | None = None
 
     def __post_init__(self) -> None:

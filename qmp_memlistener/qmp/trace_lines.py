@@ -22,7 +22,12 @@ import re
 import secrets
 import time
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
+from msgspec.structs import replace
+
+from ..memslots import OpKind
+from ..records import SlotOp
 from .trace_records import (
     BarMapping,
     FlatViewChange,
@@ -32,13 +37,15 @@ from .trace_records import (
     MemoryDeviceEvent,
     RunStateChange,
     SlotFailure,
-    SlotOp,
     TraceRecord,
     VirtioMemEvent,
     VmStateChange,
 )
 
-__all__ = ["MAX_LINE", "TraceDecoder", "new_marker"]
+__all__ = ["MAX_LINE", "STAMP_BOUND_NS", "TraceDecoder", "new_marker"]
+
+STAMP_BOUND_NS = 200_000
+"""A line without QEMU's own time stamp is read so late at most, unless it says otherwise."""
 
 # A longer line is no trace line: it is dropped as it comes, so garbage cannot fill memory.
 MAX_LINE = 64 * 1024
@@ -46,11 +53,11 @@ MAX_LINE = 64 * 1024
 # A marker is the command `print 0x71…`, with a number that nobody types by chance.
 _MARKER_PREFIX = 0x71
 
-_STAMP = rb"(?:(\d{1,10})@(\d{1,12})\.(\d{6}):|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{6}))?Z )"
+_STAMP = rb"(?:\d{1,10}@(\d{1,12})\.(\d{6}):|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{6}))?Z )"
 _SLOT_OP = (
     rb"kvm_set_user_memory (?:AddrSpace#(\d{1,5}) )?Slot#(-?\d{1,10}) flags=0x([0-9a-f]{1,8})"
     rb" gpa=0x([0-9a-f]{1,16}) size=0x([0-9a-f]{1,16}) ua=0x([0-9a-f]{1,16})"
-    rb"(?: guest_memfd=(-?\d{1,10}) guest_memfd_offset=0x([0-9a-f]{1,16}))? ret=(-?\d{1,10})"
+    rb"(?: guest_memfd=-?\d{1,10} guest_memfd_offset=0x[0-9a-f]{1,16})? ret=(-?\d{1,10})"
     rb"(?: \w{1,40}=[-\w]{1,40}){0,8}\n"  # kernels with private memory of their own add fields
 )
 # Each match is one whole line: a slot operation or, last group, something else.
@@ -102,6 +109,15 @@ class _Second(dict[bytes, int | None]):
         return value
 
 
+class _Times(NamedTuple):
+    """When the lines of one read were written, as far as that is known."""
+
+    read_ns: int
+    since_ns: int
+    skew_ns: int
+    late_ns: int | None
+
+
 class TraceDecoder:
     """Turns the bytes of one log into records.
 
@@ -120,8 +136,16 @@ class TraceDecoder:
         self._hex = _Hex()
         self._second = _Second()
 
-    def feed(self, data: bytes, t_ns: int) -> list[TraceRecord]:
-        """The records of all lines that `data` completes; `t_ns` is when it was read."""
+    def feed(
+        self, data: bytes, t_ns: int, *, since_ns: int = 0, late_ns: int = 0, skew_ns: int = 0
+    ) -> list[TraceRecord]:
+        """The records of all lines that `data` completes.
+
+        It was read at `t_ns`, at most `late_ns` after it was written, and written after `since_ns`.
+        QEMU's own stamps are of a clock that is `skew_ns` ahead; where there are none the time is
+        `t_ns`, and records say how late that is when it is more than `STAMP_BOUND_NS`.
+        """
+        at = _Times(t_ns, since_ns, skew_ns, late_ns if late_ns > STAMP_BOUND_NS else None)
         if self._skipping:
             newline = data.find(b"\n")
             if newline < 0:
@@ -143,9 +167,9 @@ class TraceDecoder:
             self.stamped = True
         records: list[TraceRecord] = []
         if self.stamped:
-            self._feed_stamped(whole, t_ns, records)
+            self._feed_stamped(whole, at, records)
         else:
-            self._feed_plain(whole, t_ns, records)
+            self._feed_plain(whole, at, records)
         return records
 
     def reset(self) -> None:
@@ -158,81 +182,72 @@ class TraceDecoder:
         """Bytes of the incomplete line."""
         return len(self._tail)
 
-    def _feed_plain(self, data: bytes, t_ns: int, out: list[TraceRecord]) -> None:
+    def _feed_plain(self, data: bytes, at: _Times, out: list[TraceRecord]) -> None:
         append, integer, decimal, hexa = out.append, int, self._decimal, self._hex
+        add, delete = OpKind.ADD, OpKind.DELETE
+        t_ns, late_ns = at.read_ns, at.late_ns
         matches = _PLAIN_LINES.findall(data)
         self.lines += len(matches)
-        for as_id, slot, flags, gpa, size, ua, fd, fd_offset, ret, rest in matches:
+        for as_id, slot, flags, gpa, size, ua, ret, rest in matches:
             if slot:
-                number = decimal[slot]
+                number, length = decimal[slot], integer(size, 16)
                 append(
                     SlotOp(
-                        t_ns,
-                        decimal[as_id] if as_id else number >> 16 & 0xFFFF,
-                        number & 0xFFFF,
-                        hexa[flags],
-                        integer(gpa, 16),
-                        integer(size, 16),
-                        integer(ua, 16),
-                        decimal[ret],
-                        decimal[fd] if fd else -1,
-                        hexa[fd_offset],
+                        t_ns=t_ns,
+                        as_id=decimal[as_id] if as_id else number >> 16 & 0xFFFF,
+                        slot=number & 0xFFFF,
+                        op=add if length else delete,
+                        gpa=integer(gpa, 16),
+                        size=length,
+                        flags=hexa[flags],
+                        ret=decimal[ret],
+                        hva=integer(ua, 16),
+                        late_ns=late_ns,
                     )
                 )
             elif rest[:1].isdigit():
                 # Perhaps stamped after all: a log that several programs write to.
                 self.lines -= 1
-                self._feed_stamped(rest + b"\n", t_ns, out)
+                self._feed_stamped(rest + b"\n", at, out)
             else:
-                record = _decode_other(rest, t_ns, None, None)
+                record = _decode_other(rest, t_ns, late_ns)
                 if record is None:
                     self.unknown += 1
                 else:
                     append(record)
 
-    def _feed_stamped(self, data: bytes, t_ns: int, out: list[TraceRecord]) -> None:
+    def _feed_stamped(self, data: bytes, at: _Times, out: list[TraceRecord]) -> None:
         append, integer, decimal, hexa = out.append, int, self._decimal, self._hex
+        add, delete = OpKind.ADD, OpKind.DELETE
+        read_ns, since_ns, skew_ns, read_late_ns = at
         matches = _STAMPED_LINES.findall(data)
         self.lines += len(matches)
-        for (
-            tid,
-            sec,
-            usec,
-            iso,
-            frac,
-            as_id,
-            slot,
-            flags,
-            gpa,
-            size,
-            ua,
-            fd,
-            off,
-            ret,
-            rest,
-        ) in matches:
+        for sec, usec, iso, frac, as_id, slot, flags, gpa, size, ua, ret, rest in matches:
             stamp = self._stamp(sec, usec, iso, frac)
-            thread = integer(tid) if tid else None
+            if stamp is None:
+                t_ns, late_ns = read_ns, read_late_ns
+            else:
+                t_ns, late_ns = stamp - skew_ns, None
+                if not since_ns <= t_ns <= read_ns:
+                    t_ns = min(max(t_ns, since_ns), read_ns)
             if slot:
-                number = decimal[slot]
+                number, length = decimal[slot], integer(size, 16)
                 append(
                     SlotOp(
-                        t_ns,
-                        decimal[as_id] if as_id else number >> 16 & 0xFFFF,
-                        number & 0xFFFF,
-                        hexa[flags],
-                        integer(gpa, 16),
-                        integer(size, 16),
-                        integer(ua, 16),
-                        decimal[ret],
-                        decimal[fd] if fd else -1,
-                        hexa[off],
-                        stamp,
-                        thread,
+                        t_ns=t_ns,
+                        as_id=decimal[as_id] if as_id else number >> 16 & 0xFFFF,
+                        slot=number & 0xFFFF,
+                        op=add if length else delete,
+                        gpa=integer(gpa, 16),
+                        size=length,
+                        flags=hexa[flags],
+                        ret=decimal[ret],
+                        hva=integer(ua, 16),
+                        late_ns=late_ns,
                     )
                 )
             else:
-                record = _decode_other(rest, t_ns, stamp, thread)
+                record = _decode_other(rest, t_ns, late_ns)
                 if record is None:
                     self.unknown += 1
                 else:
@@ -251,61 +266,56 @@ def _is_stamped(data: bytes) -> bool:
     return _STAMPS.match(data) is not None
 
 
-_Stamp = int | None
-_Builder = Callable[[re.Match[bytes], int, _Stamp, _Stamp], TraceRecord]
+_Builder = Callable[[re.Match[bytes], int], TraceRecord]
 
 
 def _text(raw: bytes) -> str:
     return raw.decode("utf-8", "replace")
 
 
-def _flatview(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+def _flatview(m: re.Match[bytes], t: int) -> TraceRecord:
     # glibc prints a null pointer as "(nil)"; an empty address space has no root.
     root = int(m[3], 16) if m[3] is not None else 0
-    return FlatViewEvent(t, FlatViewChange(m[1].decode()), int(m[2], 16), root, stamp, tid)
+    return FlatViewEvent(t, FlatViewChange(m[1].decode()), int(m[2], 16), root)
 
 
-def _bar(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+def _bar(m: re.Match[bytes], t: int) -> TraceRecord:
     bus, slot, func, addr, size = (int(m[i], 16) for i in (3, 4, 5, 7, 8))
-    return BarMapping(
-        t, m[1] == b"add", _text(m[2]), bus, slot, func, int(m[6]), addr, size, stamp, tid
-    )
+    return BarMapping(t, m[1] == b"add", _text(m[2]), bus, slot, func, int(m[6]), addr, size)
 
 
-def _memory_device(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+def _memory_device(m: re.Match[bytes], t: int) -> TraceRecord:
     change = MemoryDeviceChange(m[1].decode())
-    return MemoryDeviceEvent(t, change, _text(m[2]) or None, int(m[3], 16), stamp, tid)
+    return MemoryDeviceEvent(t, change, _text(m[2]) or None, int(m[3], 16))
 
 
-def _virtio_mem(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+def _virtio_mem(m: re.Match[bytes], t: int) -> TraceRecord:
     def hexa(group: int) -> int | None:
         return int(m[group], 16) if m[group] is not None else None
 
     def decimal(group: int) -> int | None:
         return int(m[group]) if m[group] is not None else None
 
-    return VirtioMemEvent(
-        t, _text(m[1]), hexa(2), decimal(3), hexa(4), hexa(5), decimal(6), stamp, tid
-    )
+    return VirtioMemEvent(t, _text(m[1]), hexa(2), decimal(3), hexa(4), hexa(5), decimal(6))
 
 
-def _runstate(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
-    return RunStateChange(t, _text(m[1]), _text(m[2]), stamp, tid)
+def _runstate(m: re.Match[bytes], t: int) -> TraceRecord:
+    return RunStateChange(t, _text(m[1]), _text(m[2]))
 
 
-def _vm_state(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
-    return VmStateChange(t, m[1] == b"1", _text(m[2]), stamp, tid)
+def _vm_state(m: re.Match[bytes], t: int) -> TraceRecord:
+    return VmStateChange(t, m[1] == b"1", _text(m[2]))
 
 
-def _hmp(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
+def _hmp(m: re.Match[bytes], t: int) -> TraceRecord:
     marker = int(m[2], 16) if m[2] is not None else None
     if marker is not None and marker >> 56 != _MARKER_PREFIX:
         marker = None
-    return HmpCommand(t, _text(m[1]), marker, stamp, tid)
+    return HmpCommand(t, _text(m[1]), marker)
 
 
-def _failure(m: re.Match[bytes], t: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord:
-    return SlotFailure(t, int(m[1]), int(m[2], 16), int(m[3], 16), _text(m[4]), stamp, tid)
+def _failure(m: re.Match[bytes], t: int) -> TraceRecord:
+    return SlotFailure(t, int(m[1]), int(m[2], 16), int(m[3], 16), _text(m[4]))
 
 
 def _table(entries: Iterable[tuple[bytes, bytes, _Builder]]) -> _Table:
@@ -374,14 +384,17 @@ _FAILURE = re.compile(
 )
 
 
-def _decode_other(line: bytes, t_ns: int, stamp: _Stamp, tid: _Stamp) -> TraceRecord | None:
+def _decode_other(line: bytes, t_ns: int, late_ns: int | None) -> TraceRecord | None:
     entry = _EVENTS.get(line.partition(b"_")[0])
     if entry is not None:
         match = entry[0].fullmatch(line)
         if match is not None:
-            return entry[1](match, t_ns, stamp, tid)
+            record = entry[1](match, t_ns)
+            if late_ns is not None and isinstance(record, FlatViewEvent):
+                record = replace(record, late_ns=late_ns)
+            return record
     if b"KVM_SET_USER_MEMORY_REGION" in line:
         match = _FAILURE.fullmatch(line)
         if match is not None:
-            return _failure(match, t_ns, stamp, tid)
+            return _failure(match, t_ns)
     return None

@@ -1,10 +1,9 @@
 """What the lines of QEMU's trace log mean: one value type per kind of line.
 
-Pure values.  `trace_lines` makes them, nothing here reads anything.  Common to all:
-
-- `t_ns`: our CLOCK_MONOTONIC when the line was read (an upper bound for when it was written);
-- `stamp_ns`: QEMU's own realtime clock (since the epoch), only with `-msg timestamp=on`;
-- `tid`: the writing thread, only with `-msg timestamp=on` of QEMU <= 10.0.
+Pure values.  `trace_lines` makes them, nothing here reads anything.  `kvm_set_user_memory` is a
+`records.SlotOp`.  `t_ns` is when the line was written, on our CLOCK_MONOTONIC: by QEMU's own stamp
+(`-msg timestamp=on`), or else when the line was read, `late_ns` later at most where that is more
+than usual.
 """
 
 from __future__ import annotations
@@ -12,6 +11,8 @@ from __future__ import annotations
 from enum import StrEnum
 
 import msgspec
+
+from ..records import SlotOp
 
 __all__ = [
     "BarMapping",
@@ -22,36 +23,10 @@ __all__ = [
     "MemoryDeviceEvent",
     "RunStateChange",
     "SlotFailure",
-    "SlotOp",
     "TraceRecord",
     "VirtioMemEvent",
     "VmStateChange",
 ]
-
-
-class SlotOp(msgspec.Struct, frozen=True, gc=False):
-    """`kvm_set_user_memory`: one KVM_SET_USER_MEMORY_REGION(2) call and its return value.
-
-    `size` 0 deletes the slot.  Whether another one adds or changes flags depends on the slots
-    that exist.  `guest_memfd` is -1 when there is none, and before QEMU 9.1.
-    """
-
-    t_ns: int
-    as_id: int
-    slot: int
-    flags: int
-    gpa: int
-    size: int
-    ua: int
-    ret: int
-    guest_memfd: int = -1
-    guest_memfd_offset: int = 0
-    stamp_ns: int | None = None
-    tid: int | None = None
-
-    @property
-    def is_delete(self) -> bool:
-        return self.size == 0
 
 
 class SlotFailure(msgspec.Struct, frozen=True, gc=False):
@@ -62,8 +37,6 @@ class SlotFailure(msgspec.Struct, frozen=True, gc=False):
     start: int
     size: int
     error: str
-    stamp_ns: int | None = None
-    tid: int | None = None
 
 
 class FlatViewChange(StrEnum):
@@ -79,8 +52,7 @@ class FlatViewEvent(msgspec.Struct, frozen=True, gc=False):
     change: FlatViewChange
     view: int
     root: int
-    stamp_ns: int | None = None
-    tid: int | None = None
+    late_ns: int | None = None
 
 
 class BarMapping(msgspec.Struct, frozen=True, gc=False):
@@ -95,8 +67,6 @@ class BarMapping(msgspec.Struct, frozen=True, gc=False):
     bar: int
     addr: int
     size: int
-    stamp_ns: int | None = None
-    tid: int | None = None
 
 
 class MemoryDeviceChange(StrEnum):
@@ -112,8 +82,6 @@ class MemoryDeviceEvent(msgspec.Struct, frozen=True, gc=False):
     change: MemoryDeviceChange
     id: str | None
     addr: int
-    stamp_ns: int | None = None
-    tid: int | None = None
 
 
 class VirtioMemEvent(msgspec.Struct, frozen=True, gc=False):
@@ -127,8 +95,6 @@ class VirtioMemEvent(msgspec.Struct, frozen=True, gc=False):
     old_size: int | None = None
     new_size: int | None = None
     value: int | None = None
-    stamp_ns: int | None = None
-    tid: int | None = None
 
 
 class RunStateChange(msgspec.Struct, frozen=True, gc=False):
@@ -137,8 +103,6 @@ class RunStateChange(msgspec.Struct, frozen=True, gc=False):
     t_ns: int
     old: str
     new: str
-    stamp_ns: int | None = None
-    tid: int | None = None
 
 
 class VmStateChange(msgspec.Struct, frozen=True, gc=False):
@@ -147,8 +111,6 @@ class VmStateChange(msgspec.Struct, frozen=True, gc=False):
     t_ns: int
     running: bool
     reason: str
-    stamp_ns: int | None = None
-    tid: int | None = None
 
 
 class HmpCommand(msgspec.Struct, frozen=True, gc=False):
@@ -161,8 +123,6 @@ class HmpCommand(msgspec.Struct, frozen=True, gc=False):
     t_ns: int
     line: str
     marker: int | None = None
-    stamp_ns: int | None = None
-    tid: int | None = None
 
 
 TraceRecord = (

@@ -197,7 +197,13 @@ class TraceTail:
         self._room.set()
         if chunk.lost is not None:
             self.decoder.reset()
-        records = self.decoder.feed(chunk.data, chunk.t_ns)
+        records = self.decoder.feed(
+            chunk.data,
+            chunk.t_ns,
+            since_ns=chunk.t_after_ns,
+            late_ns=chunk.late_ns,
+            skew_ns=time.time_ns() - time.monotonic_ns(),
+        )
         return TraceBatch(records, chunk.t_after_ns, chunk.t_ns, chunk.lost, chunk.late_ns)
 
     def _watch(self) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import msgspec
 
+from ..memslots import OpKind
 from ..topology import FlatRange, FlatView, Flip, Hole, Kind, Move, RamBlock, RamChange
 
 __all__ = [
@@ -139,22 +140,34 @@ class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition", gc=F
 class SlotOp(Record, frozen=True, kw_only=True, tag="slot_op", gc=False):
     """One KVM_SET_USER_MEMORY_REGION; of a delete `size` is that of the slot which went away.
 
-    `predicted` operations were never seen: they are what QEMU's rules give for the transition.
-    `late_ns` is as of a transition.
+    As a line of QEMU's log or a uprobe shows it, an `op` of `add` may be a change of flags, and the
+    size of a delete is 0: both follow from the slots that are there, which `tracking` has.
+    `hva` is the host address (`ua`).  `predicted` operations were never seen: they are what QEMU's
+    rules give for the transition.  `late_ns` is as of a transition.
     """
 
     t_ns: int
     as_id: int
     slot: int
-    op: str
+    op: OpKind
     gpa: int
     size: int
     flags: int
-    ret: int
-    predicted: bool
-    transition: int | None
+    ret: int = 0
+    predicted: bool = False
+    transition: int | None = None
     hva: int | None = None
     late_ns: int | None = None
+
+    @property
+    def end(self) -> int:
+        """First address behind the range."""
+        return self.gpa + self.size
+
+    def __str__(self) -> str:
+        """`delete 3 0x100000+0x1ff00000`."""
+        space = f"as {self.as_id} " if self.as_id else ""
+        return f"{self.op} {space}{self.slot} {self.gpa:#x}+{self.size:#x}"
 
 
 class GuestState(Record, frozen=True, kw_only=True, tag="guest_state"):

@@ -12,7 +12,6 @@ from dataclasses import dataclass, field
 from ..probes import Observation, StallKind
 from ..records import SlotOp
 from .pairing import SLACK_NS
-from .windows import op_text
 
 __all__ = ["Coverage", "one_sided"]
 
@@ -105,7 +104,7 @@ def one_sided(
     if forged:
         yield (
             f"slot operations in QEMU's log that no uprobe saw: {len(forged)} "
-            f"(the first: {op_text(forged[0])}); does another process write to that log?"
+            f"(the first: {forged[0]}); does another process write to that log?"
         )
     untold = [
         seen

@@ -11,8 +11,7 @@ from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from operator import itemgetter
 
-from ..probes import SlotUpdate
-from ..records import CommandRecord, QmpEvent
+from ..records import CommandRecord, QmpEvent, SlotOp
 from .evidence import Stall
 
 __all__ = ["DirtyLogging"]
@@ -60,7 +59,7 @@ class DirtyLogging:
             for stall in mine:
                 stall.why_logs = why
 
-    def _words(self, t_ns: int, updates: Sequence[SlotUpdate]) -> str:
+    def _words(self, t_ns: int, updates: Sequence[SlotOp]) -> str:
         slots = {(u.as_id, u.slot) for u in updates}
         at = bisect_right(self._asked, t_ns, key=itemgetter(0))
         if at and len(slots) >= _GLOBAL:

@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from ..probes import Observation, StallKind
-from ..records import CommandRecord, StallCause
+from ..records import CommandRecord, SlotOp, StallCause
 
 __all__ = ["KEEP_NS", "LIMIT", "Evidence", "Stall", "overlap", "together", "witness"]
 
@@ -32,15 +32,15 @@ T = TypeVar("T")
 class Stall(msgspec.Struct, eq=False, gc=False):
     """A stall window on its way to a record.
 
-    `transition` is the transition that it is a part of, `deleted_size` the size of the slot that
-    its ioctl deleted, `commit` what it lies in; all where that is known for a fact.
+    `transition` is the transition that it is a part of, `line` what QEMU's log has of its ioctl,
+    `commit` what it lies in; all where that is known for a fact.
     """
 
     seen: Observation
     witnesses: frozenset[str] = frozenset()
     commit: Stall | None = None
     transition: int | None = None
-    deleted_size: int | None = None
+    line: SlotOp | None = None
     logs: bool = False  # its ioctl is traced, and is no part of a transition
     why_logs: str = "dirty logging"  # of a commit that does nothing else, in words
     cause: StallCause = _UNKNOWN

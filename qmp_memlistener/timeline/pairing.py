@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import msgspec
 
+from ..memslots import OpKind
 from ..probes import StallKind
 from ..records import SlotOp
 from .evidence import KEEP_NS, Stall, overlap, together, witness
@@ -94,7 +95,7 @@ class Pairing:
 
     def _add_op(self, traced: TracedOp) -> None:
         op = traced.op
-        key = (op.as_id, op.slot, op.gpa, op.op == "delete")
+        key = (op.as_id, op.slot, op.gpa, op.op is OpKind.DELETE)
         ioctls = self._ioctls.get(key)
         while ioctls and ioctls[0].seen.start_ns <= op.t_ns:
             stall = ioctls.popleft()
@@ -199,7 +200,7 @@ def _key(stall: Stall) -> _Key | None:
     update = stall.seen.update
     if update is None:
         return None
-    return (update.as_id, update.slot, update.gpa, update.size == 0)
+    return (update.as_id, update.slot, update.gpa, update.op is OpKind.DELETE)
 
 
 def _start(stall: Stall) -> int:
@@ -212,5 +213,4 @@ def _pair(stall: Stall, traced: TracedOp) -> None:
     stall.transition = op.transition
     stall.logs = op.transition is None
     stall.witnesses = together(stall.witnesses, witness(TRACE))
-    if op.op == "delete":
-        stall.deleted_size = op.size
+    stall.line = op

@@ -16,6 +16,9 @@ from heapq import heappop, heappush
 from itertools import count
 from operator import attrgetter
 
+import msgspec
+
+from ..memslots import OpKind
 from ..probes import Observation, StallKind
 from ..records import (
     CommandRecord,
@@ -31,7 +34,7 @@ from .causes import decide
 from .dirty_logging import DirtyLogging
 from .evidence import KEEP_NS, Evidence, Stall, overlap, together, witness
 from .pairing import Pairing, TracedOp, Updates, twins, uncertainty
-from .windows import TimedOp, missing_window, trace_windows
+from .windows import Timed, missing_window, trace_windows
 
 __all__ = ["BACKLOG", "PATIENCE_NS", "Timeline"]
 
@@ -304,27 +307,17 @@ class Timeline:
         """Missing windows from the ioctls of each commit."""
         found = []
         for commit in commits:
-            timed = []
+            timed: list[Timed] = []
             for update in updates.inside(commit):
-                seen = update.seen
-                if seen.update is None:
+                op = update.line or update.seen.update
+                if op is None:
                     continue
-                slot = (seen.update.as_id, seen.update.gpa)
-                if seen.update.size:
-                    self._sizes[slot] = size = seen.update.size
-                else:
-                    size = update.deleted_size or self._sizes.pop(slot, 0)
-                timed.append(
-                    TimedOp(
-                        "add" if seen.update.size else "delete",
-                        seen.update.as_id,
-                        seen.update.gpa,
-                        size,
-                        seen.update.hva,
-                        seen.start_ns,
-                        seen.end_ns,
-                    )
-                )
+                slot = (op.as_id, op.gpa)
+                if op.op is not OpKind.DELETE:
+                    self._sizes[slot] = op.size
+                elif not op.size:
+                    op = msgspec.structs.replace(op, size=self._sizes.pop(slot, 0))
+                timed.append((op, update.seen.start_ns, update.seen.end_ns))
             window = missing_window(timed, commit.seen.probe)
             if window is not None:
                 found.append(Stall(window, commit.witnesses, commit, transition=commit.transition))

@@ -7,71 +7,55 @@ for a while in between.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
-import msgspec
+from ..memslots import OpKind
+from ..probes import Observation
+from ..records import SlotOp, StallKind
 
-from ..probes import Observation, SlotUpdate, StallKind
-from ..records import SlotOp
+__all__ = ["Timed", "missing_window", "trace_windows"]
 
-__all__ = ["TimedOp", "missing_window", "trace_windows"]
-
-
-class TimedOp(msgspec.Struct, frozen=True, gc=False):
-    """An `add` or `delete` of a slot of `size` bytes, and the bounds of when it took effect.
-
-    It took effect at or after `from_ns` and at or before `to_ns`.  `hva` is the host address of its
-    first byte.
-    """
-
-    op: str
-    as_id: int
-    gpa: int
-    size: int
-    hva: int
-    from_ns: int
-    to_ns: int
-
-    @property
-    def end(self) -> int:
-        return self.gpa + self.size
+Timed = tuple[SlotOp, int, int]
+"""An operation that took effect at or after the first time and at or before the second, in ns."""
 
 
-def missing_window(ops: Sequence[TimedOp], probe: str) -> Observation | None:
+def missing_window(ops: Iterable[Timed], probe: str) -> Observation | None:
     """The time in which RAM of address space 0 was missing that one commit took and gave back.
 
     From the first delete of such RAM to the last add of it: QEMU deletes everything first and then
     adds (address_space_update_topology_pass, memory.c), so the ranges are gone together.  None
     when nothing that was deleted came back.
     """
-    first: TimedOp | None = None
-    last: TimedOp | None = None
+    first: Timed | None = None
+    last: Timed | None = None
     low, high = 1 << 64, 0
-    deleted: list[TimedOp] = []
-    for op in ops:
+    deleted: list[Timed] = []
+    for timed in ops:
+        op = timed[0]
         if op.as_id != 0:
             continue
-        if op.op == "delete":
-            deleted.append(op)
+        if op.op is OpKind.DELETE:
+            deleted.append(timed)
             continue
-        if op.op != "add":
+        if op.op is not OpKind.ADD:
             continue
-        for gone in deleted:
-            same_memory = gone.hva - gone.gpa == op.hva - op.gpa
+        for candidate in deleted:
+            gone = candidate[0]
+            same_memory = (gone.hva or 0) - gone.gpa == (op.hva or 0) - op.gpa
             if same_memory and gone.gpa < op.end and op.gpa < gone.end:
-                if first is None or gone.from_ns < first.from_ns:
-                    first = gone
-                last = op
+                if first is None or candidate[1] < first[1]:
+                    first = candidate
+                last = timed
                 low = min(low, max(gone.gpa, op.gpa))
                 high = max(high, min(gone.end, op.end))
-    if first is None or last is None or last.to_ns <= first.from_ns:
+    if first is None or last is None or last[2] <= first[1]:
         return None
     return Observation(
         kind=StallKind.MISSING,
-        start_ns=first.from_ns,
-        end_ns=last.to_ns,
-        at_least_ns=max(0, last.from_ns - first.to_ns),
-        at_most_ns=last.to_ns - first.from_ns,
+        start_ns=first[1],
+        end_ns=last[2],
+        at_least_ns=max(0, last[1] - first[2]),
+        at_most_ns=last[2] - first[1],
         probe=probe,
         site=f"{low:#x}-{high - 1:#x}",
     )
@@ -86,7 +70,7 @@ def trace_windows(begin_ns: int, ops: Sequence[SlotOp], bound_ns: int) -> list[O
     so the ioctl ran between the line before and its own; how long in there is not known.
     """
     found: list[Observation] = []
-    timed: list[TimedOp] = []
+    timed: list[Timed] = []
     before = begin_ns
     for op in ops:
         # lines come in order; a stamp that goes back would be the clock's fault
@@ -101,26 +85,12 @@ def trace_windows(begin_ns: int, ops: Sequence[SlotOp], bound_ns: int) -> list[O
                 at_least_ns=0,
                 at_most_ns=to_ns - from_ns,
                 probe="trace",
-                site=op_text(op),
-                update=SlotUpdate(
-                    as_id=op.as_id,
-                    slot=op.slot,
-                    flags=op.flags,
-                    gpa=op.gpa,
-                    size=0 if op.op == "delete" else op.size,
-                    hva=op.hva or 0,
-                    ret=op.ret,
-                ),
+                site=str(op),
+                update=op,
             )
         )
-        timed.append(TimedOp(op.op, op.as_id, op.gpa, op.size, op.hva or 0, from_ns, to_ns))
+        timed.append((op, from_ns, to_ns))
     missing = missing_window(timed, "trace")
     if missing is not None:
         found.append(missing)
     return found
-
-
-def op_text(op: SlotOp) -> str:
-    """A slot operation as the site of a stall: `delete 3 0x100000+0x1ff00000`."""
-    space = f"as {op.as_id} " if op.as_id else ""
-    return f"{op.op} {space}{op.slot} {op.gpa:#x}+{op.size:#x}"

@@ -3,8 +3,8 @@
 No sockets, clocks or processes: what was seen, and when, comes in as values."""
 
 from .changes import Change
-from .commits import Commit, CommitGrouper, SeenOp
-from .live_slots import LiveSlot, LiveSlots, RawOp
+from .commits import Commit, CommitGrouper
+from .live_slots import LiveSlot, LiveSlots
 from .replaying import ReplayStep, replay
 from .tracker import Maps, Tracker
 
@@ -15,9 +15,7 @@ __all__ = [
     "LiveSlot",
     "LiveSlots",
     "Maps",
-    "RawOp",
     "ReplayStep",
-    "SeenOp",
     "Tracker",
     "replay",
 ]

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from msgspec.structs import replace
 
-from ..memslots import LOG_DIRTY_PAGES
+from ..memslots import LOG_DIRTY_PAGES, OpKind
 from ..memslots.intervals import Range, put
 from ..memslots.slots import Backing
 from ..records import SlotOp
@@ -103,7 +103,7 @@ class _Beginning:
         before = op.slot not in space.used and (
             self._is_of_map(op, space) or self._was_there(op, shown, space, number)
         )
-        if op.op == "add" and not before:
+        if op.op is OpKind.ADD and not before:
             if not self._whole:
                 ids = range(space.top, op.slot)
                 space.taken.update(i for i in ids if i not in space.used)
@@ -114,23 +114,23 @@ class _Beginning:
 
     def _is_of_map(self, op: SlotOp, space: _Space) -> bool:
         """It tells the id of a slot of the first map."""
-        known = space.there.get(op.gpa) if op.op != "add" else None
-        if known is None or not (op.op == "delete" or known.size == op.size):
+        known = space.there.get(op.gpa) if op.op is not OpKind.ADD else None
+        if known is None or not (op.op is OpKind.DELETE or known.size == op.size):
             return False
         del space.there[op.gpa]
-        flags = known.flags if op.op == "delete" else _flags_before(op)
+        flags = known.flags if op.op is OpKind.DELETE else _flags_before(op)
         self.slots[op.as_id, op.gpa] = replace(known, slot=op.slot, hva=op.hva, flags=flags)
         return True
 
     def _was_there(self, op: SlotOp, shown: Backing | None, space: _Space, number: int) -> bool:
         """It is about a slot that nothing told of, if there can have been one."""
         taken = self._late and op.slot in space.taken
-        if op.op == "add" and not taken:
+        if op.op is OpKind.ADD and not taken:
             return False
         if space.has_been(op.gpa, op.gpa + (op.size or PAGE)):
             return False
         bound, key = space.next_above(op.gpa), (op.as_id, op.gpa)
-        flags = 0 if op.op == "delete" else _flags_before(op)
+        flags = 0 if op.op is OpKind.DELETE else _flags_before(op)
         size = min(op.size, bound - op.gpa)
         backing = shown or (None, None, 0)
         self.slots[key] = LiveSlot(op.as_id, op.slot, op.gpa, size, flags, op.hva, *backing)

@@ -13,21 +13,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-import msgspec
+from ..memslots import OpKind, Order
+from ..records import Cause, SlotOp
+from .live_slots import LiveSlot, LiveSlots
 
-from ..memslots import Order
-from ..records import Cause
-from .live_slots import LiveSlot, LiveSlots, RawOp
-
-__all__ = ["Commit", "CommitGrouper", "SeenOp", "Upwards"]
-
-
-class SeenOp(msgspec.Struct, frozen=True, gc=False):
-    """A traced operation and what it did: `add`, `delete` or `flags`, to a slot of `size`."""
-
-    raw: RawOp
-    what: str
-    size: int
+__all__ = ["Commit", "CommitGrouper", "Upwards"]
 
 
 @dataclass(slots=True)
@@ -38,10 +28,10 @@ class Commit:
     """
 
     t_ns: int
-    late_ns: int = 0  # as of an operation
+    late_ns: int | None = None  # as of an operation
     merged: int = 1
     roots: set[int] = field(default_factory=set)
-    ops: list[SeenOp] = field(default_factory=list)
+    ops: list[SlotOp] = field(default_factory=list)
     causes: list[Cause] = field(default_factory=list)
     moves_bar: bool = False  # of memory; no slot need change for it
     slots_after: tuple[LiveSlot, ...] = ()
@@ -49,7 +39,7 @@ class Commit:
     @property
     def changes_slots(self) -> bool:
         """It added or deleted slots; changed flags alone leave the map as it was."""
-        return any(op.what != "flags" for op in self.ops)
+        return any(op.op is not OpKind.FLAGS for op in self.ops)
 
 
 class Upwards:
@@ -72,20 +62,21 @@ class Upwards:
         self._place = ()
         self._flagged.clear()
 
-    def goes_on(self, what: str, as_id: int, gpa: int) -> bool:
+    def goes_on(self, op: SlotOp) -> bool:
         """Take the next operation; whether it may be of the same commit as those before.
 
         When it may not it is the first of the next one.
         """
+        what, as_id, gpa = op.op, op.as_id, op.gpa
         if self._order is Order.V7_2:
-            place: tuple[int, ...] = (as_id, what != "delete", gpa)
+            place: tuple[int, ...] = (as_id, what is not OpKind.DELETE, gpa)
         else:
-            place = (what != "flags", as_id, what == "add", gpa)
+            place = (what is not OpKind.FLAGS, as_id, what is OpKind.ADD, gpa)
         fits = place > self._place and (as_id, gpa) not in self._flagged
         if not fits:
             self._flagged.clear()
         self._place = place
-        if what == "flags":
+        if what is OpKind.FLAGS:
             self._flagged.add((as_id, gpa))
         return fits
 
@@ -117,25 +108,25 @@ class CommitGrouper:
         """The earliest commit that was seen and not taken."""
         return self.done[0] if self.done else self._open
 
-    def view_rebuilt(self, t_ns: int, root: int, late_ns: int = 0) -> None:
+    def view_rebuilt(self, t_ns: int, root: int, late_ns: int | None = None) -> None:
         """A `flatview_new` line."""
         now = self._open
         if now is None or now.ops or root in now.roots:
             now = self._begin(t_ns, late_ns)
         now.roots.add(root)
 
-    def slot_operation(self, op: RawOp) -> None:
+    def slot_operation(self, op: SlotOp) -> None:
         """A `kvm_set_user_memory` line.
 
         Where `flatview_new` lines are missing, one that goes back begins the next commit.
         """
         now = self._open
-        place = self._live.what(op), op.as_id, op.gpa
-        if now is None or not (now.roots or self._upwards.goes_on(*place)):
+        op = self._live.complete(op)
+        if now is None or not (now.roots or self._upwards.goes_on(op)):
             now = self._begin(op.t_ns, op.late_ns)
-            self._upwards.goes_on(*place)
-        what, size = self._live.apply(op)
-        now.ops.append(SeenOp(op, what, size))
+            self._upwards.goes_on(op)
+        self._live.apply(op)
+        now.ops.append(op)
 
     def cause(self, cause: Cause, *, after: bool = False, moves_bar: bool = False) -> None:
         """A line that tells why: printed before the commit it concerns, or `after` it.
@@ -170,7 +161,7 @@ class CommitGrouper:
         done, self.done = self.done, []
         return done
 
-    def _begin(self, t_ns: int, late_ns: int) -> Commit:
+    def _begin(self, t_ns: int, late_ns: int | None) -> Commit:
         self.close()
         self._open = Commit(t_ns, late_ns, causes=self._causes, moves_bar=self._moves_bar)
         self._causes, self._moves_bar = [], False

@@ -14,7 +14,7 @@ from itertools import pairwise
 from msgspec.structs import replace
 
 from ..errors import InputError
-from ..memslots import LOG_DIRTY_PAGES
+from ..memslots import LOG_DIRTY_PAGES, OpKind
 from ..memslots.intervals import join
 from ..memslots.slots import LAST_SLOT
 from ..records import SlotOp
@@ -35,7 +35,7 @@ def counts_from_zero(commits: list[list[Told]]) -> bool:
     free: dict[int, int] = {}
     for op in _done(commits):
         due = free.get(op.as_id, 0)
-        if op.op == "delete" or op.slot < due:
+        if op.op is OpKind.DELETE or op.slot < due:
             break
         if op.slot > due or (not free and op.flags & LOG_DIRTY_PAGES):
             return False
@@ -63,7 +63,7 @@ def log_switches(commits: list[list[Told]], *, marked: bool) -> list[LiveSlot]:
             slots.extend(
                 LiveSlot(op.as_id, op.slot, op.gpa, op.size, op.flags, op.hva, None, None, 0)
                 for op in run
-                if op.op == "add"
+                if op.op is OpKind.ADD
             )
         free.difference_update(ids)
         run.clear()
@@ -75,9 +75,9 @@ def log_switches(commits: list[list[Told]], *, marked: bool) -> list[LiveSlot]:
             key = (op.as_id, op.flags & LOG_DIRTY_PAGES)
             last = run[-1] if run else op
             same = key == (last.as_id, last.flags & LOG_DIRTY_PAGES)
-            if op.op == "delete" or not same or (run and op.gpa <= last.gpa):
+            if op.op is OpKind.DELETE or not same or (run and op.gpa <= last.gpa):
                 finish()
-            if op.op == "delete":
+            if op.op is OpKind.DELETE:
                 free.add((op.as_id, op.slot))
             else:
                 run.append(op)
@@ -100,7 +100,7 @@ def guess_sizes(
     adds: dict[int | None, list[tuple[int, SlotOp]]] = {}
     for number, commit in enumerate(commits if unsized else ()):
         for op in _done([commit]):
-            if op.op == "add":
+            if op.op is OpKind.ADD:
                 adds.setdefault(op.hva, []).append((number, op))
     starts = sorted(found)
     for key, (bound, number) in unsized.items():
@@ -110,7 +110,7 @@ def guess_sizes(
             bound = min(bound, starts[i][1])
         hva = found[key].hva or 0
         twins = [op for n, op in sorted(adds.get(hva, ()), key=lambda a: a[0] < number)]
-        added = [op for op in _done([commits[number]]) if op.op == "add" and op.as_id == as_id]
+        added = [op for op in _done([commits[number]]) if op.op is OpKind.ADD and op.as_id == as_id]
         again = [
             op
             for op in added

@@ -16,30 +16,14 @@ from operator import attrgetter, itemgetter
 import msgspec
 from msgspec.structs import replace
 
-from ..memslots import READONLY, Rules, Slot, SlotTable, slot_table
+from ..memslots import READONLY, OpKind, Rules, Slot, SlotTable, slot_table
+from ..records import SlotOp
 from ..topology import FlatRange, FlatView, Kind, MemoryMap
 
-__all__ = ["UNKNOWN_BLOCK", "LiveSlot", "LiveSlots", "RawOp"]
+__all__ = ["UNKNOWN_BLOCK", "LiveSlot", "LiveSlots"]
 
 UNKNOWN_BLOCK = "RAM of slot "
 """What a section of a RAM block that is not known yet is called, with the slot's id behind it."""
-
-
-class RawOp(msgspec.Struct, frozen=True, gc=False):
-    """One traced KVM_SET_USER_MEMORY_REGION; `size` 0 deletes.
-
-    `late_ns`: its time may be later than it was, by so much; 0 is no more than usual.
-    """
-
-    t_ns: int
-    as_id: int
-    slot: int
-    gpa: int
-    size: int
-    flags: int
-    hva: int
-    ret: int
-    late_ns: int = 0
 
 
 class LiveSlot(msgspec.Struct, frozen=True, gc=False):
@@ -137,43 +121,38 @@ class LiveSlots:
                     s, block=named.block, owner=named.owner, offset=named.offset
                 )
 
-    def what(self, op: RawOp) -> str:
-        """What an operation is: `add`, `delete` or `flags`."""
-        if op.size == 0:
-            return "delete"
+    def complete(self, op: SlotOp) -> SlotOp:
+        """An operation as it came, with what the slots tell of it: whether it is an add or changes
+        flags, and the size of what a delete takes away (0 when we do not know the slot)."""
         old = self._slots.get((op.as_id, op.gpa))
-        return "flags" if old is not None and old.size == op.size else "add"
+        if op.op is OpKind.DELETE:
+            return replace(op, size=old.size) if old is not None else op
+        same = old is not None and old.size == op.size
+        kind = OpKind.FLAGS if same else OpKind.ADD
+        return op if op.op is kind else replace(op, op=kind)
 
-    def apply(self, op: RawOp) -> tuple[str, int]:
-        """Fold one operation in; returns what it was (`add`, `delete`, `flags`) and the size.
-
-        The size of a delete is that of the slot that went, 0 when we did not know it.  An
-        operation that KVM refused changes nothing.
-        """
+    def apply(self, op: SlotOp) -> None:
+        """Fold a complete operation in; one that KVM refused changes nothing."""
+        if op.ret != 0:
+            return
         key = (op.as_id, op.gpa)
-        old = self._slots.get(key)
-        if op.ret == 0:
-            self._learn_ids(op)
-        if op.size == 0:
-            if old is not None and op.ret == 0:
+        old, hva = self._slots.get(key), op.hva or 0
+        self._learn_ids(op)
+        if op.op is OpKind.DELETE:
+            if old is not None:
                 del self._slots[key]
                 self._count_id(old, -1)
                 if old.block is not None:
-                    self._note_base(op.hva, old.block, old.owner, old.offset)
-            return "delete", old.size if old is not None else 0
-        what = self.what(op)
-        if op.ret == 0:
-            block, owner, offset = self._backing(op.hva, op.size)
-            if what == "flags" and old is not None and block is None:
-                block, owner, offset = old.block, old.owner, old.offset
-            new = LiveSlot(
-                op.as_id, op.slot, op.gpa, op.size, op.flags, op.hva, block, owner, offset
-            )
-            if old is not None:
-                self._count_id(old, -1)
-            self._count_id(new, 1)
-            self._slots[key] = new
-        return what, op.size
+                    self._note_base(hva, old.block, old.owner, old.offset)
+            return
+        block, owner, offset = self._backing(hva, op.size)
+        if op.op is OpKind.FLAGS and old is not None and block is None:
+            block, owner, offset = old.block, old.owner, old.offset
+        new = LiveSlot(op.as_id, op.slot, op.gpa, op.size, op.flags, hva, block, owner, offset)
+        if old is not None:
+            self._count_id(old, -1)
+        self._count_id(new, 1)
+        self._slots[key] = new
 
     def view(self, slots: Iterable[LiveSlot], previous: FlatView) -> FlatView:
         """The `memory` view that `slots` give: RAM and ROM from them, the rest as in `previous`.
@@ -263,11 +242,11 @@ class LiveSlots:
         if slot.slot is not None:
             self._ids[slot.as_id, slot.slot] += change
 
-    def _learn_ids(self, op: RawOp) -> None:
+    def _learn_ids(self, op: SlotOp) -> None:
         """QEMU gives the lowest free id: those below it are in use, by slots we know or not."""
         taken = self._taken.setdefault(op.as_id, set())
         top = self._tops.get(op.as_id, 0)  # ids from here on have not been looked at
-        if op.size and op.slot >= top:
+        if op.op is not OpKind.DELETE and op.slot >= top:
             taken |= {i for i in range(top, op.slot) if not self._ids[op.as_id, i]}
             self._tops[op.as_id] = op.slot + 1
         taken.discard(op.slot)

@@ -14,13 +14,13 @@ from typing import BinaryIO
 
 from ..errors import InputError
 from ..inputs import TraceLine, open_input, read_trace_line
-from ..memslots import Order, Rules
+from ..memslots import OpKind, Order, Rules
+from ..records import SlotOp
 from ..text import quoted
 from .commits import Commit, CommitGrouper
 from .guesses import counts_from_zero, log_switches
-from .live_slots import LiveSlot, LiveSlots, RawOp
+from .live_slots import LiveSlot, LiveSlots
 from .replaying import Remarks, Told, Traced
-from .reporting import traced_records
 
 __all__ = ["read_log"]
 
@@ -78,7 +78,7 @@ class _Reader:
         self.split = False
         self.pids: set[int] = set()
         self.unreadable: tuple[int, str] | None = None
-        self._events: list[RawOp | tuple[int, int] | None] = []
+        self._events: list[SlotOp | tuple[int, int] | None] = []
 
     def line(self, number: int, line: bytes) -> None:
         told = read_trace_line(line, cut=not line.endswith(b"\n"))
@@ -103,15 +103,16 @@ class _Reader:
         if told.pid is not None:
             self.pids.add(told.pid)
         self._events.append(
-            RawOp(
-                number,
-                told.as_id,
-                told.slot,
-                told.gpa,
-                told.size,
-                told.flags,
-                told.ua,
-                told.ret,
+            SlotOp(
+                t_ns=number,
+                as_id=told.as_id,
+                slot=told.slot,
+                op=OpKind.ADD if told.size else OpKind.DELETE,
+                gpa=told.gpa,
+                size=told.size,
+                flags=told.flags,
+                ret=told.ret,
+                hva=told.ua,
             )
         )
 
@@ -123,7 +124,7 @@ class _Reader:
         """
         grouper = CommitGrouper(LiveSlots.of(slots, Rules(order)), order, keep_slots=False)
         for event in self._events:
-            if isinstance(event, RawOp):
+            if isinstance(event, SlotOp):
                 grouper.slot_operation(event)
             elif event is not None:
                 grouper.view_rebuilt(*event)
@@ -133,15 +134,15 @@ class _Reader:
 
 
 def _told(commits: Iterable[Commit]) -> list[list[Told]]:
-    return [[(op, None) for op in traced_records(commit, None)] for commit in commits]
+    return [[(op, None) for op in commit.ops] for commit in commits]
 
 
 def _queued(commit: Commit) -> bool:
     """Its order is none of 7.2's: it goes back after it has changed flags."""
     return bool(commit.roots) and any(
-        a.what == "flags"
-        and b.what != "flags"
-        and (b.raw.as_id, b.what != "delete", b.raw.gpa) <= (a.raw.as_id, True, a.raw.gpa)
+        a.op is OpKind.FLAGS
+        and b.op is not OpKind.FLAGS
+        and (b.as_id, b.op is not OpKind.DELETE, b.gpa) <= (a.as_id, True, a.gpa)
         for a, b in pairwise(commit.ops)
     )
 

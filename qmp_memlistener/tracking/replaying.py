@@ -207,7 +207,7 @@ class _Reader:
             (op.flags, (1 << 32) - 1),
             (op.hva or 0, (1 << 64) - 1),
         )
-        known = op.op == OpKind.DELETE or (op.op in (OpKind.ADD, OpKind.FLAGS) and op.size > 0)
+        known = op.op is OpKind.DELETE or (op.op in (OpKind.ADD, OpKind.FLAGS) and op.size > 0)
         if not known or any(not 0 <= n <= limit for n, limit in limits):
             raise _unfit(f"an operation of transition {op.transition} is none of KVM's")
         if op.predicted:
@@ -215,7 +215,7 @@ class _Reader:
         same = self._open and op.transition == self._transition
         if not same:
             self._upwards.begin()
-        goes_on = self._upwards.goes_on(op.op, op.as_id, op.gpa)
+        goes_on = self._upwards.goes_on(op)
         if not (same and (op.transition is not None or goes_on)):
             self.commits.append([])
         self._open, self._transition = True, op.transition

@@ -45,7 +45,7 @@ def transition_record(
         detail=detail,
         merged=merged,
         slot_ops=slot_ops,
-        late_ns=commit.late_ns or None,
+        late_ns=commit.late_ns,
     )
 
 
@@ -57,31 +57,15 @@ def told_again(
         told,
         seq=seq,
         t_ns=commit.t_ns,
-        late_ns=commit.late_ns or None,
+        late_ns=commit.late_ns,
         merged=merged,
         slot_ops=slot_ops,
     )
 
 
 def traced_records(commit: Commit, seq: int | None) -> list[SlotOp]:
-    """The operations of a commit as they were traced."""
-    return [
-        SlotOp(
-            t_ns=op.raw.t_ns,
-            as_id=op.raw.as_id,
-            slot=op.raw.slot,
-            op=op.what,
-            gpa=op.raw.gpa,
-            size=op.size,
-            flags=op.raw.flags,
-            ret=op.raw.ret,
-            predicted=False,
-            transition=seq,
-            hva=op.raw.hva,
-            late_ns=op.raw.late_ns or None,
-        )
-        for op in commit.ops
-    ]
+    """The operations of a commit, with the transition that they are of."""
+    return commit.ops if seq is None else [replace(op, transition=seq) for op in commit.ops]
 
 
 def predicted_records(ops: Iterable[Op], t_ns: int, seq: int) -> list[SlotOp]:
@@ -91,11 +75,10 @@ def predicted_records(ops: Iterable[Op], t_ns: int, seq: int) -> list[SlotOp]:
             t_ns=t_ns,
             as_id=op.as_id,
             slot=op.slot,
-            op=str(op.op),
+            op=op.op,
             gpa=op.gpa,
             size=op.size,
             flags=op.flags,
-            ret=0,
             predicted=True,
             transition=seq,
         )

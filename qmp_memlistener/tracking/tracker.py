@@ -352,9 +352,9 @@ class Tracker:
             if op.op is not OpKind.FLAGS
         ]
         traced = [
-            shape(o.what, o.raw.as_id, o.raw.gpa, o.size, o.raw.slot)
-            for o in commit.ops
-            if o.what != "flags"
+            shape(str(op.op), op.as_id, op.gpa, op.size, op.slot)
+            for op in commit.ops
+            if op.op is not OpKind.FLAGS
         ]
         if wanted == traced:
             return []

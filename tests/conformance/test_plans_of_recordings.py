@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 
-from qmp_memlistener.memslots import ADDRESS_SPACES, Rules
+from qmp_memlistener.memslots import ADDRESS_SPACES, OpKind, Rules
 from qmp_memlistener.records import Header, Reconciled, Record, RecordingWriter, SlotOp
 from qmp_memlistener.topology import MemoryMap, read_maps
-from qmp_memlistener.tracking import RawOp, Tracker
+from qmp_memlistener.tracking import Tracker
 from tests.unit.cli.cli_support import run
 
 SAMPLES = sorted((Path(__file__).parent / "slots").rglob("pc-logged.json.gz"))
@@ -41,8 +41,9 @@ def recorded(sample: dict[str, Any]) -> list[Record]:
         t.commits.view_rebuilt(now := now + 1, 0x10)
         t.commits.view_rebuilt(now, 0x20)
         for op in step["ops"]:
-            values = (op[k] for k in ("as_id", "slot", "gpa", "size", "flags", "ua", "ret"))
-            t.commits.slot_operation(RawOp(now := now + 1, *values))
+            values = {k: op[k] for k in ("as_id", "slot", "gpa", "size", "flags", "ret")}
+            kind = OpKind.ADD if op["size"] else OpKind.DELETE
+            t.commits.slot_operation(SlotOp(t_ns=(now := now + 1), op=kind, hva=op["ua"], **values))
         t.snapshot(maps(step["mtree_after"]), now := now + 1)
     return t.take()[0]
 

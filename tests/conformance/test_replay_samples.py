@@ -18,10 +18,11 @@ import pytest
 
 from qmp_memlistener.errors import InputError
 from qmp_memlistener.kvmlab.replay_input import ReplayInput, read_replay
-from qmp_memlistener.memslots import Order, Rules, Slot, SlotTable, TracedOp, slot_table
+from qmp_memlistener.memslots import Order, Rules, Slot, SlotTable, slot_table
 from qmp_memlistener.records import Recording, SlotOp
 from qmp_memlistener.tracking import replay
 from tests.unit.kvmlab.replay_rendering import check, check_apart, check_backing, planned
+from tests.unit.memslots.memslots_model import as_traced, traced_op
 
 HERE = Path(__file__).parent
 STEPS = sorted((HERE / "slots").rglob("*.json.gz"))
@@ -103,11 +104,11 @@ def test_the_log_of_a_whole_life(path: Path, marked: bool, tmp_path: Path) -> No
     check(found)
     assert len(found.initial) == 0
     wanted = [
-        TracedOp(**{k: op[k] for k in ("as_id", "slot", "gpa", "size", "flags", "ret")})
+        traced_op(**{k: op[k] for k in ("as_id", "slot", "gpa", "size", "flags", "ret")})
         for s in steps
         for op in s["ops"]
     ]
-    assert [op.traced for t in found.transitions for op in t.ops] == wanted
+    assert [as_traced(op) for t in found.transitions for op in t.ops] == wanted
     assert not any("missing and was put in" in note for note in found.notes)
     tables = dict(tables_by_op(found))
     done = 0

@@ -19,12 +19,12 @@ from qmp_memlistener.memslots import (
     PlanStrategy,
     Rules,
     SlotTable,
-    TracedOp,
     plan,
     plan_all,
 )
+from qmp_memlistener.records import SlotOp
 from qmp_memlistener.topology import FlatView, read_maps
-from tests.unit.memslots.memslots_model import fold
+from tests.unit.memslots.memslots_model import as_traced, fold, traced_op
 
 SAMPLES = sorted((Path(__file__).parent / "slots").rglob("*.json.gz"))
 
@@ -59,9 +59,9 @@ def table_of(step: dict[str, Any]) -> SlotTable:
     return SlotTable.from_json([{k: entry[k] for k in keys} for entry in step["table_before"]])
 
 
-def traced(step: dict[str, Any]) -> list[TracedOp]:
+def recorded(step: dict[str, Any]) -> list[SlotOp]:
     keys = ("as_id", "slot", "gpa", "size", "flags", "ret")
-    return [TracedOp(**{k: op[k] for k in keys}) for op in step["ops"]]
+    return [traced_op(**{k: op[k] for k in keys}) for op in step["ops"]]
 
 
 def single_commits(sample: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -118,7 +118,7 @@ def test_planned_operations_equal_the_traced_ones(path: Path) -> None:
             rules=rules,
             log=log_change(path, step),
         )
-        assert [op.traced for op in planned.ops] == traced(step), step["name"]
+        assert [as_traced(op) for op in planned.ops] == recorded(step), step["name"]
 
 
 @pytest.mark.parametrize("path", [p for p in SAMPLES if "-logged" in p.name], ids=name_of)
@@ -158,7 +158,7 @@ def test_every_strategy_ends_in_the_same_reachable_memory(path: Path) -> None:
             rules=rules,
             log=log_change(path, step),
         )
-        reachable = fold(table_of(step), traced(step)).mapped(0)
+        reachable = fold(table_of(step), recorded(step)).mapped(0)
         for p in plans:
             assert p.after.mapped(0) == reachable, (step["name"], p.strategy)
             if p.strategy is not PlanStrategy.QEMU:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from qmp_memlistener.cli.main import main
 from qmp_memlistener.errors import InputError, RecordingError
+from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import (
     Cause,
     GuestState,
@@ -85,7 +86,7 @@ def records() -> list[Record]:
                 t_ns=seq * 10,
                 as_id=op["as_id"],
                 slot=op["slot"],
-                op="add" if op["size"] else "delete",
+                op=OpKind.ADD if op["size"] else OpKind.DELETE,
                 gpa=op["gpa"],
                 size=op["size"] or 4096,
                 flags=op["flags"],

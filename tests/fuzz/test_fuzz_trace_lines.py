@@ -7,7 +7,8 @@ import random
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmp_memlistener.qmp import SlotOp, TraceDecoder
+from qmp_memlistener.qmp import TraceDecoder
+from qmp_memlistener.records import SlotOp
 
 SLOT_9_1 = (
     b"kvm_set_user_memory AddrSpace#1 Slot#2 flags=0x0 gpa=0x0 size=0x0 ua=0x0 "

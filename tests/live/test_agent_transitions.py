@@ -22,7 +22,7 @@ from qmp_memlistener.guests import (
 from qmp_memlistener.memslots import ADDRESS_SPACES
 from qmp_memlistener.records import GuestState, SlotOp, TransitionRecord
 from qmp_memlistener.topology import Hole, Kind, Transition, read_maps
-from qmp_memlistener.tracking import RawOp, Tracker
+from qmp_memlistener.tracking import Tracker
 from tests.support.leftovers import enabled_events, flush_rcu, live_views
 from tests.support.live import (
     QEMUS,
@@ -165,11 +165,7 @@ async def test_a_change_right_behind_a_snapshot_is_not_read_with_its_map(
     def commit(seq: int) -> None:
         tracker.commits.view_rebuilt(0, 1)
         for op in seen.ops(seq):
-            size = 0 if op.op == "delete" else op.size
-            assert op.hva is not None
-            tracker.commits.slot_operation(
-                RawOp(0, op.as_id, op.slot, op.gpa, size, op.flags, op.hva, op.ret)
-            )
+            tracker.commits.slot_operation(op)
 
     opens, closes = 1, 2
     for seq in (closes, opens):

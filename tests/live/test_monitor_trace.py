@@ -18,7 +18,6 @@ from qmp_memlistener.qmp import (
     FlatViewEvent,
     Monitor,
     RunStateChange,
-    SlotOp,
     TraceBatch,
     TraceReason,
     TraceTail,
@@ -28,6 +27,7 @@ from qmp_memlistener.qmp import (
     trace_control,
     trace_notes,
 )
+from qmp_memlistener.records import SlotOp
 from tests.support.bare_qemu import running
 from tests.support.leftovers import file_has, left_behind
 from tests.support.live import NO_QEMU, QEMUS, best_accel, builds
@@ -188,11 +188,9 @@ async def test_time_stamps_of_qemu(build: QemuBuild, tmp_path: Path) -> None:
     ):
         assert session.timestamps
         records = await check_traced(qemu, session, "tcg")
-        stamps = [r.stamp_ns for r in records]
-        assert all(s is not None for s in stamps)
-        assert stamps == sorted(s for s in stamps if s is not None)
-        has_tid = monitor.version.release <= (10, 0)
-        assert all((r.tid is not None) == has_tid for r in records)
+        times = [r.t_ns for r in records]
+        assert times == sorted(times)
+        assert len(set(times)) > len(times) / 2, "lines read at once have times of their own"
 
 
 @pytest.mark.asyncio

@@ -12,12 +12,12 @@ from qmp_memlistener.qmp import (
     FlatViewEvent,
     HmpCommand,
     Monitor,
-    SlotOp,
     TraceRecord,
     TraceSession,
     TraceTail,
 )
 from qmp_memlistener.qmp.trace_setup import event_states
+from qmp_memlistener.records import SlotOp
 from tests.support.bare_qemu import Running
 from tests.support.qtest import QTest
 
@@ -78,7 +78,7 @@ def steps(records: list[TraceRecord]) -> list[tuple[int, ...]]:
     out: list[tuple[int, ...]] = []
     for r in records:
         if isinstance(r, SlotOp):
-            out.append((r.slot, r.flags, r.gpa, r.size, r.ua))
+            out.append((r.slot, r.flags, r.gpa, r.size, r.hva or 0))
         elif isinstance(r, FlatViewEvent) and r.change.value == "new":
             out.append((r.root,))
     return out

@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from qmp_memlistener.listener import Dispatcher, MemoryListener
+from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import SlotOp
 from qmp_memlistener.topology import FlatRange, FlatView, Hole, Kind, Transition, diff
 from qmp_memlistener.tracking import Change
@@ -52,7 +53,7 @@ MOVED = FlatView(
 
 def op(number: int, kind: str = "add", gpa: int = 0, flags: int = 0) -> SlotOp:
     return SlotOp(
-        t_ns=number, as_id=0, slot=number, op=kind, gpa=gpa, size=MIB, flags=flags, ret=0,
+        t_ns=number, as_id=0, slot=number, op=OpKind(kind), gpa=gpa, size=MIB, flags=flags, ret=0,
         predicted=False, transition=None,
     )  # fmt: skip
 

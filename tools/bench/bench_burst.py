@@ -15,15 +15,15 @@ from functools import partial
 
 import msgspec
 
-from qmp_memlistener.memslots import Rules
-from qmp_memlistener.probes import Observation, SlotUpdate, StallKind
+from qmp_memlistener.memslots import OpKind, Rules
+from qmp_memlistener.probes import Observation, StallKind
 from qmp_memlistener.qmp import TraceDecoder
-from qmp_memlistener.qmp.trace_records import FlatViewEvent, SlotOp
-from qmp_memlistener.records import Record, StallRecord, TransitionRecord
+from qmp_memlistener.qmp.trace_records import FlatViewEvent
+from qmp_memlistener.records import Record, SlotOp, StallRecord, TransitionRecord
 from qmp_memlistener.timeline import Timeline
 from qmp_memlistener.topology import FlatRange, FlatView, MemoryMap, ram_blocks
 from qmp_memlistener.topology import Kind as RangeKind
-from qmp_memlistener.tracking import RawOp, Tracker
+from qmp_memlistener.tracking import Tracker
 from tools.bench.growth import Figure, Sample, interleaved, print_growth, sizes
 
 __all__ = ["Agent", "fold"]
@@ -58,17 +58,12 @@ class Agent:
         """The lines of `count` transitions, the snapshot that covers them, and their windows."""
         commits = self.tracker.commits
         at = _START_NS + first * PERIOD_NS
-        for line in self._decoder.feed(_log(first, count), at):
+        for line in self._decoder.feed(_log(first, count), at + count * PERIOD_NS):
             match line:
                 case FlatViewEvent():
-                    commits.view_rebuilt(line.stamp_ns or at, line.root)
+                    commits.view_rebuilt(line.t_ns, line.root)
                 case SlotOp():
-                    commits.slot_operation(
-                        RawOp(
-                            *(line.stamp_ns or at, line.as_id, line.slot, line.gpa, line.size),
-                            *(line.flags, line.ua, line.ret),
-                        )
-                    )
+                    commits.slot_operation(line)
         self.tracker.mark()
         self.tracker.snapshot({0: _map()}, at + count * PERIOD_NS)
         records, _ = self.tracker.take()
@@ -186,7 +181,16 @@ def _observations(i: int) -> list[Observation]:
     begin = _START_NS + i * PERIOD_NS - 350_000
     found = [_window(StallKind.COMMIT, begin, 400_000)]
     for n, (slot, gpa, flags, size) in enumerate(_ops(i)):
-        update = SlotUpdate(0, slot, flags, gpa, size, _hva(gpa), 0)
+        update = SlotOp(
+            t_ns=begin + 80_000 + n * 80_000,
+            as_id=0,
+            slot=slot,
+            op=OpKind.ADD if size else OpKind.DELETE,
+            gpa=gpa,
+            size=size,
+            flags=flags,
+            hva=_hva(gpa),
+        )
         found.append(
             _window(StallKind.SLOT_UPDATE, begin + 20_000 + n * 80_000, 60_000, update=update)
         )
@@ -200,7 +204,7 @@ def _window(
     length: int,
     *,
     probe: str = "uprobes",
-    update: SlotUpdate | None = None,
+    update: SlotOp | None = None,
 ) -> Observation:
     return Observation(
         kind,

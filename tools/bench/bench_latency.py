@@ -14,9 +14,8 @@ import time
 
 from qmp_memlistener.agent import attach
 from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, Guest, Pulse
-from qmp_memlistener.qmp import FlatViewEvent, Monitor, SlotOp, parse_target, start_tracing
-from qmp_memlistener.records import Record, TransitionRecord
-from qmp_memlistener.records import SlotOp as SlotOpRecord
+from qmp_memlistener.qmp import FlatViewEvent, Monitor, parse_target, start_tracing
+from qmp_memlistener.records import Record, SlotOp, TransitionRecord
 from tools.bench.growth import Figure, percentile, print_table
 from tools.bench.live import Host, hosts, pulse_guest
 
@@ -84,11 +83,11 @@ async def _read_by_the_tail(guest: Guest, pulse: Pulse, writes: int, pause_ms: i
 
         async def collect() -> None:
             async for batch in tail:
-                now = time.time_ns()
+                now = time.monotonic_ns()
                 ages.extend(
-                    now - line.stamp_ns
+                    now - line.t_ns
                     for line in batch.records
-                    if isinstance(line, SlotOp | FlatViewEvent) and line.stamp_ns is not None
+                    if isinstance(line, SlotOp | FlatViewEvent)
                 )
 
         collecting = asyncio.create_task(collect())
@@ -106,7 +105,7 @@ async def _told_to_a_subscriber(
 
     def on_record(record: Record) -> None:
         now = time.monotonic_ns()
-        if isinstance(record, SlotOpRecord) and not record.predicted:
+        if isinstance(record, SlotOp) and not record.predicted:
             ages["a subscriber: operation"].append(now - record.t_ns)
         elif isinstance(record, TransitionRecord):
             ages["a subscriber: transition"].append(now - record.t_ns)

@@ -16,6 +16,7 @@ from qmp_memlistener.qmp import TraceDecoder
 from tools.bench.growth import Figure, Sample, interleaved, print_growth, print_table, sizes
 
 PIECE = 64 * 1024
+READ_NS = 1 << 62  # later than all stamps
 GOAL = "500,000 lines/s"
 
 _OTHERS = (
@@ -61,7 +62,7 @@ def decode(log: bytes) -> int:
     decoder = TraceDecoder()
     found = 0
     for at in range(0, len(log), PIECE):
-        found += len(decoder.feed(log[at : at + PIECE], at))
+        found += len(decoder.feed(log[at : at + PIECE], READ_NS))
     return found
 
 

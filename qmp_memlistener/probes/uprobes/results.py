@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import msgspec
 
-from ..model import SlotUpdate, StallKind
+from ...records import SlotOp, StallKind
 
 __all__ = ["Command", "Site", "Window"]
 
@@ -28,7 +28,7 @@ class Window(msgspec.Struct, frozen=True, gc=False):
     end_ns: int
     at_least_ns: int
     site: Site | None = None
-    update: SlotUpdate | None = None
+    update: SlotOp | None = None
     handoffs: int | None = None
     inner: bool = False
     updates: int = 0

@@ -17,7 +17,8 @@ import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from ..model import SlotUpdate, StallKind
+from ...memslots import OpKind
+from ...records import SlotOp, StallKind
 from .decode import Hit
 from .functions import Role
 from .main_thread import Commands, Pauses
@@ -41,7 +42,7 @@ class _Frame:
     t_ns: int
     hits: int
     site: Site | None = None
-    update: SlotUpdate | None = None
+    slot: tuple[int, int, int, int, int] | None = None
     updates: int = 0
     real: bool = False
 
@@ -231,7 +232,7 @@ class Windows:
         since: _Frame | _Span,
         end_ns: int,
         *,
-        update: SlotUpdate | None = None,
+        update: SlotOp | None = None,
         inner: bool = False,
         updates: int = 0,
     ) -> None:
@@ -270,17 +271,24 @@ class Windows:
         if not 0 <= at <= len(hit.stack) - _SLOT.size:
             self.undecoded += 1
             return
-        slot, flags, gpa, size, hva = _SLOT.unpack_from(hit.stack, at)
         frame = _Frame(Role.SLOT_IOCTL, hit.sp, hit.t_ns, thread.hits)
-        # the address space is in the upper half (Documentation/virt/kvm/api.rst)
-        frame.update = SlotUpdate(slot >> 16, slot & 0xFFFF, flags, gpa, size, hva, None)
+        frame.slot = _SLOT.unpack_from(hit.stack, at)
         _push(thread, frame)
 
     def _slot_updated(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
-        seen = frame.update
-        assert seen is not None
-        ret = ((hit.result & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000
-        update = SlotUpdate(seen.as_id, seen.slot, seen.flags, seen.gpa, seen.size, seen.hva, ret)
+        assert frame.slot is not None
+        slot, flags, gpa, size, hva = frame.slot
+        update = SlotOp(
+            t_ns=hit.t_ns,
+            as_id=slot >> 16,  # Documentation/virt/kvm/api.rst
+            slot=slot & 0xFFFF,
+            op=OpKind.ADD if size else OpKind.DELETE,
+            gpa=gpa,
+            size=size,
+            flags=flags,
+            ret=((hit.result & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000,
+            hva=hva,
+        )
         for outer in thread.frames:
             outer.updates += 1
         self._window(StallKind.SLOT_UPDATE, thread, frame, hit.t_ns, update=update)

@@ -19,6 +19,7 @@ from qmp_memlistener.agent.postmortem import (
     parse_dumps,
     parse_registers,
 )
+from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.qmp import Monitor, MonitorEvent
 from qmp_memlistener.records import GuestFailure, GuestReset, Record, SlotOp
 from qmp_memlistener.topology import MemoryMap
@@ -55,7 +56,7 @@ def op(what: str, slot: int, gpa: int, size: int, *, as_id: int = 0, seen: bool 
         t_ns=DIED,
         as_id=as_id,
         slot=slot,
-        op=what,
+        op=OpKind(what),
         gpa=gpa,
         size=size,
         flags=0,

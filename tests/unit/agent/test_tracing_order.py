@@ -12,7 +12,7 @@ from typing import cast
 import pytest
 
 from qmp_memlistener.agent import tracing
-from qmp_memlistener.agent.tracing import STAMP_BOUND_NS, TraceSource
+from qmp_memlistener.agent.tracing import TraceSource
 from qmp_memlistener.memslots import Rules
 from qmp_memlistener.probes import delivery
 from qmp_memlistener.qmp import Command, Monitor, Reply, TraceBatch, TraceSession, TraceTail
@@ -20,7 +20,6 @@ from qmp_memlistener.qmp.trace_records import (
     FlatViewChange,
     FlatViewEvent,
     HmpCommand,
-    SlotOp,
     TraceRecord,
 )
 from qmp_memlistener.timeline import timeline
@@ -46,10 +45,10 @@ class Log:
             self.read.set()
         return await self.batches.get()
 
-    async def write(self, *records: TraceRecord, lost: str | None = None, late_ns: int = 0) -> None:
+    async def write(self, *records: TraceRecord, lost: str | None = None) -> None:
         """Return when the source has folded them in."""
         self.read.clear()
-        self.batches.put_nowait(TraceBatch(list(records), 0, 1, lost, late_ns))
+        self.batches.put_nowait(TraceBatch(list(records), 0, 1, lost))
         await self.read.wait()
 
 
@@ -121,32 +120,6 @@ async def test_lines_lost_while_a_snapshot_is_under_way_need_another() -> None:
     qemu = Qemu(log)
     qemu.lost_behind = "the log was cut"
     await asked_again(qemu, source_of(log, qemu))
-
-
-@pytest.mark.asyncio
-async def test_lines_that_were_read_late_say_so_and_stamped_ones_need_not() -> None:
-    log = Log()
-    source = source_of(log, Qemu(log))
-    reading = asyncio.create_task(source.read())
-    try:
-        await source.snapshot()
-        tracker = source.tracker
-        assert tracker is not None
-        late = {}
-        for name, stamp_ns, late_ns in (
-            ("late", None, 5_000_000),
-            ("in time", None, STAMP_BOUND_NS),
-            ("stamped", 1, 5_000_000),
-        ):
-            op = SlotOp(9, 0, 3, 0, 0x1000, 0x1000, 0x7000, 0, stamp_ns=stamp_ns)
-            await log.write(
-                FlatViewEvent(9, FlatViewChange.NEW, 1, 2, stamp_ns), op, late_ns=late_ns
-            )
-            (commit,) = tracker.commits.take()
-            late[name] = (commit.late_ns, commit.ops[0].raw.late_ns)
-        assert late == {"late": (5_000_000,) * 2, "in time": (0, 0), "stamped": (0, 0)}
-    finally:
-        reading.cancel()
 
 
 def test_when_there_is_too_much_of_everything_transitions_come_first() -> None:

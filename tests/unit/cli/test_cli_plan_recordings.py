@@ -7,6 +7,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import (
     MapRecord,
     Record,
@@ -44,7 +45,7 @@ def recording(tmp_path: Path, pair: tuple[Path, Path]) -> Path:
     """Slots become known, then a hole is punched and filled."""
     before, after = (read_map(p.read_text()).view for p in pair)
     op = SlotOp(
-        t_ns=1, as_id=0, slot=4, op="flags", gpa=0, size=16 << 20, flags=0, ret=0,
+        t_ns=1, as_id=0, slot=4, op=OpKind.FLAGS, gpa=0, size=16 << 20, flags=0, ret=0,
         predicted=False, transition=None,
     )  # fmt: skip
     return record(

@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import (
     CommandRecord,
     GuestFailure,
@@ -54,7 +55,7 @@ HEADER = msgspec.structs.replace(PLAIN_HEADER, monotonic_ns=START)
 
 def slot_op(t_ns: int, seq: int) -> SlotOp:
     return SlotOp(
-        t_ns=t_ns, as_id=0, slot=3, op="delete", gpa=0, size=4096, flags=0, ret=0,
+        t_ns=t_ns, as_id=0, slot=3, op=OpKind.DELETE, gpa=0, size=4096, flags=0, ret=0,
         predicted=False, transition=seq,
     )  # fmt: skip
 

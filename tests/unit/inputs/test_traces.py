@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from qmp_memlistener.errors import InputError
 from qmp_memlistener.inputs import read_trace_line
 from qmp_memlistener.qmp.trace_lines import TraceDecoder
-from qmp_memlistener.qmp.trace_records import SlotOp
+from qmp_memlistener.records import SlotOp
 from qmp_memlistener.tracking.logs import read_log
 
 Op = tuple[int, int, int, int, int, int, int]  # as_id, slot, flags, gpa, size, ua, ret
@@ -153,7 +153,7 @@ def test_the_decoder_of_live_logs_says_the_same(body: str) -> None:
     records = TraceDecoder().feed(text(body, "stamped"), 1)
     assert all(isinstance(r, SlotOp) for r in records)
     assert [
-        (r.as_id, r.slot, r.flags, r.gpa, r.size, r.ua, r.ret)
+        (r.as_id, r.slot, r.flags, r.gpa, r.size, r.hva, r.ret)
         for r in records
         if isinstance(r, SlotOp)
     ] == list(OPS)

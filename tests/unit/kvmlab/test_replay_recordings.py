@@ -9,7 +9,7 @@ import pytest
 
 from qmp_memlistener.errors import InputError, RecordingError
 from qmp_memlistener.kvmlab.replay_input import HostBlock, ReplayInput, read_replay
-from qmp_memlistener.memslots import LOG_DIRTY_PAGES, READONLY, Order, Slot
+from qmp_memlistener.memslots import LOG_DIRTY_PAGES, READONLY, OpKind, Order, Slot
 from qmp_memlistener.records import (
     Lost,
     MapRecord,
@@ -68,7 +68,7 @@ def op(
         t_ns=(seq or 0) * 10,
         as_id=more.get("as_id", 0),
         slot=slot,
-        op=what,
+        op=OpKind(what),
         gpa=gpa,
         size=size,
         flags=flags,
@@ -290,7 +290,8 @@ def test_a_recording_in_which_nothing_happened(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "record",
     [
-        op(1, "toggle", 2, 0xE0000, MIB, RAM),
+        msgspec.structs.replace(op(1, "add", 2, 0xE0000, MIB, RAM), op="toggle"),
+        op(1, "park", 2, 0xE0000, MIB, RAM),
         op(1, "add", 2, 0xE0000, 0, RAM),
         op(1, "add", -1, 0xE0000, MIB, RAM),
         op(1, "add", 2, -4096, MIB, RAM),

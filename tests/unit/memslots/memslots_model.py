@@ -13,7 +13,8 @@ from itertools import pairwise
 import msgspec
 from hypothesis import strategies as st
 
-from qmp_memlistener.memslots import Op, OpKind, Slot, SlotTable, TracedOp
+from qmp_memlistener.memslots import Op, OpKind, Slot, SlotTable
+from qmp_memlistener.records import SlotOp
 from qmp_memlistener.topology.model import FlatRange, FlatView, Kind
 
 PAGE = 4096
@@ -185,7 +186,34 @@ def observed_gaps(
     return {page: n for page, n in gaps.items() if n}
 
 
-def fold(table: SlotTable, ops: Iterable[TracedOp]) -> SlotTable:
+def traced_op(as_id: int, slot: int, gpa: int, size: int, flags: int, ret: int = 0) -> SlotOp:
+    """An operation as QEMU's trace shows it: `size` 0 deletes."""
+    return SlotOp(
+        t_ns=0,
+        as_id=as_id,
+        slot=slot,
+        op=OpKind.ADD if size else OpKind.DELETE,
+        gpa=gpa,
+        size=size,
+        flags=flags,
+        ret=ret,
+    )
+
+
+def as_traced(op: Op) -> SlotOp | None:
+    """What QEMU's trace shows of a planned operation that succeeds, None when it shows nothing.
+
+    A delete is traced with size 0 and flags 0 (`kvm_set_phys_mem` clears both before the ioctl,
+    accel/kvm/kvm-all.c).
+    """
+    if op.op is OpKind.DELETE:
+        return traced_op(op.as_id, op.slot, op.gpa, 0, 0)
+    if op.op is OpKind.ADD or op.op is OpKind.FLAGS:
+        return traced_op(op.as_id, op.slot, op.gpa, op.size, op.flags)
+    return None
+
+
+def fold(table: SlotTable, ops: Iterable[SlotOp]) -> SlotTable:
     """The table after traced ops, as KVM sees it; `table` itself is not touched.
 
     Size 0 deletes; a live id with another range or flags is set anew; an op that failed

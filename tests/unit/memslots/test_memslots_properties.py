@@ -25,7 +25,15 @@ from qmp_memlistener.memslots import (
 )
 from qmp_memlistener.memslots.dirty_log import DirtyLog
 from qmp_memlistener.topology.model import FlatView, Kind
-from tests.unit.memslots.memslots_model import PAGE, Vm, content_of, fold, observed_gaps, views
+from tests.unit.memslots.memslots_model import (
+    PAGE,
+    Vm,
+    as_traced,
+    content_of,
+    fold,
+    observed_gaps,
+    views,
+)
 
 RULES = st.sampled_from([Rules(Order.V7_2), Rules(Order.V8_0)])
 LIMITS = st.sampled_from([None, 0, 1, 2, 64])
@@ -170,7 +178,7 @@ def test_flags_after_a_plan_are_those_of_the_regions(
 def test_tracing_a_plan_gives_its_table(before: FlatView, after: FlatView, rules: Rules) -> None:
     for strategy in (PlanStrategy.QEMU, PlanStrategy.PAUSE, PlanStrategy.BATCH_FULL):
         done = plan(before, after, strategy, rules=rules)
-        traced = [op.traced for op in done.ops]
+        traced = [as_traced(op) for op in done.ops]
         assert fold(done.before, [t for t in traced if t is not None]) == done.after
 
 

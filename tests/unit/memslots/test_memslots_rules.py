@@ -9,19 +9,16 @@ import pytest
 from qmp_memlistener.errors import InputError
 from qmp_memlistener.memslots import (
     LogChange,
-    Op,
-    OpKind,
     Order,
     Plan,
     Rules,
     Slot,
     SlotTable,
-    TracedOp,
     plan,
     slot_table,
 )
 from qmp_memlistener.topology.model import FlatRange, FlatView, Kind, VirtioMemory
-from tests.unit.memslots.memslots_model import io, pam_rom, ram, rom, view_of
+from tests.unit.memslots.memslots_model import as_traced, io, pam_rom, ram, rom, view_of
 
 OLD, NEW = Rules(Order.V7_2), Rules(Order.V8_0)
 GIB = 1 << 30
@@ -35,7 +32,7 @@ def ops(done: Plan) -> list[tuple[str, int, int, int, int]]:
 
 def traced(done: Plan) -> list[tuple[int, int, int, int]]:
     """What QEMU's trace would print: slot, flags, gpa, size."""
-    lines = [o.traced for o in done.ops]
+    lines = [as_traced(o) for o in done.ops]
     return [(t.slot, t.flags, t.gpa, t.size) for t in lines if t is not None]
 
 
@@ -426,14 +423,6 @@ def test_rules_by_version() -> None:
     assert Rules.parse("11.1", page_size=65536) == Rules(Order.V8_0, 65536)
     with pytest.raises(InputError, match="names no rules"):
         Rules.parse("new")
-
-
-def test_traced_form_of_an_op() -> None:
-    assert Op(OpKind.DELETE, 0, 6, 0x100000, 4096).traced == TracedOp(0, 6, 0x100000, 0, 0)
-    assert Op(OpKind.ADD, 1, 6, 0, 4096, 3).traced == TracedOp(1, 6, 0, 4096, 3)
-    assert Op(OpKind.FLAGS, 0, 6, 0, 4096, 1).traced == TracedOp(0, 6, 0, 4096, 1)
-    assert Op(OpKind.PARK).traced is None
-    assert Op(OpKind.SET_HOLE, 0, 6, 0, 4096).traced is None
 
 
 class TestMemoryPluggedWhileLogging:

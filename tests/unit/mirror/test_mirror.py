@@ -11,7 +11,7 @@ import pytest
 from qmp_memlistener import listener as listener_module
 from qmp_memlistener.errors import OperationFailed, TargetLost
 from qmp_memlistener.listener import Dispatcher, MemoryListener
-from qmp_memlistener.memslots import LOG_DIRTY_PAGES, Slot
+from qmp_memlistener.memslots import LOG_DIRTY_PAGES, OpKind, Slot
 from qmp_memlistener.mirror.backend import ModelBackend
 from qmp_memlistener.mirror.mirror import Mirror
 from qmp_memlistener.records import SlotOp
@@ -237,7 +237,7 @@ async def test_a_mirror_that_is_cancelled_on_its_way_is_out_of_step() -> None:
 
 def slot_op(t_ns: int) -> SlotOp:
     return SlotOp(
-        t_ns=t_ns, as_id=0, slot=0, op="add", gpa=0, size=PAGE, flags=0, ret=0,
+        t_ns=t_ns, as_id=0, slot=0, op=OpKind.ADD, gpa=0, size=PAGE, flags=0, ret=0,
         predicted=False, transition=1,
     )  # fmt: skip
 

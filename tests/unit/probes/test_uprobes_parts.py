@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.probes import ProbeUnavailable, SlotUpdate, StallKind
+from qmp_memlistener.memslots import OpKind
+from qmp_memlistener.probes import ProbeUnavailable, StallKind
 from qmp_memlistener.probes.uprobes.decode import Decoder, Hit
 from qmp_memlistener.probes.uprobes.elf import read_elf
 from qmp_memlistener.probes.uprobes.functions import (
@@ -33,6 +34,7 @@ from qmp_memlistener.probes.uprobes.perf import ARCHITECTURES
 from qmp_memlistener.probes.uprobes.results import Command, Site, Window
 from qmp_memlistener.probes.uprobes.windows import SLOT_IOCTLS, Windows
 from qmp_memlistener.qmp.guest import GuestVcpu
+from qmp_memlistener.records import SlotOp
 
 ENTRY = Point(Role.SLOT_IOCTL, Group.ALWAYS, 0)
 RETURN = Point(Role.SLOT_IOCTL, Group.ALWAYS, 0, True)
@@ -272,7 +274,7 @@ def window(kind: StallKind, length: int, **rest: object) -> Window:
 
 def test_short_windows_are_counted_and_not_told() -> None:
     observer = Observer("uprobes", ThreadNames(os.getpid()), {StallKind.BQL_WAIT: 50})
-    update = SlotUpdate(0, 1, 0, 0, 0, 0, 0)
+    update = SlotOp(t_ns=0, as_id=0, slot=1, op=OpKind.DELETE, gpa=0, size=0, flags=0, hva=0)
     found = observer.observe(
         [
             window(StallKind.COMMIT, 10),

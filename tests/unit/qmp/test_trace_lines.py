@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.qmp import (
     BarMapping,
     FlatViewChange,
@@ -17,13 +18,13 @@ from qmp_memlistener.qmp import (
     MemoryDeviceEvent,
     RunStateChange,
     SlotFailure,
-    SlotOp,
     TraceDecoder,
     TraceRecord,
     VirtioMemEvent,
     VmStateChange,
 )
-from qmp_memlistener.qmp.trace_lines import MAX_LINE, new_marker
+from qmp_memlistener.qmp.trace_lines import MAX_LINE, STAMP_BOUND_NS, new_marker
+from qmp_memlistener.records import SlotOp
 
 T = 1_000
 
@@ -44,7 +45,9 @@ FAILED_9_1 = (
     "qemu-system-x86_64: kvm_set_user_memory_region: KVM_SET_USER_MEMORY_REGION2 failed, slot=3, "
     "start=0xe0000000, size=0x1000, flags=0x4, guest_memfd=9, guest_memfd_offset=0x0: File exists"
 )
-SLOT = SlotOp(T, 0, 5, 1, 0x100000, 0x7FF00000, 0x7F00, 0)
+SLOT = SlotOp(
+    t_ns=T, as_id=0, slot=5, op=OpKind.ADD, gpa=0x100000, size=0x7FF00000, flags=1, hva=0x7F00
+)
 
 
 @pytest.mark.parametrize("line", [SLOT_7_2, SLOT_8_2, SLOT_9_1])
@@ -57,11 +60,11 @@ def test_address_space_comes_from_the_upper_half_of_the_slot_in_old_versions() -
         f"kvm_set_user_memory Slot#{1 << 16 | 3} flags=0x0 gpa=0x0 size=0x0 ua=0x0 ret=0"
     )
     assert isinstance(op, SlotOp)
-    assert (op.as_id, op.slot, op.is_delete) == (1, 3, True)
+    assert (op.as_id, op.slot, op.op) == (1, 3, OpKind.DELETE)
     # A slot in the highest address spaces is printed as a negative %d.
     (op,) = decode("kvm_set_user_memory Slot#-65533 flags=0x0 gpa=0x0 size=0x1 ua=0x0 ret=0")
     assert isinstance(op, SlotOp)
-    assert (op.as_id, op.slot, op.is_delete) == (0xFFFF, 3, False)
+    assert (op.as_id, op.slot, op.op) == (0xFFFF, 3, OpKind.ADD)
 
 
 def test_failed_and_confidential_slots() -> None:
@@ -69,14 +72,17 @@ def test_failed_and_confidential_slots() -> None:
         "kvm_set_user_memory AddrSpace#1 Slot#2 flags=0x4 gpa=0xffffffffffff0000 "
         "size=0x10000 ua=0x7fffffffffff guest_memfd=9 guest_memfd_offset=0x2000 ret=-22"
     )
-    assert op == SlotOp(T, 1, 2, 4, 0xFFFFFFFFFFFF0000, 0x10000, 0x7FFFFFFFFFFF, -22, 9, 0x2000)
+    assert op == SlotOp(
+        t_ns=T, as_id=1, slot=2, op=OpKind.ADD, gpa=0xFFFFFFFFFFFF0000, size=0x10000, flags=4,
+        ret=-22, hva=0x7FFFFFFFFFFF,
+    )  # fmt: skip
 
 
 STAMPS = [
-    ("", None, None),
-    ("4711@1700000000.000042:", 1_700_000_000_000_042_000, 4711),
-    ("2023-11-14T22:13:20.000042Z ", 1_700_000_000_000_042_000, None),
-    ("2023-11-14T22:13:20Z ", 1_700_000_000_000_000_000, None),
+    ("", None),
+    ("4711@1700000000.000042:", 1_700_000_000_000_042_000),
+    ("2023-11-14T22:13:20.000042Z ", 1_700_000_000_000_042_000),
+    ("2023-11-14T22:13:20Z ", 1_700_000_000_000_000_000),
 ]
 
 OTHERS: list[tuple[str, TraceRecord]] = [
@@ -160,13 +166,31 @@ def test_other_events(line: str, record: TraceRecord) -> None:
     assert decode(line) == [record]
 
 
-@pytest.mark.parametrize(("prefix", "stamp_ns", "tid"), STAMPS)
+@pytest.mark.parametrize(("prefix", "stamp_ns"), STAMPS)
 @pytest.mark.parametrize("line", [SLOT_7_2, SLOT_9_1, *(text for text, _ in OTHERS)])
-def test_time_stamps_of_both_forms(
-    prefix: str, stamp_ns: int | None, tid: int | None, line: str
+def test_time_stamps_of_both_forms(prefix: str, stamp_ns: int | None, line: str) -> None:
+    """The time is QEMU's own, on our clock, and never outside of when the line can have come."""
+    read_ns, skew_ns = 1 << 62, 5_000
+    text = f"{prefix}{line}\n".encode()
+    (record,) = TraceDecoder().feed(text, read_ns, skew_ns=skew_ns)
+    assert record.t_ns == (read_ns if stamp_ns is None else stamp_ns - skew_ns)
+    if stamp_ns is not None:
+        (record,) = TraceDecoder().feed(text, read_ns, since_ns=stamp_ns, skew_ns=skew_ns)
+        assert record.t_ns == stamp_ns
+        (record,) = TraceDecoder().feed(text, T)
+        assert record.t_ns == T
+
+
+@pytest.mark.parametrize(("prefix", "stamp_ns"), STAMPS)
+@pytest.mark.parametrize("line", [SLOT_9_1, "flatview_new 0x55d0 (root 0x55e0)"])
+def test_lines_that_were_read_late_say_so_and_stamped_ones_need_not(
+    prefix: str, stamp_ns: int | None, line: str
 ) -> None:
-    (record,) = decode(prefix + line)
-    assert (record.stamp_ns, record.tid) == (stamp_ns, tid)
+    for late_ns in (STAMP_BOUND_NS, STAMP_BOUND_NS + 1):
+        (record,) = TraceDecoder().feed(f"{prefix}{line}\n".encode(), T, late_ns=late_ns)
+        assert isinstance(record, SlotOp | FlatViewEvent)
+        late = stamp_ns is None and late_ns > STAMP_BOUND_NS
+        assert record.late_ns == (late_ns if late else None)
 
 
 def test_a_date_that_does_not_exist_gives_no_stamp() -> None:
@@ -179,11 +203,12 @@ def test_stamped_lines_in_an_unstamped_log_and_the_reverse() -> None:
     runstate = "runstate_set current_run_state 4 (paused) new_state 9 (running)"
     lines = [SLOT_7_2, tid + SLOT_7_2, iso + runstate, SLOT_9_1, runstate]
     one_by_one = TraceDecoder()
-    records = [r for line in lines for r in one_by_one.feed(f"{line}\n".encode(), T)]
+    read_ns = 1 << 62
+    records = [r for line in lines for r in one_by_one.feed(f"{line}\n".encode(), read_ns)]
     assert [type(r) for r in records] == [SlotOp, SlotOp, RunStateChange, SlotOp, RunStateChange]
-    assert [r.stamp_ns is not None for r in records] == [False, True, True, False, False]
+    assert [r.t_ns < read_ns for r in records] == [False, True, True, False, False]
     together = TraceDecoder()
-    assert together.feed("\n".join(lines).encode() + b"\n", T) == records
+    assert together.feed("\n".join(lines).encode() + b"\n", read_ns) == records
     assert (together.lines, together.unknown) == (5, 0)
 
 

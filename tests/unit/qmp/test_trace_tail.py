@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.host.limited_file import give_back, limited_file
-from qmp_memlistener.qmp import SlotOp, TraceTail
+from qmp_memlistener.qmp import TraceTail
+from qmp_memlistener.records import SlotOp
 
 MIB = 1 << 20
 

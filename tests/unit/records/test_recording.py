@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import InputError, RecordingError
+from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import (
     Cause,
     GuestState,
@@ -36,7 +37,7 @@ RECORDS = [
         detail="full",
     ),
     SlotOp(
-        t_ns=11, as_id=0, slot=3, op="delete", gpa=0, size=1 << 40, flags=0, ret=-22,
+        t_ns=11, as_id=0, slot=3, op=OpKind.DELETE, gpa=0, size=1 << 40, flags=0, ret=-22,
         predicted=False, transition=1,
     ),
     GuestState(t_ns=12, status="paused", running=False),

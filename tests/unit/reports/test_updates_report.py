@@ -5,6 +5,7 @@ from __future__ import annotations
 import msgspec
 import pytest
 
+from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import SlotOp, StallCause, StallKind, StallRecord
 from qmp_memlistener.reports.updates import outcome_lines
 from qmp_memlistener.updates.model import GuestStates, Outcome, Phase, Result, Strategy
@@ -36,7 +37,7 @@ def phase(name: str, start_ms: float, end_ms: float, *seqs: int, stalls: int = 0
 
 def slot_op(slot: int, op: str = "add", *, predicted: bool = False) -> SlotOp:
     return SlotOp(
-        t_ns=BEGUN, as_id=0, slot=slot, op=op, gpa=0, size=4096, flags=0, ret=0,
+        t_ns=BEGUN, as_id=0, slot=slot, op=OpKind(op), gpa=0, size=4096, flags=0, ret=0,
         predicted=predicted, transition=1,
     )  # fmt: skip
 

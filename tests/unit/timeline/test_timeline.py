@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.probes import Observation, SlotUpdate, StallKind
+from qmp_memlistener.memslots import OpKind
+from qmp_memlistener.probes import Observation, StallKind
 from qmp_memlistener.records import (
     CommandRecord,
     GuestState,
@@ -37,7 +38,7 @@ def window(
     tid: int | None = 7,
     at_least: int | None = None,
     site: str | None = None,
-    update: SlotUpdate | None = None,
+    update: SlotOp | None = None,
 ) -> Observation:
     return Observation(
         kind=kind,
@@ -60,7 +61,10 @@ def command_record(name: str, start: int, busy_until: int, end: int, probe: str)
 
 
 def ioctl(start: int, end: int, size: int, *, slot: int = 3, tid: int = 7) -> Observation:
-    update = SlotUpdate(as_id=0, slot=slot, flags=0, gpa=RAM, size=size, hva=0x7000, ret=0)
+    kind = OpKind.ADD if size else OpKind.DELETE
+    update = SlotOp(
+        t_ns=end, as_id=0, slot=slot, op=OpKind(kind), gpa=RAM, size=size, flags=0, hva=0x7000
+    )
     return window(StallKind.SLOT_UPDATE, start, end, tid=tid, update=update)
 
 
@@ -69,7 +73,7 @@ def slot_op(seq: int | None, t_ns: int, op: str, *, slot: int = 3) -> SlotOp:
         t_ns=t_ns,
         as_id=0,
         slot=slot,
-        op=op,
+        op=OpKind(op),
         gpa=RAM,
         size=SIZE,
         flags=0,
@@ -185,7 +189,9 @@ def test_other_memory_at_the_same_place_is_not_what_was_missing() -> None:
     """A device's ROM gives way to RAM: the RAM was not there before."""
     timeline = new()
     timeline.know_slot(0, RAM, SIZE)
-    other = SlotUpdate(as_id=0, slot=4, flags=2, gpa=RAM, size=SIZE, hva=0x99000, ret=0)
+    other = SlotOp(
+        t_ns=600_000, as_id=0, slot=4, op=OpKind.ADD, gpa=RAM, size=SIZE, flags=2, hva=0x99000
+    )
     added = window(StallKind.SLOT_UPDATE, 500_000, 600_000, update=other)
     timeline.observe([window(StallKind.COMMIT, 0, MS), ioctl(200_000, 400_000, 0), added])
     assert not stalls(timeline.finish(), StallKind.MISSING)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.memslots import Rules
+from qmp_memlistener.memslots import OpKind, Rules
 from qmp_memlistener.records import (
     Cause,
     MapRecord,
@@ -17,7 +17,7 @@ from qmp_memlistener.records import (
     TransitionRecord,
 )
 from qmp_memlistener.topology import FlatRange, FlatView, Kind, MemoryMap, ram_blocks
-from qmp_memlistener.tracking import RawOp, Tracker
+from qmp_memlistener.tracking import Tracker
 
 MIB = 1 << 20
 BASE = 0x7F00_0000_0000  # where the host has the RAM block
@@ -36,6 +36,15 @@ def make_map(*holes: int) -> MemoryMap:
     return MemoryMap(view, ram_blocks(view), rendered=True)
 
 
+def slot_op(t_ns: int, slot: int, gpa: int, size: int, flags: int, ret: int = 0) -> SlotOp:
+    """An operation as the decoder makes it of a line."""
+    kind = OpKind.ADD if size else OpKind.DELETE
+    return SlotOp(
+        t_ns=t_ns, as_id=0, slot=slot, op=kind, gpa=gpa, size=size, flags=flags, ret=ret,
+        hva=BASE + gpa,
+    )  # fmt: skip
+
+
 class Kvm:
     """The slots of a pretended QEMU: turns a change of holes into its operations, 7.2's order."""
 
@@ -44,7 +53,7 @@ class Kvm:
         self.t_ns = 0
         self.apply(make_map(*holes))
 
-    def apply(self, m: MemoryMap) -> list[RawOp]:
+    def apply(self, m: MemoryMap) -> list[SlotOp]:
         wanted = {r.start: r.size for r in m.view if r.kind is Kind.RAM}
         ops = []
         for gpa in sorted(self.slots):
@@ -60,9 +69,9 @@ class Kvm:
                 ops.append(self._op(slot, gpa, wanted[gpa]))
         return ops
 
-    def _op(self, slot: int, gpa: int, size: int, flags: int = 0) -> RawOp:
+    def _op(self, slot: int, gpa: int, size: int, flags: int = 0) -> SlotOp:
         self.t_ns += 10
-        return RawOp(self.t_ns, 0, slot, gpa, size, flags, BASE + gpa, 0)
+        return slot_op(self.t_ns, slot, gpa, size, flags)
 
 
 def tracker(*holes: int, has_slots: bool = True, traced: bool = True) -> Tracker:
@@ -75,7 +84,7 @@ def tracker(*holes: int, has_slots: bool = True, traced: bool = True) -> Tracker
     return t
 
 
-def commit(t: Tracker, ops: list[RawOp], t_ns: int = 1) -> None:
+def commit(t: Tracker, ops: list[SlotOp], t_ns: int = 1) -> None:
     for root in (0x10, 0x20):
         t.commits.view_rebuilt(t_ns, root)
     for op in ops:
@@ -177,7 +186,7 @@ def test_commits_in_other_address_spaces_are_no_transitions() -> None:
 def test_dirty_logging_is_reported_without_a_transition() -> None:
     t = tracker()
     t.commits.view_rebuilt(1, 0x10)
-    t.commits.slot_operation(RawOp(2, 0, 0, 0, 64 * MIB, 1, BASE, 0))
+    t.commits.slot_operation(slot_op(2, 0, 0, 64 * MIB, 1))
     t.snapshot({0: make_map()}, 100)
     transitions, ops, _ = taken(t)
     assert transitions == []
@@ -268,7 +277,7 @@ def test_without_a_trace_the_operations_are_predicted() -> None:
 def test_an_operation_that_kvm_refused_changes_nothing() -> None:
     t = tracker()
     t.commits.view_rebuilt(1, 0x10)
-    t.commits.slot_operation(RawOp(2, 0, 0, 0, 0, 0, BASE, -22))
+    t.commits.slot_operation(slot_op(2, 0, 0, 0, 0, ret=-22))
     t.snapshot({0: make_map()}, 100)
     _, ops, rest = taken(t)
     assert [(o.op, o.ret) for o in ops] == [("delete", -22)]

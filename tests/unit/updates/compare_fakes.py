@@ -7,6 +7,7 @@ import time
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 
+from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.probes import StallKind
 from qmp_memlistener.records import (
     Cause,
@@ -42,8 +43,7 @@ def stall(kind: str, start: int, length: int, at_least: int | None = None) -> St
 
 def slot_op(t_ns: int, slot: int) -> SlotOp:
     return SlotOp(
-        t_ns=t_ns, as_id=0, slot=slot, op="add", gpa=0, size=4096, flags=0, ret=0, predicted=False,
-        transition=None,
+        t_ns=t_ns, as_id=0, slot=slot, op=OpKind.ADD, gpa=0, size=4096, flags=0,
     )  # fmt: skip
 
 
