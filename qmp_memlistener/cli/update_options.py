@@ -190,15 +190,25 @@ def run_update(
     A first signal ends the update in order; what came of it is printed all the same, and
     Interrupted is raised then.
     """
+    from ..updates.model import Result
     from ..updates.settings import Waiting
 
     waiting = Waiting()
-    tell = _Tell(what, as_json)
+    printed = False
+
+    def tell(outcome: Outcome) -> None:
+        nonlocal printed
+        if not printed:
+            printed = True
+            _print(outcome, what, as_json=as_json)
+
+    async def work() -> int:
+        outcome = await _update(attaching, intend, strategy, replace(options, waiting=waiting))
+        tell(outcome)  # as long as signals are handled, so that none falls between
+        return 0 if outcome.outcome is Result.DONE else 1
+
     try:
-        code = run_async(
-            _told(_update(attaching, intend, strategy, replace(options, waiting=waiting)), tell),
-            signalled=waiting.end,
-        )
+        code = run_async(work(), signalled=waiting.end)
     except Interrupted:
         tell(waiting.outcome or _untouched(strategy))
         raise
@@ -207,26 +217,15 @@ def run_update(
     return code
 
 
-class _Tell:
-    """Prints an outcome, once."""
+def _print(outcome: Outcome, what: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json(outcome)
+        return
+    from ..reports.updates import outcome_lines
 
-    def __init__(self, what: str, as_json: bool) -> None:
-        self._what = what
-        self._as_json = as_json
-        self._is_done = False
-
-    def __call__(self, outcome: Outcome) -> None:
-        if self._is_done:
-            return
-        self._is_done = True
-        if self._as_json:
-            print_json(outcome)
-            return
-        from ..reports.updates import outcome_lines
-
-        width, _ = terminal_shape()
-        for line in outcome_lines(outcome, self._what, width=width):
-            say(line)
+    width, _ = terminal_shape()
+    for line in outcome_lines(outcome, what, width=width):
+        say(line)
 
 
 async def _update(
@@ -239,15 +238,6 @@ async def _update(
 
     async with attaching.attached(guarded=strategy == Strategy.PAUSE) as agent:
         return await agent.update(await intend(agent), Strategy(strategy), options)
-
-
-async def _told(work: Awaitable[Outcome], tell: _Tell) -> int:
-    """It prints as long as signals are handled, so that none falls between."""
-    from ..updates.model import Result
-
-    outcome = await work
-    tell(outcome)
-    return 0 if outcome.outcome is Result.DONE else 1
 
 
 def _untouched(strategy: str) -> Outcome:
