@@ -157,7 +157,7 @@ class FailureWatch:
         self._publish([failure])
 
     async def _reset(self, event: MonitorEvent, *, judged: bool) -> None:
-        """`judged`: it may be a death, and is told once what speaks for that is known."""
+        """`judged`: it may be a death, and is reported with what speaks for that."""
         found = None
         if judged:
             vcpus = await self._count_vcpus()

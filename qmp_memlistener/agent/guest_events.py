@@ -11,7 +11,7 @@ from .source import Publish, Source
 
 __all__ = ["GuestEvents"]
 
-# QMP events that tell of the guest's state, and those that tell of devices and memory
+# QMP events about the guest's state, and those about devices and memory
 _STATE_EVENTS = frozenset(
     {"STOP", "RESUME", "RESET", "SHUTDOWN", "POWERDOWN", "SUSPEND", "WAKEUP", "GUEST_PANICKED"}
 )
@@ -30,7 +30,7 @@ _DEVICE_EVENTS = frozenset(
 
 
 WAITING = 256
-"""So many events of the guest's state wait to be told."""
+"""So many events of the guest's state wait to be reported."""
 
 
 class GuestEvents:
@@ -47,7 +47,7 @@ class GuestEvents:
     def take(self, event: MonitorEvent) -> None:
         """Report one event, or ask the guest about it first."""
         if event.name in _STATE_EVENTS:
-            # with a trace `runstate_set` tells, and tells why
+            # with a trace `runstate_set` reports it, and why
             if self._source.name != "trace" or event.name not in ("STOP", "RESUME"):
                 self._tell(event)
         elif event.name in _DEVICE_EVENTS:

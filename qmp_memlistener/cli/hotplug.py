@@ -1,4 +1,4 @@
-"""`hotplug`: plug a device, and what it stands on, into a running guest."""
+"""`hotplug`: plug a device, and its backends, into a running guest."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ class Attaching:
 
     @asynccontextmanager
     async def attached(self, *, guarded: bool) -> AsyncIterator[Agent]:
-        """An agent whose probes start once it is known what is to be done; its remarks are told.
+        """An agent whose probes start once it is known what is to be done; its remarks are printed.
 
         With `guarded` a monitor is kept free for the guard, as pausing needs it.
         """
@@ -142,7 +142,7 @@ def update_options(function: Callable[..., int]) -> Callable[..., int]:
 
 
 def additions_options(function: Callable[..., int]) -> Callable[..., int]:
-    """`--device` and what it stands on; the verb gets them as `device`, `objects`, …"""
+    """`--device` and its backends; the verb gets them as `device`, `objects`, …"""
     for option in (
         click.option("--blockdev", "blockdevs", multiple=True, metavar="DRIVER,node-name=ID,…",
                      help="A block node to make first; may be repeated."),

@@ -79,7 +79,7 @@ class SlotBackend(Protocol):
         """The change is complete; called after every `begin` that did not raise."""
 
     def slots(self) -> Iterable[Slot]:
-        """What the backend holds, as it knows it itself, of what the mirror has it hold."""
+        """What the backend holds, by its own records, of what the mirror has it hold."""
 
 
 class SlotWriter:

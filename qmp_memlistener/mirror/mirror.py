@@ -8,7 +8,7 @@ or, with a guard for pauses and a check at the end,
     async with mirroring(agent, backend, strategy=Strategy.PAUSE) as mirror: ...
 
 What is done for a transition is the plan that the verb `plan` prints (`memslots.plan`), carried out
-operation by operation on a `SlotBackend`.  A mirror learns of a transition when QEMU has made it,
+operation by operation on a `SlotBackend`.  A mirror sees a transition when QEMU has made it,
 so it is behind the guest by `MirrorRecord.lag`, whatever the strategy.  It follows the address
 space `memory`.
 """
@@ -62,7 +62,7 @@ _EMPTY = FlatView(())
 
 
 class Mirror(MemoryListener):
-    """Keeps `backend` in step with the maps it is told, under `strategy`.
+    """Keeps `backend` in step with the maps that come, under `strategy`.
 
     DIRECT: QEMU's own order, slots are deleted and added again.  PAUSE: the same while `pause`
     holds the guest (`mirroring` makes one); while the guest is migrating updates are made without,
@@ -94,7 +94,7 @@ class Mirror(MemoryListener):
         self._max_holes = max_holes
         self._lock = asyncio.Lock()
         self._view = _EMPTY  # the map it shows
-        self._latest: FlatView | None = None  # the last one told
+        self._latest: FlatView | None = None  # the last one that came
         self._why_not: str | None = _NOT_TOLD
         self._stuck = False  # what the backend holds is not known
         self._suspended = False  # pauses are, while a migration has the guest
@@ -109,12 +109,12 @@ class Mirror(MemoryListener):
 
     @property
     def in_step(self) -> bool:
-        """The backend shows the last map that was told."""
+        """The backend shows the last map that came."""
         return self._why_not is None
 
     @property
     def told(self) -> int:
-        """How many maps were told so far, the present one perhaps not yet shown."""
+        """How many maps came so far, the present one perhaps not yet shown."""
         return self._counts["transitions"]
 
     def report(self, backend: str = "", lab: LabMirror | None = None) -> MirrorRecord:
@@ -143,7 +143,7 @@ class Mirror(MemoryListener):
             **counts,
         )
 
-    # -- what the agent tells ------------------------------------------------------------------
+    # -- what the agent calls ------------------------------------------------------------------
 
     def begin(self) -> None:
         self._open = True
@@ -203,7 +203,7 @@ class Mirror(MemoryListener):
             return found
 
     async def resync(self, source: MemoryMap | FlatView | None = None) -> None:
-        """Empty the backend and fill it from `source`, by default the last map that was told.
+        """Empty the backend and fill it from `source`, by default the last map that came.
 
         Ids and dirty bitmaps begin anew.  Raises OperationFailed when the backend fails again, or
         when there is no map.
@@ -373,7 +373,7 @@ def _view(source: MemoryMap | FlatView) -> FlatView:
 
 
 def _known(view: FlatView) -> FlatView:
-    """Without RAM of which nobody knows yet which block it is: the next snapshot tells."""
+    """Without RAM whose block is not known before the next snapshot."""
     if not any(r.name.startswith(UNKNOWN_BLOCK) for r in view):
         return view
     return FlatView([r for r in view if not r.name.startswith(UNKNOWN_BLOCK)], view.address_space)

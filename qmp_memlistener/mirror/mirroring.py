@@ -2,7 +2,7 @@
 
     async with attach(target) as agent, mirroring(agent, backend, Strategy.PAUSE) as mirror: ...
 
-What a mirror does with what it is told is in `mirror`.
+What a mirror does with a transition is in `mirror`.
 """
 
 from __future__ import annotations

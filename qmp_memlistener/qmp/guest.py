@@ -61,7 +61,7 @@ class RunStatus(msgspec.Struct, frozen=True):
 
 
 async def read_status(monitor: Monitor) -> RunStatus:
-    """Every QEMU tells it."""
+    """Every QEMU has the command."""
     return await ask(monitor, "query-status", RunStatus)
 
 
@@ -85,8 +85,8 @@ LOOK = (Command("query-migrate"), Command("query-status"))
 
 @dataclass(frozen=True, slots=True)
 class GuestLook:
-    """QEMU's answers to LOOK: its RunState and MigrationStatus, and what tells one migration from
-    the next (times in ms, bytes)."""
+    """QEMU's answers to LOOK: its RunState and MigrationStatus, and what differs from one
+    migration to the next (times in ms, bytes)."""
 
     status: str
     migration: str
@@ -111,7 +111,7 @@ class GuestLook:
             raise status
         if not isinstance(state, str):
             raise ProtocolViolation("the answer to query-status has no status that is text")
-        # (a QEMU that does not know the command cannot migrate)
+        # (a QEMU without the command cannot migrate)
         value = migrate.value if isinstance(migrate, Reply) else None
         migration = value if isinstance(value, dict) else {}
         which = tuple(migration.get(name) for name in ("total-time", "downtime", "setup-time"))
@@ -185,7 +185,7 @@ async def translate(
 
 @dataclass(frozen=True, slots=True)
 class GuestFacts:
-    """What stands beside a map.  A fact that this QEMU would not tell is None."""
+    """What is shown beside a map.  A fact that this QEMU does not report is None."""
 
     version: str
     package: str
@@ -228,7 +228,7 @@ async def read_facts(monitor: Monitor) -> GuestFacts:
     name = await fact("query-name", _Name)
     accel = "kvm" if kvm is not None and kvm.enabled else None
     if accel is None and (found := await fact("query-accelerators", _Accelerators)) is not None:
-        accel = found.enabled  # (10.2 and later: query-kvm knows one accelerator, this all)
+        accel = found.enabled  # (10.2 and later: all accelerators)
     if accel is None:
         owner = await in_thread(find_owner, monitor.target, monitor.identity)
         # an answer of QEMU's is worth more than a guess: it said that it is not KVM
@@ -248,7 +248,7 @@ async def read_facts(monitor: Monitor) -> GuestFacts:
 
 
 async def read_machine(monitor: Monitor) -> str:
-    """QEMU's name of the machine, alias resolved; empty when it does not tell."""
+    """QEMU's name of the machine, alias resolved; empty when it is not known."""
     return (await qom_get(monitor, "/machine", "type", str, "")).removesuffix("-machine")
 
 
@@ -280,7 +280,7 @@ class MemoryDevice:
 
     `addr` is its gpa and `size` what the guest has of it, in bytes.  Of a virtio-mem device that
     is part of `max_size`, in blocks of `block_size`; `requested` are wanted.  `memdev` is the QOM
-    path of the backend, empty where QEMU does not tell it.
+    path of the backend, empty where QEMU does not report it.
     """
 
     kind: str
@@ -354,7 +354,7 @@ async def read_backends(monitor: Monitor) -> dict[str, int]:
 
 
 async def count_ram_blocks(monitor: Monitor) -> int | None:
-    """The RAM blocks there are; None when this QEMU does not tell."""
+    """The RAM blocks there are; None when this QEMU does not list them."""
     try:
         text = await hmp(monitor, "info ramblock")
     except CommandFailed:

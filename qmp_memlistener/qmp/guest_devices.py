@@ -86,7 +86,7 @@ async def device_properties(
 
 
 async def read_netdevs(monitor: Monitor) -> frozenset[str]:
-    """The names of all network clients; no QMP command tells them."""
+    """The names of all network clients; no QMP command lists them."""
     try:
         text = await hmp(monitor, "info network")
     except CommandFailed:
@@ -322,7 +322,7 @@ class _Reading:
         )
 
     async def _taken(self, path: str, entries: Sequence[QomProperty]) -> dict[tuple[int, int], str]:
-        """A bus has a link to each of its devices (hw/core/qdev.c), and they know their devfn."""
+        """A bus has a link to each of its devices (hw/core/qdev.c), and each has its devfn."""
         links = [e.name for e in entries if e.name.startswith("child[")]
         devices = await self._gets([(path, name) for name in links])
         paths = [d for d in devices if isinstance(d, str) and d]

@@ -133,7 +133,7 @@ def _folded(text: str) -> Iterator[str]:
 
 
 def _outlasted(found: Comparison) -> Iterator[str]:
-    """Updates that went on when nobody counted stalls any more."""
+    """Updates that went on when stalls were no longer counted."""
     done = [r for r in found.rounds if r.outcome is Result.DONE]
     for name in sorted({r.strategy for r in done}, key=_rank):
         own = [r.took_ns for r in done if r.strategy == name]
@@ -165,7 +165,7 @@ def _operations(rounds: Sequence[Round]) -> Iterator[str]:
 
 
 def _missing(rows: Sequence[Summary]) -> Iterator[str]:
-    """Rounds that say nothing of a kind, because nobody measured it."""
+    """Rounds that say nothing of a kind, because it was not measured."""
     for kind in dict.fromkeys(row.kind for row in rows):
         each = [
             f"{row.strategy} {row.missing} of {row.n + row.missing}"

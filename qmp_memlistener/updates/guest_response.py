@@ -1,8 +1,8 @@
 """What the guest does about an update: its signs, whether it has done its part, what refused.
 
 Fed with QMP events and with records of transitions while `operation` waits; asks QEMU only for
-what no event tells: the sizes of virtio-mem devices (MEMORY_DEVICE_SIZE_CHANGE comes once a second
-at most).  Whether a driver has taken a PCI device is seen in the agent's snapshots.
+what no event reports: the sizes of virtio-mem devices (MEMORY_DEVICE_SIZE_CHANGE comes once a
+second at most).  Whether a driver has taken a PCI device is seen in the agent's snapshots.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ class GuestResponse:
             self._news.set()
 
     def look(self, seen: Iterable[Seen]) -> None:
-        """How the devices are: what comes of them, and came already, is told apart by that."""
+        """How the devices are now: transitions, past and future, are attributed by that."""
         self._seen = {s.placed.id: s for s in seen}
         for record in self._transitions:
             self._sort_in(record)
@@ -100,7 +100,7 @@ class GuestResponse:
             memory = seen.placed.memory
             inside = [s for s in sections if memory is not None and memory.holds(s.start, s.size)]
             if plugged or inside:
-                # QEMU maps memory before the guest knows of it, and unmaps it when the guest ejects
+                # QEMU maps memory before it notifies the guest, and unmaps it when the guest ejects
                 if self._plan.awaited is Awaited.GONE:
                     self._marks.sign(record.t_ns, surely=True)
                 else:
@@ -297,7 +297,7 @@ class GuestResponse:
         return GuestAnswer(True, notes=() if self._still or self._cut_short else (note,))
 
     async def _look_at_bars(self) -> None:
-        """Whether the guest has given a BAR an address, where no trace tells."""
+        """Whether the guest has given a BAR an address, where there is no trace."""
         for name, before in list((self._seen or {}).items()):
             if before.function is None or self._marks.first_sign is not None:
                 continue

@@ -144,7 +144,7 @@ async def read_facts(monitor: Monitor, intent: Intent) -> Facts:
     used = await read_ids(monitor, roles)
     if not isinstance(intent, Plug):
         return Facts(backends, used=used)
-    # qom-list-types would know, and load all of QEMU's modules
+    # qom-list-types would load all of QEMU's modules
     types = await device_properties(monitor, intent.device.type)
     pci = "multifunction" in types  # every PCI device has it (hw/pci/pci.c)
     # of a PCI device `addr` is its place on the bus
@@ -173,7 +173,7 @@ async def read_ids(monitor: Monitor, roles: Collection[Role]) -> dict[Role, froz
 
 
 async def backends_of(monitor: Monitor, device: str) -> tuple[Addition, ...]:
-    """What the device `device` stands on and what can be removed after it: memory, network, block.
+    """The backends of a device, which can be removed after it: memory, network, block.
 
     A backend that is part of QEMU's own command line is among them; QEMU removes it like others.
     """

@@ -38,7 +38,7 @@ _WHAT = "made"
 
 
 class Journal:
-    """`made` and `asked`, the oldest first; `notes` tell what came of taking back.
+    """`made` and `asked`, the oldest first; `notes` say what came of taking back.
 
     `stands`: a device was changed, so that nothing is taken back.
     """
@@ -189,7 +189,7 @@ class MadeNote(notes.DiskNote, frozen=True, kw_only=True):
 async def noted(monitor: Monitor, plan: UpdatePlan) -> AsyncIterator[None]:
     """Note what is prepared inside the block, and at its end that nothing of it is left over.
 
-    What could not be removed again stays noted.  Without a QEMU that can be told apart, or a
+    What could not be removed again stays noted.  Without a QEMU that can be identified, or a
     directory that is ours alone, there is no note.
     """
     held = _write(monitor.identity, plan) if plan.prepare else None
@@ -215,7 +215,7 @@ async def still_there(monitor: Monitor, note: MadeNote) -> list[Addition]:
     """What of it exists and is used by no device, in the order in which it can be removed."""
     devices = await read_children(monitor, PERIPHERAL)
     if not devices.keys().isdisjoint(note.devices):
-        return []  # and they stand on it
+        return []  # which use it
     there = [made.addition for made in note.things]
     ids = await read_ids(monitor, {a.role for a in there})
     kinds = await read_children(monitor, "/objects")
@@ -247,7 +247,7 @@ def _write(guest: GuestIdentity, plan: UpdatePlan) -> HeldFile | None:
 
 
 async def _is_left(monitor: Monitor, held: HeldFile) -> bool:
-    """What was made has not all been removed, as far as QEMU tells; nothing outlives it."""
+    """What was made has not all been removed, as far as QEMU answers; nothing outlives it."""
     note = msgspec.json.decode(held.read(), type=MadeNote)
     try:
         return bool(await still_there(monitor, note))

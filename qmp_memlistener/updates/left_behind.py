@@ -46,7 +46,7 @@ class LeftBehind:
 
     @property
     def text(self) -> str:
-        """For people; what is so now, `confirmed` tells."""
+        """For people; what is so now is in `confirmed`."""
         note = self.note.note
         if isinstance(note, MadeNote):
             return note.text
@@ -57,7 +57,7 @@ class LeftBehind:
 
 
 def left_behind(key: FreezeKey | None = None) -> list[LeftBehind]:
-    """What the notes tell (about one guest); no guest is asked."""
+    """What the notes say (about one guest); no guest is asked."""
     made = left_made(key.name if key is not None else None)
     return [*map(LeftBehind, unfinished(key)), *map(LeftBehind, made)]
 

@@ -131,7 +131,7 @@ class Addition:
 
 @dataclass(frozen=True, slots=True)
 class Plug:
-    """Add a device; what it stands on is made first, in this order, and removed on failure."""
+    """Add a device; its backends are made first, in this order, and removed on failure."""
 
     device: Addition
     backends: tuple[Addition, ...] = ()
@@ -164,8 +164,8 @@ class Phase(msgspec.Struct, frozen=True, omit_defaults=True):
     """A part of an update, `[start_ns, end_ns)`.
 
     `name`: `prepared` (backends made), `accepted` (the command, to its reply), `realised`
-    (to the last transition that QEMU's main thread made for it), `guest_told` (to the first sign
-    that the guest knows), `guest_acts` (the guest programs BARs, plugs or unplugs blocks, ejects),
+    (to the last transition that QEMU's main thread made for it), `guest_told` (to the guest's first
+    reaction), `guest_acts` (the guest programs BARs, plugs or unplugs blocks, ejects),
     `driver_bound` (where that can be seen), `settled` (nothing has happened any more until then).
     `stalls` are numbers of incidents (`StallRecord.incident`) that began in it.
     """
@@ -201,7 +201,7 @@ class Placed(msgspec.Struct, frozen=True, omit_defaults=True):
     what is on no bus.  `address` is its place there or in the machine, as QEMU's properties say.
     `pci` is bus, slot and function as the guest numbers them, None until it has.  `memory` is where
     a memory device is mapped; `size` of it the guest has, `requested` it was asked to take, of
-    devices that tell.
+    devices that report both.
     """
 
     id: str

@@ -1,10 +1,10 @@
-"""Carrying out an update: check, prepare, change the map under a strategy, wait, tell what came.
+"""Carrying out an update: check, prepare, change the map under a strategy, wait, report what came.
 
     outcome = await perform(agent, Plug(device), Strategy.PAUSE, UpdateOptions())
 
 Everything that was made for an update that fails is taken back, whatever the reason, a
 cancellation too.  Where the answer to the change itself never came, QEMU is asked: a change that it
-has made stands, and what it stands on with it, since to force a device out would be worse.
+has made stays, with its backends, since to force a device out would be worse.
 
 What to send is in `plans`, the pause in `pause`, the promise that no guest stays paused in `guard`,
 and what the guest does about it in `guest_response`.
@@ -227,7 +227,7 @@ class _Operation:
         try:
             if (await read_status(self._host.monitor)).running:
                 answer = await response.wait(self._options.wait_s)
-                await self._settle()  # whose doing late transitions are is told apart, too
+                await self._settle()  # late transitions are attributed as well
                 return answer
         except CommandFailed as exc:
             why = f"it was changed, but what the guest does about it is unknown: {exc.message}"

@@ -35,7 +35,7 @@ def on_a_bus(
     if name is None:
         bus = _chosen(buses, place, need)
         if bus is None:
-            return device  # QEMU knows its own bus better
+            return device  # QEMU chooses its own bus
     if bus is None:
         return device
     _check(bus, place)

@@ -33,8 +33,8 @@ class Seen:
     """A device with what can be seen of the guest's part in it.
 
     `bars` is None for what is no PCI function, or one that query-pci does not show yet because the
-    guest has not numbered its bus.  `function` is slot and function of a PCI device, `alone` says
-    that the guest is not told of it: function 0 of its slot is not there.  `answers` by ACPI _OST.
+    guest has not numbered its bus.  `function` is slot and function of a PCI device, `alone`: the
+    guest is not notified of it, function 0 of its slot is not there.  `answers` by ACPI _OST.
     """
 
     placed: Placed

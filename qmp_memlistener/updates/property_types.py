@@ -3,7 +3,7 @@
 Option text has no types, QMP has: `mq=on` must be `true`, `size=256M` a number.  QEMU knows, and
 is asked: a device's properties with `device-list-properties`, before it is added; for everything
 else it is tried, and QEMU's refusal names the one value and the type that it expects there.
-Nothing else is asked (`query-qmp-schema` would know, and holds the BQL for tens of milliseconds).
+Nothing else is asked (`query-qmp-schema` has it, and holds the BQL for tens of milliseconds).
 
 Texts are read as QEMU reads its command line: qobject_input_type_*_keyval in
 qapi/qobject-input-visitor.c, qapi_bool_parse in qapi/qapi-util.c, qemu_strtosz in util/cutils.c
@@ -254,7 +254,7 @@ def _list_of(addition: Addition, text: str) -> Value:
 
 
 def _explained(addition: Addition, error: CommandFailed) -> CommandFailed:
-    """The error, with a remedy where QEMU does not know the type of thing."""
+    """The error, with a remedy where QEMU has no such type."""
     if f"{addition.role.type_key}' does not accept value" not in error.desc:
         return error
     remedy = _no_such_type(addition.role)

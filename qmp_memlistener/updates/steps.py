@@ -13,7 +13,7 @@ __all__ = ["Awaited", "UpdateStep", "UpdatePlan", "adding", "mib", "removal"]
 
 
 class Awaited(StrEnum):
-    """What tells that the guest has done its part.
+    """What shows that the guest has done its part.
 
     REACTION: any sign of it, and then quiet; a guest without a driver gives none.  TAKEN: the same,
     and without a sign it is not done, for the guest was to have more memory.  GONE: DEVICE_DELETED

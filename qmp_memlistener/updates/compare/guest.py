@@ -182,7 +182,7 @@ class HostGuest:
         return self._differences(await self._read(self._host.monitor, self._intent))
 
     def _is_back(self, now: ComparedState) -> bool:
-        """Devices that somebody else has added meanwhile are none of our business."""
+        """Devices that another client has added meanwhile do not count."""
         return now.ids == self._start.ids and all(
             now.memory.get(name) == had for name, had in self._start.memory.items()
         )
@@ -208,7 +208,7 @@ class HostGuest:
         return Unplug(name, await backends_of(self._host.monitor, name))
 
     async def _remove(self, things: Collection[tuple[Role, str]]) -> None:
-        """Backends that are left over.  What is still in use stays, and the state tells."""
+        """Backends that are left over.  What is still in use stays, and is seen in the state."""
         async with self._host.operating() as ops:
             for role, name in sorted(things):
                 try:

@@ -258,7 +258,7 @@ class _Comparing:
         )
 
     def _late_stalls(self) -> None:
-        """A stall is told when it is over: the last round may have ended in it."""
+        """A stall is reported when it is over: the last round may have ended in it."""
         if self._rounds:
             last = self._rounds[-1]
             window = last.start_ns + self._window_ns

@@ -1,8 +1,8 @@
 """Rounds of a comparison and their statistics: percentiles, intervals for differences.  Pure.
 
-A round has two values of a kind of stall: how long the guest stood still in that way in all, and
+A round has two values of a kind of stall: how long the guest was stalled in that way in all, and
 the longest time at once; both are 0 when it did not, and there is none when that kind was not
-measured.  Where small stalls are many, as vCPU gaps under TCG, only the second tells what an update
+measured.  Where small stalls are many, as vCPU gaps under TCG, only the second shows what an update
 did.  A value is known by two bounds, and so is whatever is computed from values: a percentile lies
 between those of the lower and of the upper bounds.
 
@@ -110,7 +110,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
     `median_diff_ns` is of the upper bounds; with both it lies in `diff_bounds_ns`, which the
     interval takes in.  `seen` is False when the interval holds 0: no difference was seen.  It is
-    False as well when there are not `enough` rounds to tell; the interval is too narrow then.
+    False as well when there are not `enough` rounds; the interval is too narrow then.
     Where one of the two has no round that measured this kind, there is no difference: None.
     `longest_…` are the same of the longest stall of each round.
     """

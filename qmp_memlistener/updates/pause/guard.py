@@ -45,7 +45,7 @@ class Settled(StrEnum):
     """How a guest was found whose agent could not resume it.
 
     RUNS: it runs, the guard had nothing to do.  RESUMED: the guard has resumed it.  LEFT: it does
-    not run; QEMU refuses, or it stands for another reason.  UNKNOWN: the guard cannot tell (yet).
+    not run; QEMU refuses, or it is stopped for another reason.  UNKNOWN: not known (yet).
     """
 
     RUNS = "runs"

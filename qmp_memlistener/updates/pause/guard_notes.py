@@ -2,10 +2,10 @@
 
 One note (`host.notes`) for each guard, KEY.guard-TOKEN, KEY as in `freeze.freeze_key`.  The guard's
 process holds and rewrites it (`guard_process`), so that a pause costs two small writes, before
-`stop` and after `cont`.  When it is stale and the agent is dead as well, it tells what they left:
+`stop` and after `cont`.  When it is stale and the agent is dead as well, it says what they left:
 
 - `armed`, `stopped`: both were killed while the guest was paused, or about to be;
-- `over`: the guard resumed the guest, or could not, and nobody was there to tell.  Such a note is
+- `over`: the guard resumed the guest, or could not, when no agent was there.  Such a note is
   read once, by the next verb for that guest.
 """
 
@@ -32,8 +32,9 @@ _WHAT = "guard"
 class GuardNote(notes.DiskNote, frozen=True, kw_only=True):
     """What a guard promised, and what it did without its agent.
 
-    `guest` is for people; `agent` and `agent_start` tell who started it.  `t_ns` (CLOCK_MONOTONIC)
-    is when it came to this `state` (idle, armed, stopped, over), `why` what made the guard act.
+    `guest` is for people; `agent` and `agent_start` are the process that started it.  `t_ns`
+    (CLOCK_MONOTONIC) is when it came to this `state` (idle, armed, stopped, over), `why` what made
+    the guard act.
     Unless `resumed` the guest was left paused, and `obstacle` says why.  `vcpus` is how often
     each thread of a vCPU had been put on a CPU when the guest was stopped (/proc/PID/task/TID/
     schedstat).
@@ -101,7 +102,7 @@ def new_note(key: FreezeKey) -> NoteForm:
 
 
 def take_notes(key: FreezeKey) -> list[GuardNote]:
-    """What guards did alone to this guest, oldest first; told once."""
+    """What guards did alone to this guest, oldest first; reported once."""
     found = _left("over", key=key.name)
     for left in found:
         left.remove()

@@ -5,7 +5,7 @@ the agent, the other is a QMP monitor of the guest whose greeting has been read.
 of the standard library are imported, and of this package `promise` alone, where the rules are: it
 must be up in a few milliseconds.
 
-- What it knows comes from STOP and RESUME events and, while the guest is stopped, from looks at
+- It goes by STOP and RESUME events and, while the guest is stopped, from looks at
   QEMU's state.  While a pause is short it asks nothing, so that no command of ours comes between
   those of the agent (monitor/qmp.c takes them in turn from all monitors).
 - While QEMU's main loop is blocked our command waits in QEMU's queue, as any other; we wait with it
@@ -180,7 +180,7 @@ class Guard:
         now = time.monotonic_ns()
         if name == "STOP":
             if self._question is not None and self._question[0] == "arm":
-                # The agent still waits for our word: it is somebody else who stops the guest.
+                # The agent still waits for our answer: another client has stopped the guest.
                 self._promise.release()
                 self._promise.status = "paused"
             self._promise.stopped(now)
@@ -243,7 +243,7 @@ class Guard:
             self._say({"n": message.get("n"), "refused": True})
 
     def _let_go(self) -> None:
-        """The agent has released us; but of a `cont` that is on its way it is to be told why it was
+        """The agent has released us; but of a `cont` that is on its way it is to learn why it was
         sent, and whether it came too late is to be found out."""
         sent = self._on_its_way[0] if self._on_its_way is not None else None
         if self._is_released and self._promise.stage is not Stage.DOUBTED and sent is not Due.CONT:
@@ -275,7 +275,7 @@ class Guard:
             "obstacle": str(noted.get("obstacle", "")),
         }
         if question != "arm":
-            # The agent is there to tell it.
+            # The agent is there and reports it.
             promise.release()
             self._write("idle")
         self._say(answer)
@@ -320,7 +320,7 @@ class Guard:
         """How often the thread of each vCPU was put on a CPU: since once more, it may have run.
 
         One that is stopped sleeps, however often QEMU is asked for its state.  Nothing where
-        threads cannot be seen by the ids that QEMU knows them by.
+        threads cannot be seen by the ids that QEMU has of them.
         """
         found = {}
         for number in self._vcpus:
@@ -382,7 +382,7 @@ def main(argument: str) -> None:
         signal.signal(number, signal.SIG_IGN)
     settings = json.loads(argument)
     try:
-        os.nice(-10)  # nobody waits for it longer than it must; for root only
+        os.nice(-10)  # so that a paused guest waits no longer than it must; for root only
     except OSError:
         pass
     control = socket.socket(fileno=settings["control"])

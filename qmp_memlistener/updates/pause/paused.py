@@ -9,8 +9,8 @@ ends a pause in which a migration begins.  That `cont` follows in the same write
 a question, is safe because a migration does not run from its beginning to its end between the two:
 
 - QEMU takes commands from its monitors in turn and carries them out one at a time, holding the BQL
-  (monitor/qmp.c): somebody's `migrate` comes between two of ours at the earliest, and ours go on
-  without a wait.  From then on device_add and device_del are refused, so that none takes long
+  (monitor/qmp.c): another client's `migrate` comes between two of ours at the earliest, and ours go
+  on without a wait.  From then on device_add and device_del are refused, so that none takes long
   (qdev_device_add, softmmu/qdev-monitor.c: "not allowed while migrating").
 - A migration takes the BQL to set up, walks through all RAM without it, and takes it to complete:
   5 ms at least where it was measured.
@@ -19,7 +19,7 @@ The same holds for a block that is shorter than LOOK_EVERY_NS; otherwise `cont` 
 that was just found `paused`.  What was not prevented all the same is noticed: QEMU is asked again
 behind `cont`, and a guest that runs after its migration is stopped.
 
-What QMP cannot tell: that somebody else sends `stop` while the guest is paused by us.  It has no
+QMP cannot show that another client sends `stop` while the guest is paused by us.  It has no
 effect and makes no event (do_vm_stop, cpus.c of 7.2 to 11.1), and our `cont` undoes it.
 """
 
@@ -102,9 +102,10 @@ async def run_paused(
 
     `sending` is called when they are about to be sent: what is raised before left them unsent.
 
-    A guest that does not run is not stopped and not resumed.  One that somebody stops in the moment
-    before our own `stop` would be resumed by our `cont`, which is on its way then: it is stopped
-    again at once, and the note says so.  `pipelined=False` sends one command after the other.
+    A guest that does not run is not stopped and not resumed.  One that another client stops in the
+    moment before our own `stop` would be resumed by our `cont`, which is on its way then: it is
+    stopped again at once, and the note says so.  `pipelined=False` sends one command after the
+    other.
 
     Raises GuestMigrating and OperationFailed as `ResumeGuard.arm` (nothing was done), TargetLost
     when the connection ends (the guard has resumed the guest; the message says so),
@@ -130,7 +131,7 @@ async def paused_guest(
     """Stop the guest for the length of the block; it runs again afterwards, however that ends.
 
     A guest that does not run is left alone.  `deadline` (seconds) is for each of `stop` and `cont`.
-    A `pause` of the caller's tells also what came of one that was cancelled before the block.
+    A `pause` of the caller's has the result also when it was cancelled before the block.
     Raises GuestMigrating or OperationFailed when the guest is migrating, the guard is gone or QEMU
     refuses to stop (the block is not entered), TargetLost or DeadlineExceeded as `run_paused`.
     """
@@ -234,7 +235,7 @@ async def _run_unpaused(
 
 
 async def _look_again(monitor: Monitor, guard: ResumeGuard, deadline: float) -> None:
-    """The guard has looked; but on a busy host that may be long ago when we come to know it.
+    """The guard has looked; but on a busy host its answer may come here long after.
 
     Raises GuestMigrating, or that QEMU does not answer: then the guard has nothing to guard.
     """
@@ -280,7 +281,7 @@ async def _stop(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: fl
     seen = GuestLook.of(*looked, untold=pause.status_before)
     pause.status_before = seen.status
     if isinstance(stop, CommandFailed) or seen.status != _RUNNING:
-        # In the second case somebody was quicker: QEMU has taken our `stop` for nothing.
+        # In the second case another client was quicker: QEMU has taken our `stop` for nothing.
         pause.paused_before = True
         await guard.release()
     if isinstance(stop, CommandFailed):
@@ -305,7 +306,7 @@ async def _resume(monitor: Monitor, guard: ResumeGuard, pause: Pause, deadline: 
             seen, asked = await look(monitor, deadline=deadline, untold=_UNTOLD), True
         # (asked again: it may have been resumed before QEMU answered)
         if seen is None or pause.is_over:
-            # A `stop` that came after that RESUME is somebody else's: no `cont`.
+            # A `stop` that came after that RESUME is another client's: no `cont`.
             await end.release(guard)
             if end.runs and not guard.acted:
                 end.notes.append("another client resumed the guest meanwhile")

@@ -3,18 +3,18 @@
 `guard_process` carries it out, and loads this file by path: only the standard library is imported.
 
 - Only the first STOP after `arm` is ours.  With the first RESUME after that the promise is kept,
-  whoever sent `cont`; a later STOP is somebody else's.  QMP does not say who stopped a guest: one
-  that somebody stops in the moment between `arm` and our own `stop` is taken for ours.
+  whoever sent `cont`; a later STOP is another client's.  QMP does not say who stopped a guest: one
+  that another client stops in the moment between `arm` and our own `stop` is taken for ours.
 - The guard acts when the agent is gone (end of file, or it is no longer our parent), when the agent
   says that it lost QEMU, when the pause lasts longer than allowed, which is also how a hanging
   agent shows, and when a migration begins during the pause.  Then `cont` is sent, but only if the
-  status is exactly `paused`: a guest that stands for another reason (internal-error, io-error,
+  status is exactly `paused`: a guest that is stopped for another reason (internal-error, io-error,
   postmigrate ...) is left alone, and that is noted.
 - A migration that completes while the guest is paused leaves it paused at the destination: the
   state that is stored for it there is the one before QEMU itself stops the guest
   (global_state_store in migration_completion, migration/migration.c; migration_stop_vm since 9.1).
   So while the guest is stopped QEMU is asked for migrations, again and again.  (The event MIGRATION
-  tells it sooner, where somebody has switched the capability `events` on.)
+  shows it sooner, where the capability `events` is on.)
 - `cont` is accepted in `postmigrate`, where it would run the guest a second time: QEMU refuses it
   only in `finish-migrate` and in states that need a reset (qmp_cont, monitor/qmp-cmds.c, 7.2 to
   11.1).  Where it was sent during a migration QEMU is asked afterwards; if the migration had
@@ -38,7 +38,7 @@ LOOK_EVERY_NS = 2_000_000
 From `migrate` to the moment at which the state of the guest is stored a migration took 5 ms at
 least, of guests of 1 MiB without firmware, on 7.2, 10.0 and 11.1: it takes the BQL to set up, walks
 through all RAM, and takes the BQL to complete.  What begins and completes between two looks is not
-prevented, only told.  (`mode` cpr-*, from 8.2 on, stops and stores the state at once.)
+prevented, only reported.  (`mode` cpr-*, from 8.2 on, stops and stores the state at once.)
 """
 _FIRST_LOOK_NS = 20_000_000
 """The same for a pause whose `cont` is in QEMU's queue already: each look would be in its way."""
@@ -99,7 +99,7 @@ class Promise:
     """What is owed to the guest, and which command is due.  Times are CLOCK_MONOTONIC ns.
 
     `why` says why the guard acts, empty while it need not; `acted` that its `cont` was accepted;
-    `status` and `migration` are what QEMU told last, to a question that was sent at `looked_ns`;
+    `status` and `migration` are QEMU's last answers, to a question that was sent at `looked_ns`;
     `obstacle` is what keeps the guest from running.
     """
 

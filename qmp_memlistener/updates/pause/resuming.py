@@ -28,7 +28,7 @@ class StopAndResume:
     def window(self) -> tuple[int, int] | None:
         """From STOP to RESUME; None until both were seen.
 
-        Events of one write arrive together, so that only QEMU's stamps tell how long it was.
+        Events of one write arrive together, so that only QEMU's stamps show how long it was.
         """
         if self._stop is None or self._resume is None:
             return None
@@ -85,7 +85,7 @@ class End:
             self.notes.append(RAN_TWICE)
 
     async def release(self, guard: ResumeGuard) -> None:
-        """The guest has been resumed, by us or by somebody else."""
+        """The guest has been resumed, by us or by another client."""
         await guard.release()
         if guard.obstacle == MIGRATED and self.migrated is None:
             self.runs = False
@@ -106,7 +106,7 @@ class End:
 
 
 async def stop_again(monitor: Monitor, deadline: float) -> bool:
-    """Our `cont` has resumed a guest that was to stand: true when it does again."""
+    """Our `cont` has resumed a guest that was to stay stopped: true when it is stopped again."""
     if (await look(monitor, deadline=deadline, untold="running")).status != "running":
         return True  # it was a status that `cont` does not end
     try:
