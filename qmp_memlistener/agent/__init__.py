@@ -1,6 +1,6 @@
 """attach() -> Agent: snapshots, transitions, listeners, recording; one clock, one timeline."""
 
 from .agent import Agent, attach
-from .stream import RecordStream
+from .publisher import RecordStream
 
 __all__ = ["Agent", "RecordStream", "attach"]

@@ -36,9 +36,8 @@ from ..updates.settings import UpdateOptions
 from ..waits import waiting
 from .attachment import Attached, AttachOptions, Opening
 from .background import Background
-from .outlet import Outlet
 from .probe_runner import Measuring
-from .stream import RecordStream
+from .publisher import Publisher, RecordStream
 
 __all__ = ["Agent", "attach"]
 
@@ -118,7 +117,7 @@ class Agent:
         self.remarks: list[str] = []
         self.unrestored: list[str] = []
         self._options = options
-        self._outlet = Outlet()
+        self._publisher = Publisher()
         self._background: Background
         self._attached: Attached
         self._stack = AsyncExitStack()
@@ -126,7 +125,9 @@ class Agent:
     async def __aenter__(self) -> Self:
         self._background = Background()
         async with AsyncExitStack() as stack:
-            opening = Opening(self._options, stack, self._outlet, self._background, self.unrestored)
+            opening = Opening(
+                self._options, stack, self._publisher, self._background, self.unrestored
+            )
             attached = await opening.run()
             self._stack = stack.pop_all()
         self._attached = attached
@@ -209,19 +210,19 @@ class Agent:
 
         Raises ValueError when it is registered already.
         """
-        self._outlet.dispatcher.register(listener, self.map.view)
+        self._publisher.dispatcher.register(listener, self.map.view)
 
     async def unregister(self, listener: MemoryListener) -> None:
         """Stop telling `listener`, once it knows what has happened so far."""
-        await self._outlet.dispatcher.unregister(listener)
+        await self._publisher.dispatcher.unregister(listener)
 
     def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]:
         """Call `callback` with every record from now on; returns the way to stop that."""
-        return self._outlet.records.subscribe(callback)
+        return self._publisher.records.subscribe(callback)
 
     def records(self, *, limit: int = 100_000) -> RecordStream:
         """An async iterator over the records from now on; it ends with the attachment."""
-        return self._outlet.records.stream(limit)
+        return self._publisher.records.stream(limit)
 
     def driver_taken(self, device: str) -> tuple[int | None, int] | None:
         """When a driver of the guest took the PCI device: last seen without, first seen with one.
@@ -331,7 +332,7 @@ class Agent:
         now = time.monotonic_ns()
         await self._attached.source.settle()
         await self.measuring.settle(now)
-        told = asyncio.ensure_future(self._outlet.dispatcher.idle())
+        told = asyncio.ensure_future(self._publisher.dispatcher.idle())
         try:
             await asyncio.wait([told], timeout=listeners_s)
         finally:

@@ -39,9 +39,9 @@ from .failures import FailureWatch
 from .guest_events import GuestEvents
 from .leftovers import switch_off_profiler
 from .monitors import Monitors, connect_monitors, context_of, rules_of
-from .outlet import Outlet
 from .polling import PollSource
 from .probe_runner import Measuring
+from .publisher import Publisher
 from .source import MakeTracker, Source
 from .tracing import TraceSource
 
@@ -93,13 +93,13 @@ class Opening:
         self,
         options: AttachOptions,
         stack: AsyncExitStack,
-        outlet: Outlet,
+        publisher: Publisher,
         background: Background,
         unrestored: list[str],
     ) -> None:
         self._options = options
         self._stack = stack
-        self._outlet = outlet
+        self._publisher = publisher
         self._background = background
         self._remarks: list[str] = []
         self._unrestored = unrestored
@@ -116,8 +116,8 @@ class Opening:
         files = stack.enter_context(ExitStack())  # a recording takes everything that follows
         if monitors.owner is not None:
             self._remarks += await switch_off_profiler(monitors.observer, monitors.owner)
-        stack.push_async_callback(self._outlet.dispatcher.close)
-        stack.callback(self._outlet.records.close)
+        stack.push_async_callback(self._publisher.dispatcher.close)
+        stack.callback(self._publisher.records.close)
         stack.push_async_callback(self._finish_measuring)
         with waiting("for QEMU to switch on trace events"):
             session, untraced = await self._start_tracing(monitors)
@@ -181,7 +181,7 @@ class Opening:
             self._unrestored.append(f"the guest's trace events and log: {restored.undone}")
             told.append(f"not put back: {self._unrestored[-1]}; the next attach does it")
         now = time.monotonic_ns()
-        self._outlet.publish([Note(t_ns=now, text=text) for text in told])
+        self._publisher.publish([Note(t_ns=now, text=text) for text in told])
 
     async def _start_source(
         self,
@@ -189,22 +189,22 @@ class Opening:
         session: TraceSession | None,
         make_tracker: MakeTracker,
     ) -> Source:
-        publish = self._outlet.publish
+        publish = self._publisher.publish
         if session is None:
             idle = await measure_idle(monitor)
             polling = PollSource(monitor, idle, publish, make_tracker)
-            self._outlet.follow(polling)
+            self._publisher.follow(polling)
             return polling
         tail = await self._stack.enter_async_context(session.tail())
         source = TraceSource(monitor, session, tail, publish, make_tracker, self._own_command)
-        self._outlet.follow(source)
+        self._publisher.follow(source)
         self._background.spawn(source.read(), "trace lines")
         return source
 
     # -- records -----------------------------------------------------------------------------
 
     def _publish_header(self, header: Header, files: ExitStack) -> None:
-        records = self._outlet.records
+        records = self._publisher.records
         if self._options.record is not None:
             writer = files.enter_context(RecordingWriter(self._options.record, header))
             records.writer = writer.write_all
@@ -217,19 +217,19 @@ class Opening:
     def _watch_events(self, monitors: Monitors, facts: GuestFacts, source: Source) -> None:
         """QMP events become records, and failures of the guest are explained."""
         monitor = monitors.observer
-        events = GuestEvents(monitor, source, self._outlet.publish)
+        events = GuestEvents(monitor, source, self._publisher.publish)
         self._stack.push_async_callback(events.close)
         self._stack.callback(monitor.subscribe(events.take))
         failures = FailureWatch(
             monitor,
-            self._outlet.publish,
+            self._publisher.publish,
             settle=self._settle,
             view=lambda: _tracker_of(source).map,
             machine=facts.machine,
             pid=monitors.pid,
         )
         self._stack.push_async_callback(failures.close)
-        self._outlet.records.subscribe(failures.record, failures.kinds)
+        self._publisher.records.subscribe(failures.record, failures.kinds)
         self._stack.callback(monitor.subscribe(failures.event))
 
     async def _settle(self) -> None:
@@ -245,7 +245,7 @@ class Opening:
         error = await asyncio.shield(monitor.lost)
         await source.finish()
         _tracker_of(source).flush()
-        self._outlet.publish()
+        self._publisher.publish()
         self._background.give_up(error)
 
     async def _end_tasks(self) -> None:
@@ -256,7 +256,7 @@ class Opening:
         await self._background.end()
         if source.tracker is not None:
             source.tracker.flush()  # of what no snapshot will tell more
-        self._outlet.publish()
+        self._publisher.publish()
 
     # -- stalls ------------------------------------------------------------------------------
 
@@ -277,7 +277,7 @@ class Opening:
             must_see=self._options.must_see,
         )
         choices = await choose(context, self._options.probes)
-        records = self._outlet.records
+        records = self._publisher.records
         measuring = Measuring(
             choices,
             source,

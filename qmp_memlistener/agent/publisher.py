@@ -1,20 +1,55 @@
-"""Hands each record to everybody who wants them: recorder, terminal, library users."""
+"""Where everything that is seen of a guest goes: records to the recording, the terminal and other
+subscribers, changes to listeners."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Sequence
 
 from ..errors import MemListenerError
-from ..records import Lost, Record
+from ..listener import Dispatcher, MemoryListener
+from ..records import Lost, Note, Record
+from .source import Source
 
-__all__ = ["RecordStream", "Records"]
+__all__ = ["Publisher", "RecordStream", "Records"]
 
 log = logging.getLogger(__name__)
 
 Kinds = tuple[type[Record], ...]
+
+
+class Publisher:
+    """The way out of one attachment; a subscriber or a listener that fails is reported on it."""
+
+    def __init__(self) -> None:
+        self.records = Records(self._subscriber_failed)
+        self.dispatcher = Dispatcher(self._listener_failed)
+        self._source: Source | None = None
+
+    def follow(self, source: Source) -> None:
+        """Hand out what the tracker of `source` folds, from now on."""
+        self._source = source
+
+    def publish(self, records: Iterable[Record] = ()) -> None:
+        """Hand out what the tracker has, then `records`."""
+        tracker = self._source.tracker if self._source is not None else None
+        if tracker is not None:
+            folded, changes = tracker.take()
+            self.records.publish(folded)
+            self.dispatcher.dispatch(changes)
+        self.records.publish(records)
+
+    def _listener_failed(self, listener: MemoryListener, name: str, exc: BaseException) -> None:
+        self._remark(f"listener {type(listener).__name__} failed in {name}: {_text(exc)}")
+
+    def _subscriber_failed(self, exc: Exception) -> None:
+        self._remark(f"a subscriber failed and gets no more records: {_text(exc)}")
+
+    def _remark(self, text: str) -> None:
+        self.records.publish([Note(t_ns=time.monotonic_ns(), text=text)])
 
 
 class Records:
@@ -129,3 +164,7 @@ class RecordStream:
             at = getattr(self._queue[0], "t_ns", 0)
             return Lost(t_ns=at, what="records that were not read in time", count=count)
         return self._queue.popleft()
+
+
+def _text(exc: BaseException) -> str:
+    return f"{type(exc).__name__}: {exc}" if str(exc) else type(exc).__name__
