@@ -11,7 +11,7 @@ import contextlib
 import os
 import statistics
 import time
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from itertools import pairwise
@@ -31,18 +31,13 @@ from qmp_memlistener.guests import (
     boot_args,
     launch,
 )
-from qmp_memlistener.probes import Context, Observation, StallKind
+from qmp_memlistener.probes import Observation, StallKind
 from qmp_memlistener.probes.pulse import PulseProbe
 from qmp_memlistener.qmp import (
     Monitor,
-    UnixTarget,
-    companions_of,
-    find_guest,
-    read_facts,
 )
-from qmp_memlistener.records import CommandRecord, MeasurementRecord
-from tests.support.any_monitor import AnyMonitor
 from tests.support.live import QEMUS, Vm, best_accel, booted, builds, cases
+from tests.support.probes import Recorder, guest_context
 
 pytestmark = pytest.mark.qemu
 
@@ -51,56 +46,35 @@ FEW = 40
 ENOUGH = 0.95
 LOW_US = {"kvm": 100, "tcg": 15}
 """Below what a toggle takes, above what beats take."""
-HAS_CLOCK = "tells of gaps above"
-"""It tells of the threshold once it can say it in time."""
+HAS_CLOCK = "reports gaps above"
+"""The threshold is reported once it is known in time."""
 
 
-class Told:
-    """A sink that keeps everything."""
+class Told(Recorder):
+    """A sink that keeps gaps, and which of them came late."""
 
     def __init__(self) -> None:
-        self.gaps: list[Observation] = []
-        self.notes: list[str] = []
+        super().__init__()
+        self.gaps = self.observations
         self.lost_gaps = 0
-        self.failures: list[Exception] = []
-        self.complete_ns = 0
-        self.kinds = frozenset[StallKind]()
         self.late: list[Observation] = []
-        self._news = asyncio.Event()
+
+    @property
+    def complete_ns(self) -> int:
+        return self.reached.get("pulse", 0)
 
     def observe(self, observations: list[Observation]) -> None:
         self.late += [o for o in observations if o.end_ns < self.complete_ns]
-        self.gaps += observations
-        self._news.set()
-
-    def command(self, span: CommandRecord) -> None:
-        raise AssertionError(span)
-
-    def measure(self, measurement: MeasurementRecord) -> None:
-        raise AssertionError(measurement)
+        super().observe(observations)
 
     def advance(self, probe: str, t_ns: int) -> None:
-        assert probe == "pulse"
         assert t_ns >= self.complete_ns
-        self.complete_ns = t_ns
-
-    def measures(self, probe: str, kinds: Iterable[StallKind]) -> None:
-        assert probe == "pulse"
-        self.kinds = frozenset(kinds)
-
-    def note(self, text: str) -> None:
-        self.notes.append(text)
-        self._news.set()
+        super().advance(probe, t_ns)
 
     def lost(self, probe: str, what: str, count: int | None = None) -> None:
-        assert probe == "pulse"
-        assert "gaps of CPU" in what
+        assert (probe, "gaps of CPU" in what) == ("pulse", True)
         assert count is not None
         self.lost_gaps += count
-
-    def failed(self, probe: str, error: Exception) -> None:
-        assert probe == "pulse"
-        self.failures.append(error)
 
     def of(self, cpu: int) -> list[Observation]:
         return [o for o in self.gaps if o.thread == f"CPU {cpu}"]
@@ -108,50 +82,30 @@ class Told:
     def said(self, text: str) -> bool:
         return any(text in note for note in self.notes)
 
-    async def wait_for(self, text: str) -> None:
-        """Until a note with this text."""
-        async with asyncio.timeout(30):
-            while not self.said(text):
-                self._news.clear()
-                await self._news.wait()
+    async def wait_note(self, text: str) -> None:
+        await self.wait_for(lambda: self.said(text), 30)
 
     async def wait_gap(self, over_ns: int) -> Observation:
-        """Until a gap as long as that."""
-        async with asyncio.timeout(30):
-            while True:
-                for gap in self.gaps:
-                    if gap.at_least_ns >= over_ns:
-                        return gap
-                self._news.clear()
-                await self._news.wait()
+        def found() -> list[Observation]:
+            return [gap for gap in self.gaps if gap.at_least_ns >= over_ns]
 
-
-async def context_of(vm_pid: int, monitor: Monitor) -> Context:
-    guest = find_guest(vm_pid)
-    return Context(
-        guest=guest,
-        pid=vm_pid,
-        facts=await read_facts(monitor),
-        monitor=monitor,
-        companions=companions_of(guest, [monitor.target]),
-        traced=False,
-    )
+        await self.wait_for(lambda: bool(found()), 30)
+        return found()[0]
 
 
 @asynccontextmanager
 async def probing(
     vm: Vm, *, started: bool = True
 ) -> AsyncIterator[tuple[PulseProbe, Told, Monitor]]:
-    target = UnixTarget(str(vm.guest.monitors[0]))
-    async with await AnyMonitor.connect(target) as monitor:
-        probe, told = PulseProbe(await context_of(vm.guest.pid, monitor)), Told()
+    async with guest_context(vm.guest) as context:
+        probe, told = PulseProbe(context), Told()
         assert (await probe.check()).usable
         if started:
             await probe.start(told)
-            await told.wait_for(HAS_CLOCK)
+            await told.wait_note(HAS_CLOCK)
             told.late.clear()  # gaps had to wait for the clock
         try:
-            yield probe, told, monitor
+            yield probe, told, context.monitor
         finally:
             await probe.stop()
             assert told.failures == []
@@ -316,11 +270,10 @@ async def test_a_ram_file_that_is_truncated_ends_the_probe_and_not_us(
 ) -> None:
     """QEMU ends of it too, with SIGBUS, as soon as it touches what is gone."""
     async with booted(build, accel) as vm:
-        monitor = await AnyMonitor.connect(UnixTarget(str(vm.guest.monitors[0])))
-        async with monitor:
-            probe, told = PulseProbe(await context_of(vm.guest.pid, monitor)), Told()
+        async with guest_context(vm.guest) as context:
+            probe, told = PulseProbe(context), Told()
             await probe.start(told)
-            await monitor.execute("stop")
+            await context.monitor.execute("stop")
             assert vm.guest.ram is not None
             os.truncate(vm.guest.ram, 4096)
             await probe.flush()
@@ -360,7 +313,7 @@ async def test_a_tsc_that_stood_still_is_noticed(build: QemuBuild, accel: str) -
             await monitor.execute("stop")
             await asyncio.sleep(0.3)
             await monitor.execute("cont")
-            await told.wait_for("TSC stopped for")
+            await told.wait_note("TSC stopped for")
             told.gaps.clear()
             await check_toggles(vm, probe, told)
 
@@ -378,7 +331,7 @@ async def test_a_stopped_guest_is_waited_for(build: QemuBuild, accel: str) -> No
             assert time.monotonic_ns() - begun < 5_000_000_000
             assert told.gaps == []
             await monitor.execute("cont")
-            await told.wait_for(HAS_CLOCK)
+            await told.wait_note(HAS_CLOCK)
             await check_toggles(vm, probe, told)
 
 
@@ -389,7 +342,7 @@ async def test_a_guest_that_boots_again_is_followed(build: QemuBuild, accel: str
         begun = time.monotonic_ns()
         async with probing(vm) as (probe, told, monitor):
             await monitor.execute("system_reset")
-            await told.wait_for("booted again, boot number 2")
+            await told.wait_note("booted again, boot number 2")
             await set_thresholds(vm, 1, LOW_US[accel])
             await check_toggles(vm, probe, told)
             now = time.monotonic_ns()
@@ -432,11 +385,8 @@ async def test_memory_of_any_kind_is_found(build: QemuBuild, tmp_path: Path) -> 
             shared_memory=False,
             args=("-object", backend, *boot_args()),
         )
-        async with (
-            launch(spec.on(build)) as guest,
-            await AnyMonitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor,
-        ):
-            probe, told = PulseProbe(await context_of(guest.pid, monitor)), Told()
+        async with launch(spec.on(build)) as guest, guest_context(guest) as context:
+            probe, told = PulseProbe(context), Told()
             async with asyncio.timeout(30):
                 while not (await probe.check()).usable:  # noqa: ASYNC110 (until it has booted)
                     await asyncio.sleep(0.01)
@@ -447,7 +397,7 @@ async def test_memory_of_any_kind_is_found(build: QemuBuild, tmp_path: Path) -> 
                     assert verdict.remedy is not None
                     continue
             await probe.start(told)
-            await told.wait_for(HAS_CLOCK)
+            await told.wait_note(HAS_CLOCK)
             await probe.stop()
             assert told.failures == []
 
@@ -459,11 +409,7 @@ async def test_a_guest_without_a_pulse_is_told_of_with_a_remedy(build: QemuBuild
         (GuestSpec(accel="tcg", shared_memory=False), "shares no guest RAM"),
         (GuestSpec(accel="tcg"), "no pulse guest"),
     ):
-        async with (
-            launch(spec.on(build)) as guest,
-            await AnyMonitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor,
-        ):
-            context = await context_of(guest.pid, monitor)
+        async with launch(spec.on(build)) as guest, guest_context(guest) as context:
             verdict = await PulseProbe(context).check()
             assert not verdict.usable
             assert verdict.reason is not None

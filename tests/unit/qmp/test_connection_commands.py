@@ -17,6 +17,7 @@ from qmp_memlistener.errors import (
     TargetLost,
 )
 from qmp_memlistener.qmp import Command, Monitor, hmp
+from tests.support.any_monitor import AnyMonitor
 from tests.unit.qmp.fake_qmp import message, negotiated, replying, serving, within
 
 
@@ -218,3 +219,10 @@ async def test_reconnect_after_the_peer_hung_up(tmp_path: Path) -> None:
             await anext(stream)
         await monitor.reconnect()
         assert (await anext(stream)).name == "STOP"
+
+
+@pytest.mark.asyncio
+async def test_a_monitor_of_the_tests_sends_what_the_product_would_not(tmp_path: Path) -> None:
+    serve = replying(b'{"return": {}, "id": ID}\n')
+    async with serving(tmp_path, serve) as target, await AnyMonitor.connect(target) as monitor:
+        assert (await monitor.timed("system_reset")).value == {}
