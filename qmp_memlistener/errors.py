@@ -1,4 +1,4 @@
-"""The error tree.  Every error knows what happened to whom, the remedy, and its exit code.
+"""The error tree.  Every error states what happened to whom, the remedy, and its exit code.
 
 ::
 
@@ -6,14 +6,14 @@
      +- OperationFailed               1   a check or an operation on the guest failed
      |   +- CommandFailed             1   QEMU refused a command
      |   +- CommandNotAllowed         1   a command that is not known to be harmless was not sent
-     |   +- GuestFrozen               1   real-time work runs, nobody may touch the guest
+     |   +- GuestFrozen               1   real-time work runs, the guest must not be touched
      |   +- GuestMigrating            1   a migration has the guest, it may not be paused
      +- InputError                    2   bad usage or bad input
      |   +- MtreeError                2   not an `info mtree` text, with line number
      |   +- RecordingError            2   not a recording, or one from the future
      +- TargetError                   3   the target ...
      |   +- TargetUnreachable         3   ... cannot be connected to
-     |   +- MonitorBusy               3   ... has a monitor, and somebody else uses it
+     |   +- MonitorBusy               3   ... has a monitor, and another client uses it
      |   +- WrongGuest                3   ... is another guest than the one that was meant
      |   +- TargetLost                3   ... went away while we were attached
      |   +- DeadlineExceeded          3   ... did not answer in time
@@ -130,7 +130,7 @@ class RecordingError(InputError):
 
 
 class TargetError(MemListenerError):
-    """Something is wrong with the guest we were told to look at."""
+    """Something is wrong with the guest that was named as the target."""
 
     exit_code = 3
 
@@ -144,7 +144,7 @@ class MonitorBusy(TargetError):
 
 
 class WrongGuest(TargetError):
-    """Another guest answers than the one that was meant; it was told and asked nothing more."""
+    """Another guest answers than the one that was meant; no command was sent to it."""
 
 
 class TargetLost(TargetError):
@@ -156,7 +156,7 @@ class DeadlineExceeded(TargetError):
 
 
 class ProtocolViolation(TargetError):
-    """The peer answered, but what it said is not QMP."""
+    """The peer answered, but not in QMP."""
 
 
 class MissingPrerequisite(MemListenerError):
@@ -166,7 +166,7 @@ class MissingPrerequisite(MemListenerError):
 
 
 class TraceReason(StrEnum):
-    """What stands in the way of tracing."""
+    """Why tracing is not possible."""
 
     NOT_ASKED = "not-asked"
     NO_PROCESS = "no-process"
@@ -203,7 +203,7 @@ _REMEDIES = {
 
 
 class TraceUnavailable(MissingPrerequisite):
-    """This guest cannot be traced through its log; `reason` says which kind of obstacle."""
+    """This guest cannot be traced through its log; `reason` is the kind of obstacle."""
 
     def __init__(self, reason: TraceReason, message: str) -> None:
         super().__init__(message, remedy=_REMEDIES[reason])

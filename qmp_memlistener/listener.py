@@ -3,12 +3,12 @@
 The callbacks have the names and the order of QEMU's `MemoryListener` (include/system/memory.h;
 7.2: include/exec/memory.h): for one transition `begin`, then `region_del` in ascending address
 order, then `region_add` and `region_nop` in ascending order, `log_start` and `log_stop` where
-dirty logging changed, and `commit`.  A listener that registers is first told the present map, as
+dirty logging changed, and `commit`.  A listener that registers first gets the present map, as
 QEMU does in `listener_add_address_space`.  On top come `hole_punched`, `hole_filled` and
 `slot_changed`.
 
-Each listener has a queue and a task of its own: a slow one delays nobody, one that raises is
-reported and goes on with the next transition.  This module knows no sockets; the agent feeds it.
+Each listener has a queue and a task of its own: a slow one delays no other, one that raises is
+reported and continues with the next transition.  No sockets here; the agent feeds it.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ __all__ = ["Dispatcher", "MemoryListener"]
 
 log = logging.getLogger(__name__)
 
-QUEUE_LIMIT = 100_000  # changes; a listener that is further behind loses some and is told so
+QUEUE_LIMIT = 100_000  # changes; a listener that is further behind loses some, and `lost` is called
 _CANCEL_DEADLINE = 0.5
 
 
@@ -191,7 +191,7 @@ class Dispatcher:
         self._runners: list[_Runner] = []
 
     def register(self, listener: MemoryListener, view: FlatView | None) -> None:
-        """Add a listener and tell it the present map; ValueError when it is there already."""
+        """Add a listener and send it the present map; ValueError when it is there already."""
         if any(r.listener is listener for r in self._runners):
             raise ValueError("this listener is registered already")
         runner = _Runner(listener, self._on_failure)
@@ -201,7 +201,7 @@ class Dispatcher:
             runner.put(Change(view, diff(empty, view, (), ())))
 
     async def unregister(self, listener: MemoryListener, *, deadline_s: float = 2.0) -> None:
-        """Remove a listener once it has been told everything, at most `deadline_s` later."""
+        """Remove a listener when its queue is empty, at most `deadline_s` later."""
         for runner in list(self._runners):
             if runner.listener is listener:
                 self._runners.remove(runner)
@@ -216,7 +216,7 @@ class Dispatcher:
                 runner.put(change)
 
     async def idle(self) -> None:
-        """Wait until every listener has been told everything queued so far."""
+        """Wait until every listener has got everything queued so far."""
         for runner in list(self._runners):
             await runner.idle()
 

@@ -1,9 +1,9 @@
-"""What is being waited for right now, in words: nobody should have to guess.
+"""What is being waited for right now, in words.
 
     with waiting("for the kernel to take out uprobes"):
         ...
 
-Anything that may last longer than a second or two is inside such a block; the command line tells
+Anything that may last longer than a second or two is inside such a block; the command line reports
 what lasts longer than `TELL_S`.  Blocks may be entered in any thread.
 """
 
@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 __all__ = ["TELL_S", "Wait", "begin", "end", "on_wait", "waiting", "waits"]
 
 TELL_S = 2.0
-"""A wait that lasts longer is told to the user."""
+"""A wait that lasts longer is reported to the user."""
 
 
 @dataclass(eq=False, slots=True)

@@ -164,7 +164,7 @@ class Pulse(PulseMemory):
         """Until the CPU has beaten `beats` times from now on; returns its count."""
         goal = self.heartbeat(cpu).count + beats
         await self.wait_for(
-            lambda: self.heartbeat(cpu).count >= goal, timeout, lambda: f"beats of CPU {cpu}"
+            lambda: self.heartbeat(cpu).count >= goal, timeout, lambda: f"heartbeats of CPU {cpu}"
         )
         return self.heartbeat(cpu).count
 
@@ -196,7 +196,7 @@ class Pulse(PulseMemory):
             await self.wait_for(
                 lambda: self._get32(at + layout.MB_ACK) == seq,
                 timeout,
-                lambda: f"{name} ({self.heartbeat(0).count - beats} beats since)",
+                lambda: f"{name} ({self.heartbeat(0).count - beats} heartbeats since)",
             )
             status = self._get32(at + layout.MB_STATUS)
             if status != layout.STATUS_OK:

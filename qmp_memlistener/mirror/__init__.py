@@ -1,1 +1,1 @@
-"""A slot backend that is kept in step with a guest, and what it said on the way."""
+"""A slot backend that is kept in step with a guest, and its report."""

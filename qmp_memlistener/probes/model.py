@@ -1,7 +1,7 @@
 """What every probe is: what it declares, what it needs, what it delivers.
 
-A probe measures one or more kinds of stall window.  It says beforehand whether it can work for a
-guest (`check`), then delivers observations to a `Sink` until it is stopped.  Here are only the
+A probe measures one or more kinds of stall window.  Its `check` answers beforehand whether it can
+work for a guest; then it delivers observations to a `Sink` until it is stopped.  Here are only the
 types; each probe has a module of its own, `registry` knows them all, and `timeline` merges what
 they deliver.
 """
@@ -38,7 +38,7 @@ class ProbeUnavailable(MissingPrerequisite):
 class ProbeInfo:
     """What a probe declares of itself, the same for every guest.
 
-    `needs` and `cost` are for people.  `resolution_ns`: shorter windows are missed or wrong.
+    `needs` and `cost` are shown to users.  `resolution_ns`: shorter windows are missed or wrong.
     `share` is the part of one host CPU that it takes from QEMU at its usual pace, 0.01 for 1 %;
     a probe whose cost depends on what the guest does states what it is for an idle one.
     """
@@ -93,7 +93,7 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
     """One stall window as one probe saw it.
 
     The stall lies inside `[start_ns, end_ns)` (CLOCK_MONOTONIC) and was at least `at_least_ns` and
-    at most `at_most_ns` long.  `thread` names who stalled (`main`, `CPU 0`, `tid 1234`), `tid` is
+    at most `at_most_ns` long.  `thread` names what stalled (`main`, `CPU 0`, `tid 1234`), `tid` is
     its thread id on the host, `site` where in QEMU.  `handoffs` counts, while all vCPUs were being
     paused, how often another thread took the BQL in between.
     """
@@ -141,7 +141,7 @@ class Sink(Protocol):
         """Something the user should know."""
 
     def lost(self, probe: str, what: str, count: int | None = None) -> None:
-        """Something was missed: said once for each time, never silently."""
+        """Something was missed; reported each time."""
 
     def failed(self, probe: str, error: Exception) -> None:
         """The probe cannot go on; the others do."""

@@ -120,7 +120,7 @@ class MeasurementRecord(Record, frozen=True, kw_only=True, tag="measurement"):
 
 
 class ProbeState(msgspec.Struct, frozen=True):
-    """A probe of this attachment: at work, or why not."""
+    """A probe of this attachment: active, or why not."""
 
     name: str
     measures: list[StallKind]
@@ -132,13 +132,13 @@ class ProbeState(msgspec.Struct, frozen=True):
 
 
 class ProbesRecord(Record, frozen=True, kw_only=True, tag="probes"):
-    """Which probes are at work from now on."""
+    """Which probes are active from now on."""
 
     t_ns: int
     probes: list[ProbeState]
 
     def add_to(self, known: dict[str, ProbeState]) -> None:
-        """Keep of each probe that it was at work at some time, else why it is not."""
+        """Keep of each probe that it was active at some time, else why it is not."""
         for state in self.probes:
             if state.active or state.name not in known or not known[state.name].active:
                 known[state.name] = state
@@ -151,7 +151,7 @@ class GuestFailure(Record, frozen=True, kw_only=True, tag="guest_failure"):
     have no `guest_reset`.  For a vCPU found stopped at memory
     that a transition took away: `cpu`, its instruction pointer `ip` (a guest-virtual address), the
     guest-physical `gpa` of what it could not reach, and the `transition`.  `proven` says that the
-    address lies in RAM that had no slot during that transition; otherwise `what` tells only what
+    address lies in RAM that had no slot during that transition; otherwise `what` is only what
     came before.
     """
 
@@ -169,7 +169,7 @@ class GuestReset(Record, frozen=True, kw_only=True, tag="guest_reset"):
     """The machine was reset, and what is known of why; that is no failure as such.
 
     `reason` is QEMU's ShutdownCause (`guest-reset`, `host-qmp-system-reset`), `guest` whether the
-    guest made it.  `shutdown`: QEMU was told not to reset, and goes down instead.  `what` says in
+    guest made it.  `shutdown`: QEMU is set not to reset, and ends instead.  `what` says in
     words what is known.  `possible` is a suspicion that nothing proves, with what speaks for it,
     and `transition` the change that it is about; both are None for most resets.
     """

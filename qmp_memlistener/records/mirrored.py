@@ -28,7 +28,7 @@ class MemoryShown(msgspec.Struct, frozen=True):
     """Memory: RAM block, its owner, the offset of the first byte, whether stores are refused.
 
     `block` and `offset` are None when it is not known which memory that is; `readonly` is when
-    nobody tried to store.
+    no store was tried.
     """
 
     block: str | None
@@ -55,11 +55,11 @@ class MirrorDifference(msgspec.Struct, frozen=True):
 
 
 class LabMirror(msgspec.Struct, frozen=True, kw_only=True):
-    """What a mirror on /dev/kvm did, and what KVM and a guest of the lab's said at the end.
+    """What a mirror on /dev/kvm did, and what KVM and a guest of the lab showed at the end.
 
     `vcpus` ran meanwhile.  `slots` are KVM's at the end, `slot_ioctls` the
     KVM_SET_USER_MEMORY_REGION calls, `mappings` changes of host mappings.  `placed` slots came by
-    such a change alone; `grown` slots were recreated, larger; `moved`: the lab's own slot gave way.
+    such a change alone; `grown` slots were recreated, larger; `moved`: the lab's own slot moved.
     `holds` are of its vCPUs.  `reads` words were read by a guest; `differences` are those that were
     not what the mirror's slots say, `wrong_logs` KVM's dirty logs that should not be, or are not.
     """
@@ -81,9 +81,9 @@ class MirrorRecord(Record, frozen=True, kw_only=True, tag="mirror"):
     """What a mirror has done so far, and whether it is in step.
 
     backend           `kvm` or `model`, empty for another; `lab` is that of `kvm`
-    in_step           the backend shows the last map that was told; `why_not` says why it does not
+    in_step           the backend shows the last map received; `why_not` is why it does not
     compared          it was compared with a map; `differences` are those found last
-    transitions       maps told, the one at the beginning included
+    transitions       maps received, the one at the beginning included
     operations        calls that changed the backend
     slots_added, slots_deleted, flags_changed, holes_marked, holes_unmarked    the same by kind
     slots_touched     slots that a transition changed, summed over the transitions
@@ -96,7 +96,7 @@ class MirrorRecord(Record, frozen=True, kw_only=True, tag="mirror"):
     unpaused          updates under `pause` in which the guest ran, wholly or in part
     lag               from QEMU's first operation for a transition to the end of the mirror's
     rebuilt           times the backend was emptied and filled again
-    dropped           changes that were never told because the mirror was too slow
+    dropped           changes that were dropped because the mirror was too slow
     checks            comparisons with a map
     notes             the last hundred remarks
     """

@@ -39,10 +39,10 @@ class Recording:
     """A recording on disk: its `header`, and its records by iterating.
 
     Iterating again goes on where the last time ended, so a growing file can be followed.
-    `skipped` counts records of unknown types; `truncated` says that the last line is cut off.
+    `skipped` counts records of unknown types; `truncated`: the last line is cut off.
 
     Raises InputError when the file cannot be read, RecordingError when it is not a recording or of
-    a newer schema than this version knows.
+    a newer schema than this version reads.
     """
 
     def __init__(self, path: str) -> None:

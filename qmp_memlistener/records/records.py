@@ -1,8 +1,8 @@
 """What happened to a memory map: the lines of `watch --json` and of a recording.
 
-One struct per record type, told apart by the JSON key `type`.  Times `*_ns` are CLOCK_MONOTONIC of
-the host the agent ran on; addresses and sizes are bytes.  Keys are only ever added: a reader skips
-types and keys that it does not know.
+One struct per record type, distinguished by the JSON key `type`.  Times `*_ns` are
+CLOCK_MONOTONIC of the host the agent ran on; addresses and sizes are bytes.  Keys are only ever
+added: a reader skips types and keys that it does not know.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Record(msgspec.Struct, frozen=True, kw_only=True, tag_field="type"):
 
 
 class Header(Record, frozen=True, kw_only=True, tag="header"):
-    """First line of a recording: who was watched, by what, on which clocks.
+    """First line of a recording: which guest was watched, by what, on which clocks.
 
     `monotonic_ns` and `realtime_ns` were read together: their difference maps the clocks.
     """
@@ -113,10 +113,10 @@ class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition", gc=F
     """One change of the map.
 
     A hole that moved or changed size is in `holes_filled` with its old place and in `holes_punched`
-    with the new one.  `detail` says how far it is known: `full` (seen in the region tree before
+    with the new one.  `detail` is how far it is known: `full` (seen in the region tree before
     and after), `slots` (from the slot operations: RAM and ROM are exact, what covers a hole is not
     known), `none` (QEMU rebuilt its views and the next change came before a snapshot could), `net`
-    (the sum of the `merged` last changes that nothing tells apart).  `late_ns` is by how much
+    (the sum of the `merged` last changes, which cannot be separated).  `late_ns` is by how much
     `t_ns` may be later than the change, where that is more than the header's `stamp_bound_ns`.
     """
 
@@ -171,7 +171,7 @@ class SlotOp(Record, frozen=True, kw_only=True, tag="slot_op", gc=False):
 
 
 class GuestState(Record, frozen=True, kw_only=True, tag="guest_state"):
-    """The guest runs, stopped, was reset: `status` is QEMU's RunState, `event` what told us."""
+    """The guest runs, stopped, was reset: `status` is QEMU's RunState, `event` its source."""
 
     t_ns: int
     status: str

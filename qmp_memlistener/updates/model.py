@@ -1,6 +1,6 @@
 """The values of an update: what is wanted, how, and what came of it.  Pure.
 
-An `Intent` says what is wanted of a guest, a `Strategy` how the guest is treated meanwhile, an
+An `Intent` is what is wanted of a guest, a `Strategy` how the guest is treated meanwhile, an
 `Outcome` what happened.  `plans` turns the first two into the commands that `operation` runs.
 """
 
@@ -40,7 +40,7 @@ Value = str | int | float | bool | None | list["Value"] | dict[str, "Value"]
 class UpdateRefused(OperationFailed):
     """The update was not begun: the guest, or this strategy for it, does not allow it.
 
-    Nothing was touched; the remedy says what to change, most often the guest's configuration.
+    Nothing was touched; the remedy names what to change, most often the guest's configuration.
     """
 
 
@@ -86,7 +86,7 @@ class Role(StrEnum):
 
     @property
     def type_key(self) -> str:
-        """The key that says what it is; in option syntax it may stand first without its name."""
+        """The key of its type; in option syntax it may stand first without its name."""
         return {"object": "qom-type", "netdev": "type", "blockdev": "driver", "device": "driver"}[
             self
         ]
@@ -218,7 +218,7 @@ class Placed(msgspec.Struct, frozen=True, omit_defaults=True):
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
     """What came of an update; the JSON document of `hotplug`, `unplug` and `resize`.
 
-    `reason` says why it is not `done`.  `probes`: which of them measured, and why others did not.
+    `reason` is why it is not `done`.  `probes`: which of them measured, and why others did not.
     `placed` is where the devices of the update are, those that QEMU still has.  `interrupted`: it
     was ended before it was done.
     """

@@ -284,7 +284,7 @@ async def test_a_log_that_somebody_redirects_meanwhile_is_left_to_them(
         await other.execute("trace-event-set-state", {"name": "vm_state*", "enable": True})
         restored = await session.stop()
         assert restored.log is None
-        assert any("somebody else" in remark for remark in restored.remarks)
+        assert any("another client" in remark for remark in restored.remarks)
         assert {n for n, on in (await states(monitor)).items() if on} == {
             *(n for n, on in before.items() if on),
             *(n for n in before if n.startswith("vm_state")),

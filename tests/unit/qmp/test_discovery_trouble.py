@@ -49,7 +49,7 @@ def test_it_is_listed_and_costs_the_others_nothing(
     (note,) = guest.notes
     assert ("in time" if hangs else "ValueError") in note
     assert not guest.monitors
-    assert b"could not be looked into" in json_bytes(guest_document(guest))
+    assert b"could not be examined" in json_bytes(guest_document(guest))
     again = find_guest(odd)
     assert again is not None
     assert again.notes == guest.notes
