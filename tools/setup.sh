@@ -56,3 +56,4 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
     touch "$stamp"
 fi
+tools/build_interposer.sh

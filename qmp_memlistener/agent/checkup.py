@@ -8,10 +8,21 @@ from dataclasses import dataclass
 
 from ..errors import MissingPrerequisite, TraceUnavailable
 from ..guests import find_qemus, kvm_usable
+from ..host.bounded import in_thread
+from ..host.processes import Process
 from ..kvmlab import STRATEGIES, Kvm, why_not
 from ..probes import ProbeInfo, Verdict
 from ..probes.registry import PROBES, choose, on_host
-from ..qmp import allowed, measure_idle, read_facts, start_tracing, take_snapshot
+from ..qmp import (
+    GuestFacts,
+    Monitor,
+    allowed,
+    measure_idle,
+    read_facts,
+    start_tracing,
+    take_snapshot,
+)
+from ..steer import Mode, judge
 from .monitors import connect_monitors, context_of
 
 __all__ = ["Check", "ProbeCheck", "examine_guest", "check_host", "probes_of_host"]
@@ -80,7 +91,8 @@ async def examine_guest(target: str) -> tuple[list[ProbeCheck], list[Check]]:
                 in_place = session.in_place
         except TraceUnavailable as exc:
             untraced = exc
-        context = context_of(monitors, await read_facts(monitor), untraced)
+        facts = await read_facts(monitor)
+        context = context_of(monitors, facts, untraced)
         choices = await choose(context, tuple(PROBES))
     cost_ms = (shot.bql_cost_ns or 0) / 1e6
     found = [Check(f"snapshots of its map ({cost_ms:.1f} ms of BQL each)", True)]
@@ -89,7 +101,23 @@ async def examine_guest(target: str) -> tuple[list[ProbeCheck], list[Check]]:
         found.append(Check(_TRACE_LOG, unlimited is None, unlimited, unlimited and remedy))
     untried = allowed.untried(monitor.version.release)
     found.append(Check("our commands on its QEMU", not untried, untried, untried and _TRY))
+    found.append(await in_thread(_steering, monitor, facts))
     return [ProbeCheck.of(c.info, c.verdict) for c in choices], found
+
+
+def _steering(monitor: Monitor, facts: GuestFacts) -> Check:
+    """Whether `steer` would do anything there; nothing is touched."""
+    pid = monitor.identity.pid
+    process = Process.read(pid) if pid is not None else None
+    if process is None or process.start_ticks != monitor.identity.start_ticks:
+        return Check("steer", False, "QEMU's process is not visible here")
+    old = monitor.version.major < 8
+    strategies = "observe, pause, inhibit, hole" if old else "observe, hole"
+    try:
+        judge(process, monitor.version, kvm=facts.kvm, wanted=Mode.OBSERVE)
+    except MissingPrerequisite as exc:
+        return Check("steer", False, exc.message, exc.remedy)
+    return Check(f"steer ({strategies})", True)
 
 
 def check_host() -> list[Check]:

@@ -27,6 +27,8 @@ VERBS = {
     "unplug": "unplug",
     "resize": "resize",
     "compare": "compare",
+    "steer": "steer",
+    "run": "run",
     "report": "report",
     "plan": "plan",
     "lab": "lab",

@@ -73,7 +73,7 @@ def test_every_verb_explains_itself_with_an_example(
     assert (done.code, done.err) == (0, "")
     shown = plain(done.out)
     assert f"Example: qmp-memlistener {' '.join(words)}" in shown
-    assert "--json" in shown
+    assert "--json" in shown or words == ("run",)  # it becomes QEMU: it has nothing to say
 
 
 @pytest.mark.parametrize("words", LEAVES, ids=" ".join)

@@ -1,0 +1,261 @@
+"""The interposer's channel (interposer.h): its state, what it did, and what the agent wants of it.
+
+A memfd of QEMU's, read and written as a file and never mapped: whoever owns QEMU may cut it short.
+Everything in it is said by that process, and is checked.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from dataclasses import dataclass
+from enum import IntEnum
+from types import TracebackType
+from typing import Self
+
+from ..errors import OperationFailed
+from ..host.processes import Process
+
+__all__ = ["Channel", "Event", "EventKind", "Mode", "Refusal", "State", "open_channel"]
+
+NAME = "qmp-memlistener-steer"
+_MAGIC = 0x6C6D7131
+_RING = 16384
+_VCPUS = 1024
+_HEAD = struct.Struct("<14I9Q")
+_WANT_AT, _STRICT_AT, _ARMED_AT = 8, 12, 16
+_VCPU = struct.Struct("<4IQ40x")
+_VCPU_AT = 128
+_NEXT = struct.Struct("<Q")
+_NEXT_AT = _VCPU_AT + _VCPUS * _VCPU.size
+_EVENT = struct.Struct("<6Q4IiI")
+_RING_AT = _NEXT_AT + 8
+_SIZE = (_RING_AT + _RING * _EVENT.size + 63) // 64 * 64
+
+
+class Mode(IntEnum):
+    """What the interposer does (`enum mode`)."""
+
+    OFF = 0
+    OBSERVE = 1
+    PAUSE = 2
+    INHIBIT = 3
+    HOLE = 4
+
+
+class Refusal(IntEnum):
+    """Why it observes although more was wanted (`enum refusal`)."""
+
+    NONE = 0
+    NOT_STOPPED = 1
+    TOO_MANY = 2
+    NO_SAVE = 3
+    KVM_REFUSED = 4
+    REGION2_USED = 5
+    DIRTY_RINGS = 6
+    NO_MEMORY = 7
+
+    @property
+    def words(self) -> str:
+        return _WORDS[self]
+
+
+_WORDS = {
+    Refusal.NONE: "nothing",
+    Refusal.NOT_STOPPED: "a vCPU did not leave KVM_RUN within 500 ms",
+    Refusal.TOO_MANY: "the guest has more slots, operations or vCPUs than there is room for",
+    Refusal.NO_SAVE: "dirty logging is on, and this QEMU does not export memory_region_set_dirty",
+    Refusal.KVM_REFUSED: "KVM refused an operation of hole; QEMU's own slots were put back",
+    Refusal.REGION2_USED: "QEMU uses KVM_SET_USER_MEMORY_REGION2, which is only observed",
+    Refusal.DIRTY_RINGS: "KVM's dirty rings carry slot ids, so slots cannot be split",
+    Refusal.NO_MEMORY: "QEMU has no memory left for a dirty bitmap",
+}
+
+
+class EventKind(IntEnum):
+    """What happened (`enum kind`)."""
+
+    QEMU = 1
+    KVM = 2
+    PARK = 3
+    TRANSACTION = 4
+    MODE = 5
+    SAVED = 6
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """One entry of the ring, as in the header; times in ns of CLOCK_MONOTONIC."""
+
+    begin_ns: int
+    end_ns: int
+    gpa: int
+    size: int
+    hva: int
+    tid: int
+    kind: EventKind
+    slot: int
+    flags: int
+    rc: int
+    extra: int
+
+
+@dataclass(frozen=True, slots=True)
+class Vcpu:
+    """A thread that has called KVM_RUN through the interposer."""
+
+    inside: bool
+    tid: int
+    runs: int
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """The channel's first part."""
+
+    mode: Mode
+    want: int
+    strict: bool
+    armed: bool
+    hooked: bool
+    parked: bool
+    vcpus: int
+    refusal: Refusal
+    slots: int
+    pieces: int
+    answers: int
+    answer: int
+    transactions: int
+    parks: int
+    park_ns: int
+    park_max_ns: int
+    splits: int
+    kept: int
+    gave_up: int
+    translated: int
+    saved: int
+
+
+class Channel:
+    """An open channel; `read_events` goes on where it was.  Raises OperationFailed: not as ours."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+        self._at = 0
+        self.lost = 0
+        """Events that were overwritten before they were read."""
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Let go of it; the interposer goes on."""
+        if self._fd >= 0:
+            os.close(self._fd)
+            self._fd = -1
+
+    def state(self) -> State:
+        """What it is and has done so far."""
+        magic, size, want, strict, armed, mode, hooked, parked, vcpus, refusal, *counts = (
+            _HEAD.unpack(self._pread(_HEAD.size, 0))
+        )
+        if magic != _MAGIC or size != _SIZE:
+            raise OperationFailed(
+                "QEMU is steered by another version of qmp-memlistener",
+                remedy="use that version, or start QEMU anew",
+            )
+        try:
+            return State(
+                Mode(mode), want, bool(strict), bool(armed), bool(hooked), bool(parked),
+                min(vcpus, _VCPUS), Refusal(refusal), *counts,
+            )  # fmt: skip
+        except ValueError as error:
+            raise OperationFailed(f"the channel of QEMU says nonsense: {error}") from error
+
+    def want(self, mode: Mode, *, strict: bool = False) -> None:
+        """The mode from the next moment between two transactions on."""
+        self._put(_STRICT_AT, strict)
+        self._put(_WANT_AT, mode)
+
+    def arm(self) -> None:
+        """Every vCPU is known: they may be kept out of KVM_RUN."""
+        self._put(_ARMED_AT, 1)
+
+    def vcpus(self) -> list[Vcpu]:
+        """The threads that run vCPUs, in the order in which they came."""
+        count = self.state().vcpus
+        data = self._pread(count * _VCPU.size, _VCPU_AT)
+        return [
+            Vcpu(bool(inside), tid, runs) for inside, tid, _, _, runs in _VCPU.iter_unpack(data)
+        ]
+
+    def skip(self) -> None:
+        """Read no event of before."""
+        (self._at,) = _NEXT.unpack(self._pread(_NEXT.size, _NEXT_AT))
+
+    def read_events(self, most: int = 4096) -> list[Event]:
+        """What happened since the last call, at most `most`; `lost` counts what was overwritten."""
+        (head,) = _NEXT.unpack(self._pread(_NEXT.size, _NEXT_AT))
+        behind = head - _RING + 64
+        if self._at < behind:
+            self.lost += behind - self._at
+            self._at = behind
+        found: list[Event] = []
+        while self._at < head and len(found) < most:
+            place = self._at % _RING
+            count = min(head - self._at, _RING - place, most - len(found))
+            data = self._pread(count * _EVENT.size, _RING_AT + place * _EVENT.size)
+            for number, (seq, *fields) in enumerate(_EVENT.iter_unpack(data), self._at):
+                if seq != number + 1:  # it is being written
+                    return found
+                event = _event(fields)
+                if event is not None:
+                    found.append(event)
+                self._at = number + 1
+        return found
+
+    def _pread(self, size: int, at: int) -> bytes:
+        data = os.pread(self._fd, size, at)
+        if len(data) != size:
+            raise OperationFailed("the channel of QEMU is cut short: it is not as it was made")
+        return data
+
+    def _put(self, at: int, value: int) -> None:
+        os.pwrite(self._fd, struct.pack("<I", value), at)
+
+
+def _event(fields: list[int]) -> Event | None:
+    begin, end, gpa, size, hva, tid, kind, slot, flags, rc, extra = fields
+    try:
+        known = EventKind(kind)
+    except ValueError:
+        return None
+    return Event(begin, end, gpa, size, hva, tid, known, slot, flags, rc, extra)
+
+
+def open_channel(process: Process) -> Channel | None:
+    """The channel of the interposer in a QEMU; None when it has none.  Raises OSError."""
+    folder = f"/proc/{process.pid}/fd"
+    for name in os.listdir(folder):
+        if not _is_channel(f"{folder}/{name}"):
+            continue
+        fd = os.open(f"{folder}/{name}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
+        if _is_channel(f"/proc/self/fd/{fd}"):  # it may be another file by now
+            return Channel(fd)
+        os.close(fd)
+    return None
+
+
+def _is_channel(link: str) -> bool:
+    try:
+        return os.readlink(link).startswith(f"/memfd:{NAME} (")
+    except OSError:
+        return False

@@ -1,0 +1,129 @@
+"""Into a QEMU, or out of it: `python -m qmp_memlistener.steer.injector attach|detach KEY OBJECT`.
+
+KEY is `Process.key`.  A process of its own: whoever started QEMU and waits for it may not trace it.
+It writes one JSON document: `{"stopped_ns": [...], "error": str | null}`, how long QEMU's main loop
+was stopped for each call, and why nothing was done.  The answers of attach and detach are in the
+channel.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import sys
+from pathlib import Path
+
+from ..host.processes import Process, process_of
+from ..probes.model import ProbeUnavailable
+from ..probes.uprobes.elf import read_elf
+from .hijack import HijackRefused, Mapping, call, find_restorer, mappings
+
+__all__ = ["main"]
+
+_CODE = "qmp-memlistener-code"
+_RTLD_NOW = 2
+_MFD_CLOEXEC = 1
+_LIBC = ("memfd_create", "dlopen", "close")
+
+
+def main() -> int:
+    """Exit code 0 when it was carried out."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # it takes milliseconds
+    verb, key, path = sys.argv[1:]
+    stopped: list[int] = []
+    error = None
+    try:
+        process = process_of(key)
+        if process is None:
+            raise HijackRefused("QEMU has ended")
+        _Injection(process, Path(path), stopped).run(verb)
+    except HijackRefused as refused:
+        error = str(refused)
+    except ProbeUnavailable as unavailable:
+        error = unavailable.message
+    except OSError as failed:
+        error = f"the kernel refused it: {failed.strerror}"
+    sys.stdout.write(json.dumps({"stopped_ns": stopped, "error": error}) + "\n")
+    return 1 if error else 0
+
+
+class _Injection:
+    def __init__(self, process: Process, code: Path, stopped: list[int]) -> None:
+        self._pid = process.pid
+        self._code = code
+        self._stopped = stopped
+        libc = _object(self._pid, "/libc.so.6")
+        if not libc:
+            raise HijackRefused("it has no glibc mapped (/libc.so.6)")
+        self._functions = _addresses(_file_of(self._pid, libc[0]), libc, _LIBC)
+        self._restorer = find_restorer(self._pid, libc)
+
+    def run(self, verb: str) -> None:
+        name = f"qmp_memlistener_{verb}"
+        ours = _object(self._pid, f"/memfd:{_CODE} (deleted)") or _object(
+            self._pid, f"/{self._code.name}"
+        )
+        if not ours:
+            if verb == "detach":
+                return
+            ours = self._load()
+        self._call(_addresses(str(self._code), ours, (name,))[name])
+
+    def _load(self) -> list[Mapping]:
+        """Our object, from a memfd of QEMU's: no file in its namespaces, no right of its user."""
+        self._call(self._functions["memfd_create"], _CODE.encode(), _MFD_CLOEXEC)
+        folder = f"/proc/{self._pid}/fd"
+        found = [f for f in os.listdir(folder) if _links_to(f"{folder}/{f}", f"/memfd:{_CODE} (")]
+        if not found:
+            raise HijackRefused("it could not make a memfd (a seccomp filter of its own?)")
+        with open(f"{folder}/{found[0]}", "wb") as file:
+            file.write(self._code.read_bytes())
+        self._call(self._functions["dlopen"], f"/proc/self/fd/{found[0]}".encode(), _RTLD_NOW)
+        self._call(self._functions["close"], int(found[0]))
+        ours = _object(self._pid, f"/memfd:{_CODE} (deleted)")
+        if not ours:
+            raise HijackRefused(
+                "its dynamic linker did not load the object (another libc, or no /proc)"
+            )
+        return ours
+
+    def _call(self, function: int, *arguments: int | bytes) -> None:
+        self._stopped.append(call(self._pid, function, *arguments, restorer=self._restorer))
+
+
+def _links_to(link: str, target: str) -> bool:
+    try:
+        return os.readlink(link).startswith(target)
+    except OSError:
+        return False
+
+
+def _object(pid: int, suffix: str) -> list[Mapping]:
+    """The mappings of a shared object, the first one its beginning."""
+    found = [m for m in mappings(pid) if m.path.endswith(suffix)]
+    return found if found and found[0].offset == 0 else []
+
+
+def _file_of(pid: int, mapping: Mapping) -> str:
+    """The mapped file itself, whatever the path means in our namespace."""
+    link = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
+    return link if os.access(link, os.R_OK) else f"/proc/{pid}/root{mapping.path}"
+
+
+def _addresses(file: str, mapped: list[Mapping], names: tuple[str, ...]) -> dict[str, int]:
+    """Where exported functions are in the process.  Raises HijackRefused when one is missing."""
+    found = {}
+    for name, offset in read_elf(file, names).offsets.items():
+        for m in mapped:
+            if m.offset <= offset < m.offset + (m.end - m.start) and "x" in m.perms:
+                found[name] = m.start + offset - m.offset
+    for name in names:
+        if name not in found:
+            raise HijackRefused(f"{os.path.basename(file)} does not export {name}")
+    return found
+
+
+if __name__ == "__main__":
+    sys.exit(main())

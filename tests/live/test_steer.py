@@ -1,0 +1,277 @@
+"""Strategies inside a running QEMU: what dies under QEMU's own way lives.
+
+CPU 0 toggles PAM, which makes QEMU up to 7.2 delete and add again the slot of all RAM above 1 MiB;
+CPU 1 has its code or its page tables there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import os
+import random
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from qmp_memlistener.guests import (
+    HOST_BRIDGE,
+    I440FX,
+    PAM_RAM,
+    Guest,
+    GuestSpec,
+    High,
+    Pulse,
+    boot_args,
+    launch,
+)
+from qmp_memlistener.host.processes import Process
+from qmp_memlistener.qmp import Monitor, UnixTarget
+from qmp_memlistener.steer import OBJECT, EventKind, Mode, State, open_channel, state_of
+from tests.support.live import QEMUS, skip_without_kvm
+from tests.support.verbs import Ran, run_verb
+
+STEERED = [b for b in QEMUS if int(b.version.split(".")[0]) < 8]
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.kvm,
+    pytest.mark.skipif(not STEERED, reason="needs QEMU 7.2 or older (Debian 12)"),
+    pytest.mark.skipif(not OBJECT.exists(), reason="not built: needs a C compiler"),
+]
+TOGGLES = 100
+PLACES = pytest.mark.parametrize(
+    "place",
+    [
+        pytest.param(High.CODE, id="code"),
+        pytest.param(High.TABLES, id="tables", marks=pytest.mark.full),
+    ],
+)
+
+
+@asynccontextmanager
+async def racing(
+    place: High = High.CODE, env: dict[str, str] | None = None
+) -> AsyncIterator[tuple[Guest, Pulse]]:
+    skip_without_kvm(STEERED[-1], "kvm")
+    spec = GuestSpec(
+        machine="pc", accel="kvm", memory=256 << 20, smp=2, args=boot_args(), env=env or {}
+    )
+    async with launch(spec.on(STEERED[-1])) as guest:
+        assert guest.ram is not None
+        with Pulse(guest.ram) as pulse:
+            await pulse.wait_ready()
+            await pulse.place(1, place)
+            yield guest, pulse
+
+
+async def toggled(guest: Guest, pulse: Pulse, count: int = TOGGLES) -> str:
+    """Toggle PAM; `survived`, or the state that QEMU came to."""
+    boots = _boots(pulse)
+    toggle = await pulse.toggle(HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), count, period=20)
+    async with (
+        asyncio.timeout(60),
+        await Monitor.connect(UnixTarget(str(guest.monitors[1]))) as monitor,
+    ):
+        while toggle.done < count:
+            await asyncio.sleep(0.01)
+            status = await monitor.execute("query-status")
+            if status["status"] != "running":  # type: ignore[index]
+                return str(status["status"])  # type: ignore[index]
+            if _boots(pulse) != boots:
+                return "reset"
+    return "survived"
+
+
+async def _dies(guest: Guest, pulse: Pulse) -> bool:
+    """On a busy host CPU 1 may not run in any of the moments without memory."""
+    for _ in range(5):
+        if await toggled(guest, pulse) != "survived":
+            return True
+    return False
+
+
+def _boots(pulse: Pulse) -> int:
+    header = pulse.header()
+    return header.boots if header is not None else -1
+
+
+def state(guest: Guest) -> State:
+    process = Process.read(guest.pid)
+    assert process is not None
+    found = state_of(process)
+    assert found is not None
+    return found
+
+
+async def steer(guest: Guest, *options: str) -> Ran:
+    return await run_verb("steer", f"unix:{guest.monitors[0]}", "--json", "--strategy", *options)
+
+
+@pytest.mark.asyncio
+@PLACES
+async def test_a_guest_that_is_only_observed_dies_as_without_us(place: High) -> None:
+    async with racing(place) as (guest, pulse):
+        ran = await steer(guest, "observe")
+        assert ran.code == 0, ran.err
+        assert await _dies(guest, pulse)
+
+
+@pytest.mark.asyncio
+@PLACES
+@pytest.mark.parametrize("strategy", ["pause", "inhibit", "hole", "hole --strict"])
+async def test_a_guest_lives_under_a_strategy(strategy: str, place: High) -> None:
+    async with racing(place) as (guest, pulse):
+        ran = await steer(guest, *strategy.split())
+        assert ran.code == 0, ran.err
+        (said,) = ran.documents
+        assert (said["outcome"], said["before"]) == ("done", "off")
+        assert said["after"] == strategy.split()[0]
+        assert await toggled(guest, pulse) == "survived"
+        now = state(guest)
+        assert now.transactions >= TOGGLES
+        assert now.gave_up == 0
+        if strategy == "hole":
+            assert now.parks <= 2  # the slot is split once
+            assert now.kept >= TOGGLES
+        else:
+            assert now.parks >= TOGGLES
+        off = await steer(guest, "off")
+        assert off.code == 0, off.err
+        now = state(guest)
+        assert (now.mode, now.hooked) == (Mode.OFF, False)
+        assert now.slots == now.pieces  # QEMU's own slots again
+        assert await _dies(guest, pulse)  # QEMU's own way again
+
+
+@pytest.mark.asyncio
+async def test_run_applies_a_strategy_from_the_first_slot_on() -> None:
+    env = {"LD_PRELOAD": str(OBJECT), "QMP_MEMLISTENER_STEER": str(int(Mode.HOLE))}
+    async with racing(env=env) as (guest, pulse):
+        assert state(guest).mode is Mode.HOLE
+        assert await toggled(guest, pulse) == "survived"
+        ran = await steer(guest, "inhibit")
+        assert ran.documents[0]["before"] == "hole"
+        assert ran.documents[0]["stopped_ns"] == 0  # nothing is brought in again
+        assert await toggled(guest, pulse) == "survived"
+        assert state(guest).mode is Mode.INHIBIT
+
+
+@pytest.mark.asyncio
+async def test_each_operation_is_stamped_by_its_thread() -> None:
+    async with racing(High.DATA) as (guest, pulse):
+        await steer(guest, "observe")
+        process = Process.read(guest.pid)
+        assert process is not None
+        channel = open_channel(process)
+        assert channel is not None
+        with channel:
+            channel.skip()
+            assert await toggled(guest, pulse, 10) == "survived"
+            events = channel.read_events()
+            vcpus = {v.tid for v in channel.vcpus()}
+        ops = [e for e in events if e.kind is EventKind.KVM]
+        assert len(ops) == 40
+        assert all(e.begin_ns < e.end_ns for e in ops)
+        assert all(a.end_ns <= b.begin_ns for a, b in itertools.pairwise(ops))
+        assert {e.tid for e in ops} < vcpus
+        assert all(e.rc == 0 for e in ops)
+
+
+@pytest.mark.asyncio
+async def test_an_injector_that_is_killed_leaves_qemu_running() -> None:
+    """At any moment of it: the frame on QEMU's stack puts its registers back."""
+    rng = random.Random(7)
+    async with racing(High.DATA) as (guest, pulse):
+        process = Process.read(guest.pid)
+        assert process is not None
+        for turn in range(8):
+            verb = "detach" if turn % 2 else "attach"
+            injector = await asyncio.create_subprocess_exec(
+                *(sys.executable, "-m", "qmp_memlistener.steer.injector"),
+                *(verb, process.key, str(OBJECT)),
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=asyncio.subprocess.DEVNULL,
+            )
+            while not _tracer(guest.pid) and injector.returncode is None:  # noqa: ASYNC110 (no event)
+                await asyncio.sleep(0)
+            await asyncio.sleep(rng.random() * 0.01)
+            if injector.returncode is None:
+                injector.kill()
+            await injector.wait()
+            async with await Monitor.connect(UnixTarget(str(guest.monitors[1]))) as monitor:
+                await monitor.execute("query-status")
+        for strategy in ("inhibit", "off"):
+            ran = await steer(guest, strategy)
+            assert ran.code == 0, ran.err
+        assert await toggled(guest, pulse, 10) == "survived"
+
+
+def _tracer(pid: int) -> int:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(status.partition("TracerPid:")[2].split()[0])
+
+
+@pytest.mark.asyncio
+async def test_what_cannot_be_steered_is_refused() -> None:
+    async with launch(GuestSpec(machine="pc", accel="tcg").on(STEERED[-1])) as guest:
+        ran = await steer(guest, "hole")
+        ran.check_error(4, "KVM")
+        assert ran.documents[0]["outcome"] == "refused"
+        assert Process.read(guest.pid) is not None
+    newer = [b for b in QEMUS if b not in STEERED]
+    if newer:
+        skip_without_kvm(newer[-1], "kvm")
+        async with launch(GuestSpec(machine="pc", accel="kvm").on(newer[-1])) as guest:
+            ran = await steer(guest, "inhibit")
+            ran.check_error(4, newer[-1].version, "observe")
+
+
+@pytest.mark.asyncio
+async def test_a_debugger_is_in_the_way() -> None:
+    async with racing(High.DATA) as (guest, _):
+        holder = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-c", _HOLD, str(guest.pid)), stdout=asyncio.subprocess.PIPE
+        )
+        try:
+            assert holder.stdout is not None
+            assert await holder.stdout.readline() == b"held\n"
+            ran = await steer(guest, "hole")
+            ran.check_error(4, str(holder.pid))
+        finally:
+            holder.kill()
+            await holder.communicate()
+
+
+_HOLD = """
+import ctypes, sys, time
+assert ctypes.CDLL(None).ptrace(0x4206, int(sys.argv[1]), None, None) == 0
+print("held", flush=True)
+time.sleep(60)
+"""
+
+
+def test_the_layout_is_that_of_the_header(tmp_path: Path) -> None:
+    from qmp_memlistener.steer import channel
+
+    header = OBJECT.with_name("interposer.h")
+    source = tmp_path / "layout.c"
+    source.write_text(
+        "#include <stddef.h>\n#include <stdio.h>\n"
+        f'#include "{header}"\n'
+        "#define AT(x) offsetof(struct channel, x)\n"
+        'int main(void) { printf("%zu %zu %zu %zu %zu %zu %zu %zu %zu", AT(want), AT(strict), '
+        "AT(armed), AT(vcpu), AT(head), AT(ring), sizeof(struct vcpu), sizeof(struct event), "
+        "sizeof(struct channel)); }\n"
+    )
+    compiler = os.environ.get("CC", "cc")
+    subprocess.run([compiler, "-o", tmp_path / "layout", source], check=True)
+    said = subprocess.run([tmp_path / "layout"], check=True, capture_output=True, text=True).stdout
+    assert [int(n) for n in said.split()] == [
+        *(channel._WANT_AT, channel._STRICT_AT, channel._ARMED_AT, channel._VCPU_AT),
+        *(channel._NEXT_AT, channel._RING_AT, channel._VCPU.size, channel._EVENT.size),
+        channel._SIZE,
+    ]
