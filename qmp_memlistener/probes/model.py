@@ -14,7 +14,7 @@ from typing import Protocol
 
 import msgspec
 
-from ..errors import MissingPrerequisite
+from ..errors import MissingPrerequisite, TraceUnavailable
 from ..qmp import Companions, Guest, GuestFacts, Monitor
 from ..records import CommandRecord, MeasurementRecord, SlotOp, StallKind
 
@@ -70,7 +70,7 @@ class Context:
 
     `guest` is QEMU's process where it is visible, `pid` its id where that much is known.  `monitor`
     is the observer's connection, for short commands only.  `companions.ping` is a free monitor for
-    pinging.  `traced` says whether trace lines are seen, `why_not_traced` why they are not.
+    pinging.  `untraced` is why trace lines are not seen, None when they are.
     `named`: the user asked for this set of probes by name, so each does all it can.
     `max_share` bounds what one probe may take of a host CPU (None: no bound).  `must_see` are
     limits in ns: a window of that kind that is longer must not be missed, whatever it costs.
@@ -81,9 +81,7 @@ class Context:
     facts: GuestFacts
     monitor: Monitor
     companions: Companions
-    traced: bool
-    why_not_traced: str | None = None
-    trace_remedy: str | None = None
+    untraced: TraceUnavailable | None
     named: bool = False
     max_share: float | None = None
     must_see: Mapping[StallKind, int] = field(default_factory=dict)

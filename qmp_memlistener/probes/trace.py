@@ -28,10 +28,10 @@ class TraceProbe:
 
     async def check(self) -> Verdict:
         """Usable when the attachment is traced."""
-        if self._context.traced:
+        untraced = self._context.untraced
+        if untraced is None:
             return Verdict(True)
-        why = self._context.why_not_traced or "this attachment is not traced"
-        return Verdict.no(why, self._context.trace_remedy)
+        return Verdict.no(untraced.message, untraced.remedy)
 
     async def start(self, sink: Sink) -> None:
         """Nothing to do."""

@@ -158,7 +158,7 @@ async def test_the_agents_other_connections(tmp_path: Path, how: str) -> None:
                 assert monitor is agent.monitor
             facts = await read_facts(agent.monitor)
             companions = Companions(None, q, None, ())
-            probe = PingProbe(Context(None, qemu.pid, facts, agent.monitor, companions, False))
+            probe = PingProbe(Context(None, qemu.pid, facts, agent.monitor, companions, None))
             with pytest.raises(ProbeUnavailable, match=f"pid {another.pid}.*pid {qemu.pid}"):
                 await probe.start(Recorder())
             with pytest.raises(WrongGuest) as guarded:

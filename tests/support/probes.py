@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 
+from qmp_memlistener.errors import TraceReason, TraceUnavailable
 from qmp_memlistener.guests import Guest
 from qmp_memlistener.probes import Context, Observation, Probe, StallKind
 from qmp_memlistener.qmp import (
@@ -95,7 +96,8 @@ class Recorder:
 def context_of(monitor: Monitor, ping: SocketTarget | None = None) -> Context:
     """A context without a guest of which anything is known."""
     companions = Companions(None, ping, None, ())
-    return Context(None, None, NO_FACTS, monitor, companions, traced=False)
+    untraced = TraceUnavailable(TraceReason.NOT_ASKED, "tracing was not asked for")
+    return Context(None, None, NO_FACTS, monitor, companions, untraced)
 
 
 @asynccontextmanager
