@@ -17,9 +17,9 @@ import msgspec
 from ..memslots import OpKind
 from ..probes import StallKind
 from ..records import SlotOp
-from .evidence import KEEP_NS, Stall, overlap, together, witness
+from .evidence import KEEP_NS, Evidence, Stall, overlap, together, witness
 
-__all__ = ["LIMIT", "SLACK_NS", "Pairing", "TracedOp", "Updates", "twins", "uncertainty"]
+__all__ = ["LIMIT", "SLACK_NS", "Pairing", "TracedOp", "Updates", "merge"]
 
 LIMIT = 16384
 """So many of either side wait for the other at most: it may be absent altogether."""
@@ -169,6 +169,37 @@ class Updates:
         low = bisect_left(starts, commit.seen.start_ns)
         high = bisect_right(starts, end_ns, low)
         return [update for update in updates[low:high] if update.seen.end_ns <= end_ns]
+
+
+def merge(stalls: list[Stall], evidence: Evidence) -> list[Stall]:
+    """Windows of one kind that several probes saw: the narrowest stands for all.
+
+    One whose twin was decided before has been told already.
+    """
+    kept: list[Stall] = []
+    several = len({stall.seen.probe for stall in stalls}) > 1
+    for stall in stalls:
+        if any(twins(told, stall) for told in evidence.seen_by_others(stall)):
+            continue
+        twin = None
+        if several:
+            probe, start_ns = stall.seen.probe, stall.seen.start_ns
+            twin = next(
+                (
+                    k
+                    for k in reversed(kept[-32:])
+                    if k.seen.probe != probe and k.seen.end_ns > start_ns and twins(k, stall)
+                ),
+                None,
+            )
+        if twin is None:
+            kept.append(stall)
+            continue
+        twin.witnesses = together(twin.witnesses, stall.witnesses)
+        twin.transition = twin.transition if twin.transition is not None else stall.transition
+        if uncertainty(stall) < uncertainty(twin):
+            twin.seen = stall.seen
+    return kept
 
 
 def uncertainty(stall: Stall) -> int:

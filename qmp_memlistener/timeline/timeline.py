@@ -30,10 +30,9 @@ from ..records import (
     StallRecord,
     TransitionRecord,
 )
-from .causes import decide
-from .dirty_logging import DirtyLogging
+from .causes import DirtyLogging, decide
 from .evidence import KEEP_NS, Evidence, Stall, overlap, together, witness
-from .pairing import Pairing, TracedOp, Updates, twins, uncertainty
+from .pairing import Pairing, TracedOp, Updates, merge
 from .windows import Timed, missing_window, trace_windows
 
 __all__ = ["BACKLOG", "PATIENCE_NS", "Timeline"]
@@ -200,7 +199,7 @@ class Timeline:
                 self._know_commits(stalls, updates, horizon)
             elif kind is StallKind.MISSING:
                 stalls = stalls + self._missing(by_kind[StallKind.COMMIT], updates)
-            for stall in self._merge(stalls):
+            for stall in merge(stalls, self._evidence):
                 self._decide(stall)
                 decided.append(stall)
         decided.sort(key=_start)
@@ -322,38 +321,6 @@ class Timeline:
             if window is not None:
                 found.append(Stall(window, commit.witnesses, commit, transition=commit.transition))
         return found
-
-    # -- several probes, one stall -------------------------------------------------------------
-
-    def _merge(self, stalls: list[Stall]) -> list[Stall]:
-        """Windows of one kind that several probes saw: the narrowest stands for all.
-
-        One whose twin was decided before has been told already.
-        """
-        kept: list[Stall] = []
-        several = len({stall.seen.probe for stall in stalls}) > 1
-        for stall in stalls:
-            if any(twins(told, stall) for told in self._evidence.seen_by_others(stall)):
-                continue
-            twin = None
-            if several:
-                probe, start_ns = stall.seen.probe, stall.seen.start_ns
-                twin = next(
-                    (
-                        k
-                        for k in reversed(kept[-32:])
-                        if k.seen.probe != probe and k.seen.end_ns > start_ns and twins(k, stall)
-                    ),
-                    None,
-                )
-            if twin is None:
-                kept.append(stall)
-                continue
-            twin.witnesses = together(twin.witnesses, stall.witnesses)
-            twin.transition = twin.transition if twin.transition is not None else stall.transition
-            if uncertainty(stall) < uncertainty(twin):
-                twin.seen = stall.seen
-        return kept
 
     # -- the rest ------------------------------------------------------------------------------
 

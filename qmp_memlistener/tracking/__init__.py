@@ -2,10 +2,10 @@
 
 No sockets, clocks or processes: what was seen, and when, comes in as values."""
 
-from .changes import Change
 from .commits import Commit, CommitGrouper
 from .live_slots import LiveSlot, LiveSlots
 from .replaying import ReplayStep, replay
+from .reporting import Change
 from .tracker import Maps, Tracker
 
 __all__ = [

@@ -18,12 +18,24 @@ from msgspec.structs import replace
 
 from ..memslots import READONLY, OpKind, Rules, Slot, SlotTable, slot_table
 from ..records import SlotOp
-from ..topology import FlatRange, FlatView, Kind, MemoryMap
+from ..topology import (
+    Extent,
+    FlatRange,
+    FlatView,
+    Kind,
+    MemoryMap,
+    Transition,
+    diff,
+    ram_blocks,
+    shared_extents,
+)
 
-__all__ = ["UNKNOWN_BLOCK", "LiveSlot", "LiveSlots"]
+__all__ = ["UNKNOWN_BLOCK", "LiveSlot", "LiveSlots", "SlotMaps"]
 
 UNKNOWN_BLOCK = "RAM of slot "
 """What a section of a RAM block that is not known yet is called, with the slot's id behind it."""
+
+_KEPT_MAPS = 16
 
 
 class LiveSlot(msgspec.Struct, frozen=True, gc=False):
@@ -265,6 +277,48 @@ class LiveSlots:
             # a block that was freed may have left its address or its name to this one
             others = [b for b in self._bases if b[0] != entry[0] and b[1:] != entry[1:]]
             self._bases[:] = sorted([*others, entry], key=itemgetter(0))  # copies share the list
+
+
+class SlotMaps:
+    """Maps of `memory` that slots make of the map before, which gives all but RAM and ROM.
+
+    A guest that goes back and forth between two maps is told fast: what was worked out is kept.
+    """
+
+    def __init__(self, live: LiveSlots) -> None:
+        self._live = live
+        # by the map before, which is kept for its id, and the slots after
+        self._known: dict[
+            tuple[int, tuple[LiveSlot, ...]], tuple[MemoryMap, MemoryMap, Transition]
+        ] = {}
+
+    def of(self, old: MemoryMap, slots: tuple[LiveSlot, ...]) -> tuple[MemoryMap, Transition]:
+        """The map when the slots have become these, and how it differs from `old`."""
+        known = self._known.get((id(old), slots))
+        if known is not None:
+            return known[1:]
+        view = self._live.view(slots, old.view)
+        extents = [
+            Extent(m.start, m.size, b.name, b.owner, m.offset)
+            for b in old.ram_blocks
+            for m in b.mapped
+        ]
+        shown = {(e.name, e.owner, e.start - e.offset) for e in extents}
+        extents += [
+            e for e in shared_extents(view) if (e.name, e.owner, e.start - e.offset) not in shown
+        ]
+        new = MemoryMap(view, ram_blocks(view, extents), rendered=True)
+        new = next((m for _, m, _ in self._known.values() if m == new), new)
+        transition = diff(old.view, new.view, old.ram_blocks, new.ram_blocks)
+        if all(s.block is not None for s in slots):
+            if len(self._known) >= _KEPT_MAPS:
+                self._known.clear()
+            self._known[id(old), slots] = (old, new, transition)
+        return new, transition
+
+    def forget(self) -> None:
+        """More is known of the slots now, or the map is another."""
+        self._known.clear()
 
 
 def _range(s: LiveSlot) -> FlatRange:

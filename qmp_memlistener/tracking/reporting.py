@@ -1,8 +1,9 @@
-"""What is told of a map, a commit and its operations: the records.  Pure."""
+"""What is told of a map, a commit and its operations: records, and changes for listeners.  Pure."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from msgspec.structs import replace
 
@@ -14,11 +15,30 @@ from ..records import (
     SlotOp,
     TransitionRecord,
 )
-from ..topology import Hole, MemoryMap, Transition
+from ..topology import FlatView, Hole, MemoryMap, Transition
 from .commits import Commit
 from .live_slots import UNKNOWN_BLOCK
 
-__all__ = ["map_record", "predicted_records", "told_again", "traced_records", "transition_record"]
+__all__ = [
+    "Change",
+    "map_record",
+    "predicted_records",
+    "told_again",
+    "traced_records",
+    "transition_record",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """What listeners are told at once: a transition, slot operations, or both.
+
+    `view` is the map after it.
+    """
+
+    view: FlatView
+    transition: Transition | None
+    slot_ops: tuple[SlotOp, ...] = ()
 
 
 def transition_record(

@@ -24,18 +24,15 @@ from ..records import (
     TransitionRecord,
 )
 from ..topology import (
-    Extent,
     FlatView,
     MemoryMap,
     Transition,
     diff,
-    ram_blocks,
-    shared_extents,
 )
-from .changes import Change
 from .commits import Commit, CommitGrouper
-from .live_slots import LiveSlot, LiveSlots
+from .live_slots import LiveSlots, SlotMaps
 from .reporting import (
+    Change,
     map_record,
     predicted_records,
     told_again,
@@ -46,7 +43,7 @@ from .reporting import (
 __all__ = ["Maps", "Tracker"]
 
 MEMORY = 0  # KVM's address-space id of `memory`
-_KNOWN = 16  # maps made from slots
+_KNOWN = 16  # transitions told before
 _CAUSES = 32  # of commits that are told as one
 
 Maps = Mapping[int, MemoryMap]
@@ -73,10 +70,7 @@ class Tracker:
         self._predicted = slot_table(_views(maps), rules)
         self._marked: tuple[list[Commit], LiveSlots] | None = None
         self._relieved = False
-        # by the map before, which is kept for its id, and the slots after
-        self._by_slots: dict[
-            tuple[int, tuple[LiveSlot, ...]], tuple[MemoryMap, MemoryMap, Transition]
-        ] = {}
+        self._slot_maps = SlotMaps(self._live)
         self._told: dict[tuple[int, str], tuple[Transition, TransitionRecord]] = {}
         self._reported: list[str] | None = None  # nothing was compared yet
         self._records: list[Record] = []
@@ -128,7 +122,7 @@ class Tracker:
         assert self._marked is not None
         (pending, live), self._marked = self._marked, None
         live.learn(maps)
-        self._by_slots.clear()  # it knows more now
+        self._slot_maps.forget()  # it knows more now
         relieved, self._relieved = self._relieved, False
         if not self.traced:
             self._untraced(maps, t_ns)
@@ -137,7 +131,7 @@ class Tracker:
         else:
             self._with_slots(maps, pending, live, t_ns, alone=_count(pending) == 1 and not relieved)
         self.maps = dict(maps)
-        self._by_slots.clear()
+        self._slot_maps.forget()
         self._live.take_names(live)  # it is ahead of the map that was marked
 
     def flush(self) -> None:
@@ -201,7 +195,7 @@ class Tracker:
             self._report(transition, commit, "net", merged=max(len(pending), 1))
         self._live.adopt(maps)
         self.maps = dict(maps)
-        self._by_slots.clear()
+        self._slot_maps.forget()
 
     # -- the three ways to a transition --------------------------------------------------------
 
@@ -269,38 +263,9 @@ class Tracker:
 
     def _report_by_slots(self, commit: Commit) -> None:
         """Report a commit by its operations alone; the map is then the one after it."""
-        new, transition = self._map_by_slots(commit.slots_after)
+        new, transition = self._slot_maps.of(self.map, commit.slots_after)
         self._report(transition, commit, "slots")
         self.maps[MEMORY] = new
-
-    def _map_by_slots(self, slots: tuple[LiveSlot, ...]) -> tuple[MemoryMap, Transition]:
-        """The map that these slots make of the present one.
-
-        A guest that goes back and forth between two maps is told fast: what was worked out since
-        the last snapshot is kept.
-        """
-        old = self.map
-        known = self._by_slots.get((id(old), slots))
-        if known is not None:
-            return known[1:]
-        view = self._live.view(slots, old.view)
-        extents = [
-            Extent(m.start, m.size, b.name, b.owner, m.offset)
-            for b in old.ram_blocks
-            for m in b.mapped
-        ]
-        shown = {(e.name, e.owner, e.start - e.offset) for e in extents}
-        extents += [
-            e for e in shared_extents(view) if (e.name, e.owner, e.start - e.offset) not in shown
-        ]
-        new = MemoryMap(view, ram_blocks(view, extents), rendered=True)
-        new = next((m for _, m, _ in self._by_slots.values() if m == new), new)
-        transition = _diff(old, new)
-        if all(s.block is not None for s in slots):
-            if len(self._by_slots) >= _KNOWN:
-                self._by_slots.clear()
-            self._by_slots[id(old), slots] = (old, new, transition)
-        return new, transition
 
     # -- prediction and comparison -------------------------------------------------------------
 
