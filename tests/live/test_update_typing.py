@@ -314,7 +314,7 @@ async def test_values_that_are_none(build: QemuBuild, monkeypatch: pytest.Monkey
     async with guest(build) as monitor:
         counted = Counted(monitor, monkeypatch)
         for role, text, words in (
-            (Role.DEVICE, "virtio-net-pci,id=x,mq=1", "mq='1': QEMU expects on or off"),
+            (Role.DEVICE, "virtio-net-pci,id=x,mq=1", 'mq="1": QEMU expects on or off'),
             (Role.DEVICE, "virtio-net-pci,id=x,vectors=4M", "vectors='4M'"),
             (Role.OBJECT, "memory-backend-ram,id=x,size=lots", "size='lots'"),
             (Role.OBJECT, "memory-backend-ram,id=x,size=16M,share=maybe", "share='maybe'"),
