@@ -360,7 +360,7 @@ async def test_lists_for_devices(build: QemuBuild) -> None:
         await added(monitor, Role.BLOCKDEV, "null-co,node-name=disk0,read-zeroes=on")
         addition = parse_addition(Role.DEVICE, json.dumps(device))
         if monitor.version.release < (9, 2):
-            with pytest.raises(UpdateRefused, match="would drop 'iothread-vq-mapping'"):
+            with pytest.raises(UpdateRefused, match='would drop "iothread-vq-mapping"'):
                 await add(monitor, addition, SECONDS)
             return
         await add(monitor, addition, SECONDS)
