@@ -6,6 +6,7 @@ their own from the slots before and after.  Also where the guest may work meanwh
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
@@ -199,17 +200,9 @@ def without(source: ReplayInput, most_spaces: int) -> tuple[ReplayInput, list[st
         )
     if memfd:
         notes.append("slots with guest_memfd have plain memory behind them here")
-    new = ReplayInput(
-        source.source,
-        source.kind,
-        source.qemu_version,
-        source.rules,
-        source.blocks,
-        _table(source.initial, most_spaces),
-        tuple(t for t in transitions if t.applied),
-        source.notes,
-    )
-    return new, notes
+    kept_transitions = tuple(t for t in transitions if t.applied)
+    initial = _table(source.initial, most_spaces)
+    return dataclasses.replace(source, initial=initial, transitions=kept_transitions), notes
 
 
 def _plain(slot: Slot) -> Slot:

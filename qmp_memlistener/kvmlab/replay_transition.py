@@ -74,9 +74,7 @@ class ReplayTransition:
         `view_before` by `unmergeable` alone, so that QEMU's plan has its ops as well.
         """
         again = {
-            (op.as_id, op.gpa)
-            for op, ret in ((a.op, a.ret) for a in self.applied)
-            if op.op is OpKind.ADD and ret == 0
+            (a.op.as_id, a.op.gpa) for a in self.applied if a.op.op is OpKind.ADD and a.ret == 0
         }
         out: dict[int, FlatView] = {}
         for as_id, view in self.view_before.items():
