@@ -35,7 +35,7 @@ from .guests import (
 )
 from .guests.linux import LinuxImage, LinuxSpec, boot_linux
 from .host.bounded import in_thread
-from .kvmlab.replay_input import read_plan_inputs
+from .kvmlab.replay.read import read_plan_inputs
 from .memslots import Plan, plan_all
 from .records import (
     GuestFailure,

@@ -38,7 +38,7 @@ def command(
     Example: qmp-memlistener lab replay boot.jsonl --strategy naive,inhibit,hole
     """
     from ..kvmlab.race import none_ran
-    from ..kvmlab.replay import ReplayOptions, replay_document, run_replay
+    from ..kvmlab.replay.run import ReplayOptions, replay_document, run_replay
 
     options = ReplayOptions(strategies=strategies, vcpus=vcpus, most=first, seed=seed)
     with progress_bar("replaying") as progress:

@@ -165,7 +165,7 @@ def _of_recording(
     path: str, wanted: int | None, rules: str | None, planned: Planner
 ) -> list[tuple[int, list[Plan]]]:
     """Plans for the transitions of a recording or a trace log, from the slots before each."""
-    from ..kvmlab.replay_input import read_plan_inputs
+    from ..kvmlab.replay.read import read_plan_inputs
     from ..memslots import Rules
 
     told = read_plan_inputs(path)

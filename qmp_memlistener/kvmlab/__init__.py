@@ -15,8 +15,8 @@ if TYPE_CHECKING:
     from .machine import Machine
     from .programs import GuestKind
     from .race import RaceOptions, RaceReport, race_document, run_race
-    from .replay import ReplayOptions, ReplayReport, replay_document, run_replay
-    from .replay_input import read_replay
+    from .replay.read import read_replay
+    from .replay.run import ReplayOptions, ReplayReport, replay_document, run_replay
     from .strategies import STRATEGIES, LabStrategy, select, why_not
     from .vm import Kvm, LabVm, SlotRefused
 
@@ -53,15 +53,15 @@ _HOME = {
     "Machine": "machine",
     "RaceOptions": "race",
     "RaceReport": "race",
-    "ReplayOptions": "replay",
-    "ReplayReport": "replay",
+    "ReplayOptions": "replay.run",
+    "ReplayReport": "replay.run",
     "STRATEGIES": "strategies",
     "SlotRefused": "vm",
     "race_document": "race",
     "run_race": "race",
-    "read_replay": "replay_input",
-    "replay_document": "replay",
-    "run_replay": "replay",
+    "read_replay": "replay.read",
+    "replay_document": "replay.run",
+    "run_replay": "replay.run",
     "select": "strategies",
     "why_not": "strategies",
 }

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ..kvmlab.measuring import Totals
 from ..kvmlab.race import RaceReport, StrategyResult
-from ..kvmlab.replay import ReplayReport
+from ..kvmlab.replay.run import ReplayReport
 from .tables import Table
 from .terminal import size_text
 

@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from qmp_memlistener.errors import InputError
-from qmp_memlistener.kvmlab.replay_input import ReplayInput, read_replay
+from qmp_memlistener.kvmlab.replay.read import ReplayInput, read_replay
 from qmp_memlistener.memslots import Order, Rules, Slot, SlotTable, slot_table
 from qmp_memlistener.records import Recording, SlotOp
 from qmp_memlistener.tracking import replay

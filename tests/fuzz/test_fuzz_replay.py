@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmp_memlistener.errors import MemListenerError
-from qmp_memlistener.kvmlab.replay_input import read_replay
+from qmp_memlistener.kvmlab.replay.read import read_replay
 from tests.fuzz.test_fuzz_recording import mutated as damaged
 from tests.unit.kvmlab.replay_rendering import check
 

@@ -8,7 +8,7 @@ import pytest
 
 from qmp_memlistener.errors import InputError
 from qmp_memlistener.kvmlab import Kvm, ReplayOptions, replay_document, run_replay
-from qmp_memlistener.kvmlab.replay import ReplayReport
+from qmp_memlistener.kvmlab.replay.run import ReplayReport
 from tests.kvm.lab_support import recorded, recordings, slot_log
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(600)]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qmp_memlistener.kvmlab.replay_input import ReplayInput, read_replay
+from qmp_memlistener.kvmlab.replay.read import ReplayInput, read_replay
 from qmp_memlistener.memslots import READONLY, Op, OpKind
 from tests.unit.kvmlab.replay_rendering import SPLIT, check, line, write
 

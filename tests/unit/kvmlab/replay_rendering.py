@@ -12,7 +12,7 @@ from pathlib import Path
 
 from hypothesis import strategies as st
 
-from qmp_memlistener.kvmlab.replay_input import ReplayInput, ReplayTransition
+from qmp_memlistener.kvmlab.replay.read import ReplayInput, ReplayTransition
 from qmp_memlistener.memslots import (
     LogChange,
     Op,

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import InputError
-from qmp_memlistener.kvmlab import replay_input
-from qmp_memlistener.kvmlab.replay_input import HostBlock, read_replay
+from qmp_memlistener.kvmlab.replay import read as reading
+from qmp_memlistener.kvmlab.replay.read import HostBlock, read_replay
 from qmp_memlistener.memslots import (
     GUEST_MEMFD,
     LOG_DIRTY_PAGES,
@@ -292,7 +292,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 def test_slots_without_end_are_refused_before_memory_is(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(replay_input, "MOST_ENTRIES", 80_000)
+    monkeypatch.setattr(reading, "MOST_ENTRIES", 80_000)
     lines = (
         f"flatview_new {0x7F00_0000 + i:#x} (root 0x1)\n{add(i, i << 21, 0x1000, RAM + (i << 21))}"
         for i in range(1000)

@@ -10,7 +10,7 @@ from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from qmp_memlistener.errors import InputError
-from qmp_memlistener.kvmlab.replay_input import ReplayInput, read_replay
+from qmp_memlistener.kvmlab.replay.read import ReplayInput, read_replay
 from qmp_memlistener.memslots import LOG_DIRTY_PAGES, Op, OpKind
 from tests.unit.kvmlab.replay_rendering import (
     ORDERS,

@@ -8,7 +8,7 @@ import msgspec
 import pytest
 
 from qmp_memlistener.errors import InputError, RecordingError
-from qmp_memlistener.kvmlab.replay_input import HostBlock, ReplayInput, read_replay
+from qmp_memlistener.kvmlab.replay.read import HostBlock, ReplayInput, read_replay
 from qmp_memlistener.memslots import LOG_DIRTY_PAGES, READONLY, OpKind, Order, Slot
 from qmp_memlistener.records import (
     Lost,

@@ -13,9 +13,9 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ..memslots.slots import Backing
-from ..tracking.live_slots import LiveSlot
-from ..tracking.replaying import Told
+from ...memslots.slots import Backing
+from ...tracking.live_slots import LiveSlot
+from ...tracking.replaying import Told
 
 __all__ = ["HostBlock", "back"]
 

@@ -13,8 +13,8 @@ from itertools import pairwise
 
 from msgspec.structs import replace
 
-from ..errors import OperationFailed
-from ..memslots import (
+from ...errors import OperationFailed
+from ...memslots import (
     GUEST_MEMFD,
     READONLY,
     Op,
@@ -30,11 +30,11 @@ from ..memslots import (
     plan,
     slot_table,
 )
-from ..memslots.intervals import join
-from ..memslots.ops import BATCH_BEGIN, BATCH_COMMIT, PARK, UNPARK
-from ..topology import FlatRange, FlatView
-from .replay_transition import AppliedOp, ReplayInput, ReplayTransition
-from .strategies import LabStrategy
+from ...memslots.intervals import join
+from ...memslots.ops import BATCH_BEGIN, BATCH_COMMIT, PARK, UNPARK
+from ...topology import FlatRange, FlatView
+from ..strategies import LabStrategy
+from .transitions import AppliedOp, ReplayInput, ReplayTransition
 
 __all__ = ["Planned", "addresses", "free_place", "plans_for", "slots_for", "without"]
 

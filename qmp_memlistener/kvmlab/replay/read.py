@@ -3,7 +3,7 @@
 `read_replay` is the way in: which operations were one transition, the slots before and after
 each, and which host memory is behind every slot.  How a transition is carried out is no matter of
 this module.  What a file tells is in `tracking` (`replaying`, `logs`; `beginning` for what was
-there before the first operation), what is behind slots in `replay_blocks`.
+there before the first operation), what is behind slots in `blocks`.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from itertools import islice
 
 import msgspec
 
-from ..errors import InputError, RecordingError
-from ..inputs import refusal
-from ..memslots import (
+from ...errors import InputError, RecordingError
+from ...inputs import refusal
+from ...memslots import (
     DISPLAY_RAM,
     GUEST_MEMFD,
     LOG_DIRTY_PAGES,
@@ -28,14 +28,14 @@ from ..memslots import (
     Slot,
     SlotTable,
 )
-from ..memslots.slots import Backing
-from ..records import Recording, SlotOp, is_recording
-from ..topology import FlatView
-from ..tracking.beginning import beginning
-from ..tracking.logs import read_log
-from ..tracking.replaying import ReplayStep, Told, Traced, possible, read_recording, replay
-from .replay_blocks import HostBlock, back
-from .replay_transition import AppliedOp, ReplayInput, ReplayTransition
+from ...memslots.slots import Backing
+from ...records import Recording, SlotOp, is_recording
+from ...topology import FlatView
+from ...tracking.beginning import beginning
+from ...tracking.logs import read_log
+from ...tracking.replaying import ReplayStep, Told, Traced, possible, read_recording, replay
+from .blocks import HostBlock, back
+from .transitions import AppliedOp, ReplayInput, ReplayTransition
 
 __all__ = [
     "MOST_ENTRIES",

@@ -1,15 +1,15 @@
 """PURE: what a replay is made of: operations as KVM took them, transitions, all of a file.
 
-`replay_input` makes these values.
+`read` makes these values.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from ..memslots import ADDRESS_SPACES, READONLY, LogChange, Op, OpKind, Rules, Slot, SlotTable
-from ..topology import FlatRange, FlatView, Kind
-from .replay_blocks import HostBlock
+from ...memslots import ADDRESS_SPACES, READONLY, LogChange, Op, OpKind, Rules, Slot, SlotTable
+from ...topology import FlatRange, FlatView, Kind
+from .blocks import HostBlock
 
 __all__ = ["AppliedOp", "ReplayInput", "ReplayTransition"]
 

@@ -12,17 +12,20 @@ from contextlib import ExitStack
 
 import msgspec
 
-from ..errors import InputError
-from .abi import Cap
-from .arenas import arenas_of
-from .executor import ExecutionResult, Executor, nothing
-from .machine import Machine
-from .measuring import Totals, Update, measure
-from .memory import PAGE, BlockName, HostMemories, HostMemory
-from .programs import DATA, Private
-from .race import host_facts
-from .replay_input import HostBlock, ReplayInput, ReplayTransition, read_replay
-from .replay_plans import (
+from ...errors import InputError
+from ..abi import Cap
+from ..arenas import arenas_of
+from ..executor import ExecutionResult, Executor, nothing
+from ..machine import Machine
+from ..measuring import Totals, Update, measure
+from ..memory import PAGE, BlockName, HostMemories, HostMemory
+from ..programs import DATA, Private
+from ..race import host_facts
+from ..strategies import HoleKind, LabStrategy, select, why_not
+from ..system import Closing, Cpus
+from ..vm import Kvm
+from ..x86 import GIB, MAX_GIB
+from .plans import (
     Planned,
     addresses,
     chunk_of,
@@ -31,10 +34,7 @@ from .replay_plans import (
     slots_for,
     without,
 )
-from .strategies import HoleKind, LabStrategy, select, why_not
-from .system import Closing, Cpus
-from .vm import Kvm
-from .x86 import GIB, MAX_GIB
+from .read import HostBlock, ReplayInput, ReplayTransition, read_replay
 
 __all__ = ["ReplayOptions", "ReplayReport", "ReplayResult", "replay_document", "run_replay"]
 
