@@ -40,7 +40,7 @@ _STDERR_BYTES = 64 << 10
 _AGAIN_NS = 10_000_000_000
 
 _GUEST_RESET = "guest-reset"
-_KNOWN = "the guest asked for it, or a vCPU had a triple fault: QEMU does not report which"
+_KNOWN = "the guest requested it, or a vCPU had a triple fault: QEMU does not report which"
 _ASKED = "a command requested it, or the machine did it"
 
 

@@ -146,7 +146,7 @@ def read_text(path: str) -> str:
     except OSError as exc:
         raise InputError(
             f"{path or 'the empty file name'} cannot be read: {exc.strerror}",
-            remedy="name a file that is there and that you may read; - is stdin",
+            remedy="name an existing file that you may read; - is stdin",
         ) from exc
     try:
         return data.decode("utf-8")

@@ -79,7 +79,7 @@ def open_input(path: str, *, skip: int = 0) -> Iterator[BinaryIO]:
     except OSError as exc:
         raise InputError(
             f"{path or 'the empty file name'} cannot be read: {exc.strerror or exc}",
-            remedy="name a file that is there and that you may read",
+            remedy="name an existing file that you may read",
         ) from exc
 
 

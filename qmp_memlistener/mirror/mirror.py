@@ -85,7 +85,7 @@ class Mirror(MemoryListener):
         deadline: float = 5.0,
     ) -> None:
         if strategy is Strategy.PAUSE and pause is None:
-            raise ValueError("to pause takes a pauser: give one, or use mirroring()")
+            raise ValueError("strategy pause needs a pauser: give one, or use mirroring()")
         self.strategy = strategy
         self._backend = backend
         self._writer = SlotWriter(backend, deadline)
@@ -323,7 +323,7 @@ class Mirror(MemoryListener):
                 done, ran = True, pause.is_over
         except GuestMigrating as exc:
             self._suspended = True
-            self.remark(f"{exc.message}; pauses are suspended, updates go on without")
+            self.remark(f"{exc.message}; updates continue without pauses")
         except MemListenerError as exc:
             if entered and not done:
                 raise

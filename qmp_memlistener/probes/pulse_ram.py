@@ -28,7 +28,7 @@ _START = (
     "start QEMU with its RAM shared, -object memory-backend-file,id=MEM,share=on,mem-path=FILE,"
     "size=SIZE -machine TYPE,memory-backend=MEM, and boot the pulse guest in it"
 )
-_BOOT = "boot the pulse guest: vm-images/pulse/README.md says how"
+_BOOT = "boot the pulse guest: see vm-images/pulse/README.md"
 
 # address range, permissions, offset, device, inode, path; proc(5)
 _MAPPING = re.compile(r"([0-9a-f]+)-([0-9a-f]+) ...s ([0-9a-f]+) [0-9a-f]+:[0-9a-f]+ (\d+) *(.*)")

@@ -267,7 +267,7 @@ def _stopped(target: Target, pids: Sequence[int]) -> DeadlineExceeded | None:
             return DeadlineExceeded(
                 f"QEMU behind {target} (pid {pid}) hangs: the process is stopped, by a signal or a "
                 "debugger, and no client is served",
-                remedy=f"let it go on: kill -CONT {pid}",
+                remedy=f"resume it: kill -CONT {pid}",
             )
     return None
 
@@ -281,7 +281,7 @@ def _is_accepted(sock: socket.socket) -> bool:
 def _hangs(target: Target) -> DeadlineExceeded:
     return DeadlineExceeded(
         f"QEMU behind {target} hangs: it serves no client and accepts no connection",
-        remedy="its main loop is blocked, or the process is stopped; look at the process",
+        remedy="its main loop is blocked, or the process is stopped; examine the process",
     )
 
 

@@ -100,13 +100,10 @@ class GuestIdentity:
         hidden = "QEMU's process is not visible behind this monitor"
         if self.answers is not None and not self.is_named:
             return (
-                f"{hidden}, and the guest has neither a UUID nor a name: that each connection "
-                f"leads to the same guest is not known; {_NAMELESS}"
+                f"{hidden}, and the guest has neither a UUID nor a name: whether each connection "
+                f"leads to the same guest is unknown; {_NAMELESS}"
             )
-        return (
-            f"{hidden}: that each connection leads to the same guest is known by its UUID and name "
-            "only"
-        )
+        return f"{hidden}: only UUID and name show that each connection leads to the same guest"
 
     def __str__(self) -> str:
         if self.pid is not None:

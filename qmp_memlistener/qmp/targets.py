@@ -98,7 +98,7 @@ def parse_target(text: str) -> Target:
         return _tcp(text, text)
     if text and os.path.exists(text):
         return UnixTarget(text)
-    raise _not_a_target(text, "no such path, and no form that is known")
+    raise _not_a_target(text, "no such path, and no known form of target")
 
 
 def same_socket(one: SocketTarget, other: SocketTarget) -> bool:
@@ -131,7 +131,7 @@ def _local_addresses(host: str) -> set[str]:
 def _pid(text: str) -> PidTarget:
     digits = text.removeprefix("pid:")
     if not (digits.isascii() and digits.isdigit()) or not 0 < int(digits[:9]) <= _PID_MAX:
-        raise _not_a_target(text, "that is no process id")
+        raise _not_a_target(text, "it is not a process id")
     return PidTarget(int(digits))
 
 
@@ -146,7 +146,7 @@ def _tcp(text: str, address: str) -> TcpTarget:
         raise _not_a_target(text, f"{quoted(host)} is no host name") from None
     port = int(match[3])
     if not 0 < port < 65536:
-        raise _not_a_target(text, f"{port} is no port number")
+        raise _not_a_target(text, f"{port} is not a port number")
     return TcpTarget(host, port)
 
 

@@ -61,7 +61,7 @@ def read_log(path: str) -> Traced:
     if any(map(_queued, commits)):
         order = Order.V8_0
     elif commits and order is Order.V7_2:
-        reader.remarks.add("its lines are those of QEMU 7.2 to 9.0; taken for 7.2")
+        reader.remarks.add("its lines are those of QEMU 7.2 to 9.0; 7.2 is assumed")
     told = _told(commits)
     if not counts_from_zero(told):
         told = _told(reader.commits(order, log_switches(told, marked=reader.marked)))

@@ -211,7 +211,7 @@ class GuestResponse:
             return GuestAnswer(
                 False,
                 reason=f"{', '.join(sorted(left))} left the guest, and QEMU has not freed it yet: "
-                "a vCPU or a request holds on to it",
+                "a vCPU or a request still uses it",
                 remedy="it continues by itself; wait longer (--wait)",
             )
         so_far = []
@@ -288,7 +288,7 @@ class GuestResponse:
             return GuestAnswer(
                 False,
                 reason=f"{mib(size)} were given, and the guest has not answered: whether it uses "
-                "them is not known",
+                "them is unknown",
                 remedy="is its memory hotplug driver there (CONFIG_ACPI_HOTPLUG_MEMORY)? unplug it "
                 "otherwise",
             )

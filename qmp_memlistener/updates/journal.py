@@ -71,7 +71,7 @@ class Journal:
         """What was taken back, in words."""
         if not self._removed:
             return "nothing had been made"
-        return f"what had been made was taken back: {', '.join(self._removed)}"
+        return f"what had been made was removed: {', '.join(self._removed)}"
 
     async def take_back(self, ops: Monitor) -> None:
         """In reverse; what cannot be taken back is noted.  Bounded, also when cancelled again."""

@@ -234,7 +234,7 @@ class _Operation:
             return GuestAnswer(False, reason=why, remedy=exc.remedy)
         await self._settle()
         answer = await response.still()
-        note = "the guest does not run: it takes note of the change when it does"
+        note = "the guest does not run: it sees the change when it runs"
         return replace(answer, notes=(*answer.notes, note))
 
     async def _prepare(self, plan: UpdatePlan, ops: Monitor) -> None:

@@ -136,7 +136,7 @@ def _unplug(intent: Unplug, strategy: Strategy, view: GuestView, facts: Facts) -
     dimm = next((d for d in view.dimms if d.id == intent.id), None)
     if dimm is not None and strategy is Strategy.HOLE:
         raise UpdateRefused(
-            f"{intent.id} is a DIMM: taking it out deletes its memslot, there is no hole to make; "
+            f"{intent.id} is a DIMM: unplugging it deletes its memslot, there is no hole to make; "
             "nothing was touched",
             remedy="use --strategy direct or pause",
         )

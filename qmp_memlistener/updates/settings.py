@@ -49,7 +49,7 @@ class Waiting:
     def ask(self, command: str) -> None:
         """QEMU is asked for this now; its answer is waited for whatever happens meanwhile."""
         self.answered()
-        self._answer = waits.begin(f"for QEMU's answer to {command}, which cannot be called back")
+        self._answer = waits.begin(f"for QEMU's answer to {command}, which cannot be cancelled")
 
     def answered(self) -> None:
         """It has answered, or is not waited for any more."""

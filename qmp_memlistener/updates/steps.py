@@ -41,7 +41,7 @@ class UpdateStep:
         if self.addition is not None:
             return f"{self.what} is there"
         if self.command.name == Role.DEVICE.remove_command:
-            return f"the guest was asked to let {self.what} go"
+            return f"the guest was asked to release {self.what}"
         return f"{self.what} was changed"
 
 

@@ -220,7 +220,7 @@ async def test_what_costs_more_than_allowed_is_switched_off(build: QemuBuild) ->
             finally:
                 await probe.stop()
     (note,) = seen.notes
-    assert "no more looking at the BQL" in note
+    assert "the BQL is no longer watched" in note
     assert "0% allowed" in note
     (failure,) = seen.failures
     assert isinstance(failure, ProbeUnavailable)

@@ -241,7 +241,7 @@ class UprobesProbe:
     def _refreshed(self, task: asyncio.Task[None]) -> None:
         self._refreshing = None
         if not task.cancelled() and (error := task.exception()) is not None:
-            self._sink.note(f"uprobes do not know the names of new threads: {error}")
+            self._sink.note(f"uprobes cannot read the names of new threads: {error}")
 
     def _govern(self, batch: Batch) -> None:
         governor, reader = self._governor, self._reader
@@ -257,7 +257,7 @@ class UprobesProbe:
             self._looking = self._may_look = False
             reader.set_bql(False)
             self._say_measured(looking=False)
-            self._sink.note(f"{taken}: no more looking at the BQL")
+            self._sink.note(f"{taken}: the BQL is no longer watched")
         elif self._context.max_share is not None and not self._ended:
             self._ended = True
             error = ProbeUnavailable(taken, remedy="allow more with --max-overhead")

@@ -55,7 +55,7 @@ def examine(pid: int) -> Program:
 
 def _kernel() -> tuple[Architecture, int]:
     if sys.platform != "linux":
-        raise ProbeUnavailable("uprobes are a thing of Linux", remedy="run on QEMU's Linux host")
+        raise ProbeUnavailable("uprobes exist on Linux only", remedy="run on QEMU's Linux host")
     arch = architecture()
     if arch is None:
         raise ProbeUnavailable(

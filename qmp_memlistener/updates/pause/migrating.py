@@ -14,7 +14,7 @@ __all__ = ["RAN_TWICE", "WAIT", "check_not_migrating", "has_guest", "refuse_if_m
 
 RAN_TWICE = (
     "a migration completed before our `cont`, and the guest was stopped here again; if it is "
-    "paused at the destination, it is so until `cont` is sent there"
+    "paused at the destination, it stays so until `cont` is sent there"
 )
 WAIT = "wait until it is over, or cancel it"
 _WHY = {

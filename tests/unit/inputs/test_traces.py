@@ -126,7 +126,7 @@ def read(tmp_path: Path, data: bytes) -> list[Op]:
     """What the file says; the size of a slot that goes is what the tracker knew, not the line."""
     (tmp_path / "log").write_bytes(data)
     found = read_log(str(tmp_path / "log"))
-    assert all("taken for 7.2" in text for text in found.remarks.texts())
+    assert all("7.2 is assumed" in text for text in found.remarks.texts())
     ops = [op for commit in found.commits for op, _ in commit]
     return [
         (o.as_id, o.slot, o.flags, o.gpa, 0 if o.op == "delete" else o.size, o.hva or 0, o.ret)

@@ -172,7 +172,7 @@ def test_the_address_space_may_be_in_the_slots_upper_half(tmp_path: Path) -> Non
     found = read(tmp_path, *text)
     assert [(s.as_id, s.slot) for s in found.transitions[0].after] == [(1, 5)]
     assert found.rules.order is Order.V7_2
-    assert found.notes[0] == "its lines are those of QEMU 7.2 to 9.0; taken for 7.2"
+    assert found.notes[0] == "its lines are those of QEMU 7.2 to 9.0; 7.2 is assumed"
 
 
 def test_guest_memfd_is_told(tmp_path: Path) -> None:
