@@ -158,7 +158,7 @@ def test_flags_of_a_live_slot_are_kvms_to_refuse(lab: KvmBackend) -> None:
 def test_what_no_mirror_has_is_refused_before_kvm_is_asked(lab: KvmBackend) -> None:
     with pytest.raises(InputError, match="SMRAM"):
         lab.add_slot(replace(PLAIN, as_id=1))
-    with pytest.raises(InputError, match="nothing says what is behind it"):
+    with pytest.raises(InputError, match="the RAM block behind it is unknown"):
         lab.add_slot(Slot(0, 0, 0, MIB))
     assert lab.facts().slot_ioctls == 0
 
