@@ -10,7 +10,8 @@ from pathlib import Path
 import click
 import pytest
 
-from qmp_memlistener.cli.main import cli
+from qmp_memlistener.cli.main import VERBS, cli
+from qmp_memlistener.cli.steer import STRATEGIES as STEERED
 from qmp_memlistener.kvmlab.strategies import STRATEGIES
 from qmp_memlistener.memslots import PlanStrategy
 from qmp_memlistener.probes import StallKind
@@ -102,6 +103,11 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
         assert path in qemu or (package / path).exists() or (ROOT / path).exists(), path
 
 
+def test_every_verb_is_in_the_readme() -> None:
+    rows = re.findall(r"^\| (`[^|]+`) \|", PAGES[0].read_text(), re.MULTILINE)
+    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(VERBS)
+
+
 def test_the_layers_are_those_that_lint_checks() -> None:
     config = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
     contract = next(c for c in config["contracts"] if c["type"] == "layers")
@@ -111,7 +117,8 @@ def test_the_layers_are_those_that_lint_checks() -> None:
 
 
 def test_every_strategy_is_in_the_glossary() -> None:
-    names = {*Strategy, *PlanStrategy, *(s.name for s in STRATEGIES)} - {"control"}
+    names = {*Strategy, *PlanStrategy, *STEERED, *(s.name for s in STRATEGIES)}
+    names -= {"control", "off"}
     for name in names:
         shown = "presplit-SIZE" if name.startswith("presplit-") else str(name)
         assert f"`{shown}`" in GLOSSARY, name
