@@ -22,10 +22,10 @@ NAME = "qmp-memlistener-steer"
 _MAGIC = 0x6C6D7131
 _RING = 16384
 _VCPUS = 1024
-_HEAD = struct.Struct("<14I9Q")
+_HEAD = struct.Struct("<15I4x9Q")
 _WANT_AT, _STRICT_AT, _ARMED_AT = 8, 12, 16
 _VCPU = struct.Struct("<4IQ40x")
-_VCPU_AT = 128
+_VCPU_AT = 192
 _NEXT = struct.Struct("<Q")
 _NEXT_AT = _VCPU_AT + _VCPUS * _VCPU.size
 _EVENT = struct.Struct("<6Q4IiI")
@@ -102,10 +102,13 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Vcpu:
-    """A thread that has called KVM_RUN through the interposer."""
+    """A thread that has called KVM_RUN through the interposer.
 
-    inside: bool
+    `seen`: since it was attached, or it is in there now; before that it may be in KVM_RUN unseen.
+    """
+
     tid: int
+    seen: bool
     runs: int
 
 
@@ -125,6 +128,7 @@ class State:
     pieces: int
     answers: int
     answer: int
+    epoch: int
     transactions: int
     parks: int
     park_ns: int
@@ -191,10 +195,11 @@ class Channel:
 
     def vcpus(self) -> list[Vcpu]:
         """The threads that run vCPUs, in the order in which they came."""
-        count = self.state().vcpus
-        data = self._pread(count * _VCPU.size, _VCPU_AT)
+        state = self.state()
+        data = self._pread(state.vcpus * _VCPU.size, _VCPU_AT)
         return [
-            Vcpu(bool(inside), tid, runs) for inside, tid, _, _, runs in _VCPU.iter_unpack(data)
+            Vcpu(tid, bool(inside) or epoch == state.epoch, runs)
+            for inside, tid, _, epoch, runs in _VCPU.iter_unpack(data)
         ]
 
     def skip(self) -> None:

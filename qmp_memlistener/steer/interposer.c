@@ -219,21 +219,23 @@ static void unpark(void) {
 
 /* A vCPU's first KVM_RUN.  A plugged vCPU may come with the descriptor of one that was unplugged. */
 static struct vcpu *enrol(int fd) {
-    uint32_t n, known = atomic_load(&chan->vcpus);
+    uint32_t n = 0;
 
-    for (n = 0; n < known; n++)
-        if (chan->vcpu[n].tid == tid() || (!atomic_load(&chan->vcpu[n].inside) &&
-                                           chan->vcpu[n].fd == (uint32_t)fd))
-            break;
+    pthread_mutex_lock(&lock);
+    uint32_t known = atomic_load(&chan->vcpus);
+    while (n < known && (chan->vcpu[n].fd != (uint32_t)fd || atomic_load(&chan->vcpu[n].inside)))
+        n++;
     if (n == MAX_VCPUS) {
         atomic_store(&chan->armed, 0); /* vCPUs are never kept out again */
-        return NULL;
+    } else {
+        chan->vcpu[n].fd = fd;
+        chan->vcpu[n].tid = tid();
+        me = &chan->vcpu[n];
+        if (n == known)
+            atomic_store(&chan->vcpus, n + 1);
     }
-    chan->vcpu[n].fd = fd;
-    chan->vcpu[n].tid = tid();
-    if (n == known)
-        atomic_store(&chan->vcpus, n + 1);
-    return &chan->vcpu[n];
+    pthread_mutex_unlock(&lock);
+    return me;
 }
 
 /* -- KVM's slots -------------------------------------------------------------------------------------- */
@@ -842,7 +844,7 @@ static int dirty_log(int fd, unsigned long request, void *arg) {
 /* -- the four imports ---------------------------------------------------------------------------------- */
 
 static int run(int fd, void *arg) {
-    if (unlikely(!me) && !(me = enrol(fd)))
+    if (unlikely(!me) && !enrol(fd))
         return raw_ioctl(fd, KVM_RUN, arg);
     if (unlikely(mine))
         end_transaction();
@@ -853,6 +855,7 @@ static int run(int fd, void *arg) {
         pthread_mutex_unlock(&lock);
     }
     struct vcpu *v = me;
+    v->epoch = chan->epoch;
     for (uint64_t since = 0;;) {
         atomic_store(&v->inside, 1);
         if (likely(!atomic_load(&chan->parked)))
@@ -1025,6 +1028,7 @@ static int attach(void) {
     next_timedwait = imports[3].was;
     slots.used = pieces.used = 0;
     blind = 0;
+    atomic_fetch_add(&chan->epoch, 1);
     atomic_store(&chan->want, OBSERVE);
     set_mode(OBSERVE, NONE);
     for (int h = IMPORTS - 1; h >= 0; h--)

@@ -53,7 +53,8 @@ struct event {
 
 struct vcpu {
     _Atomic uint32_t inside; /* in KVM_RUN */
-    uint32_t tid, fd, pad;
+    uint32_t tid, fd;
+    _Atomic uint32_t epoch; /* of the last attach that this thread has come by since */
     uint64_t runs;
 } __attribute__((aligned(64)));
 
@@ -65,6 +66,7 @@ struct channel {
     _Atomic uint32_t mode, hooked, parked, vcpus, refusal;
     uint32_t slots, pieces; /* what QEMU believes, what KVM has */
     _Atomic uint32_t answers, answer; /* of attach and detach: how many, and the last one */
+    _Atomic uint32_t epoch, pad;      /* the number of this attach */
     uint64_t transactions, parks, park_ns, park_max_ns, splits, kept, gave_up, translated, saved;
     struct vcpu vcpu[MAX_VCPUS];
     _Atomic uint64_t head __attribute__((aligned(64))); /* the number of the next event */

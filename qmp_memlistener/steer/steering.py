@@ -212,7 +212,7 @@ def _answers(state: State | None) -> int:
 async def _arm(process: Process, channel: Channel) -> bool:
     until = time.monotonic() + _ARM_S
     while True:
-        unseen = await in_thread(_unseen, process.pid, {v.tid for v in channel.vcpus()})
+        unseen = await in_thread(_unseen, process.pid, {v.tid for v in channel.vcpus() if v.seen})
         if not unseen:
             channel.arm()
             return True

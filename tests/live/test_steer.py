@@ -275,3 +275,15 @@ def test_the_layout_is_that_of_the_header(tmp_path: Path) -> None:
         *(channel._NEXT_AT, channel._RING_AT, channel._VCPU.size, channel._EVENT.size),
         channel._SIZE,
     ]
+
+
+@pytest.mark.asyncio
+@pytest.mark.full
+async def test_in_and_out_and_in_again() -> None:
+    """A vCPU that was seen in the first time may be in KVM_RUN unseen in the second."""
+    async with racing() as (guest, pulse):
+        for _ in range(3):
+            ran = await steer(guest, "inhibit")
+            assert ran.code == 0, ran.err
+            assert await toggled(guest, pulse, 20) == "survived"
+            assert (await steer(guest, "off")).code == 0
