@@ -20,6 +20,7 @@ from .reader import Recording, is_recording
 from .records import (
     SCHEMA,
     Cause,
+    Detail,
     GuestState,
     Header,
     Lost,
@@ -67,6 +68,7 @@ __all__ = [
     "Lost",
     "Note",
     "Cause",
+    "Detail",
     "Section",
     "SCHEMA",
 ]

@@ -5,11 +5,9 @@ Lines of `watch --json` and of a recording beside those of `records`.
 
 from __future__ import annotations
 
-from enum import StrEnum
-
 import msgspec
 
-from .records import Record
+from .records import OpenEnum, Record
 
 __all__ = [
     "CommandRecord",
@@ -28,7 +26,7 @@ __all__ = [
 ]
 
 
-class StallKind(StrEnum):
+class StallKind(OpenEnum):
     """The kinds of stall window.
 
     MAIN_LOOP: in-band QMP waits.  BQL_WAIT: a thread waits for the big QEMU lock.  BQL_HOLD: a
@@ -48,15 +46,6 @@ class StallKind(StrEnum):
     VCPU_PAUSE = "vcpu_pause"
     VCPU_GAP = "vcpu_gap"
     MISSING = "missing"
-
-    @classmethod
-    def _missing_(cls, value: object) -> StallKind | None:
-        """A kind of a later version, which keeps its name: readers do not fail at it."""
-        if not isinstance(value, str):
-            return None
-        kind = str.__new__(cls, value)
-        kind._name_ = kind._value_ = value
-        return kind
 
 
 class StallCause(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):

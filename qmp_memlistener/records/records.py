@@ -7,7 +7,8 @@ added: a reader skips types and keys that it does not know.
 
 from __future__ import annotations
 
-from typing import Any
+from enum import StrEnum
+from typing import Any, Self
 
 import msgspec
 
@@ -17,11 +18,13 @@ from ..topology import FlatRange, FlatView, Flip, Hole, Kind, Move, RamBlock, Ra
 __all__ = [
     "SCHEMA",
     "Cause",
+    "Detail",
     "GuestState",
     "Header",
     "Lost",
     "MapRecord",
     "Note",
+    "OpenEnum",
     "QmpEvent",
     "Reconciled",
     "Record",
@@ -31,6 +34,33 @@ __all__ = [
 ]
 
 SCHEMA = 1
+
+
+class OpenEnum(StrEnum):
+    """Words of which a later version may have more: those keep their name, and readers go on."""
+
+    @classmethod
+    def _missing_(cls, value: object) -> Self | None:
+        if not isinstance(value, str):
+            return None
+        word = str.__new__(cls, value)
+        word._name_ = word._value_ = value
+        return word
+
+
+class Detail(OpenEnum):
+    """How far a transition is known.
+
+    FULL: seen in the region tree before and after.  SLOTS: from the slot operations; RAM and ROM
+    are exact, what covers a hole is not known.  NONE: QEMU rebuilt its views, and the next change
+    came before a snapshot could.  NET: the sum of the `merged` last changes, which nothing tells
+    apart.
+    """
+
+    FULL = "full"
+    SLOTS = "slots"
+    NONE = "none"
+    NET = "net"
 
 
 class Section(msgspec.Struct, frozen=True, gc=False):
@@ -113,11 +143,8 @@ class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition", gc=F
     """One change of the map.
 
     A hole that moved or changed size is in `holes_filled` with its old place and in `holes_punched`
-    with the new one.  `detail` is how far it is known: `full` (seen in the region tree before
-    and after), `slots` (from the slot operations: RAM and ROM are exact, what covers a hole is not
-    known), `none` (QEMU rebuilt its views and the next change came before a snapshot could), `net`
-    (the sum of the `merged` last changes, which cannot be separated).  `late_ns` is by how much
-    `t_ns` may be later than the change, where that is more than the header's `stamp_bound_ns`.
+    with the new one.  `late_ns` is by how much `t_ns` may be later than the change, where that is
+    more than the header's `stamp_bound_ns`.
     """
 
     seq: int
@@ -131,7 +158,7 @@ class TransitionRecord(Record, frozen=True, kw_only=True, tag="transition", gc=F
     ram_vanished: list[RamChange] = []
     flips: list[Flip] = []
     mmio_moved: list[Move] = []
-    detail: str
+    detail: Detail
     merged: int = 1
     slot_ops: int = 0
     late_ns: int | None = None

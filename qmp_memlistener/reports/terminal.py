@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from ..records import (
     Cause,
     CommandRecord,
+    Detail,
     GuestState,
     Header,
     Lost,
@@ -133,9 +134,9 @@ class Narrator:
         merged = f", {t.merged} changes in one" if t.merged > 1 else ""
         yield f"{self._stamp(t.t_ns)}  #{t.seq} {cause_text(t.cause)}{merged}"
         for h in t.holes_punched:
-            yield f"{_INDENT}hole punched  {_hole(h, known=t.detail != 'slots')}"
+            yield f"{_INDENT}hole punched  {_hole(h, known=t.detail is not Detail.SLOTS)}"
         for h in t.holes_filled:
-            yield f"{_INDENT}hole filled   {_hole(h, known=t.detail != 'slots')}"
+            yield f"{_INDENT}hole filled   {_hole(h, known=t.detail is not Detail.SLOTS)}"
         for f in t.flips:
             yield (f"{_INDENT}{f.before} to {f.after:<7} {f.name} {f.start:#x}+{size_text(f.size)}")
         for c in t.ram_appeared:

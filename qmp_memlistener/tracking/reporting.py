@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from ..memslots import Op
 from ..records import (
     Cause,
+    Detail,
     MapRecord,
     Section,
     SlotOp,
@@ -42,7 +43,7 @@ class Change:
 
 
 def transition_record(
-    seq: int, transition: Transition, commit: Commit, detail: str, *, merged: int, slot_ops: int
+    seq: int, transition: Transition, commit: Commit, detail: Detail, *, merged: int, slot_ops: int
 ) -> TransitionRecord:
     """The record of a transition that a commit made."""
     filled = [*transition.holes_filled]

@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from ..memslots import DirtyLog, Op, OpKind, QemuOps, Rules, SlotTable, qemu_ops, slot_table
 from ..records import (
+    Detail,
     Reconciled,
     Record,
     TransitionRecord,
@@ -71,7 +72,7 @@ class Tracker:
         self._marked: tuple[list[Commit], LiveSlots] | None = None
         self._relieved = False
         self._slot_maps = SlotMaps(self._live)
-        self._told: dict[tuple[int, str], tuple[Transition, TransitionRecord]] = {}
+        self._told: dict[tuple[int, Detail], tuple[Transition, TransitionRecord]] = {}
         self._reported: list[str] | None = None  # nothing was compared yet
         self._records: list[Record] = []
         self._changes: list[Change] = []
@@ -174,11 +175,11 @@ class Tracker:
     def _report_lines(self, commit: Commit) -> None:
         """Report what its lines alone tell."""
         if not self.has_slots:
-            self._report(_nothing(self.map), commit, "none")
+            self._report(_nothing(self.map), commit, Detail.NONE)
         elif commit.changes_slots:
             self._report_by_slots(commit)
         elif commit.moves_bar:
-            self._report(_nothing(self.map), commit, "none")
+            self._report(_nothing(self.map), commit, Detail.NONE)
         elif commit.ops:
             self._report_ops(commit, None)
 
@@ -192,7 +193,7 @@ class Tracker:
             commit = Commit(pending[0].t_ns if pending else t_ns)
             for c in pending:
                 commit.ops.extend(c.ops)
-            self._report(transition, commit, "net", merged=max(len(pending), 1))
+            self._report(transition, commit, Detail.NET, merged=max(len(pending), 1))
         self._live.adopt(maps)
         self.maps = dict(maps)
         self._slot_maps.forget()
@@ -208,7 +209,7 @@ class Tracker:
         transition = _diff(self.map, maps[MEMORY])
         predicted = self._predict(maps)
         if transition or predicted:
-            self._report(transition, Commit(t_ns), "full", predicted=predicted)
+            self._report(transition, Commit(t_ns), Detail.FULL, predicted=predicted)
 
     def _without_slots(
         self, maps: Maps, pending: Sequence[Commit], t_ns: int, *, relieved: bool
@@ -221,9 +222,9 @@ class Tracker:
             self.elsewhere += len(pending)
             return
         for commit in pending[:-1]:
-            self._report(_nothing(self.map), commit, "none")
+            self._report(_nothing(self.map), commit, Detail.NONE)
         last = pending[-1] if pending else Commit(t_ns)
-        detail = "full" if alone else "net" if transition else "none"
+        detail = Detail.FULL if alone else Detail.NET if transition else Detail.NONE
         self._report(transition, last, detail, predicted=predicted, merged=max(len(pending), 1))
 
     def _with_slots(
@@ -243,7 +244,7 @@ class Tracker:
                 if alone and not transition and not commit.changes_slots:
                     self.elsewhere += 1  # a BAR behind a closed bridge window
                     continue
-                detail = "full" if alone else "net" if transition else "none"
+                detail = Detail.FULL if alone else Detail.NET if transition else Detail.NONE
                 commit.causes += [cause for c in silent for cause in c.causes]
                 merged = commit.merged + _count(silent)
                 self._report(transition, commit, detail, merged=merged)
@@ -254,7 +255,7 @@ class Tracker:
             if transition:
                 last = pending[-1] if pending else Commit(t_ns)
                 quiet = Commit(last.t_ns, causes=[cause for c in pending for cause in c.causes])
-                detail = "full" if alone else "net"
+                detail = Detail.FULL if alone else Detail.NET
                 self._report(transition, quiet, detail, merged=max(_count(pending), 1))
             else:
                 self.elsewhere += _count([c for c in pending if not c.ops])
@@ -264,7 +265,7 @@ class Tracker:
     def _report_by_slots(self, commit: Commit) -> None:
         """Report a commit by its operations alone; the map is then the one after it."""
         new, transition = self._slot_maps.of(self.map, commit.slots_after)
-        self._report(transition, commit, "slots")
+        self._report(transition, commit, Detail.SLOTS)
         self.maps[MEMORY] = new
 
     # -- prediction and comparison -------------------------------------------------------------
@@ -333,7 +334,7 @@ class Tracker:
         self,
         transition: Transition,
         commit: Commit,
-        detail: str,
+        detail: Detail,
         *,
         predicted: Sequence[Op] = (),
         merged: int = 1,
@@ -349,7 +350,7 @@ class Tracker:
         self._changes.append(Change(transition.after, transition, tuple(ops)))
 
     def _transition(
-        self, transition: Transition, commit: Commit, detail: str, merged: int, ops: int
+        self, transition: Transition, commit: Commit, detail: Detail, merged: int, ops: int
     ) -> TransitionRecord:
         known = self._told.get((id(transition), detail))  # which is kept for its id
         if known is not None and not commit.causes:

@@ -19,6 +19,7 @@ from qmp_memlistener.errors import InputError, RecordingError
 from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import (
     Cause,
+    Detail,
     GuestState,
     Header,
     Lost,
@@ -77,7 +78,7 @@ def records() -> list[Record]:
                 added=Section.list_of(t.added),
                 holes_punched=list(t.holes_punched),
                 holes_filled=list(t.holes_filled),
-                detail="full",
+                detail=Detail.FULL,
                 slot_ops=len(step["ops"]),
             )
         )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmp_memlistener.records import Cause, Header, TransitionRecord
+from qmp_memlistener.records import Cause, Detail, Header, TransitionRecord
 
 __all__ = ["HEADER", "transition"]
 
@@ -31,6 +31,6 @@ def transition(seq: int, t_ns: int, slot_ops: int = 0) -> TransitionRecord:
         added=[],
         holes_punched=[],
         holes_filled=[],
-        detail="full",
+        detail=Detail.FULL,
         slot_ops=slot_ops,
     )

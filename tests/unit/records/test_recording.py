@@ -14,6 +14,7 @@ from qmp_memlistener.errors import InputError, RecordingError
 from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import (
     Cause,
+    Detail,
     GuestState,
     Note,
     Recording,
@@ -34,7 +35,7 @@ RECORDS = [
         added=[],
         holes_punched=[Hole("pc.ram", 1 << 63, 4096, 1 << 62, None, "dev")],
         holes_filled=[],
-        detail="full",
+        detail=Detail.FULL,
     ),
     SlotOp(
         t_ns=11, as_id=0, slot=3, op=OpKind.DELETE, gpa=0, size=1 << 40, flags=0, ret=-22,

@@ -11,6 +11,7 @@ from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.probes import StallKind
 from qmp_memlistener.records import (
     Cause,
+    Detail,
     ProbeState,
     Record,
     SlotOp,
@@ -50,7 +51,7 @@ def slot_op(t_ns: int, slot: int) -> SlotOp:
 def transition(t_ns: int, merged: int = 1) -> TransitionRecord:
     return TransitionRecord(
         seq=1, t_ns=t_ns, cause=Cause(type="unknown"), removed=[], added=[], holes_punched=[],
-        holes_filled=[], detail="net", merged=merged,
+        holes_filled=[], detail=Detail.NET, merged=merged,
     )  # fmt: skip
 
 
