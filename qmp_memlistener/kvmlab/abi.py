@@ -10,42 +10,6 @@ import ctypes
 from ctypes import c_int32, c_uint8, c_uint16, c_uint32, c_uint64
 from enum import IntEnum
 
-__all__ = [
-    "API_VERSION",
-    "CHECK_EXTENSION",
-    "CREATE_VCPU",
-    "CREATE_VM",
-    "DIRTY_GFN_BYTES",
-    "DIRTY_GFN_DIRTY",
-    "DIRTY_GFN_RESET",
-    "DIRTY_LOG_PAGE_OFFSET",
-    "ENABLE_CAP",
-    "GET_API_VERSION",
-    "GET_DIRTY_LOG",
-    "GET_VCPU_MMAP_SIZE",
-    "KVMIO",
-    "MEMORY_ATTRIBUTE_PRIVATE",
-    "RESET_DIRTY_RINGS",
-    "RUN",
-    "SET_MEMORY_ATTRIBUTES",
-    "SET_SIGNAL_MASK",
-    "SET_USER_MEMORY_REGION",
-    "Cap",
-    "DirtyGfn",
-    "GetDirtyLog",
-    "EnableCap",
-    "ExitReason",
-    "GfnArray",
-    "MemoryAttributes",
-    "MemoryRegion",
-    "Run",
-    "SignalMask",
-    "io",
-    "ior",
-    "iow",
-    "iowr",
-]
-
 KVMIO = 0xAE
 API_VERSION = 12
 

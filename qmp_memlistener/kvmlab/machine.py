@@ -242,7 +242,7 @@ class Machine(Closing):
     def forget_gaps(self) -> None:
         """The longest gap is counted from now on."""
         for report in self.private.reports:
-            report.forget_gap()
+            report.max_gap = 0
 
     def longest_gap_ns(self) -> int:
         """The longest time between two beats of a vCPU since `forget_gaps`, of all vCPUs."""

@@ -74,45 +74,35 @@ def code() -> bytes:
     return image
 
 
+class _Word:
+    """A word of a report page.  Each read or write is one of 8 bytes."""
+
+    def __init__(self, offset: int) -> None:
+        self._index = offset // 8
+
+    def __get__(self, report: Report, owner: type | None = None) -> int:
+        return report.words[report.at + self._index]
+
+    def __set__(self, report: Report, value: int) -> None:
+        report.words[report.at + self._index] = value
+
+
 class Report:
-    """A vCPU's report page, as the host sees it.  Each read or write is one of 8 bytes."""
+    """A vCPU's report page, as the host sees it.
+
+    `count` heartbeats so far; `max_gap` ticks of the longest time between two of them since it was
+    set to 0; `table` is the gpa of the addresses to go through next, `table_in_use` of the present.
+    """
+
+    count = _Word(COUNT)
+    last_tsc = _Word(LAST_TSC)
+    max_gap = _Word(MAX_GAP)
+    table = _Word(TABLE)
+    table_in_use = _Word(IN_USE)
 
     def __init__(self, memory: HostMemory, offset: int) -> None:
-        self._words = memory.words
-        self._at = offset // 8
-
-    @property
-    def count(self) -> int:
-        """Beats so far."""
-        return self._words[self._at]
-
-    @property
-    def last_tsc(self) -> int:
-        return self._words[self._at + LAST_TSC // 8]
-
-    @property
-    def max_gap(self) -> int:
-        """Ticks of the longest time between two beats since `forget_gap`."""
-        return self._words[self._at + MAX_GAP // 8]
-
-    def forget_gap(self) -> None:
-        self._words[self._at + MAX_GAP // 8] = 0
-
-    @property
-    def table_in_use(self) -> int:
-        return self._words[self._at + IN_USE // 8]
-
-    @table_in_use.setter
-    def table_in_use(self, gpa: int) -> None:
-        self._words[self._at + IN_USE // 8] = gpa
-
-    @property
-    def table(self) -> int:
-        return self._words[self._at + TABLE // 8]
-
-    @table.setter
-    def table(self, gpa: int) -> None:
-        self._words[self._at + TABLE // 8] = gpa
+        self.words = memory.words
+        self.at = offset // 8
 
 
 class Private:

@@ -16,28 +16,6 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Self
 
-__all__ = [
-    "MADV_DONTNEED",
-    "MADV_POPULATE_READ",
-    "MADV_POPULATE_WRITE",
-    "MAP_ANONYMOUS",
-    "MAP_FIXED",
-    "MAP_NORESERVE",
-    "MAP_PRIVATE",
-    "MAP_SHARED",
-    "PROT_NONE",
-    "PROT_READ",
-    "PROT_WRITE",
-    "Closing",
-    "Cpus",
-    "ioctl",
-    "madvise",
-    "mmap",
-    "mprotect",
-    "munmap",
-    "raw_ioctl",
-]
-
 PROT_NONE, PROT_READ, PROT_WRITE = 0, 1, 2
 MAP_SHARED, MAP_PRIVATE, MAP_FIXED, MAP_ANONYMOUS = 0x1, 0x2, 0x10, 0x20
 MAP_NORESERVE = 0x4000

@@ -14,35 +14,6 @@ from typing import Protocol
 
 from .abi import io, ior, iow, iowr
 
-__all__ = [
-    "GET_REGS",
-    "GET_SREGS",
-    "GET_SUPPORTED_CPUID",
-    "GET_TSC_KHZ",
-    "GIB",
-    "MAX_GIB",
-    "SET_CPUID2",
-    "SET_IDENTITY_MAP_ADDR",
-    "SET_MP_STATE",
-    "SET_REGS",
-    "SET_SREGS",
-    "SET_TSS_ADDR",
-    "TABLE_BYTES",
-    "address_bits",
-    "Cpuid",
-    "CpuidEntry",
-    "DescriptorTable",
-    "Ioctl",
-    "Regs",
-    "Segment",
-    "Sregs",
-    "set_up_vcpu",
-    "set_up_vm",
-    "start",
-    "tables",
-    "tsc_khz",
-]
-
 GIB = 1 << 30
 PAGE = 4096
 MAX_GIB = 512
