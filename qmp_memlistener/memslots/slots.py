@@ -301,9 +301,7 @@ class SlotTable:
     def exact(self, as_id: int, gpa: int, size: int) -> Slot | None:
         """The slot with exactly this range: `kvm_lookup_matching_slot` (kvm-all.c).  O(log n)."""
         slot = self.at(as_id, gpa)
-        if slot is not None and slot.gpa == gpa and slot.size == size:
-            return slot
-        return None
+        return slot if slot is not None and (slot.gpa, slot.size) == (gpa, size) else None
 
     def at(self, as_id: int, addr: int) -> Slot | None:
         """The slot through which the guest reaches `addr`; None in a hole.  O(log n)."""
