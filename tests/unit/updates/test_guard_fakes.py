@@ -23,7 +23,7 @@ from qmp_memlistener.errors import (
 from qmp_memlistener.host.directory import HeldFile
 from qmp_memlistener.qmp import Command, Monitor, Reply, UnixTarget
 from qmp_memlistener.updates.pause import guard as guard_module
-from qmp_memlistener.updates.pause import paused_guest, run_paused
+from qmp_memlistener.updates.pause import paused, paused_guest, run_paused
 from qmp_memlistener.updates.pause.guard import ResumeGuard, Settled
 from qmp_memlistener.updates.pause.guard_notes import NoteForm
 
@@ -297,6 +297,25 @@ async def test_a_migration_that_begins_in_a_block_ends_its_pause(tmp_path: Path)
             assert fake.status == "running"
         assert pause.note == "the resume guard resumed the guest: a migration began (active)"
         assert fake.ran.count("cont") == 1
+
+
+@pytest.mark.parametrize(
+    ("status", "migration", "why"),
+    [
+        ("paused", "active", "a migration began (active)"),
+        ("internal-error", "none", "the guest became internal-error"),
+    ],
+)
+@pytest.mark.asyncio
+async def test_a_long_block_asks_before_cont_and_says_why_it_is_not_sent(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, status: str, migration: str, why: str
+) -> None:
+    monkeypatch.setattr(paused, "LOOK_EVERY_NS", 0)
+    async with faked(tmp_path) as (fake, monitor, guard):
+        async with paused_guest(monitor, guard, deadline=5) as pause:
+            fake.status, fake.migration = status, migration
+        assert pause.note is not None
+        assert pause.note.startswith(f"{why}; ")
 
 
 @pytest.mark.parametrize("completed", [False, True])
