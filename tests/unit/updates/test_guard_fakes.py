@@ -129,7 +129,7 @@ async def faked(
     servers = [await asyncio.start_unix_server(fake.serve, path) for path in paths]
     try:
         async with (
-            await Monitor.connect(UnixTarget(paths[0])) as monitor,
+            await Monitor.connect(UnixTarget(paths[0]), deadline=30.0) as monitor,
             await guard_type.start([UnixTarget(paths[1])]) as guard,
         ):
             fake.ran.clear()
@@ -152,6 +152,7 @@ def note_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         return NoteForm(HeldFile(str(path), handle, path.unlink), {"schema": 1})
 
     monkeypatch.setattr(guard_module, "new_note", held)
+    monkeypatch.setattr(guard_module, "_CONNECT_S", 30.0)  # this host may be busy
     return path
 
 
