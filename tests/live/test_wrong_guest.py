@@ -259,7 +259,7 @@ async def test_a_second_forwarder_or_the_guests_own_monitor(tmp_path: Path, name
             if named:
                 async with opening as agent:
                     assert "ping" in agent.measuring.names
-                    assert any("UUID and name only" in remark for remark in agent.remarks)
+                    assert any("only UUID and name show" in remark for remark in agent.remarks)
                 continue
             with pytest.raises(WrongGuest, match="neither a UUID nor a name") as error:
                 async with opening:
