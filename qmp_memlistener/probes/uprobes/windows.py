@@ -15,10 +15,10 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from dataclasses import dataclass, field
 
 from ...memslots import OpKind
 from ...records import SlotOp, StallKind
+from .calls import Call, Span, Thread
 from .decode import Hit
 from .functions import Role
 from .main_thread import Commands, Pauses
@@ -32,40 +32,6 @@ SLOT_IOCTLS = (0x4020AE46, 0x40A0AE49)
 _SLOT = struct.Struct("<IIQQQ")  # slot, flags, guest_phys_addr, memory_size, userspace_addr
 _CLOCK_VIRTUAL = 1  # QEMU_CLOCK_VIRTUAL, include/qemu/timer.h
 _NESTED_BYTES = 4096  # a callee's frame lies no deeper below that of bql_lock_impl
-_MAX_FRAMES = 64
-
-
-@dataclass(slots=True)
-class _Frame:
-    role: Role
-    sp: int
-    t_ns: int
-    hits: int
-    site: Site | None = None
-    slot: tuple[int, int, int, int, int] | None = None
-    updates: int = 0
-    real: bool = False
-
-
-@dataclass(slots=True)
-class _Span:
-    """Something that began: a hold, an inhibition."""
-
-    t_ns: int
-    hits: int
-    site: Site | None = None
-    sure_ns: int = 0
-
-
-@dataclass(slots=True)
-class _Thread:
-    tid: int
-    since_ns: int
-    hits: int = 0
-    frames: list[_Frame] = field(default_factory=list)
-    hold: _Span | None = None
-    inhibit: _Span | None = None
-    last: Hit | None = None
 
 
 class Windows:
@@ -85,14 +51,14 @@ class Windows:
         """Holds dropped because the thread took the lock once more."""
         self._popped = popped
         self._hit_ns = hit_ns
-        self._threads: dict[int, _Thread] = {}
+        self._threads: dict[int, Thread] = {}
         self._bql_since: int | None = None
         self._short = self._short_ns = 0
         self._windows: list[Window] = []
         self._commands: list[Command] = []
         self._pauses = Pauses(main)
         self._monitors = Commands()
-        self._entries: dict[Role, Callable[[_Thread, Hit], None]] = {
+        self._entries: dict[Role, Callable[[Thread, Hit], None]] = {
             Role.COMMIT: self._enter,
             Role.SLOT_IOCTL: self._slot_ioctl,
             Role.INHIBIT_BEGIN: self._enter,
@@ -109,7 +75,7 @@ class Windows:
             Role.COND_WAIT: self._cond_wait,
             Role.COND_TIMEDWAIT: self._cond_wait,
         }
-        self._returns: dict[Role, Callable[[_Thread, Hit, _Frame], None]] = {
+        self._returns: dict[Role, Callable[[Thread, Hit, Call], None]] = {
             Role.COMMIT: self._committed,
             Role.SLOT_IOCTL: self._slot_updated,
             Role.INHIBIT_BEGIN: self._inhibited,
@@ -124,7 +90,7 @@ class Windows:
 
     def thread(self, tid: int, since_ns: int) -> None:
         """All probes of a thread are in place from `since_ns` on; earlier hits of it are void."""
-        self._threads[tid] = _Thread(tid, since_ns)
+        self._threads[tid] = Thread(tid, since_ns)
         self._pauses.miscounted()  # what the new thread did until now is not known
 
     def open_since(self) -> int | None:
@@ -136,7 +102,7 @@ class Windows:
             t_ns
             for thread in self._threads.values()
             for t_ns in (
-                *(f.t_ns for f in thread.frames if f.role in _SHORT_ROLES),
+                *(f.t_ns for f in thread.calls if f.role in _SHORT_ROLES),
                 *(span.t_ns for span in (thread.hold, thread.inhibit) if span is not None),
             )
         ]
@@ -155,7 +121,7 @@ class Windows:
         self._bql_since = None
         for thread in self._threads.values():
             thread.hold = None
-            thread.frames = [f for f in thread.frames if f.role not in _BQL_ROLES]
+            thread.calls = [f for f in thread.calls if f.role not in _BQL_ROLES]
         self._pauses.miscounted()
 
     def guest_runs(self, running: bool) -> None:
@@ -197,39 +163,39 @@ class Windows:
             return
         thread.hits += 1
         if point.is_return:
-            frame = _pop(thread, role, hit.sp - self._popped)
-            if frame is not None:
-                self._returns[role](thread, hit, frame)
+            call = thread.end(role, hit.sp - self._popped)
+            if call is not None:
+                self._returns[role](thread, hit, call)
         else:
             self._entries[role](thread, hit)
         thread.last = hit
 
-    def _short_calls(self, thread: _Thread, hit: Hit) -> None:
+    def _short_calls(self, thread: Thread, hit: Hit) -> None:
         """Commits that did nothing, with nothing in between."""
         thread.hits += 2 * hit.calls
         thread.last = None
-        if not any(f.role is Role.COMMIT for f in thread.frames):
+        if not any(f.role is Role.COMMIT for f in thread.calls):
             self._short += hit.calls
             self._short_ns += hit.result
 
-    def _reset(self, thread: _Thread) -> None:
+    def _reset(self, thread: Thread) -> None:
         """Hits of this thread are missing: forget all that they might have ended."""
-        thread.frames.clear()
+        thread.calls.clear()
         thread.hold = thread.inhibit = thread.last = None
         self._pauses.miscounted()
         if thread.tid == self.main:
             self._pauses.forget()
             self._monitors.forget()
 
-    def _enter(self, thread: _Thread, hit: Hit) -> None:
+    def _enter(self, thread: Thread, hit: Hit) -> None:
         assert hit.point is not None
-        _push(thread, _Frame(hit.point.role, hit.sp, hit.t_ns, thread.hits))
+        thread.begin(Call(hit.point.role, hit.sp, hit.t_ns, thread.hits))
 
     def _window(
         self,
         kind: StallKind,
-        thread: _Thread,
-        since: _Frame | _Span,
+        thread: Thread,
+        since: Call | Span,
         end_ns: int,
         *,
         update: SlotOp | None = None,
@@ -260,24 +226,24 @@ class Windows:
 
     # -- commits and slots -------------------------------------------------------------------------
 
-    def _committed(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
-        inner = any(f.role is Role.COMMIT for f in thread.frames)
-        self._window(StallKind.COMMIT, thread, frame, hit.t_ns, inner=inner, updates=frame.updates)
+    def _committed(self, thread: Thread, hit: Hit, call: Call) -> None:
+        inner = any(f.role is Role.COMMIT for f in thread.calls)
+        self._window(StallKind.COMMIT, thread, call, hit.t_ns, inner=inner, updates=call.updates)
 
-    def _slot_ioctl(self, thread: _Thread, hit: Hit) -> None:
+    def _slot_ioctl(self, thread: Thread, hit: Hit) -> None:
         if hit.args[1] & 0xFFFFFFFF not in SLOT_IOCTLS:
             return
         at = hit.args[2] - hit.sp
         if not 0 <= at <= len(hit.stack) - _SLOT.size:
             self.undecoded += 1
             return
-        frame = _Frame(Role.SLOT_IOCTL, hit.sp, hit.t_ns, thread.hits)
-        frame.slot = _SLOT.unpack_from(hit.stack, at)
-        _push(thread, frame)
+        call = Call(Role.SLOT_IOCTL, hit.sp, hit.t_ns, thread.hits)
+        call.slot = _SLOT.unpack_from(hit.stack, at)
+        thread.begin(call)
 
-    def _slot_updated(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
-        assert frame.slot is not None
-        slot, flags, gpa, size, hva = frame.slot
+    def _slot_updated(self, thread: Thread, hit: Hit, call: Call) -> None:
+        assert call.slot is not None
+        slot, flags, gpa, size, hva = call.slot
         update = SlotOp(
             t_ns=hit.t_ns,
             as_id=slot >> 16,  # Documentation/virt/kvm/api.rst
@@ -289,14 +255,14 @@ class Windows:
             ret=((hit.result & 0xFFFFFFFF) ^ 0x80000000) - 0x80000000,
             hva=hva,
         )
-        for outer in thread.frames:
+        for outer in thread.calls:
             outer.updates += 1
-        self._window(StallKind.SLOT_UPDATE, thread, frame, hit.t_ns, update=update)
+        self._window(StallKind.SLOT_UPDATE, thread, call, hit.t_ns, update=update)
 
-    def _inhibited(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
-        thread.inhibit = _Span(frame.t_ns, frame.hits, sure_ns=hit.t_ns)
+    def _inhibited(self, thread: Thread, hit: Hit, call: Call) -> None:
+        thread.inhibit = Span(call.t_ns, call.hits, sure_ns=hit.t_ns)
 
-    def _inhibit_end(self, thread: _Thread, hit: Hit) -> None:
+    def _inhibit_end(self, thread: Thread, hit: Hit) -> None:
         span, thread.inhibit = thread.inhibit, None
         if span is not None:
             cost = (thread.hits - span.hits) * self._hit_ns
@@ -307,31 +273,31 @@ class Windows:
 
     # -- the main thread -----------------------------------------------------------------------
 
-    def _pausing(self, thread: _Thread, hit: Hit) -> None:
+    def _pausing(self, thread: Thread, hit: Hit) -> None:
         self._enter(thread, hit)
         since = self._bql_since
         self._pauses.begin(hit.t_ns, since is not None and since <= hit.t_ns)
 
-    def _paused(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
-        del thread, frame
+    def _paused(self, thread: Thread, hit: Hit, call: Call) -> None:
+        del thread, call
         self._pauses.paused(hit.t_ns)
 
-    def _clock(self, thread: _Thread, hit: Hit) -> None:
+    def _clock(self, thread: Thread, hit: Hit) -> None:
         """Only inside resume_all_vcpus is it a sign: others call it for reasons of their own."""
-        if hit.args[0] & 0xFFFFFFFF == _CLOCK_VIRTUAL and hit.args[1] & 0xFF and thread.frames:
-            top = thread.frames[-1]
+        if hit.args[0] & 0xFFFFFFFF == _CLOCK_VIRTUAL and hit.args[1] & 0xFF and thread.calls:
+            top = thread.calls[-1]
             top.real = top.role is Role.RESUME
 
-    def _resumed(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
+    def _resumed(self, thread: Thread, hit: Hit, call: Call) -> None:
         del thread
-        if frame.real:
-            self._tell(self._pauses.resumed(frame.t_ns, hit.t_ns))
+        if call.real:
+            self._tell(self._pauses.resumed(call.t_ns, hit.t_ns))
 
-    def _command(self, thread: _Thread, hit: Hit) -> None:
+    def _command(self, thread: Thread, hit: Hit) -> None:
         del thread
         self._monitors.announce(hit.args[0])
 
-    def _current_monitor(self, thread: _Thread, hit: Hit) -> None:
+    def _current_monitor(self, thread: Thread, hit: Hit) -> None:
         del thread
         command = self._monitors.monitor(hit.args[0], hit.args[1], hit.t_ns)
         if command is not None:
@@ -343,10 +309,10 @@ class Windows:
 
     # -- the BQL -----------------------------------------------------------------------------------
 
-    def _nothing(self, thread: _Thread, hit: Hit) -> None:
+    def _nothing(self, thread: Thread, hit: Hit) -> None:
         """That it was the last hit is all that matters."""
 
-    def _mutex_lock(self, thread: _Thread, hit: Hit) -> None:
+    def _mutex_lock(self, thread: Thread, hit: Hit) -> None:
         """The first mutex that is locked inside bql_lock_impl is the BQL itself."""
         last = thread.last
         if (
@@ -359,31 +325,31 @@ class Windows:
         ):
             self.bql = hit.args[0]
 
-    def _bql_lock(self, thread: _Thread, hit: Hit) -> None:
+    def _bql_lock(self, thread: Thread, hit: Hit) -> None:
         if thread.hold is not None:
             # It is not recursive (an assertion in the function), so a release was not seen.
             self.contradictions += 1
             thread.hold = None
         site = Site(hit.args[0], hit.args[1] & 0x7FFFFFFF)
-        _push(thread, _Frame(Role.BQL_LOCK, hit.sp, hit.t_ns, thread.hits, site))
+        thread.begin(Call(Role.BQL_LOCK, hit.sp, hit.t_ns, thread.hits, site))
 
-    def _bql_locked(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
-        self._window(StallKind.BQL_WAIT, thread, frame, hit.t_ns)
-        self._hold(thread, hit, frame)
+    def _bql_locked(self, thread: Thread, hit: Hit, call: Call) -> None:
+        self._window(StallKind.BQL_WAIT, thread, call, hit.t_ns)
+        self._hold(thread, hit, call)
 
-    def _bql_retaken(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
-        self._hold(thread, hit, frame)
+    def _bql_retaken(self, thread: Thread, hit: Hit, call: Call) -> None:
+        self._hold(thread, hit, call)
 
-    def _hold(self, thread: _Thread, hit: Hit, frame: _Frame) -> None:
-        thread.hold = _Span(hit.t_ns, thread.hits, frame.site)
+    def _hold(self, thread: Thread, hit: Hit, call: Call) -> None:
+        thread.hold = Span(hit.t_ns, thread.hits, call.site)
         self._pauses.handoff(thread.tid)
 
-    def _bql_unlock(self, thread: _Thread, hit: Hit) -> None:
+    def _bql_unlock(self, thread: Thread, hit: Hit) -> None:
         hold, thread.hold = thread.hold, None
         if hold is not None:
             self._window(StallKind.BQL_HOLD, thread, hold, hit.t_ns)
 
-    def _cond_wait(self, thread: _Thread, hit: Hit) -> None:
+    def _cond_wait(self, thread: Thread, hit: Hit) -> None:
         """qemu_cond_wait_impl(cond, mutex, file, line), timedwait with ms before the file."""
         assert hit.point is not None
         role = hit.point.role
@@ -395,31 +361,8 @@ class Windows:
         self._bql_unlock(thread, hit)
         at = 2 if role is Role.COND_WAIT else 3
         site = Site(hit.args[at], hit.args[at + 1] & 0x7FFFFFFF)
-        _push(thread, _Frame(role, hit.sp, hit.t_ns, thread.hits, site))
+        thread.begin(Call(role, hit.sp, hit.t_ns, thread.hits, site))
 
 
 _SHORT_ROLES = frozenset((Role.COMMIT, Role.SLOT_IOCTL, Role.INHIBIT_BEGIN, Role.BQL_LOCK))
 _BQL_ROLES = frozenset((Role.BQL_LOCK, Role.BQL_UNLOCK, Role.COND_WAIT, Role.COND_TIMEDWAIT))
-
-
-def _push(thread: _Thread, frame: _Frame) -> None:
-    """A call begins.  One of the same function at the same place must have ended unseen."""
-    _pop(thread, frame.role, frame.sp)
-    if len(thread.frames) >= _MAX_FRAMES:
-        thread.frames.clear()
-    thread.frames.append(frame)
-
-
-def _pop(thread: _Thread, role: Role, sp: int) -> _Frame | None:
-    """The youngest call of that function at that place on the stack has ended.
-
-    No function whose return is probed can switch coroutines, so calls of a thread nest, and those
-    that began later have ended too.
-    """
-    frames = thread.frames
-    for i in range(len(frames) - 1, -1, -1):
-        frame = frames[i]
-        if frame.sp == sp and frame.role is role:
-            del frames[i:]
-            return frame
-    return None
