@@ -29,8 +29,8 @@ __all__ = [
     "started_verb",
 ]
 
-STILL_WAITS = re.compile(r"ending, but waiting .*\n")
-"""What any verb may say that a busy host keeps from ending within a second."""
+STILL_WAITS = re.compile(r"^(ending, but )?waiting .*\n", re.MULTILINE)
+"""What any verb may say that a busy host keeps waiting."""
 
 
 @dataclass(frozen=True, slots=True)
