@@ -74,20 +74,14 @@ class Cap(IntEnum):
 
 
 class ExitReason(IntEnum):
-    """`kvm_run.exit_reason`, those that the lab's guests can cause."""
+    """`kvm_run.exit_reason`, those that the lab tells apart."""
 
-    UNKNOWN = 0
-    EXCEPTION = 1
-    IO = 2
-    DEBUG = 4
     HLT = 5
     MMIO = 6
     IRQ_WINDOW_OPEN = 7
     SHUTDOWN = 8
-    FAIL_ENTRY = 9
     INTR = 10
     INTERNAL_ERROR = 17
-    SYSTEM_EVENT = 24
     DIRTY_RING_FULL = 31
     MEMORY_FAULT = 39
 

@@ -58,10 +58,6 @@ class Exits:
     shutdowns: int = 0
 
     @property
-    def deaths(self) -> int:
-        return self.internal_errors + self.shutdowns
-
-    @property
     def harm(self) -> int:
         """Whatever a guest should never see."""
         return self.spurious + self.internal_errors + self.shutdowns

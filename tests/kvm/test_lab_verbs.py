@@ -200,7 +200,7 @@ def test_what_no_kernel_has(kvm: Kvm) -> None:
     """It alone was asked for: its plan is told all the same, but nothing ran."""
     del kvm
     ran = run("race", "--strategy", "hole-flag", "--updates", "2", "--json")
-    ran.check_error(4, "none of the strategies", "hole-flag: no kernel has it", "remedy:")
+    ran.check_error(4, "none of the requested strategies", "hole-flag: no kernel has it", "remedy:")
     (document,) = ran.documents
     strategies = document["strategies"]
     assert isinstance(strategies, list)
