@@ -100,8 +100,8 @@ def strategy_option(function: Callable[..., int]) -> Callable[..., int]:
     """`--strategy`."""
     return click.option(
         "--strategy", type=click.Choice(["direct", "pause", "hole"]), default="direct",
-        show_default=True, help="direct: QEMU's way. pause: stop all vCPUs meanwhile. hole: change "
-        "something inside a region that was reserved beforehand.",
+        show_default=True, help="direct: the update alone. pause: all vCPUs are paused for "
+        "it. hole: the change stays inside a region that was reserved beforehand.",
     )(function)  # fmt: skip
 
 

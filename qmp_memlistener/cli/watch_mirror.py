@@ -70,11 +70,11 @@ def mirror_options(function: Callable[..., None]) -> Callable[..., None]:
                      "monitor of the same QEMU, for the guard that resumes the guest if we "
                      "cannot."),
         click.option("--mirror-vcpus", type=click.IntRange(0, 16), metavar="N", help="With "
-                     "--mirror kvm: let N vCPUs of the lab VM run meanwhile, so that slots cost "
-                     "what they cost then; each takes a CPU of this host. Default: 0."),
+                     "--mirror kvm: let N vCPUs of the lab VM run, because slot operations cost "
+                     "more then; each takes a CPU of this host. Default: 0."),
         click.option("--strategy", type=click.Choice(["direct", "pause", "hole"]), help="How the "
-                     "mirror follows: QEMU's own operations, the same while the guest is paused, "
-                     "or holes in slots that stay. Default: hole."),
+                     "mirror is updated. direct: QEMU's operations alone. pause: the same while "
+                     "the guest is paused. hole: slots stay and get holes. Default: hole."),
         click.option("--mirror", type=click.Choice(["kvm", "model"]), help="Keep slots of our own "
                      "in step with the guest's: those of a lab VM on /dev/kvm, or a model in "
                      "memory; compared at the end."),

@@ -47,8 +47,8 @@ class UpdateRefused(OperationFailed):
 class Strategy(StrEnum):
     """How the guest is treated while its map changes.
 
-    DIRECT: QEMU's way, vCPUs run.  PAUSE: all vCPUs are stopped around the update.  HOLE: the
-    change happens inside a region that was reserved beforehand, so that nothing else moves.
+    DIRECT: the update alone, vCPUs run.  PAUSE: the same while all vCPUs are paused.  HOLE: no slot
+    is deleted, the change stays inside a region or slots that are there already.
     """
 
     DIRECT = "direct"
