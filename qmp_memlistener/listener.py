@@ -18,7 +18,7 @@ import inspect
 import logging
 from collections.abc import Callable, Iterable
 
-from .memslots import LOG_DIRTY_PAGES
+from .memslots import LOG_DIRTY_PAGES, OpKind
 from .records import SlotOp
 from .topology import FlatRange, FlatView, Hole, Transition, diff
 from .tracking import Change
@@ -148,7 +148,7 @@ class _Runner:
                 await self._call("region_add" if section in new else "region_nop", section)
         for op in change.slot_ops:
             await self._call("slot_changed", op)
-            if op.op == "flags":
+            if op.op is OpKind.FLAGS:
                 logged = change.view.lookup(op.gpa)
                 if logged is not None:
                     on = op.flags & LOG_DIRTY_PAGES

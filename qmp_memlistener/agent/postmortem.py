@@ -21,6 +21,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from ..memslots import OpKind
 from ..records import GuestFailure, SlotOp
 
 __all__ = [
@@ -91,11 +92,11 @@ class MapChange:
         """The delete that took the slot at `gpa` away, and the add that brought it back, if any."""
         deleted: SlotOp | None = None
         for op in self.ops:
-            if op.as_id != as_id or not op.gpa <= gpa < op.gpa + op.size or op.ret != 0:
+            if op.as_id != as_id or not op.gpa <= gpa < op.end or op.ret != 0:
                 continue
-            if op.op == "delete":
+            if op.op is OpKind.DELETE:
                 deleted = op
-            elif op.op == "add" and deleted is not None:
+            elif op.op is OpKind.ADD and deleted is not None:
                 return deleted, op
         return (deleted, None) if deleted is not None else None
 
@@ -107,10 +108,10 @@ class MapChange:
         for op in self.ops:
             if op.as_id != 0 or op.ret != 0 or op.predicted:
                 continue
-            if op.op == "delete":
+            if op.op is OpKind.DELETE:
                 deleted.append(op)
-            for old in deleted if op.op == "add" else ():
-                start, end = max(old.gpa, op.gpa), min(old.gpa + old.size, op.gpa + op.size)
+            for old in deleted if op.op is OpKind.ADD else ():
+                start, end = max(old.gpa, op.gpa), min(old.end, op.end)
                 if end > start and (best is None or end - start > best[1] - best[0]):
                     best = (start, end)
         return best

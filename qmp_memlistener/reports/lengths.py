@@ -23,8 +23,7 @@ _KINDS = {
     StallKind.VCPU_GAP: "vCPU gap",
     StallKind.MISSING: "RAM missing",
 }
-KIND_ORDER = {str(kind): i for i, kind in enumerate(_KINDS)}
-_WORDS = {str(kind): words for kind, words in _KINDS.items()}
+KIND_ORDER = {kind: i for i, kind in enumerate(_KINDS)}
 
 # (from here on, unit, its name): what is shorter than 0.1 of a unit is told in the one below
 _UNITS = (
@@ -78,7 +77,7 @@ def span_text(at_least_ns: int | None, at_most_ns: int | None) -> str:
 
 def kind_text(kind: str) -> str:
     """A kind of stall window in words."""
-    return _WORDS.get(kind, kind)
+    return _KINDS.get(StallKind(kind), kind)
 
 
 def _unit(ns: int) -> tuple[int, str]:

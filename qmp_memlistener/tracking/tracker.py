@@ -22,6 +22,7 @@ from ..records import (
     Detail,
     Reconciled,
     Record,
+    SlotOp,
     TransitionRecord,
 )
 from ..topology import (
@@ -309,24 +310,23 @@ class Tracker:
         """The operations of one commit against the planned ones, ids where they are known."""
         planned = self._planned(maps).ops
 
-        def shape(what: str, as_id: int, gpa: int, size: int, slot: int) -> tuple[object, ...]:
-            return (what, as_id, gpa, size, slot if with_ids and what == "delete" else None)
+        def shapes(ops: Iterable[Op | SlotOp]) -> list[tuple[object, ...]]:
+            return [
+                (
+                    op.op,
+                    op.as_id,
+                    op.gpa,
+                    op.size,
+                    op.slot if with_ids and op.op is OpKind.DELETE else None,
+                )
+                for op in ops
+                if op.op is not OpKind.FLAGS
+            ]
 
-        wanted = [
-            shape(str(op.op), op.as_id, op.gpa, op.size, op.slot)
-            for op in planned
-            if op.op is not OpKind.FLAGS
-        ]
-        traced = [
-            shape(str(op.op), op.as_id, op.gpa, op.size, op.slot)
-            for op in commit.ops
-            if op.op is not OpKind.FLAGS
-        ]
+        wanted, traced = shapes(planned), shapes(commit.ops)
         if wanted == traced:
             return []
-        return [
-            f"order: predicted {_words(wanted)}; traced {_words(traced)}",
-        ]
+        return [f"order: predicted {_words(wanted)}; traced {_words(traced)}"]
 
     # -- reporting -----------------------------------------------------------------------------
 
