@@ -76,7 +76,7 @@ def say(*lines: str, err: bool = False) -> None:
     """Print lines, each on a line of its own whatever is in it; an empty line when there is none.
 
     This, `print_table`, `print_error` and `print_json` are all that writes to the user's terminal.
-    That nobody reads stderr any more is no reason to end.
+    A closed stderr is no reason to end.
     """
     for line in lines or ("",):
         try:

@@ -213,8 +213,8 @@ async def follow(
 ) -> Followed:
     """Attach and print records until the time is over, the count reached, a signal or the end.
 
-    `limits` are checked on the way; with a freeze among them, nobody else of ours may touch the
-    guest meanwhile.  With `mirror`, slots of our own follow the guest; what they need is there
+    `limits` are checked on the way; with a freeze among them, our other verbs may not touch
+    the guest meanwhile.  With `mirror`, slots of our own follow the guest; what they need is there
     before anything is attached, and gone when this returns.
     """
     if options.for_ns == 0:

@@ -1,4 +1,4 @@
-"""`lab strategies`: what the lab can run, what each stands for, and what it lacks here."""
+"""`lab strategies`: what the lab can run, what each is, and what it lacks here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .lab import device_option
 @device_option
 @json_option
 def command(device: str, as_json: bool) -> None:
-    """List the lab's strategies: what each stands for, and why it does not run here.
+    """List the lab's strategies: what each is, and why it does not run here.
 
     Without a usable KVM device the list is the same, and that is the reason for each.
 

@@ -1,4 +1,4 @@
-"""How the command line is ended from outside, and what it says when something takes long.
+"""How the command line is ended from outside, and what it prints when something takes long.
 
 SIGINT, SIGTERM, SIGHUP (a closed terminal) and SIGQUIT mean the same: end, and put everything back.
 What runs in an event loop is cancelled; elsewhere `Interrupted` is raised.  A handler in Python
@@ -45,7 +45,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """What this process does when it is told to end; `install` once, in the main thread."""
+    """What this process does when it is asked to end; `install` once, in the main thread."""
 
     def __init__(self) -> None:
         self.taken = 0

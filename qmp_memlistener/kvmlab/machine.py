@@ -194,13 +194,13 @@ class Machine(Closing):
         return total
 
     def beats(self) -> list[int]:
-        """Each vCPU's beats so far."""
+        """Each vCPU's heartbeats so far."""
         return [report.count for report in self.private.reports]
 
     def wait_beats(
         self, beats: int, *, unless: Callable[[int], bool] = lambda _vcpu: False
     ) -> None:
-        """Until every vCPU that lives has made `beats` more, or `unless` is true of it.
+        """Until every vCPU that lives has made `beats` more heartbeats, or `unless` is true of it.
 
         Raises OperationFailed when that takes longer than any reasonable time.
         """
@@ -245,7 +245,7 @@ class Machine(Closing):
             report.max_gap = 0
 
     def longest_gap_ns(self) -> int:
-        """The longest time between two beats of a vCPU since `forget_gaps`, of all vCPUs."""
+        """The longest time between two heartbeats of a vCPU since `forget_gaps`, of all vCPUs."""
         ticks = max(report.max_gap for report in self.private.reports)
         return ticks * 1_000_000 // self._khz
 

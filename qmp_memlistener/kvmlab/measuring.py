@@ -13,7 +13,7 @@ from .machine import Machine
 __all__ = ["BEATS", "Totals", "Update", "measure"]
 
 BEATS = 32
-"""How often each vCPU beats before and after an update: the same for all, so that gaps compare."""
+"""Heartbeats of each vCPU before and after an update: the same for all, so that gaps compare."""
 
 
 class Update(msgspec.Struct, frozen=True, kw_only=True):

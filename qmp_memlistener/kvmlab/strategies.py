@@ -40,7 +40,7 @@ class LabStrategy:
     """One way to carry out a transition.
 
     `sync` fetches a slot's dirty log just before it is deleted.  `hole` makes holes in live slots.
-    `chunk` splits RAM into slots of so many bytes beforehand.  `only_model` says why no kernel
+    `chunk` splits RAM into slots of so many bytes beforehand.  `only_model` is why no kernel
     runs it: its plan is all there is.  `fidelity` says what it stands for and where it differs.
     """
 

@@ -1,4 +1,4 @@
-"""Which kinds of stall were measured when: what tells "no stall" from "nobody looked".  Pure.
+"""Which kinds of stall were measured when: what separates "no stall" from "not measured".  Pure.
 
 A span counts as measured only if one probe measured that kind all the time and lost nothing.
 """

@@ -41,7 +41,7 @@ class TracedOp(msgspec.Struct, eq=False, gc=False):
 
 
 class Pairing:
-    """Pairs what has come since the last time.  An ioctl that is paired learns what its line tells.
+    """Pairs what has come since the last time.  An ioctl that is paired gets the facts of its line.
 
     When too many wait, all of them are forgotten: after a gap the order pairs no more.
     """
@@ -114,10 +114,10 @@ class Pairing:
         self._whole_ns = self._latest_ns + SLACK_NS
 
     def strays(self, until_ns: int) -> tuple[list[SlotOp], list[Stall]]:
-        """Operations whose ioctl no probe saw, and ioctls without a line; each is told once.
+        """Operations whose ioctl no probe saw, and ioctls without a line; each is reported once.
 
         Both sides must have delivered what was before `until_ns`.  What came within a gap is no
-        stray: nobody knows what was missed.
+        stray: what was missed is unknown.
         """
         before = until_ns - SLACK_NS
         ops = [t for t in self._passed if t.op.t_ns < before]
@@ -172,9 +172,9 @@ class Updates:
 
 
 def merge(stalls: list[Stall], evidence: Evidence) -> list[Stall]:
-    """Windows of one kind that several probes saw: the narrowest stands for all.
+    """Windows of one kind that several probes saw: the narrowest is kept for all.
 
-    One whose twin was decided before has been told already.
+    One whose twin was decided before has been reported already.
     """
     kept: list[Stall] = []
     several = len({stall.seen.probe for stall in stalls}) > 1

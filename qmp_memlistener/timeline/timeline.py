@@ -135,7 +135,7 @@ class Timeline:
                 self._stops.append(record)
 
     def know_slot(self, as_id: int, gpa: int, size: int) -> None:
-        """The size of the slot that begins there, so that a delete tells how much went away."""
+        """The size of the slot that begins there, so that a delete shows how much went away."""
         self._sizes[as_id, gpa] = size
 
     def lost(self, probe: str) -> None:
@@ -171,7 +171,7 @@ class Timeline:
         """Traced operations that uprobes did not see, and ioctls that they saw and that were not
         traced, each once.  Nothing as long as one of the two is not there.
 
-        Without uprobes, lines of a forger or lines that got lost would not be told from others.
+        Without uprobes, forged or lost lines could not be distinguished from others.
         """
         self._pairing.pair()
         if not {TRACE, "uprobes"} <= self._reached.keys():

@@ -1,4 +1,4 @@
-"""Stall windows out of slot operations: what the lines or the ioctls of one commit tell.  Pure.
+"""Stall windows out of slot operations: from the lines or the ioctls of one commit.  Pure.
 
 Two kinds come from here.  `slot_update`, from trace lines only (probes that see the ioctl itself
 deliver it directly), and `missing`: RAM that is there before and after a commit, and had no slot
@@ -62,7 +62,7 @@ def missing_window(ops: Iterable[Timed], probe: str) -> Observation | None:
 
 
 def trace_windows(begin_ns: int, ops: Sequence[SlotOp], bound_ns: int) -> list[Observation]:
-    """What the trace lines of one commit tell, with the error of their time stamps.
+    """What the trace lines of one commit show, with the error of their time stamps.
 
     `begin_ns` is the time of the commit's first line.  A line's time is late by up to `bound_ns`
     (it is stamped on arrival, unless QEMU stamps its lines) or by its `late_ns`.  QEMU prints a

@@ -220,7 +220,7 @@ def _parse_trees(lines: list[str], first_line: int) -> Dump:
 
 
 def _take_system(dump: Dump, line_no: int, line: str) -> None:
-    """Sections of regions alone: somebody cut the address spaces off.
+    """Sections of regions alone: the address spaces were cut off.
 
     `system` is the root of `memory` on every machine (system/physmem.c, `memory_map_init`).
     """

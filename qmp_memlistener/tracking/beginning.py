@@ -113,7 +113,7 @@ class _Beginning:
         space.taken.discard(op.slot)
 
     def _is_of_map(self, op: SlotOp, space: _Space) -> bool:
-        """It tells the id of a slot of the first map."""
+        """It shows the id of a slot of the first map."""
         known = space.there.get(op.gpa) if op.op is not OpKind.ADD else None
         if known is None or not (op.op is OpKind.DELETE or known.size == op.size):
             return False
@@ -123,7 +123,7 @@ class _Beginning:
         return True
 
     def _was_there(self, op: SlotOp, shown: Backing | None, space: _Space, number: int) -> bool:
-        """It is about a slot that nothing told of, if there can have been one."""
+        """It is about a slot that nothing showed, if there can have been one."""
         taken = self._late and op.slot in space.taken
         if op.op is OpKind.ADD and not taken:
             return False

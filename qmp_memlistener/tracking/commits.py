@@ -24,7 +24,7 @@ __all__ = ["Commit", "CommitGrouper", "Upwards"]
 class Commit:
     """One commit; `slots_after` are the slots it left, if it added or deleted any.
 
-    `merged` counts it and those before it that changed no slot and are told with it.
+    `merged` counts it and those before it that changed no slot and are reported with it.
     """
 
     t_ns: int
@@ -129,7 +129,7 @@ class CommitGrouper:
         now.ops.append(op)
 
     def cause(self, cause: Cause, *, after: bool = False, moves_bar: bool = False) -> None:
-        """A line that tells why: printed before the commit it concerns, or `after` it.
+        """A line with the cause: printed before the commit it concerns, or `after` it.
 
         `moves_bar`: a memory BAR comes or goes, so the map changes even where no slot does.
         """

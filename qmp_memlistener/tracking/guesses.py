@@ -1,6 +1,6 @@
 """All that is guessed of a log that begins in a guest's life.  What is certain is in `beginning`.
 
-QEMU's choice of ids tells much: it gives a new slot the lowest free one (`kvm_get_free_slot`,
+QEMU's choice of ids shows much: it gives a new slot the lowest free one (`kvm_get_free_slot`,
 accel/kvm/kvm-all.c).  Only starts of slots are certain; a guessed size never reaches what was there
 at the same time.
 """
@@ -90,7 +90,7 @@ def guess_sizes(
     unsized: Mapping[tuple[int, int], tuple[int, int]],
     commits: list[list[Told]],
 ) -> None:
-    """Sizes for slots that only a delete tells of, from what comes in their place.
+    """Sizes for slots that only a delete shows, from what comes in their place.
 
     What is reachable mostly stays so: the slot reached as far as the same memory is set again, and
     as far as anything is set without a gap.  One that is set again at its place is shorter or

@@ -1,6 +1,6 @@
 """The memslots of a running guest, as far as they are known from outside.
 
-Nobody can ask KVM for its slots.  At attach the table is what QEMU's rules give for the map, with
+KVM cannot be asked for its slots.  At attach the table is what QEMU's rules give for the map, with
 the ids unknown; every traced operation then tells an id and a host address, and with the host
 address which RAM block a slot shows.
 """
@@ -39,7 +39,7 @@ _KEPT_MAPS = 16
 
 
 class LiveSlot(msgspec.Struct, frozen=True, gc=False):
-    """A slot; `slot` and `hva` are None until an operation told them, so is `block` until known."""
+    """A slot; `slot` and `hva` are None until an operation has them, so is `block` until known."""
 
     as_id: int
     slot: int | None
@@ -282,7 +282,7 @@ class LiveSlots:
 class SlotMaps:
     """Maps of `memory` that slots make of the map before, which gives all but RAM and ROM.
 
-    A guest that goes back and forth between two maps is told fast: what was worked out is kept.
+    A guest that goes back and forth between two maps is reported fast: what was worked out is kept.
     """
 
     def __init__(self, live: LiveSlots) -> None:

@@ -1,4 +1,4 @@
-"""What files tell of a guest's transitions: a recording as pairs of views, and as commits.
+"""What files hold of a guest's transitions: a recording as pairs of views, and as commits.
 
 `replay` gives the views on both sides of each transition; `read_recording` the slot operations,
 commit by commit, with the RAM block that the map has at each.  `logs` gives the same of a raw log.

@@ -1,4 +1,4 @@
-"""What is told of a map, a commit and its operations: records, and changes for listeners.  Pure."""
+"""Reports of a map, a commit and its operations: records, and changes for listeners.  Pure."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = [
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What listeners are told at once: a transition, slot operations, or both.
+    """What listeners get at once: a transition, slot operations, or both.
 
     `view` is the map after it.
     """
@@ -73,7 +73,7 @@ def transition_record(
 def told_again(
     told: TransitionRecord, seq: int, commit: Commit, *, merged: int, slot_ops: int
 ) -> TransitionRecord:
-    """The same transition as one that was told before, and nothing else is known of its cause."""
+    """The same transition as one before it, and nothing else is known of its cause."""
     return replace(
         told,
         seq=seq,
@@ -90,7 +90,7 @@ def traced_records(commit: Commit, seq: int | None) -> list[SlotOp]:
 
 
 def predicted_records(ops: Iterable[Op], t_ns: int, seq: int) -> list[SlotOp]:
-    """Operations that nobody saw, as QEMU's rules give them."""
+    """Operations that were not seen, as QEMU's rules give them."""
     return [
         SlotOp(
             t_ns=t_ns,
