@@ -4,7 +4,7 @@
         agent.register(Holes())
         error = await agent.wait_lost()
 
-How the block is entered is in `attachment`; what is seen there is folded by `tracking`, told to
+How the block is entered is in `attachment`; what is seen there is folded by `tracking`, sent to
 listeners and published as records.  Leaving the block puts trace events and log back as they
 were, whatever the reason for leaving.
 """
@@ -66,7 +66,7 @@ def attach(
     events or the log.  `probes` names those that measure stalls: by default the best that work
     here, none with `()`; `max_overhead` bounds what each may take of a host CPU (0.02: 2 %);
     stalls longer than the limits (ns) in `must_see` are not to be missed, whatever that costs.
-    `freeze` is a reason why nobody may touch this guest as long as the block lasts: other
+    `freeze` is the reason why this guest must not be touched while the block lasts: other
     processes of ours refuse to.  `record` names a new file for the recording, `on_record` is
     called with every record from the header on.  `ping_monitor` and `ops_monitor` name further
     monitors of the same QEMU; otherwise free ones are found.  `guarded` keeps one free for the
@@ -100,8 +100,8 @@ class Agent:
     """A watched guest; made by `attach`, usable inside its block.
 
     `monitor` is the connection it observes through, `operations` the one that was named for that
-    (the observer's when none was, see `operating`), `measuring` the probes at work.
-    `facts` is what the guest said of itself, `header` the first record, `remarks` what the user
+    (the observer's when none was, see `operating`), `measuring` the active probes.
+    `facts` is what QEMU reports of the guest, `header` the first record, `remarks` what the user
     should know about this attachment, and `unrestored`, once it is left, what could not be put
     back as it was.
     """
@@ -188,7 +188,7 @@ class Agent:
         return self._attached.source.snapshots, self._attached.source.snapshot_ns
 
     def probes(self) -> list[ProbeState]:
-        """Which probes are at work, and why others are not."""
+        """Which probes are active, and why others are not."""
         return self.measuring.state().probes
 
     def measured(self, start_ns: int, end_ns: int) -> frozenset[StallKind]:
@@ -196,7 +196,7 @@ class Agent:
         return self.measuring.measured(start_ns, end_ns)
 
     async def probes_started(self) -> None:
-        """Return when every probe is at work, or has said why not."""
+        """Return when every probe is active, or has failed with a reason."""
         await self.measuring.wait_started()
 
     async def probes_ready(self, timeout_s: float) -> tuple[str, ...]:
@@ -213,7 +213,7 @@ class Agent:
         self._publisher.dispatcher.register(listener, self.map.view)
 
     async def unregister(self, listener: MemoryListener) -> None:
-        """Stop telling `listener`, once it knows what has happened so far."""
+        """Remove `listener` when it has got what has happened so far."""
         await self._publisher.dispatcher.unregister(listener)
 
     def subscribe(self, callback: Callable[[Record], None]) -> Callable[[], None]:
@@ -249,7 +249,7 @@ class Agent:
                 free, meant=self.monitor.identity, deadline=self._options.deadline
             )
         except TargetError:
-            yield self.monitor  # somebody else was quicker
+            yield self.monitor  # another task was quicker
             return
         async with monitor:
             yield monitor
@@ -306,7 +306,7 @@ class Agent:
         backends: bool = False,
         options: UpdateOptions | None = None,
     ) -> Outcome:
-        """Take out the device `id`, with `backends` also what it stood on."""
+        """Unplug the device `id`; with `backends` remove its backends, too."""
         also = await backends_of(self.monitor, id) if backends else ()
         return await self.update(Unplug(id, also), strategy, options)
 

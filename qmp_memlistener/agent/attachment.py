@@ -233,7 +233,7 @@ class Opening:
         self._stack.callback(monitor.subscribe(failures.event))
 
     async def _settle(self) -> None:
-        """Transitions that happened are reported, and the stalls that tell who made them."""
+        """Transitions that happened are reported, and the stalls that they caused."""
         now = time.monotonic_ns()
         if self._source is not None:
             await self._source.settle()
@@ -255,7 +255,7 @@ class Opening:
         await source.finish()
         await self._background.end()
         if source.tracker is not None:
-            source.tracker.flush()  # of what no snapshot will tell more
+            source.tracker.flush()  # no further snapshot comes
         self._publisher.publish()
 
     # -- stalls ------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ class Limits:
     """`stalls` are limits by kind; `frozen`: no transition at all, `default_ns` for other kinds.
 
     A stall violates a limit when it was certainly longer: its `at_least_ns` counts.  One that may
-    have been longer, by its `at_most_ns`, is told as possible.
+    have been longer, by its `at_most_ns`, is reported as possible.
     """
 
     stalls: Mapping[StallKind, int] = field(default_factory=dict)
@@ -43,7 +43,7 @@ class Limits:
         return bool(self.stalls) or self.frozen
 
     def require_measured(self, probes: Sequence[ProbeState]) -> None:
-        """Raise MissingPrerequisite when nothing at work measures what has a limit of its own."""
+        """Raise MissingPrerequisite when no active probe measures what has a limit of its own."""
         measured = {kind for probe in probes if probe.active for kind in probe.measures}
         unmeasured = [str(kind) for kind in self.stalls if kind not in measured]
         if not unmeasured:

@@ -49,7 +49,7 @@ _INTERNAL = re.compile(r"^KVM internal error", re.MULTILINE)
 
 @dataclass(frozen=True, slots=True)
 class VcpuRegisters:
-    """What `info registers` tells of a vCPU.
+    """What `info registers` shows of a vCPU.
 
     `ip` is the offset in its code segment, `linear` the address that paging translates, `general`
     the general registers as text, to tell vCPUs apart.
@@ -117,7 +117,7 @@ class MapChange:
         return best
 
     def is_near(self, t_ns: int, within_ns: int) -> bool:
-        """It began before `t_ns`, or, where nobody saw it happen, may have."""
+        """It began before `t_ns`, or, where it was not seen, may have."""
         later_ns = within_ns if any(op.predicted for op in self.ops) else 0
         return -later_ns <= t_ns - self.t_ns <= within_ns
 

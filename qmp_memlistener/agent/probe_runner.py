@@ -45,7 +45,7 @@ RELEASE_S, IDLE_S = 0.05, 0.25
 """So often the timeline is asked for stalls that are decided, and so often while it has none."""
 FINISH_S = 0.5
 LATE_NS = 50_000_000
-"""QEMU may be interrupted for so long between an ioctl and the line that tells of it."""
+"""QEMU may be interrupted for so long between an ioctl and its line."""
 _STOP_DEADLINE = 5.0
 _STARTING = "start "
 _STARTS = ("it is being started", None)
@@ -90,7 +90,7 @@ class Measuring:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """The probes that are at work."""
+        """The probes that are active."""
         names = (probe.info.name for probe in self._active)
         return tuple(name for name in names if name not in self._why_not)
 
@@ -130,7 +130,7 @@ class Measuring:
             self._publish([self.state()])
 
     async def wait_started(self) -> None:
-        """Return when every probe is at work or has said why not; some may take seconds."""
+        """Return when every probe is active or has failed; some may take seconds."""
         await self.start()
         while self._starting:
             names = ", ".join(t.get_name().removeprefix(_STARTING) for t in self._starting)
@@ -186,7 +186,7 @@ class Measuring:
             await self._keep_up(choice.probe)
 
     def state(self) -> ProbesRecord:
-        """Which probes are at work, and why the others are not."""
+        """Which probes are active, and why the others are not."""
         active = set(self.names)
         states = [self._state_of(choice, choice.info.name in active) for choice in self._choices]
         return ProbesRecord(t_ns=time.monotonic_ns(), probes=states)
@@ -243,7 +243,7 @@ class Measuring:
         await self._hand_out(lambda: self._timeline.release(time.monotonic_ns()))
 
     def _compare_witnesses(self) -> None:
-        """Trace lines and uprobes must tell of the same slot operations: say where they do not."""
+        """Trace lines and uprobes must show the same slot operations: report differences."""
         for text in one_sided(*self._timeline.strays(), self._coverage):
             self.note(text)
 
@@ -254,7 +254,7 @@ class Measuring:
             await self._keep_up(probe)
 
     async def _keep_up(self, probe: Probe) -> None:
-        """Tell a probe of the bursts that it was not told of: it may have started within one."""
+        """Announce to a probe the bursts that it missed: it may have started within one."""
         name = probe.info.name
         while self._bursts != (told := self._told_bursts.get(name, 0)):
             on = told < self._bursts
@@ -294,7 +294,7 @@ class Measuring:
     async def finish(self) -> None:
         """Everything is reported: publish the stalls that are left, and the summary.
 
-        Whoever ends does not wait longer than `FINISH_S` for stalls: the rest is told as lost.
+        Whoever ends does not wait longer than `FINISH_S` for stalls: the rest is reported as lost.
         """
         try:
             async with asyncio.timeout(FINISH_S):

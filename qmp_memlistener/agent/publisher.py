@@ -55,7 +55,7 @@ class Publisher:
 class Records:
     """Where records are published; subscribers get them in order.
 
-    One that raises is dropped and `on_failure` told; only our own errors (a full disk under the
+    One that raises is dropped and `on_failure` called; only our own errors (a full disk under the
     recording) reach the publisher.  A `writer` gets all records that are published at once.
     """
 
@@ -127,7 +127,7 @@ class Records:
 class RecordStream:
     """Records in order, as an async iterator that ends when the agent does.
 
-    When nobody reads for long the oldest records go, and a `Lost` record stands in their place.
+    When they are not read for long the oldest are dropped, and a `Lost` record takes their place.
     """
 
     def __init__(self, limit: int) -> None:

@@ -1,7 +1,7 @@
 """The source that misses nothing: QEMU's trace lines, with a snapshot when something changed.
 
 QEMU logs the command that asks for a snapshot (event `handle_hmp_command`) before it runs, and
-holds the BQL from there until the text is whole.  So the line stands exactly where the snapshot
+holds the BQL from there until the text is whole.  So the line is exactly where the snapshot
 belongs among the operations, and no commit can be on the wrong side of it.
 """
 
@@ -48,7 +48,7 @@ That is the longer of QEMU's time and ours: reading the text takes longer than p
 GAP_FACTOR = 4.0
 RETRY_S = 1.0
 PENDING = 256
-"""So many commits wait for a snapshot that tells all of them; a guest can make more than that."""
+"""So many commits wait for one snapshot; a guest can make more than that."""
 IO_SPACE = 1 << 16
 """BARs of I/O ports lie below, those of memory never do on the machines that have ports."""
 _SLICE = 2_000

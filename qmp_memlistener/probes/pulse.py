@@ -1,12 +1,11 @@
 """The `pulse` probe: gaps that a guest itself noticed, on each of its CPUs.
 
-The pulse guest beats in memory that QEMU shares with us (vm-images/pulse); each CPU keeps a ring
-of the gaps between two beats that were longer than its threshold.  A thread of ours reads them;
-the guest is given no command and nothing of it is written.
-
-Which gaps there are is the guest's threshold, 0x100000 ticks when it boots
-(DEFAULT_THRESHOLD in vm-images/pulse/layout.inc).  `CPU n` counts as the guest does: 0 is the boot
-processor, the others in the order in which they came up.
+The pulse guest makes heartbeats in memory that QEMU shares with us (vm-images/pulse); each CPU
+keeps a ring of the gaps between two heartbeats that were longer than its threshold.  A thread of
+ours reads them; the guest is given no command and nothing of it is written.  Which gaps there are
+is the guest's threshold, 0x100000 ticks when it boots (DEFAULT_THRESHOLD in vm-
+images/pulse/layout.inc).  `CPU n` counts as the guest does: 0 is the boot processor, the others in
+the order in which they came up.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ _BURST_S = 0.002
 _FLOOD_S = 0.001
 _FLOOD = 32  # new gaps in one poll from which the ring may overflow
 _GAPS_LAST_NS = 500_000_000
-_FLUSH_NS = 200_000_000  # how long a flush waits for beats
+_FLUSH_NS = 200_000_000  # how long a flush waits for heartbeats
 _FLUSH_DEADLINE_S = 2.0
 _LOST_EVERY_NS = 1_000_000_000
 _JOIN_S = 2.0

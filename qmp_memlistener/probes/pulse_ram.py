@@ -1,4 +1,4 @@
-"""Where a QEMU's guest RAM can be read from here, and whether a pulse guest beats in it.
+"""Where a QEMU's guest RAM can be read from here, and whether a pulse guest runs in it.
 
 Only memory that QEMU maps shared can be: `memory-backend-file`, `-memfd` or `-ram` with `share=on`,
 or a file descriptor that QEMU was given.  /proc/PID/maps lists it whatever it is called, and the

@@ -4,7 +4,7 @@ Needs nothing.  QEMU stamps each event with its realtime clock in microseconds (
 `StopClock` maps that to CLOCK_MONOTONIC and says how sure it is.  It is pure.
 
 STOP is sent when all vCPUs have been paused (do_vm_stop, cpus.c), RESUME just before they are let
-go (vm_prepare_start): a vCPU stands still a little longer than the window.
+go (vm_prepare_start): a vCPU is paused a little longer than the window.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class StopClock:
     """When events happened, from their stamps.
 
     `same_host`: QEMU reads the clock that we read.  Otherwise stamps only tell how far two events
-    lie apart, and its clock is taken not to be set while the guest stands still.
+    lie apart, and its clock is taken not to be set while the guest is paused.
     """
 
     def __init__(self, offset: Offset, *, same_host: bool) -> None:
@@ -176,7 +176,7 @@ class RunStateProbe:
             self._sink.advance(self.info.name, called_ns)
 
     async def stop(self) -> None:
-        """A guest that still stands still is reported as far as it is known."""
+        """A guest that is still paused is reported as far as it is known."""
         self._progress.stop()
         try:
             if self._stopped is not None and not self._since_before:

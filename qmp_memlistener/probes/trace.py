@@ -12,7 +12,7 @@ __all__ = ["TraceProbe"]
 
 
 class TraceProbe:
-    """Declares what trace lines tell; the agent's own source delivers them."""
+    """Declares what trace lines show; the agent's own source delivers them."""
 
     info = ProbeInfo(
         name="trace",

@@ -1,4 +1,4 @@
-"""Which of QEMU's functions tell what, in which version, and how each is probed.
+"""Which of QEMU's functions show what, in which version, and how each is probed.
 
 Only entries of exported functions are ever probed, and returns of those few that cannot switch
 coroutines: a return probe replaces the return address on the stack, and QEMU's coroutines switch
