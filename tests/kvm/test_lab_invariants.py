@@ -7,7 +7,7 @@ import pytest
 from qmp_memlistener.kvmlab import Cap, GuestKind, Kvm, RaceOptions, RaceReport, run_race
 from qmp_memlistener.kvmlab.measuring import Totals
 
-pytestmark = [pytest.mark.kvm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.kvm, pytest.mark.alone, pytest.mark.timeout(600)]
 
 UPDATES = pytest.mark.parametrize("updates", [100, pytest.param(400, marks=pytest.mark.full)])
 """In all but one of ten updates a guest meets missing RAM, where there is any."""

@@ -11,7 +11,7 @@ from qmp_memlistener.kvmlab import Kvm, ReplayOptions, replay_document, run_repl
 from qmp_memlistener.kvmlab.replay.run import ReplayReport
 from tests.kvm.lab_support import recorded, recordings, slot_log
 
-pytestmark = [pytest.mark.kvm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.kvm, pytest.mark.alone, pytest.mark.timeout(600)]
 
 STRATEGIES = (
     *("naive", "qemu-7.2", "pause", "pause+sync", "inhibit", "batch"),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from qmp_memlistener.errors import InputError, MtreeError
-from qmp_memlistener.topology import Kind, parse, read_map
+from qmp_memlistener.topology import Kind, parse, read_map, read_maps
 
 HEAD = "address-space: memory\r\n"
 SYSTEM = "  0000000000000000-ffffffffffffffff (prio 0, i/o): system\r\n"
@@ -113,3 +113,14 @@ def test_an_unknown_address_space_names_those_that_are_there() -> None:
     with pytest.raises(InputError) as caught:
         read_map(HEAD + SYSTEM, "I/O")
     assert caught.value.remedy == "it has: memory"
+
+
+def test_a_line_that_is_longer_than_any_of_qemus() -> None:
+    with pytest.raises(MtreeError, match="longer than any line") as caught:
+        parse(HEAD + SYSTEM + line("x" * 10_000), first_line=5)
+    assert caught.value.line_no == 7
+
+
+def test_what_is_parsed_already_is_taken_as_it_is() -> None:
+    text = HEAD + SYSTEM
+    assert read_maps(parse(text), ["memory"]) == read_maps(text, ["memory"])

@@ -300,6 +300,17 @@ async def test_a_migration_that_begins_in_a_block_ends_its_pause(tmp_path: Path)
         assert fake.ran.count("cont") == 1
 
 
+@pytest.mark.asyncio
+async def test_a_short_block_sends_cont_without_asking_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(paused, "LOOK_EVERY_NS", 1 << 60)
+    async with faked(tmp_path, Fresh) as (fake, monitor, guard):
+        async with paused_guest(monitor, guard, deadline=5):
+            fake.ran.clear()
+        assert fake.ran[0] == "cont"
+
+
 @pytest.mark.parametrize(
     ("status", "migration", "why"),
     [
