@@ -3,9 +3,9 @@
 The pulse guest makes heartbeats in memory that QEMU shares with us (vm-images/pulse); each CPU
 keeps a ring of the gaps between two heartbeats that were longer than its threshold.  A thread of
 ours reads them; the guest is given no command and nothing of it is written.  Which gaps there are
-is the guest's threshold, 0x100000 ticks when it boots (DEFAULT_THRESHOLD in vm-
-images/pulse/layout.inc).  `CPU n` counts as the guest does: 0 is the boot processor, the others in
-the order in which they came up.
+is the guest's threshold, 0x100000 ticks when it boots (DEFAULT_THRESHOLD in
+vm-images/pulse/layout.inc).  `CPU n` counts as the guest does: 0 is the boot processor, the
+others in the order in which they came up.
 """
 
 from __future__ import annotations
