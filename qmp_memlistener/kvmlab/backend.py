@@ -28,7 +28,7 @@ from .memory import Blocks
 from .programs import GAP, MAX_VCPUS
 from .real_slots import RealSlots
 from .system import Closing
-from .vm import Kvm
+from .vm import Kvm, most_slots
 from .x86 import GIB, MAX_GIB
 
 __all__ = ["KvmBackend", "LabFacts"]
@@ -39,7 +39,6 @@ _ROOM = 16 << 20  # the private slot takes less, whatever its guest reaches
 _ALIGN = 2 << 20  # where it may lie
 _CHIPSET = (0xFE00_0000, 4 * GIB)  # devices and firmware, and pages that KVM has for itself
 _REACHES = (MAX_GIB, 256, 64, 16)  # GiB; not every CPU has all address bits
-_MANY_SLOTS = 509  # on a KVM that does not say how many
 _LARGE = 2 * GIB  # KVM makes or deletes such a slot in tens of ms
 _SAMPLES = 256
 
@@ -95,7 +94,7 @@ class KvmBackend(Closing):
             )
         self._kvm = kvm
         self._vcpus = vcpus
-        self._private_slot = (kvm.capability(Cap.NR_MEMSLOTS) or _MANY_SLOTS) - 1
+        self._private_slot = most_slots(kvm) - 1
         self._lock = threading.Lock()
         self._moved = 0
         self._holds: list[int] = [0, 0, 0]  # how many, ns in all, the longest

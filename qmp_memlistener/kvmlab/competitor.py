@@ -10,7 +10,6 @@ import msgspec
 from ..errors import OperationFailed
 from ..memslots import Plan, Rules, SlotTable, follow_blocks, plan
 from ..topology import FlatView
-from .abi import Cap
 from .arenas import Arena, arenas_of
 from .dirty_logs import Log
 from .executor import ExecutionResult, Executor, nothing
@@ -21,13 +20,12 @@ from .memory import PAGE, HostMemories, HostMemory
 from .programs import DATA, GAP, SIZE, WRITER, GuestKind, code
 from .strategies import LabStrategy
 from .system import Closing
-from .vm import Kvm
+from .vm import Kvm, most_slots
 
 __all__ = ["Competitor", "keeps_bitmap"]
 
 _ALIASES = 2  # GiB of pages of 2 MiB: more than a TLB holds
 _BITMAP_SIZE = 1 << 20
-_FILLER = 1 << 15  # ids of further slots count down from here, so that plans do not meet them
 
 
 class Competitor(Closing):
@@ -59,7 +57,7 @@ class Competitor(Closing):
             self._closers.append(self._memory.close)
             if populate:
                 self._memory.populate()
-            most = kvm.capability(Cap.NR_MEMSLOTS) or _FILLER
+            most = most_slots(kvm)
             self.machine = Machine(
                 kvm,
                 vcpus=vcpus,
@@ -87,6 +85,7 @@ class Competitor(Closing):
     # -- making --------------------------------------------------------------------------------
 
     def _add_filler(self, top: int) -> None:
+        """Their ids count down from `top`, where those of plans do not come."""
         filler = HostMemory(PAGE, "filler")
         self._closers.append(filler.close)
         for i in range(self._layout.extra):

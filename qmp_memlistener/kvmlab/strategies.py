@@ -17,12 +17,11 @@ from ..memslots import Order, PlanStrategy
 from ..text import quoted
 from . import userfault
 from .abi import Cap
-from .vm import Kvm
+from .vm import Kvm, most_slots
 
 __all__ = ["CONTROL", "STRATEGIES", "HoleKind", "LabStrategy", "select", "why_not"]
 
 CONTROL = "control"
-_MANY_SLOTS = 32_764
 KVM_X86_SW_PROTECTED_VM = 1  # a type of VM, and the number of its bit in KVM_CAP_VM_TYPES
 
 
@@ -228,7 +227,7 @@ def why_not(strategy: LabStrategy, kvm: Kvm, *, slots: int = 1) -> str | None:
             return "this kernel makes no protected VMs in software (KVM_X86_SW_PROTECTED_VM)"
     if strategy.hole is HoleKind.USERFAULT:
         return userfault.why_not()
-    most = kvm.capability(Cap.NR_MEMSLOTS) or _MANY_SLOTS
+    most = most_slots(kvm)
     if slots > most:
         return f"it takes {slots} slots, this kernel's KVM has {most} for a VM"
     return None

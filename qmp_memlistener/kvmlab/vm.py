@@ -14,7 +14,7 @@ from . import abi, system, x86
 from .abi import Cap
 from .system import Closing
 
-__all__ = ["DEVICE", "Kvm", "LabVm", "SlotRefused", "Vcpu", "flavour"]
+__all__ = ["DEVICE", "Kvm", "LabVm", "SlotRefused", "Vcpu", "flavour", "most_slots"]
 
 DEVICE = "/dev/kvm"
 _MACHINES = ("x86_64", "amd64")
@@ -63,6 +63,11 @@ class Kvm(Closing):
         if self._fd >= 0:
             os.close(self._fd)
             self._fd = -1
+
+
+def most_slots(kvm: Kvm) -> int:
+    """Memslots that a VM may have; 509, as on x86 before Linux 5.12, where KVM does not say."""
+    return kvm.capability(Cap.NR_MEMSLOTS) or 509
 
 
 def flavour() -> str:

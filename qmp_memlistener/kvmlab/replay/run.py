@@ -23,7 +23,7 @@ from ..programs import DATA, Private
 from ..race import host_facts
 from ..strategies import HoleKind, LabStrategy, select, why_not
 from ..system import Closing, Cpus
-from ..vm import Kvm
+from ..vm import Kvm, most_slots
 from ..x86 import GIB, MAX_GIB
 from .plans import (
     Planned,
@@ -169,7 +169,6 @@ class _Player(Closing):
         self.transitions: list[ReplayedTransition] = []
         self._source = source
         self._memory = memory
-        most = kvm.capability(Cap.NR_MEMSLOTS) or 1 << 15
         reach = MAX_GIB * GIB
         place = free_place(source, Private.size_for(MAX_GIB), reach)
         if place is None:
@@ -182,7 +181,7 @@ class _Player(Closing):
         self._machine = Machine(
             kvm,
             vcpus=vcpus,
-            private_slot=most - 1,
+            private_slot=most_slots(kvm) - 1,
             private_gpa=place,
             reach=min(top, reach - GIB),
             vm_type=strategy.vm_type,
