@@ -315,12 +315,12 @@ async def test_values_that_are_none(build: QemuBuild, monkeypatch: pytest.Monkey
         counted = Counted(monitor, monkeypatch)
         for role, text, words in (
             (Role.DEVICE, "virtio-net-pci,id=x,mq=1", 'mq="1": QEMU expects on or off'),
-            (Role.DEVICE, "virtio-net-pci,id=x,vectors=4M", "vectors='4M'"),
-            (Role.OBJECT, "memory-backend-ram,id=x,size=lots", "size='lots'"),
-            (Role.OBJECT, "memory-backend-ram,id=x,size=16M,share=maybe", "share='maybe'"),
+            (Role.DEVICE, "virtio-net-pci,id=x,vectors=4M", 'vectors="4M"'),
+            (Role.OBJECT, "memory-backend-ram,id=x,size=lots", 'size="lots"'),
+            (Role.OBJECT, "memory-backend-ram,id=x,size=16M,share=maybe", 'share="maybe"'),
             (Role.OBJECT, "iothread,id=x,poll-max-ns=010", "can be 8 or 10"),
-            (Role.NETDEV, "hubport,id=x,hubid=one", "hubid='one'"),
-            (Role.BLOCKDEV, "raw,node-name=x,file.driver=null-co,file.size=?", "file.size='?'"),
+            (Role.NETDEV, "hubport,id=x,hubid=one", 'hubid="one"'),
+            (Role.BLOCKDEV, "raw,node-name=x,file.driver=null-co,file.size=?", 'file.size="?"'),
         ):
             with pytest.raises(InputError) as error:
                 await added(monitor, role, text)
