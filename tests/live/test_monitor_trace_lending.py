@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import pwd
 import shutil
@@ -64,7 +65,11 @@ async def output_of(*command: str) -> str:
 
 def links(pid: int) -> list[str]:
     """Where its descriptors lead, also those that were not opened by it."""
-    return [os.readlink(f"/proc/{pid}/fd/{n}") for n in os.listdir(f"/proc/{pid}/fd")]
+    found = []
+    for number in os.listdir(f"/proc/{pid}/fd"):
+        with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+            found.append(os.readlink(f"/proc/{pid}/fd/{number}"))
+    return found
 
 
 async def trace(qemu: Running) -> None:

@@ -177,7 +177,7 @@ async def test_each_operation_is_stamped_by_its_thread() -> None:
         assert len(ops) == 40
         assert all(e.begin_ns < e.end_ns for e in ops)
         assert all(a.end_ns <= b.begin_ns for a, b in itertools.pairwise(ops))
-        assert {e.tid for e in ops} < vcpus
+        assert {e.tid for e in ops} <= vcpus  # the other one may not have left KVM_RUN yet
         assert all(e.rc == 0 for e in ops)
 
 
