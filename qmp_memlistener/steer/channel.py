@@ -101,7 +101,7 @@ class Event:
 
 
 @dataclass(frozen=True, slots=True)
-class Vcpu:
+class SteeredVcpu:
     """A thread that has called KVM_RUN through the interposer.
 
     `seen`: since it was attached, or it is in there now; before that it may be in KVM_RUN unseen.
@@ -193,12 +193,12 @@ class Channel:
         """Every vCPU is known: they may be kept out of KVM_RUN."""
         self._put(_ARMED_AT, 1)
 
-    def vcpus(self) -> list[Vcpu]:
+    def vcpus(self) -> list[SteeredVcpu]:
         """The threads that run vCPUs, in the order in which they came."""
         state = self.state()
         data = self._pread(state.vcpus * _VCPU.size, _VCPU_AT)
         return [
-            Vcpu(tid, bool(inside) or epoch == state.epoch, runs)
+            SteeredVcpu(tid, bool(inside) or epoch == state.epoch, runs)
             for inside, tid, _, epoch, runs in _VCPU.iter_unpack(data)
         ]
 

@@ -22,7 +22,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["HijackRefused", "Mapping", "call", "find_restorer", "mappings"]
+__all__ = ["HijackRefused", "MappedRange", "call", "find_restorer", "mappings"]
 
 _SEIZE, _INTERRUPT, _DETACH, _CONT, _SYSCALL = 0x4206, 0x4207, 17, 7, 24
 _GETREGSET, _SETREGSET, _GETSIGMASK = 0x4204, 0x4205, 0x420A
@@ -69,7 +69,7 @@ class HijackRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Mapping:
+class MappedRange:
     """One line of /proc/PID/maps."""
 
     start: int
@@ -79,13 +79,13 @@ class Mapping:
     path: str
 
 
-def mappings(pid: int) -> Iterator[Mapping]:
+def mappings(pid: int) -> Iterator[MappedRange]:
     """Those of a process.  Raises OSError."""
     with open(f"/proc/{pid}/maps", errors="surrogateescape") as lines:
         for line in lines:
             fields = line.rstrip("\n").split(maxsplit=5)
             start, _, end = fields[0].partition("-")
-            yield Mapping(
+            yield MappedRange(
                 int(start, 16),
                 int(end, 16),
                 fields[1],
@@ -94,7 +94,7 @@ def mappings(pid: int) -> Iterator[Mapping]:
             )
 
 
-def find_restorer(pid: int, libc: list[Mapping]) -> int:
+def find_restorer(pid: int, libc: list[MappedRange]) -> int:
     """Where libc returns from a signal: `rt_sigreturn`.  Raises HijackRefused, OSError."""
     with open(f"/proc/{pid}/mem", "rb", buffering=0) as memory:
         for mapping in libc:

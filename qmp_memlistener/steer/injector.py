@@ -17,7 +17,7 @@ from pathlib import Path
 from ..host.processes import Process, process_of
 from ..probes.model import ProbeUnavailable
 from ..probes.uprobes.elf import read_elf
-from .hijack import HijackRefused, Mapping, call, find_restorer, mappings
+from .hijack import HijackRefused, MappedRange, call, find_restorer, mappings
 
 __all__ = ["main"]
 
@@ -71,7 +71,7 @@ class _Injection:
             ours = self._load()
         self._call(_addresses(str(self._code), ours, (name,))[name])
 
-    def _load(self) -> list[Mapping]:
+    def _load(self) -> list[MappedRange]:
         """Our object, from a memfd of QEMU's: no file in its namespaces, no right of its user."""
         self._call(self._functions["memfd_create"], _CODE.encode(), _MFD_CLOEXEC)
         folder = f"/proc/{self._pid}/fd"
@@ -100,19 +100,19 @@ def _links_to(link: str, target: str) -> bool:
         return False
 
 
-def _object(pid: int, suffix: str) -> list[Mapping]:
+def _object(pid: int, suffix: str) -> list[MappedRange]:
     """The mappings of a shared object, the first one its beginning."""
     found = [m for m in mappings(pid) if m.path.endswith(suffix)]
     return found if found and found[0].offset == 0 else []
 
 
-def _file_of(pid: int, mapping: Mapping) -> str:
+def _file_of(pid: int, mapping: MappedRange) -> str:
     """The mapped file itself, whatever the path means in our namespace."""
     link = f"/proc/{pid}/map_files/{mapping.start:x}-{mapping.end:x}"
     return link if os.access(link, os.R_OK) else f"/proc/{pid}/root{mapping.path}"
 
 
-def _addresses(file: str, mapped: list[Mapping], names: tuple[str, ...]) -> dict[str, int]:
+def _addresses(file: str, mapped: list[MappedRange], names: tuple[str, ...]) -> dict[str, int]:
     """Where exported functions are in the process.  Raises HijackRefused when one is missing."""
     found = {}
     for name, offset in read_elf(file, names).offsets.items():
