@@ -24,7 +24,7 @@ from qmp_memlistener import Strategy
 from qmp_memlistener.agent import source
 from qmp_memlistener.errors import DeadlineExceeded, MemListenerError, MonitorBusy
 from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, launch
-from qmp_memlistener.qmp import Monitor, UnixTarget, hmp
+from qmp_memlistener.qmp import Monitor, UnixTarget, asking, guest, guest_devices, hmp
 from qmp_memlistener.records import Recording, SummaryRecord
 from qmp_memlistener.updates import guest_response, operation
 from qmp_memlistener.updates.model import Intent, Outcome, Plug, Role, Unplug
@@ -326,10 +326,17 @@ def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
     """Deadlines of a fraction of a second, but for taking back what was made."""
     monkeypatch.setattr(operation, "UPDATE_DEADLINE", PATIENCE_S)
     monkeypatch.setattr(source, "SNAPSHOT_DEADLINE_S", PATIENCE_S)
-    for function in (Monitor.execute, Monitor.timed, Monitor.pipeline, type_arguments, hmp):
-        defaults = function.__kwdefaults__
-        assert defaults is not None
+    functions = [Monitor.execute, Monitor.timed, Monitor.pipeline, type_arguments, hmp]
+    for module in (asking, guest, guest_devices):  # whatever the guest is asked
+        functions += [f for f in vars(module).values() if "deadline" in _defaults_of(f)]
+    for function in functions:
+        defaults = _defaults_of(function)
+        assert "deadline" in defaults
         monkeypatch.setitem(defaults, "deadline", PATIENCE_S)
+
+
+def _defaults_of(function: object) -> dict[str, object]:
+    return getattr(function, "__kwdefaults__", None) or {}
 
 
 @pytest.mark.skipif(not QEMUS, reason=NO_QEMU)
