@@ -61,6 +61,8 @@ def command(target: str, strategy: str, strict: bool, yes: bool, as_json: bool) 
 
 
 async def _steer(target: str, strategy: str, strict: bool) -> Steering:
+    import asyncio
+
     from ..agent.monitors import refuse_if_frozen
     from ..host.bounded import in_thread
     from ..host.processes import Process
@@ -79,11 +81,17 @@ async def _steer(target: str, strategy: str, strict: bool) -> Steering:
             )
         await refuse_if_migrating(monitor, "it was left as it was")
         if strategy == "off":
-            return await release(process)
-        wanted = Mode[strategy.upper()]
-        facts = await read_facts(monitor)
-        judge(process, monitor.version, kvm=facts.kvm, wanted=wanted)
-        return await steer(process, wanted, strict=strict)
+            work = asyncio.ensure_future(release(process))
+        else:
+            wanted = Mode[strategy.upper()]
+            facts = await read_facts(monitor)
+            judge(process, monitor.version, kvm=facts.kvm, wanted=wanted)
+            work = asyncio.ensure_future(steer(process, wanted, strict=strict))
+        try:
+            return await asyncio.shield(work)
+        except asyncio.CancelledError:
+            _print(await work, err=True)  # it takes milliseconds, and is not left half done
+            raise
 
 
 def _document(outcome: str, reason: str | None, done: Steering | None) -> dict[str, object]:
@@ -99,10 +107,10 @@ def _document(outcome: str, reason: str | None, done: Steering | None) -> dict[s
     }
 
 
-def _print(done: Steering) -> None:
+def _print(done: Steering, *, err: bool = False) -> None:
     before, after = done.before.name.lower(), done.after.name.lower()
-    say(f"{before} -> {after}" if before != after else f"{after}, as before")
+    say(f"{before} -> {after}" if before != after else f"{after}, as before", err=err)
     if done.stopped_ns:
-        say(f"QEMU's main loop stood for {done.stopped_ns / 1e6:.1f} ms")
+        say(f"QEMU's main loop was stopped for {done.stopped_ns / 1e6:.1f} ms", err=err)
     if done.reason:
-        say(done.reason)
+        say(done.reason, err=err)

@@ -19,6 +19,10 @@ A path may have one of these forms, and each is resolved accordingly:
     /proc/PID/exe, …/fd/N, …/map_files/…  the kernel's links, which lead to the file itself
     anything else                         a path of ours; its last component is no link
 
+A memfd that we are to write into is found by its name among the descriptors of a process, which
+may change them at any moment, and may mount another file under such a name: `open_memfd` makes
+sure of the file that it has opened.
+
 Nothing here creates, truncates or changes a file.  All errors are OSErrors: FileNotFoundError and
 PermissionError are Python's own, `NotRegular` is ours.  A file system that does not
 answer (NFS, FUSE) still makes us wait: `bounded.call` sets a deadline for that.
@@ -26,8 +30,10 @@ answer (NFS, FUSE) still makes us wait: `bounded.call` sets a deadline for that.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
+import fcntl
 import os
 import re
 import stat
@@ -42,6 +48,7 @@ __all__ = [
     "may_write",
     "open_foreign",
     "open_in_root",
+    "open_memfd",
     "pieces",
     "stat_foreign",
 ]
@@ -130,6 +137,35 @@ def open_in_root(
         os.close(handle)
         raise ProcessLookupError(errno.ESRCH, f"pid {process.pid} is another process now")
     return handle
+
+
+def open_memfd(process: Process, name: str) -> tuple[int, int] | None:
+    """The memfd that `process` made with this name: its number there, and ours to read and write.
+
+    It was made with MFD_ALLOW_SEALING.  So no file of a file system is taken for it: those have
+    a link, or the seal that no seal can be added (memfd_create(2), fcntl(2)).  None when there is
+    none.  Raises PermissionError when the descriptors may not be seen.
+    """
+    descriptors = process.file_descriptors()
+    if descriptors is None:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), f"/proc/{process.pid}/fd")
+    for found in descriptors:
+        if not found.link.startswith(f"/memfd:{name} ("):
+            continue
+        with contextlib.suppress(OSError):
+            handle = open_foreign(f"/proc/{process.pid}/fd/{found.number}", os.O_RDWR)
+            if _is_sealable(handle) and process.is_alive():
+                return found.number, handle
+            os.close(handle)
+    return None
+
+
+def _is_sealable(handle: int) -> bool:
+    try:
+        seals: int = fcntl.fcntl(handle, fcntl.F_GET_SEALS)
+    except OSError:
+        return False
+    return seals != fcntl.F_SEAL_SEAL and os.fstat(handle).st_nlink == 0
 
 
 def may_write(path: str, *, follow: bool = False) -> bool:

@@ -14,6 +14,7 @@ from types import TracebackType
 from typing import Self
 
 from ..errors import OperationFailed
+from ..host.files import open_memfd
 from ..host.processes import Process
 
 __all__ = ["Channel", "Event", "EventKind", "Mode", "Refusal", "State", "open_channel"]
@@ -247,20 +248,9 @@ def _event(fields: list[int]) -> Event | None:
 
 
 def open_channel(process: Process) -> Channel | None:
-    """The channel of the interposer in a QEMU; None when it has none.  Raises OSError."""
-    folder = f"/proc/{process.pid}/fd"
-    for name in os.listdir(folder):
-        if not _is_channel(f"{folder}/{name}"):
-            continue
-        fd = os.open(f"{folder}/{name}", os.O_RDWR | os.O_CLOEXEC | os.O_NONBLOCK)
-        if _is_channel(f"/proc/self/fd/{fd}"):  # it may be another file by now
-            return Channel(fd)
-        os.close(fd)
-    return None
+    """The channel of the interposer in a QEMU; None when it has none.
 
-
-def _is_channel(link: str) -> bool:
-    try:
-        return os.readlink(link).startswith(f"/memfd:{NAME} (")
-    except OSError:
-        return False
+    Raises PermissionError when that cannot be seen, FileNotFoundError when QEMU has ended.
+    """
+    found = open_memfd(process, NAME)
+    return Channel(found[1]) if found is not None else None

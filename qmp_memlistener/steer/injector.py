@@ -14,6 +14,7 @@ import signal
 import sys
 from pathlib import Path
 
+from ..host.files import open_memfd
 from ..host.processes import Process, process_of
 from ..probes.model import ProbeUnavailable
 from ..probes.uprobes.elf import read_elf
@@ -23,7 +24,7 @@ __all__ = ["main"]
 
 _CODE = "qmp-memlistener-code"
 _RTLD_NOW = 2
-_MFD_CLOEXEC = 1
+_MFD_FLAGS = 3  # MFD_CLOEXEC, MFD_ALLOW_SEALING
 _LIBC = ("memfd_create", "dlopen", "close")
 
 
@@ -51,6 +52,7 @@ def main() -> int:
 
 class _Injection:
     def __init__(self, process: Process, code: Path, stopped: list[int]) -> None:
+        self._process = process
         self._pid = process.pid
         self._code = code
         self._stopped = stopped
@@ -73,15 +75,15 @@ class _Injection:
 
     def _load(self) -> list[MappedRange]:
         """Our object, from a memfd of QEMU's: no file in its namespaces, no right of its user."""
-        self._call(self._functions["memfd_create"], _CODE.encode(), _MFD_CLOEXEC)
-        folder = f"/proc/{self._pid}/fd"
-        found = [f for f in os.listdir(folder) if _links_to(f"{folder}/{f}", f"/memfd:{_CODE} (")]
-        if not found:
+        self._call(self._functions["memfd_create"], _CODE.encode(), _MFD_FLAGS)
+        found = open_memfd(self._process, _CODE)
+        if found is None:
             raise HijackRefused("it could not make a memfd (a seccomp filter of its own?)")
-        with open(f"{folder}/{found[0]}", "wb") as file:
+        number, handle = found
+        with open(handle, "wb", closefd=True) as file:
             file.write(self._code.read_bytes())
-        self._call(self._functions["dlopen"], f"/proc/self/fd/{found[0]}".encode(), _RTLD_NOW)
-        self._call(self._functions["close"], int(found[0]))
+        self._call(self._functions["dlopen"], f"/proc/self/fd/{number}".encode(), _RTLD_NOW)
+        self._call(self._functions["close"], number)
         ours = _object(self._pid, f"/memfd:{_CODE} (deleted)")
         if not ours:
             raise HijackRefused(
@@ -91,13 +93,6 @@ class _Injection:
 
     def _call(self, function: int, *arguments: int | bytes) -> None:
         self._stopped.append(call(self._pid, function, *arguments, restorer=self._restorer))
-
-
-def _links_to(link: str, target: str) -> bool:
-    try:
-        return os.readlink(link).startswith(target)
-    except OSError:
-        return False
 
 
 def _object(pid: int, suffix: str) -> list[MappedRange]:

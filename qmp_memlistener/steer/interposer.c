@@ -34,6 +34,7 @@
 #include <dlfcn.h>
 #include <elf.h>
 #include <errno.h>
+#include <fcntl.h>
 #include <limits.h>
 #include <link.h>
 #include <linux/futex.h>
@@ -991,13 +992,17 @@ static int patch(void **at, void *to) {
 static _Bool open_channel(void) {
     if (chan)
         return 1;
-    int fd = memfd_create(CHANNEL_NAME, MFD_CLOEXEC); /* kept open: the agent finds it by its name */
-    if (fd < 0 || ftruncate(fd, sizeof *chan))
+    int fd = memfd_create(CHANNEL_NAME, MFD_CLOEXEC | MFD_ALLOW_SEALING);
+    void *p = MAP_FAILED;
+    if (fd >= 0 && !ftruncate(fd, sizeof *chan) &&
+        !fcntl(fd, F_ADD_SEALS, F_SEAL_SHRINK | F_SEAL_GROW)) /* or who cuts it ends QEMU */
+        p = mmap(NULL, sizeof *chan, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
+    if (p == MAP_FAILED) {
+        if (fd >= 0)
+            close(fd);
         return 0;
-    void *p = mmap(NULL, sizeof *chan, PROT_READ | PROT_WRITE, MAP_SHARED, fd, 0);
-    if (p == MAP_FAILED)
-        return 0;
-    chan = p;
+    }
+    chan = p; /* the descriptor stays: the agent finds it by its name */
     chan->size = sizeof *chan;
     chan->magic = CHANNEL_MAGIC;
     return 1;

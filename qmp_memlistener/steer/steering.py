@@ -40,6 +40,7 @@ _STEP_S = 0.002
 _INJECT_S = 20.0
 _SYS_TGKILL = 234
 _SYS_IOCTL = 16
+_USER = "run as root or as the user that QEMU runs as"
 _ANSWERS = {
     1: "QEMU has no memory left for the channel",
     2: "it is no QEMU with KVM, or does not export the functions that tell who holds the BQL",
@@ -95,10 +96,7 @@ def _judge_right(process: Process) -> None:
     if os.geteuid() == 0:
         return
     if process.uid != os.geteuid():
-        raise MissingPrerequisite(
-            f"QEMU (pid {process.pid}) belongs to another user",
-            remedy="run as root or as the user that QEMU runs as",
-        )
+        raise MissingPrerequisite(f"QEMU (pid {process.pid}) belongs to another user", remedy=_USER)
     with contextlib.suppress(OSError), open("/proc/sys/kernel/yama/ptrace_scope") as f:
         if f.read().strip() != "0":
             raise MissingPrerequisite(
@@ -108,11 +106,18 @@ def _judge_right(process: Process) -> None:
 
 
 def state_of(process: Process) -> State | None:
-    """What the interposer of a QEMU does; None when it has none, or that may not be read."""
+    """What the interposer of a QEMU does; None when it has none.
+
+    Raises MissingPrerequisite when that may not be read, TargetLost when QEMU has ended.
+    """
     try:
         channel = open_channel(process)
-    except OSError:
-        return None
+    except PermissionError:
+        raise MissingPrerequisite(
+            f"what is in QEMU (pid {process.pid}) may not be seen", remedy=_USER
+        ) from None
+    except FileNotFoundError:
+        raise TargetLost(f"QEMU (pid {process.pid}) has ended") from None
     if channel is None:
         return None
     with channel:
@@ -146,10 +151,11 @@ async def steer(process: Process, wanted: Mode, *, strict: bool = False) -> Stee
 
 
 async def release(process: Process) -> Steering:
-    """QEMU's own slots and imports again.  Raises as `steer`."""
+    """QEMU's own slots and imports again.  Raises as `steer` and `state_of`."""
     start = await in_thread(state_of, process)
     if start is None or not start.hooked:
         return Steering(Mode.OFF, Mode.OFF, 0, 0, 0, 0)
+    _judge_right(process)
     stopped = await _inject(process, "detach")
     now = await in_thread(state_of, process)
     if now is None:
@@ -174,7 +180,7 @@ def _mode(state: State | None) -> Mode:
 
 
 async def _inject(process: Process, verb: str) -> int:
-    """How long QEMU's main loop stood, in ns."""
+    """How long QEMU's main loop was stopped, in ns."""
     answers = _answers(await in_thread(state_of, process))
     injector = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "qmp_memlistener.steer.injector", verb, process.key, str(OBJECT)),
@@ -182,8 +188,19 @@ async def _inject(process: Process, verb: str) -> int:
         stderr=asyncio.subprocess.PIPE,
         start_new_session=True,  # a Ctrl-C is not for it
     )
-    # cancelled or late, it goes on to its end: that is a few milliseconds, or QEMU does not answer
-    out, err = await asyncio.wait_for(asyncio.shield(injector.communicate()), _INJECT_S)
+    try:
+        async with asyncio.timeout(_INJECT_S):
+            out, err = await injector.communicate()
+    except TimeoutError:
+        raise OperationFailed(
+            f"QEMU (pid {process.pid}) could not be stopped to {verb} the interposer within "
+            f"{_INJECT_S:g} s: its main thread hangs in the kernel",
+            remedy="look at its process state (`ps`); it goes on by itself",
+        ) from None
+    finally:
+        if injector.returncode is None:  # QEMU goes on by itself, see `hijack`
+            injector.kill()
+            await injector.wait()
     try:
         told = json.loads(out)
     except ValueError:

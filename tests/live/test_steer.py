@@ -10,6 +10,7 @@ import asyncio
 import itertools
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import AsyncIterator
@@ -26,13 +27,15 @@ from qmp_memlistener.guests import (
     GuestSpec,
     High,
     Pulse,
+    QemuBuild,
     boot_args,
     launch,
 )
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Monitor, UnixTarget
 from qmp_memlistener.steer import OBJECT, EventKind, Mode, State, open_channel, state_of
-from tests.support.live import QEMUS, skip_without_kvm
+from tests.support.host import patience
+from tests.support.live import QEMUS, builds, skip_without_kvm
 from tests.support.verbs import Ran, run_verb
 
 STEERED = [b for b in QEMUS if int(b.version.split(".")[0]) < 8]
@@ -54,13 +57,16 @@ PLACES = pytest.mark.parametrize(
 
 @asynccontextmanager
 async def racing(
-    place: High = High.CODE, env: dict[str, str] | None = None
+    place: High = High.CODE,
+    env: dict[str, str] | None = None,
+    build: QemuBuild | None = None,
+    args: tuple[str, ...] = (),
 ) -> AsyncIterator[tuple[Guest, Pulse]]:
-    skip_without_kvm(STEERED[-1], "kvm")
-    spec = GuestSpec(
-        machine="pc", accel="kvm", memory=256 << 20, smp=2, args=boot_args(), env=env or {}
-    )
-    async with launch(spec.on(STEERED[-1])) as guest:
+    build = build or STEERED[-1]
+    skip_without_kvm(build, "kvm")
+    args = (*boot_args(), *args)
+    spec = GuestSpec(machine="pc", accel="kvm", memory=256 << 20, smp=2, args=args, env=env or {})
+    async with launch(spec.on(build)) as guest:
         assert guest.ram is not None
         with Pulse(guest.ram) as pulse:
             await pulse.wait_ready()
@@ -145,6 +151,76 @@ async def test_a_guest_lives_under_a_strategy(strategy: str, place: High) -> Non
         assert (now.mode, now.hooked) == (Mode.OFF, False)
         assert now.slots == now.pieces  # QEMU's own slots again
         assert await _dies(guest, pulse)  # QEMU's own way again
+
+
+@pytest.mark.asyncio
+async def test_run_becomes_a_qemu_with_a_strategy(tmp_path: Path) -> None:
+    skip_without_kvm(STEERED[-1], "kvm")
+    monitor = tmp_path / "qmp"
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "qmp_memlistener", "run", "--strategy", "hole", "--strict", "--"),
+        *(STEERED[-1].binary, *STEERED[-1].args, "-accel", "kvm", "-display", "none", "-S"),
+        *("-qmp", f"unix:{monitor},server=on,wait=off"),
+        env={**os.environ, **STEERED[-1].env},
+    )
+    try:
+        async with asyncio.timeout(patience(20)):
+            while not monitor.exists():  # noqa: ASYNC110 (no event)
+                await asyncio.sleep(0.05)
+        seen = Process.read(process.pid)
+        assert seen is not None
+        assert seen.argv[0] == STEERED[-1].binary  # this process, not a child of it
+        now = state_of(seen)
+        assert now is not None
+        assert (now.hooked, now.armed, now.strict) == (True, True, True)
+        assert now.want == Mode.HOLE
+    finally:
+        process.kill()
+        await process.wait()
+
+
+@pytest.mark.asyncio
+@pytest.mark.full
+@pytest.mark.parametrize("options", ["", "-sandbox on", "-runas nobody"])
+@builds()
+async def test_the_strategies_of_each_version(build: QemuBuild, options: str) -> None:
+    """From 8.0 on `hole` alone is of use beside QEMU's own way."""
+    if build not in STEERED:
+        options = options.replace("-runas nobody", "-run-with user=nobody")
+    async with racing(build=build, args=tuple(options.split())) as (guest, pulse):
+        ran = await steer(guest, "hole")
+        assert ran.code == 0, ran.err
+        assert await toggled(guest, pulse, 40) == "survived"
+        now = state(guest)
+        assert now.kept >= 40
+        assert (await steer(guest, "off")).code == 0
+        now = state(guest)
+        assert (now.mode, now.slots) == (Mode.OFF, now.pieces)
+
+
+@pytest.mark.asyncio
+async def test_interrupted_it_is_done_and_says_so() -> None:
+    async with racing(High.DATA) as (guest, _):
+        verb = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "qmp_memlistener", "steer", f"unix:{guest.monitors[0]}"),
+            *("--strategy", "inhibit"),
+            stdin=asyncio.subprocess.DEVNULL,
+            stderr=asyncio.subprocess.PIPE,
+        )
+        while verb.returncode is None and not _injecting(verb.pid):  # noqa: ASYNC110 (no event)
+            await asyncio.sleep(0)
+        verb.send_signal(signal.SIGINT)
+        async with asyncio.timeout(patience(20)):
+            _, err = await verb.communicate()
+        now = state(guest)
+        assert verb.returncode == 130
+        assert f"off -> {now.mode.name.lower()}".encode() in err
+        assert now.mode is Mode.INHIBIT
+
+
+def _injecting(pid: int) -> bool:
+    """It has a child: the injector."""
+    return bool(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
 
 
 @pytest.mark.asyncio

@@ -24,6 +24,7 @@ from qmp_memlistener.host.files import (
     NotRegular,
     open_foreign,
     open_in_root,
+    open_memfd,
     pieces,
     stat_foreign,
 )
@@ -304,3 +305,23 @@ def test_what_takes_too_long_is_left_behind() -> None:
     with pytest.raises(ZeroDivisionError):
         bounded.call(lambda: 1 // 0, 5)
     os.close(other)
+
+
+def test_a_memfd_is_taken_that_can_be_no_file_of_a_file_system() -> None:
+    ours = Process.read(os.getpid())
+    assert ours is not None
+    made = os.memfd_create("of-a-test", os.MFD_ALLOW_SEALING | os.MFD_CLOEXEC)
+    # as every file of a tmpfs is: no seal can be added
+    unsealable = os.memfd_create("of-a-test-that-is-none", os.MFD_CLOEXEC)
+    try:
+        found = open_memfd(ours, "of-a-test")
+        assert found is not None
+        number, handle = found
+        os.write(handle, b"text")
+        os.close(handle)
+        assert (number, os.pread(made, 9, 0)) == (made, b"text")
+        assert open_memfd(ours, "of-a-test-that-is-none") is None
+        assert open_memfd(ours, "of-nobody") is None
+    finally:
+        os.close(made)
+        os.close(unsealable)
