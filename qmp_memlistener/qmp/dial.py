@@ -302,13 +302,15 @@ def _unreachable(target: SocketTarget, error: OSError) -> TargetUnreachable:
                     f"cannot connect to {target}: it is {what}, not a socket",
                     remedy="name a QMP socket; `qmp-memlistener list` shows those of this host",
                 )
+    number = error.errno or 0  # negative of getaddrinfo's own; asyncio's words hold a Python tuple
     remedies = {
         errno.ENOENT: "no such socket; `qmp-memlistener list` shows the monitors on this host",
         errno.ECONNREFUSED: "no process listens there any more; is QEMU still running?",
         errno.EACCES: "your user may not connect; use the user that runs QEMU, or root",
         errno.EPERM: "your user may not connect; use the user that runs QEMU, or root",
     }
+    why = os.strerror(number) if number > 0 else error.strerror or error
     return TargetUnreachable(
-        f"cannot connect to {target}: {error.strerror or error}",
-        remedy=remedies.get(error.errno or 0),
+        f"cannot connect to {target}: {why}",
+        remedy=remedies.get(number),
     )
