@@ -32,7 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmp_memlistener.errors import MemListenerError
-from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, find_qemus, launch
+from qmp_memlistener.guests import GuestSpec, LaunchedGuest, QemuBuild, find_qemus, launch
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Command, Monitor, MonitorEvent, UnixTarget
 from qmp_memlistener.qmp.freeze import process_key
@@ -119,7 +119,7 @@ def _cut_when_told(path: str) -> None:
 class Watcher:
     """A guest, and a monitor connection that sees when it stops and resumes."""
 
-    def __init__(self, guest: Guest, monitor: Monitor) -> None:
+    def __init__(self, guest: LaunchedGuest, monitor: Monitor) -> None:
         self.guest = guest
         self.monitor = monitor
         self.stopped_ns = 0

@@ -28,7 +28,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, find_qemus, launch  # noqa: E402
+from qmp_memlistener.guests import GuestSpec, LaunchedGuest, QemuBuild, find_qemus, launch  # noqa: E402
 from qmp_memlistener.qmp import Monitor, UnixTarget, hmp  # noqa: E402
 from tests.support.any_monitor import AnyMonitor  # noqa: E402
 
@@ -77,7 +77,7 @@ class Found:
 class Bench:
     """A guest in its firmware, and a monitor of our own; `took` is how long verbs take, s."""
 
-    guest: Guest
+    guest: LaunchedGuest
     monitor: Monitor
     chance: random.Random
     took: dict[tuple[str, ...], float] = field(default_factory=dict)

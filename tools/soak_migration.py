@@ -40,8 +40,8 @@ from qmp_memlistener.guests import (
     HOST_BRIDGE,
     I440FX,
     PAM_RAM,
-    Guest,
     GuestSpec,
+    LaunchedGuest,
     Pulse,
     QemuBuild,
     boot_args,
@@ -78,8 +78,8 @@ _OPTIONS = UpdateOptions(wait_s=0.2)
 class Pair:
     """A guest, the QEMU it is to be migrated to, and a monitor of each for us."""
 
-    source: Guest
-    destination: Guest
+    source: LaunchedGuest
+    destination: LaunchedGuest
     pulse: Pulse
     uri: str
     at_source: Monitor
@@ -242,7 +242,7 @@ async def migrated_pair(
             yield Pair(source, destination, pulse, uri, *monitors)
 
 
-async def _launched(stack: AsyncExitStack, spec: GuestSpec) -> Guest:
+async def _launched(stack: AsyncExitStack, spec: GuestSpec) -> LaunchedGuest:
     return await stack.enter_async_context(launch(spec))
 
 
@@ -275,7 +275,7 @@ async def one_round(build: QemuBuild, accel: str, kind: str) -> Round:
     return Round(kind, ended, tuple(work.said), wrong, told)
 
 
-def _complaints(*guests: Guest) -> list[str]:
+def _complaints(*guests: LaunchedGuest) -> list[str]:
     """What QEMU says beside the trace that was switched on."""
     return [line for g in guests for line in g.stderr().splitlines() if line.startswith("qemu")]
 

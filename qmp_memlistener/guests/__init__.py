@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .launch import Guest, GuestSpec, launch
+from .launch import GuestSpec, LaunchedGuest, launch
 from .pci import HOST_BRIDGE, I440FX, PAM_RAM, PAM_ROM, Q35, HostBridge, PciAddress
 from .pulse import Pulse, PulseAnswer, Toggle, TscClock, boot_args, find_image
 from .pulse_memory import (
@@ -20,7 +20,7 @@ from .qemus import KvmProbe, QemuBuild, find_qemu, find_qemus, kvm_usable
 __all__ = [
     "launch",
     "GuestSpec",
-    "Guest",
+    "LaunchedGuest",
     "QemuBuild",
     "find_qemu",
     "find_qemus",

@@ -20,7 +20,7 @@ from typing import BinaryIO
 from ..errors import MissingPrerequisite, OperationFailed
 from .qemus import QemuBuild
 
-__all__ = ["Guest", "GuestSpec", "launch"]
+__all__ = ["LaunchedGuest", "GuestSpec", "launch"]
 
 _INSTALL = "install the Debian package qemu-system-x86, or run `make qemus` in a checkout"
 _POLL = 0.002  # seconds
@@ -63,7 +63,7 @@ class GuestSpec:
 
 
 @dataclass(frozen=True, slots=True)
-class Guest:
+class LaunchedGuest:
     """A running guest.  Paths are valid until the `launch` block is left."""
 
     spec: GuestSpec
@@ -88,7 +88,7 @@ class Guest:
 
 
 @asynccontextmanager
-async def launch(spec: GuestSpec, *, timeout: float = 30.0) -> AsyncIterator[Guest]:
+async def launch(spec: GuestSpec, *, timeout: float = 30.0) -> AsyncIterator[LaunchedGuest]:
     """Start a guest; ends it and removes its files when the block is left, however it is left.
 
     The block is entered when every socket listens, all of them free, and with a monitor also when
@@ -117,7 +117,7 @@ async def launch(spec: GuestSpec, *, timeout: float = 30.0) -> AsyncIterator[Gue
                 env={**os.environ, **spec.env},
                 start_new_session=True,
             )
-        guest = Guest(spec, process, directory, monitors, qtest, ram, argv)
+        guest = LaunchedGuest(spec, process, directory, monitors, qtest, ram, argv)
         try:
             await _wait_up(guest, timeout)
             yield guest
@@ -206,7 +206,7 @@ def _log_file(directory: Path) -> Iterator[BinaryIO]:
         yield log
 
 
-async def _wait_up(guest: Guest, timeout: float) -> None:
+async def _wait_up(guest: LaunchedGuest, timeout: float) -> None:
     """Until every socket listens and QEMU's main loop runs, or the guest has failed.
 
     QEMU listens, and greets, before it creates its devices, and can still fail at those.  Commands

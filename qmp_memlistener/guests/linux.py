@@ -19,7 +19,7 @@ from typing import Self
 from ..errors import DeadlineExceeded, TargetError, TargetLost
 from . import layout
 from .images import Description, Images
-from .launch import Guest, GuestSpec, launch, sized_file
+from .launch import GuestSpec, LaunchedGuest, launch, sized_file
 from .qemus import QemuBuild
 from .serial import SerialPort
 
@@ -187,7 +187,7 @@ class LinuxGuest:
 
     spec: LinuxSpec
     image: LinuxImage
-    guest: Guest
+    guest: LaunchedGuest
     page: Path
     agent: AgentPort
     log_path: Path

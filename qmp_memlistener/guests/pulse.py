@@ -133,7 +133,7 @@ class Toggle:
 
 
 class Pulse(PulseMemory):
-    """The guest whose RAM file is at `ram` (`Guest.ram`): reading it, waiting for it, commands.
+    """The guest with its RAM file at `ram` (`LaunchedGuest.ram`): reads, waits and commands it.
 
     Methods that wait raise DeadlineExceeded after `timeout` seconds; commands the guest refuses
     raise OperationFailed.  Commands are sent one at a time, whoever calls.

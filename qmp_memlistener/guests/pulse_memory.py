@@ -140,11 +140,11 @@ class ToggleLog:
 
 
 class PulseMemory:
-    """The first 4 MiB of the RAM file `ram` (`Guest.ram`).  A context manager; closes the file.
+    """The first 4 MiB of the RAM file `ram` (`LaunchedGuest.ram`).  A context manager.
 
-    `ram` may be an open file, which is closed then.  `offset` is where in the file guest-physical
-    address 0 lies.  Raises InputError when the file is smaller than that, which each method may
-    find out, and OSError when it cannot be opened or read.
+    `ram` may be an open file; it is closed in the end.  `offset` is where in the file
+    guest-physical address 0 lies.  Raises InputError when the file is smaller than that, which
+    each method may find out, and OSError when it cannot be opened or read.
     """
 
     def __init__(self, ram: Path | int, *, offset: int = 0, writable: bool = False) -> None:

@@ -12,9 +12,9 @@ from qemu.qmp import QMPClient
 from qmp_memlistener.guests import (
     I440FX,
     Q35,
-    Guest,
     GuestSpec,
     High,
+    LaunchedGuest,
     Pulse,
     QemuBuild,
     boot_args,
@@ -35,7 +35,7 @@ machines = pytest.mark.parametrize("machine", ["pc", "q35"])
 class Vm:
     """A booted pulse guest with one monitor connected."""
 
-    def __init__(self, guest: Guest, pulse: Pulse, qmp: QMPClient) -> None:
+    def __init__(self, guest: LaunchedGuest, pulse: Pulse, qmp: QMPClient) -> None:
         self.guest = guest
         self.pulse = pulse
         self.qmp = qmp

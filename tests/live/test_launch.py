@@ -17,8 +17,8 @@ from qmp_memlistener.errors import (
     TargetUnreachable,
 )
 from qmp_memlistener.guests import (
-    Guest,
     GuestSpec,
+    LaunchedGuest,
     QemuBuild,
     boot_args,
     find_qemus,
@@ -31,7 +31,7 @@ from tests.support.qtest import QTest
 pytestmark = [pytest.mark.qemu, pytest.mark.full]
 
 
-def gone(guest: Guest) -> bool:
+def gone(guest: LaunchedGuest) -> bool:
     assert guest.ram is not None
     return not guest.running and not guest.directory.exists() and not guest.ram.exists()
 
@@ -40,7 +40,7 @@ def gone(guest: Guest) -> bool:
 @pytest.mark.asyncio
 async def test_launch_cleans_up_after_an_exception_and_a_cancellation(build: QemuBuild) -> None:
     spec = GuestSpec(accel="tcg", memory=16 << 20, args=boot_args(), monitors=3).on(build)
-    started: asyncio.Queue[Guest] = asyncio.Queue()
+    started: asyncio.Queue[LaunchedGuest] = asyncio.Queue()
 
     async def fail() -> None:
         async with launch(spec) as failing:

@@ -201,7 +201,7 @@ async def test_after_a_kill_the_next_start_switches_it_off(build: QemuBuild) -> 
 
 KILLED = """
 import asyncio, sys
-from qmp_memlistener.guests import Guest
+from qmp_memlistener.guests import LaunchedGuest
 from qmp_memlistener.qmp import Monitor, UnixTarget, find_guest
 from qmp_memlistener.probes.lockprofile import LockProfileProbe, left_on, switch_off
 from tests.support.probes import Recorder, context_of

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 
 import pytest
 
-from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, launch
+from qmp_memlistener.guests import GuestSpec, LaunchedGuest, QemuBuild, launch
 from qmp_memlistener.probes import Context, Observation, ProbeUnavailable, StallKind
 from qmp_memlistener.probes.ping import PingProbe
 from qmp_memlistener.qmp import Monitor, SocketTarget, UnixTarget, find_guest
@@ -57,7 +57,7 @@ def newest(of: list[QemuBuild]) -> list[QemuBuild]:
 
 
 @asynccontextmanager
-async def stopped_guest(build: QemuBuild) -> AsyncIterator[tuple[Guest, Context]]:
+async def stopped_guest(build: QemuBuild) -> AsyncIterator[tuple[LaunchedGuest, Context]]:
     """Three monitors: for the observer, for pings, for what the test does."""
     spec = GuestSpec(
         machine="pc", accel="tcg", memory=512 << 20, monitors=3, shared_memory=False, args=("-S",)

@@ -23,9 +23,9 @@ from qmp_memlistener.guests import (
     HOST_BRIDGE,
     I440FX,
     PAM_RAM,
-    Guest,
     GuestSpec,
     High,
+    LaunchedGuest,
     Pulse,
     QemuBuild,
     boot_args,
@@ -61,7 +61,7 @@ async def racing(
     env: dict[str, str] | None = None,
     build: QemuBuild | None = None,
     args: tuple[str, ...] = (),
-) -> AsyncIterator[tuple[Guest, Pulse]]:
+) -> AsyncIterator[tuple[LaunchedGuest, Pulse]]:
     build = build or STEERED[-1]
     skip_without_kvm(build, "kvm")
     args = (*boot_args(), *args)
@@ -74,7 +74,7 @@ async def racing(
             yield guest, pulse
 
 
-async def toggled(guest: Guest, pulse: Pulse, count: int = TOGGLES) -> str:
+async def toggled(guest: LaunchedGuest, pulse: Pulse, count: int = TOGGLES) -> str:
     """Toggle PAM; `survived`, or the state that QEMU came to."""
     boots = _boots(pulse)
     toggle = await pulse.toggle(HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), count, period=20)
@@ -92,7 +92,7 @@ async def toggled(guest: Guest, pulse: Pulse, count: int = TOGGLES) -> str:
     return "survived"
 
 
-async def _dies(guest: Guest, pulse: Pulse) -> bool:
+async def _dies(guest: LaunchedGuest, pulse: Pulse) -> bool:
     """On a busy host CPU 1 may not run in any of the moments without memory."""
     for _ in range(5):
         if await toggled(guest, pulse) != "survived":
@@ -105,7 +105,7 @@ def _boots(pulse: Pulse) -> int:
     return header.boots if header is not None else -1
 
 
-def state(guest: Guest) -> State:
+def state(guest: LaunchedGuest) -> State:
     process = Process.read(guest.pid)
     assert process is not None
     found = state_of(process)
@@ -113,7 +113,7 @@ def state(guest: Guest) -> State:
     return found
 
 
-async def steer(guest: Guest, *options: str) -> Ran:
+async def steer(guest: LaunchedGuest, *options: str) -> Ran:
     return await run_verb("steer", f"unix:{guest.monitors[0]}", "--json", "--strategy", *options)
 
 

@@ -23,7 +23,7 @@ import pytest
 from qmp_memlistener import Strategy
 from qmp_memlistener.agent import source
 from qmp_memlistener.errors import DeadlineExceeded, MemListenerError, MonitorBusy, TargetLost
-from qmp_memlistener.guests import Guest, GuestSpec, QemuBuild, launch
+from qmp_memlistener.guests import GuestSpec, LaunchedGuest, QemuBuild, launch
 from qmp_memlistener.qmp import Monitor, UnixTarget, asking, guest, guest_devices, hmp
 from qmp_memlistener.records import Recording, SummaryRecord
 from qmp_memlistener.updates import guest_response, operation
@@ -91,7 +91,7 @@ class State:
 class Bench:
     """A guest, the proxy in front of one monitor, and a monitor of the test's own."""
 
-    guest: Guest
+    guest: LaunchedGuest
     proxy: QmpProxy
     monitor: Monitor
     directory: Path

@@ -21,9 +21,9 @@ from qmp_memlistener.guests import (
     I440FX,
     PAM_RAM,
     Q35,
-    Guest,
     GuestSpec,
     HostBridge,
+    LaunchedGuest,
     Pulse,
     QemuBuild,
     boot_args,
@@ -138,7 +138,7 @@ def silenced(build: QemuBuild, directory: Path) -> QemuBuild:
 class Vm:
     """A pulse guest that is up, its monitors free."""
 
-    guest: Guest
+    guest: LaunchedGuest
     pulse: Pulse
     bridge: HostBridge
 

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import replace
 
 from qmp_memlistener.errors import TraceReason, TraceUnavailable
-from qmp_memlistener.guests import Guest
+from qmp_memlistener.guests import LaunchedGuest
 from qmp_memlistener.probes import Context, Observation, Probe, StallKind
 from qmp_memlistener.qmp import (
     Companions,
@@ -101,7 +101,7 @@ def context_of(monitor: Monitor, ping: SocketTarget | None = None) -> Context:
 
 
 @asynccontextmanager
-async def guest_context(guest: Guest) -> AsyncIterator[Context]:
+async def guest_context(guest: LaunchedGuest) -> AsyncIterator[Context]:
     """As an attachment has it: the observer on the first monitor, the second one for pings."""
     async with await AnyMonitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor:
         ping = UnixTarget(str(guest.monitors[1])) if len(guest.monitors) > 1 else None

@@ -109,6 +109,16 @@ def test_what_a_module_exports_exists(name: str) -> None:
         assert hasattr(module, item), item
 
 
+def test_no_two_public_classes_have_one_name() -> None:
+    homes: dict[str, set[str]] = {}
+    for module in map(import_module, MODULES):
+        for value in vars(module).values():
+            if isinstance(value, type) and value.__module__ == module.__name__:
+                homes.setdefault(value.__name__, set()).add(module.__name__)
+    public = {name: found for name, found in homes.items() if not name.startswith("_")}
+    assert {name: found for name, found in public.items() if len(found) > 1} == {}
+
+
 def test_every_error_has_an_exit_code_of_the_contract() -> None:
     errors = import_module("qmp_memlistener.errors")
     expected = {

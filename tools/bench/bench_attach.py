@@ -14,14 +14,14 @@ import time
 
 import msgspec
 
-from qmp_memlistener.guests import Guest
+from qmp_memlistener.guests import LaunchedGuest
 from tools.bench.growth import Figure, Sample, print_table
 from tools.bench.live import Host, hosts, pulse_guest
 
 ROUNDS = 4
 
 
-async def _one(guest: Guest) -> tuple[float, float, float]:
+async def _one(guest: LaunchedGuest) -> tuple[float, float, float]:
     """Seconds to the first map, to the last `probes` record, and in all."""
     start = time.monotonic()
     process = await asyncio.create_subprocess_exec(

@@ -11,7 +11,7 @@ from __future__ import annotations
 import asyncio
 import time
 
-from qmp_memlistener.guests import Guest
+from qmp_memlistener.guests import LaunchedGuest
 from tools.bench.growth import Figure, Sample, print_table
 from tools.bench.live import Host, cpu_ns, hosts, main_thread_ns, peak_rss, pulse_guest, watching
 
@@ -82,7 +82,7 @@ async def _measure(host: Host, quick: bool) -> dict[str, tuple[float, float]]:
     }
 
 
-async def _shares(guest: Guest, pid: int | None, seconds: float) -> tuple[float, float]:
+async def _shares(guest: LaunchedGuest, pid: int | None, seconds: float) -> tuple[float, float]:
     """Percent of a core that the agent and QEMU's main thread take."""
     start = time.monotonic_ns()
     main, own = main_thread_ns(guest.pid), cpu_ns(pid) if pid is not None else 0

@@ -13,7 +13,7 @@ import asyncio
 import time
 
 from qmp_memlistener.agent import attach
-from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, Guest, Pulse
+from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, LaunchedGuest, Pulse
 from qmp_memlistener.qmp import FlatViewEvent, Monitor, parse_target, start_tracing
 from qmp_memlistener.records import Record, SlotOp, TransitionRecord
 from tools.bench.growth import Figure, percentile, print_table
@@ -72,7 +72,9 @@ async def _change(pulse: Pulse, writes: int, pause_ms: int) -> None:
         await asyncio.sleep(pause_ms / 1e3)
 
 
-async def _read_by_the_tail(guest: Guest, pulse: Pulse, writes: int, pause_ms: int) -> list[float]:
+async def _read_by_the_tail(
+    guest: LaunchedGuest, pulse: Pulse, writes: int, pause_ms: int
+) -> list[float]:
     """The tail of the log alone, no snapshots."""
     ages: list[float] = []
     async with (
@@ -98,7 +100,7 @@ async def _read_by_the_tail(guest: Guest, pulse: Pulse, writes: int, pause_ms: i
 
 
 async def _told_to_a_subscriber(
-    guest: Guest, pulse: Pulse, writes: int, pause_ms: int
+    guest: LaunchedGuest, pulse: Pulse, writes: int, pause_ms: int
 ) -> dict[str, list[float]]:
     """The whole agent; the records' times are QEMU's stamps."""
     ages: dict[str, list[float]] = {"a subscriber: operation": [], "a subscriber: transition": []}

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qmp_memlistener.guests import (
-    Guest,
     GuestSpec,
+    LaunchedGuest,
     Pulse,
     QemuBuild,
     boot_args,
@@ -59,7 +59,7 @@ def hosts(quick: bool, *, ends: bool = False) -> list[Host]:
 
 
 @asynccontextmanager
-async def pulse_guest(host: Host, *args: str) -> AsyncIterator[tuple[Guest, Pulse]]:
+async def pulse_guest(host: Host, *args: str) -> AsyncIterator[tuple[LaunchedGuest, Pulse]]:
     """A booted pulse guest with one vCPU."""
     spec = GuestSpec(machine="pc", accel=host.accel, args=(*boot_args(), *args))
     async with launch(spec.on(host.build)) as guest:
@@ -70,7 +70,7 @@ async def pulse_guest(host: Host, *args: str) -> AsyncIterator[tuple[Guest, Puls
 
 
 @asynccontextmanager
-async def watching(guest: Guest, *options: str) -> AsyncIterator[int]:
+async def watching(guest: LaunchedGuest, *options: str) -> AsyncIterator[int]:
     """`qmp-memlistener watch --json` as a process of its own, attached; gives its pid."""
     argv = ["-m", "qmp_memlistener", "watch", f"unix:{guest.monitors[0]}", "--json", *options]
     process = await asyncio.create_subprocess_exec(

@@ -8,11 +8,11 @@ from __future__ import annotations
 from .probe import UprobesProbe
 from .reader import Batch, Loss, UprobeReader
 from .release import wait_released
-from .results import Command, Site, Window
+from .results import CommandSpan, Site, Window
 
 __all__ = [
     "Batch",
-    "Command",
+    "CommandSpan",
     "Loss",
     "Site",
     "UprobeReader",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from .decode import Decoded, Decoder
-from .functions import Group, Point, Role, points_of
+from .functions import Func, Group, Point, points_of
 from .perf import (
     Architecture,
     Ring,
@@ -79,7 +79,7 @@ class Attachment:
         pmu: int,
         pid: int,
         path: str,
-        roles: Mapping[Role, tuple[str, int]],
+        roles: Mapping[Func, tuple[str, int]],
         ring_bytes: int | None = None,
         given_up: Callable[[], bool] = lambda: False,
         floor_ns: int = 0,
@@ -185,7 +185,7 @@ class Attachment:
             fds.append(fd)
             set_output(fd, thread.owner)
             self._points[ident] = point
-            if point.role is Role.COMMIT:
+            if point.role is Func.COMMIT:
                 if not point.is_return:
                     thread.calls = self._decoder.calls_of(ident, returns)
                 returns = ident

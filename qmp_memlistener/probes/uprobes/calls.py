@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from .decode import Hit
-from .functions import Role
+from .functions import Func
 from .results import Site
 
 __all__ = ["Call", "Span", "Thread"]
@@ -24,7 +24,7 @@ class Call:
     resume_all_vcpus that resumes.
     """
 
-    role: Role
+    role: Func
     sp: int
     t_ns: int
     hits: int
@@ -63,7 +63,7 @@ class Thread:
             self.calls.clear()
         self.calls.append(call)
 
-    def end(self, role: Role, sp: int) -> Call | None:
+    def end(self, role: Func, sp: int) -> Call | None:
         """The youngest call of that function at that place on the stack has ended.
 
         No function whose return is probed can switch coroutines, so calls of a thread nest, and

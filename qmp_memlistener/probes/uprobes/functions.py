@@ -21,7 +21,7 @@ __all__ = [
     "SYMBOLS",
     "Group",
     "Point",
-    "Role",
+    "Func",
     "RoleInfo",
     "kinds_of",
     "missing_kinds",
@@ -30,8 +30,8 @@ __all__ = [
 ]
 
 
-class Role(StrEnum):
-    """What a function is to us.
+class Func(StrEnum):
+    """A function of QEMU, by what it is to us.
 
     COMMIT: memory_region_transaction_commit (memory.c).  SLOT_IOCTL: kvm_vm_ioctl (kvm-all.c), type
     in its second argument and the slot in its third.  INHIBIT_BEGIN, INHIBIT_END: accel-blocker.c
@@ -96,24 +96,24 @@ _SLOT_STACK = 512
 _LOCK = ("bql_lock_impl", "qemu_mutex_lock_iothread_impl")  # so named since 9.0, and before
 _UNLOCK = ("bql_unlock", "qemu_mutex_unlock_iothread")
 
-ROLES: Mapping[Role, RoleInfo] = MappingProxyType(
+ROLES: Mapping[Func, RoleInfo] = MappingProxyType(
     {
-        Role.COMMIT: RoleInfo(("memory_region_transaction_commit",), Group.ALWAYS, True),
-        Role.SLOT_IOCTL: RoleInfo(("kvm_vm_ioctl",), Group.ALWAYS, True, _SLOT_STACK),
-        Role.INHIBIT_BEGIN: RoleInfo(("accel_ioctl_inhibit_begin",), Group.ALWAYS, True),
-        Role.INHIBIT_END: RoleInfo(("accel_ioctl_inhibit_end",), Group.ALWAYS),
-        Role.PAUSE: RoleInfo(("pause_all_vcpus",), Group.MAIN, True),
-        Role.RESUME: RoleInfo(("resume_all_vcpus",), Group.MAIN, True),
-        Role.CLOCK: RoleInfo(("qemu_clock_enable",), Group.MAIN),
-        Role.COMMAND: RoleInfo(("qmp_command_available",), Group.MAIN),
-        Role.CURRENT_MONITOR: RoleInfo(("monitor_set_cur",), Group.MAIN),
-        Role.BQL_LOCK: RoleInfo(_LOCK, Group.BQL, True),
-        Role.BQL_UNLOCK: RoleInfo(_UNLOCK, Group.BQL),
-        Role.COND_WAIT: RoleInfo(("qemu_cond_wait_impl",), Group.BQL, True),
-        Role.COND_TIMEDWAIT: RoleInfo(("qemu_cond_timedwait_impl",), Group.BQL, True),
+        Func.COMMIT: RoleInfo(("memory_region_transaction_commit",), Group.ALWAYS, True),
+        Func.SLOT_IOCTL: RoleInfo(("kvm_vm_ioctl",), Group.ALWAYS, True, _SLOT_STACK),
+        Func.INHIBIT_BEGIN: RoleInfo(("accel_ioctl_inhibit_begin",), Group.ALWAYS, True),
+        Func.INHIBIT_END: RoleInfo(("accel_ioctl_inhibit_end",), Group.ALWAYS),
+        Func.PAUSE: RoleInfo(("pause_all_vcpus",), Group.MAIN, True),
+        Func.RESUME: RoleInfo(("resume_all_vcpus",), Group.MAIN, True),
+        Func.CLOCK: RoleInfo(("qemu_clock_enable",), Group.MAIN),
+        Func.COMMAND: RoleInfo(("qmp_command_available",), Group.MAIN),
+        Func.CURRENT_MONITOR: RoleInfo(("monitor_set_cur",), Group.MAIN),
+        Func.BQL_LOCK: RoleInfo(_LOCK, Group.BQL, True),
+        Func.BQL_UNLOCK: RoleInfo(_UNLOCK, Group.BQL),
+        Func.COND_WAIT: RoleInfo(("qemu_cond_wait_impl",), Group.BQL, True),
+        Func.COND_TIMEDWAIT: RoleInfo(("qemu_cond_timedwait_impl",), Group.BQL, True),
         # in this order: a mutex is then never seen without all those before it
-        Role.MUTEX_LOCK: RoleInfo(("qemu_mutex_lock_impl",), Group.LEARN),
-        Role.LEARN_LOCK: RoleInfo(_LOCK, Group.LEARN),
+        Func.MUTEX_LOCK: RoleInfo(("qemu_mutex_lock_impl",), Group.LEARN),
+        Func.LEARN_LOCK: RoleInfo(_LOCK, Group.LEARN),
     }
 )
 
@@ -122,14 +122,14 @@ SYMBOLS = tuple(dict.fromkeys(s for info in ROLES.values() for s in info.symbols
 
 # Without one of these roles the kind cannot be told.  A hold is known only if every release is
 # seen, so the waits belong to it; the mutex tells which waits concern the BQL.
-_BQL = (Role.BQL_LOCK, Role.BQL_UNLOCK, Role.COND_WAIT, Role.COND_TIMEDWAIT, Role.MUTEX_LOCK)
-_NEEDED: Mapping[StallKind, tuple[Role, ...]] = MappingProxyType(
+_BQL = (Func.BQL_LOCK, Func.BQL_UNLOCK, Func.COND_WAIT, Func.COND_TIMEDWAIT, Func.MUTEX_LOCK)
+_NEEDED: Mapping[StallKind, tuple[Func, ...]] = MappingProxyType(
     {
-        StallKind.COMMIT: (Role.COMMIT,),
-        StallKind.SLOT_UPDATE: (Role.SLOT_IOCTL,),
-        StallKind.VCPU_INHIBIT: (Role.INHIBIT_BEGIN, Role.INHIBIT_END),
-        StallKind.VCPU_PAUSE: (Role.PAUSE, Role.RESUME, Role.CLOCK),
-        StallKind.BQL_WAIT: (Role.BQL_LOCK,),
+        StallKind.COMMIT: (Func.COMMIT,),
+        StallKind.SLOT_UPDATE: (Func.SLOT_IOCTL,),
+        StallKind.VCPU_INHIBIT: (Func.INHIBIT_BEGIN, Func.INHIBIT_END),
+        StallKind.VCPU_PAUSE: (Func.PAUSE, Func.RESUME, Func.CLOCK),
+        StallKind.BQL_WAIT: (Func.BQL_LOCK,),
         StallKind.BQL_HOLD: _BQL,
     }
 )
@@ -139,7 +139,7 @@ _NEEDED: Mapping[StallKind, tuple[Role, ...]] = MappingProxyType(
 class Point:
     """One place to probe: the entry or the return of a function."""
 
-    role: Role
+    role: Func
     group: Group
     offset: int
     is_return: bool = False
@@ -150,7 +150,7 @@ class Point:
         return 0 if self.is_return else ROLES[self.role].stack
 
 
-def resolve_roles(offsets: Mapping[str, int]) -> dict[Role, tuple[str, int]]:
+def resolve_roles(offsets: Mapping[str, int]) -> dict[Func, tuple[str, int]]:
     """Name and file offset of the function that plays each role, as far as there is one."""
     return {
         role: (symbol, offsets[symbol])
@@ -160,7 +160,7 @@ def resolve_roles(offsets: Mapping[str, int]) -> dict[Role, tuple[str, int]]:
     }
 
 
-def points_of(roles: Mapping[Role, tuple[str, int]], group: Group) -> tuple[Point, ...]:
+def points_of(roles: Mapping[Func, tuple[str, int]], group: Group) -> tuple[Point, ...]:
     """The probes of a group, a function's return before its entry.
 
     Switched on in this order and off in the reverse, no entry is seen whose return is not.
@@ -175,12 +175,12 @@ def points_of(roles: Mapping[Role, tuple[str, int]], group: Group) -> tuple[Poin
     return tuple(found)
 
 
-def kinds_of(roles: Collection[Role]) -> tuple[StallKind, ...]:
+def kinds_of(roles: Collection[Func]) -> tuple[StallKind, ...]:
     """The kinds of window that these roles suffice for."""
     return tuple(kind for kind, needed in _NEEDED.items() if set(needed) <= set(roles))
 
 
-def missing_kinds(roles: Collection[Role]) -> dict[StallKind, str]:
+def missing_kinds(roles: Collection[Func]) -> dict[StallKind, str]:
     """For each other kind, the functions that this QEMU lacks."""
     return {
         kind: ", ".join(ROLES[role].symbols[0] for role in needed if role not in roles)

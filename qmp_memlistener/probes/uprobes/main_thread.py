@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model import StallKind
-from .results import Command, Window
+from .results import CommandSpan, Window
 
 __all__ = ["Commands", "Pauses"]
 
@@ -97,14 +97,14 @@ class Commands:
     """
 
     def __init__(self) -> None:
-        self._running: dict[int, Command] = {}
+        self._running: dict[int, CommandSpan] = {}
         self._announced = 0
 
     def announce(self, info: int) -> None:
         """qmp_command_available is asked about a command."""
         self._announced = info
 
-    def monitor(self, coroutine: int, monitor: int, t_ns: int) -> Command | None:
+    def monitor(self, coroutine: int, monitor: int, t_ns: int) -> CommandSpan | None:
         """monitor_set_cur is entered; returns the command that has ended.
 
         An HMP command inside a QMP one sets and restores a monitor in between: the second is no
@@ -113,9 +113,9 @@ class Commands:
         running = self._running
         if not monitor:
             command = running.pop(coroutine, None)
-            return None if command is None else Command(command.info, command.start_ns, t_ns)
+            return None if command is None else CommandSpan(command.info, command.start_ns, t_ns)
         if coroutine not in running and (self._announced or not running):
-            running[coroutine] = Command(self._announced, t_ns, t_ns)
+            running[coroutine] = CommandSpan(self._announced, t_ns, t_ns)
             self._announced = 0
         return None
 

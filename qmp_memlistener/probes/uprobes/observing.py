@@ -12,7 +12,7 @@ from ...records import CommandRecord
 from ..model import Observation, StallKind
 from .memory import Strings
 from .names import ThreadNames
-from .results import Command, Window
+from .results import CommandSpan, Window
 
 __all__ = ["FLOOR_NS", "QUERY_FLOOR_NS", "Observer"]
 
@@ -58,7 +58,7 @@ class Observer:
         short.count += count
         short.total_ns += total_ns
 
-    def commands(self, commands: list[Command], strings: Strings) -> list[CommandRecord]:
+    def commands(self, commands: list[CommandSpan], strings: Strings) -> list[CommandRecord]:
         """The commands that are worth telling, and whose name can be read."""
         found = []
         for command in commands:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from ..model import ProbeUnavailable
 from .elf import ElfFile, read_elf
-from .functions import ROLES, SYMBOLS, Role, kinds_of, resolve_roles
+from .functions import ROLES, SYMBOLS, Func, kinds_of, resolve_roles
 from .perf import Architecture, architecture, open_dummy, open_uprobe, uprobe_pmu
 from .refusals import explain, forbidden
 
@@ -28,7 +28,7 @@ class Program:
     arch: Architecture
     pmu: int
     path: str
-    roles: dict[Role, tuple[str, int]]
+    roles: dict[Func, tuple[str, int]]
 
 
 def examine(pid: int) -> Program:

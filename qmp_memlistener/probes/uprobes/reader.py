@@ -22,13 +22,13 @@ from ..model import StallKind
 from .attach import Attachment, thread_ids
 from .calibrate import measure_hit
 from .decode import Hit
-from .functions import Group, Role, kinds_of, missing_kinds
+from .functions import Func, Group, kinds_of, missing_kinds
 from .memory import Strings
 from .perf import Architecture, allow_descriptors
 from .program import Program, examine
 from .refusals import explain
 from .release import opening, release
-from .results import Command, Window
+from .results import CommandSpan, Window
 from .windows import Windows
 
 __all__ = ["Batch", "Loss", "UprobeReader"]
@@ -63,7 +63,7 @@ class Batch:
     until_ns: int
     open_ns: int | None = None
     windows: list[Window] = field(default_factory=list)
-    commands: list[Command] = field(default_factory=list)
+    commands: list[CommandSpan] = field(default_factory=list)
     losses: list[Loss] = field(default_factory=list)
     hits: dict[Group, int] = field(default_factory=dict)
     short: tuple[int, int] = (0, 0)
@@ -92,7 +92,7 @@ class UprobeReader:
         floor_ns: int = 0,
     ) -> None:
         self.pid = pid
-        self.roles: dict[Role, tuple[str, int]] = {}
+        self.roles: dict[Func, tuple[str, int]] = {}
         self.hit_ns = 0
         """What one hit costs the probed thread at most, in ns."""
         self.released: threading.Thread | None = None
@@ -133,7 +133,7 @@ class UprobeReader:
         arch, pmu = program.arch, program.pmu
         self.roles = program.roles
         tids = thread_ids(self.pid)
-        allow_descriptors(len(tids) * 2 * len(Role))
+        allow_descriptors(len(tids) * 2 * len(Func))
         with opening(lambda: self._stopping):
             self._open(arch, pmu, program, tids)
         self._round_ns = self._rescan_ns = time.monotonic_ns()
@@ -357,7 +357,7 @@ class UprobeReader:
             if tid in self._attachment.threads:
                 self._windows.ended(tid)
                 self._spent += self._attachment.drop(tid)
-        if len(self._spent) > _DEAD_KEPT * len(Role):
+        if len(self._spent) > _DEAD_KEPT * len(Func):
             release(self._spent)
             self._spent = []
 

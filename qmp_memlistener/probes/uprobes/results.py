@@ -6,7 +6,7 @@ import msgspec
 
 from ...records import SlotOp, StallKind
 
-__all__ = ["Command", "Site", "Window"]
+__all__ = ["CommandSpan", "Site", "Window"]
 
 
 class Site(msgspec.Struct, frozen=True, gc=False):
@@ -34,7 +34,7 @@ class Window(msgspec.Struct, frozen=True, gc=False):
     updates: int = 0
 
 
-class Command(msgspec.Struct, frozen=True, gc=False):
+class CommandSpan(msgspec.Struct, frozen=True, gc=False):
     """A command between its beginning and its end; `info` is the address of its QmpCommand.
 
     0 for a command of an HMP monitor.

@@ -20,9 +20,9 @@ from ...memslots import OpKind
 from ...records import SlotOp, StallKind
 from .calls import Call, Span, Thread
 from .decode import Hit
-from .functions import Role
+from .functions import Func
 from .main_thread import Commands, Pauses
-from .results import Command, Site, Window
+from .results import CommandSpan, Site, Window
 
 __all__ = ["SLOT_IOCTLS", "Windows"]
 
@@ -55,35 +55,35 @@ class Windows:
         self._bql_since: int | None = None
         self._short = self._short_ns = 0
         self._windows: list[Window] = []
-        self._commands: list[Command] = []
+        self._commands: list[CommandSpan] = []
         self._pauses = Pauses(main)
         self._monitors = Commands()
-        self._entries: dict[Role, Callable[[Thread, Hit], None]] = {
-            Role.COMMIT: self._enter,
-            Role.SLOT_IOCTL: self._slot_ioctl,
-            Role.INHIBIT_BEGIN: self._enter,
-            Role.INHIBIT_END: self._inhibit_end,
-            Role.PAUSE: self._pausing,
-            Role.RESUME: self._enter,
-            Role.CLOCK: self._clock,
-            Role.COMMAND: self._command,
-            Role.CURRENT_MONITOR: self._current_monitor,
-            Role.MUTEX_LOCK: self._mutex_lock,
-            Role.LEARN_LOCK: self._nothing,
-            Role.BQL_LOCK: self._bql_lock,
-            Role.BQL_UNLOCK: self._bql_unlock,
-            Role.COND_WAIT: self._cond_wait,
-            Role.COND_TIMEDWAIT: self._cond_wait,
+        self._entries: dict[Func, Callable[[Thread, Hit], None]] = {
+            Func.COMMIT: self._enter,
+            Func.SLOT_IOCTL: self._slot_ioctl,
+            Func.INHIBIT_BEGIN: self._enter,
+            Func.INHIBIT_END: self._inhibit_end,
+            Func.PAUSE: self._pausing,
+            Func.RESUME: self._enter,
+            Func.CLOCK: self._clock,
+            Func.COMMAND: self._command,
+            Func.CURRENT_MONITOR: self._current_monitor,
+            Func.MUTEX_LOCK: self._mutex_lock,
+            Func.LEARN_LOCK: self._nothing,
+            Func.BQL_LOCK: self._bql_lock,
+            Func.BQL_UNLOCK: self._bql_unlock,
+            Func.COND_WAIT: self._cond_wait,
+            Func.COND_TIMEDWAIT: self._cond_wait,
         }
-        self._returns: dict[Role, Callable[[Thread, Hit, Call], None]] = {
-            Role.COMMIT: self._committed,
-            Role.SLOT_IOCTL: self._slot_updated,
-            Role.INHIBIT_BEGIN: self._inhibited,
-            Role.PAUSE: self._paused,
-            Role.RESUME: self._resumed,
-            Role.BQL_LOCK: self._bql_locked,
-            Role.COND_WAIT: self._bql_retaken,
-            Role.COND_TIMEDWAIT: self._bql_retaken,
+        self._returns: dict[Func, Callable[[Thread, Hit, Call], None]] = {
+            Func.COMMIT: self._committed,
+            Func.SLOT_IOCTL: self._slot_updated,
+            Func.INHIBIT_BEGIN: self._inhibited,
+            Func.PAUSE: self._paused,
+            Func.RESUME: self._resumed,
+            Func.BQL_LOCK: self._bql_locked,
+            Func.COND_WAIT: self._bql_retaken,
+            Func.COND_TIMEDWAIT: self._bql_retaken,
         }
 
     # -- what the reader knows ---------------------------------------------------------------------
@@ -132,7 +132,7 @@ class Windows:
         """Nothing more is coming: tell of a pause that has not ended."""
         self._tell(self._pauses.finish(now_ns))
 
-    def take(self) -> tuple[list[Window], list[Command]]:
+    def take(self) -> tuple[list[Window], list[CommandSpan]]:
         """What was found since the last call."""
         found = self._windows, self._commands
         self._windows, self._commands = [], []
@@ -174,7 +174,7 @@ class Windows:
         """Commits that did nothing, with nothing in between."""
         thread.hits += 2 * hit.calls
         thread.last = None
-        if not any(f.role is Role.COMMIT for f in thread.calls):
+        if not any(f.role is Func.COMMIT for f in thread.calls):
             self._short += hit.calls
             self._short_ns += hit.result
 
@@ -227,7 +227,7 @@ class Windows:
     # -- commits and slots -------------------------------------------------------------------------
 
     def _committed(self, thread: Thread, hit: Hit, call: Call) -> None:
-        inner = any(f.role is Role.COMMIT for f in thread.calls)
+        inner = any(f.role is Func.COMMIT for f in thread.calls)
         self._window(StallKind.COMMIT, thread, call, hit.t_ns, inner=inner, updates=call.updates)
 
     def _slot_ioctl(self, thread: Thread, hit: Hit) -> None:
@@ -237,7 +237,7 @@ class Windows:
         if not 0 <= at <= len(hit.stack) - _SLOT.size:
             self.undecoded += 1
             return
-        call = Call(Role.SLOT_IOCTL, hit.sp, hit.t_ns, thread.hits)
+        call = Call(Func.SLOT_IOCTL, hit.sp, hit.t_ns, thread.hits)
         call.slot = _SLOT.unpack_from(hit.stack, at)
         thread.begin(call)
 
@@ -286,7 +286,7 @@ class Windows:
         """Only inside resume_all_vcpus is it a sign: others call it for reasons of their own."""
         if hit.args[0] & 0xFFFFFFFF == _CLOCK_VIRTUAL and hit.args[1] & 0xFF and thread.calls:
             top = thread.calls[-1]
-            top.real = top.role is Role.RESUME
+            top.real = top.role is Func.RESUME
 
     def _resumed(self, thread: Thread, hit: Hit, call: Call) -> None:
         del thread
@@ -319,7 +319,7 @@ class Windows:
             self.bql is None
             and last is not None
             and last.point is not None
-            and last.point.role in (Role.LEARN_LOCK, Role.BQL_LOCK)
+            and last.point.role in (Func.LEARN_LOCK, Func.BQL_LOCK)
             and not last.point.is_return
             and 0 <= last.sp - hit.sp < _NESTED_BYTES  # 0: 11.1 ends in a jump to it
         ):
@@ -331,7 +331,7 @@ class Windows:
             self.contradictions += 1
             thread.hold = None
         site = Site(hit.args[0], hit.args[1] & 0x7FFFFFFF)
-        thread.begin(Call(Role.BQL_LOCK, hit.sp, hit.t_ns, thread.hits, site))
+        thread.begin(Call(Func.BQL_LOCK, hit.sp, hit.t_ns, thread.hits, site))
 
     def _bql_locked(self, thread: Thread, hit: Hit, call: Call) -> None:
         self._window(StallKind.BQL_WAIT, thread, call, hit.t_ns)
@@ -359,10 +359,10 @@ class Windows:
         if hit.args[1] != self.bql:
             return
         self._bql_unlock(thread, hit)
-        at = 2 if role is Role.COND_WAIT else 3
+        at = 2 if role is Func.COND_WAIT else 3
         site = Site(hit.args[at], hit.args[at + 1] & 0x7FFFFFFF)
         thread.begin(Call(role, hit.sp, hit.t_ns, thread.hits, site))
 
 
-_SHORT_ROLES = frozenset((Role.COMMIT, Role.SLOT_IOCTL, Role.INHIBIT_BEGIN, Role.BQL_LOCK))
-_BQL_ROLES = frozenset((Role.BQL_LOCK, Role.BQL_UNLOCK, Role.COND_WAIT, Role.COND_TIMEDWAIT))
+_SHORT_ROLES = frozenset((Func.COMMIT, Func.SLOT_IOCTL, Func.INHIBIT_BEGIN, Func.BQL_LOCK))
+_BQL_ROLES = frozenset((Func.BQL_LOCK, Func.BQL_UNLOCK, Func.COND_WAIT, Func.COND_TIMEDWAIT))

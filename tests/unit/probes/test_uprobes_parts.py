@@ -18,9 +18,9 @@ from qmp_memlistener.probes.uprobes.elf import read_elf
 from qmp_memlistener.probes.uprobes.functions import (
     ROLES,
     SYMBOLS,
+    Func,
     Group,
     Point,
-    Role,
     kinds_of,
     missing_kinds,
     points_of,
@@ -31,13 +31,13 @@ from qmp_memlistener.probes.uprobes.memory import Strings
 from qmp_memlistener.probes.uprobes.names import ThreadNames
 from qmp_memlistener.probes.uprobes.observing import FLOOR_NS, QUERY_FLOOR_NS, Observer
 from qmp_memlistener.probes.uprobes.perf import ARCHITECTURES
-from qmp_memlistener.probes.uprobes.results import Command, Site, Window
+from qmp_memlistener.probes.uprobes.results import CommandSpan, Site, Window
 from qmp_memlistener.probes.uprobes.windows import SLOT_IOCTLS, Windows
 from qmp_memlistener.qmp.guest import GuestVcpu
 from qmp_memlistener.records import SlotOp
 
-ENTRY = Point(Role.SLOT_IOCTL, Group.ALWAYS, 0)
-RETURN = Point(Role.SLOT_IOCTL, Group.ALWAYS, 0, True)
+ENTRY = Point(Func.SLOT_IOCTL, Group.ALWAYS, 0)
+RETURN = Point(Func.SLOT_IOCTL, Group.ALWAYS, 0, True)
 POINTS = {1: ENTRY, 2: RETURN}
 TID = 77
 
@@ -102,8 +102,8 @@ def test_every_record_of_ours_is_decoded(records: list[tuple[int, int, bool]]) -
     ]
 
 
-COMMIT = Point(Role.COMMIT, Group.ALWAYS, 4)
-COMMITTED = Point(Role.COMMIT, Group.ALWAYS, 4, True)
+COMMIT = Point(Func.COMMIT, Group.ALWAYS, 4)
+COMMITTED = Point(Func.COMMIT, Group.ALWAYS, 4, True)
 ALL_POINTS = {**POINTS, 3: COMMIT, 4: COMMITTED}
 
 _call = st.tuples(st.just("call"), st.integers(1, 2 * FLOOR_NS), st.integers(0, 3))
@@ -170,22 +170,22 @@ def test_thirty_short_commits_are_one_hit() -> None:
 
 def test_no_function_that_may_switch_coroutines_has_its_return_probed() -> None:
     assert {role for role, info in ROLES.items() if info.returns} == {
-        Role.COMMIT,
-        Role.SLOT_IOCTL,
-        Role.INHIBIT_BEGIN,
-        Role.PAUSE,
-        Role.RESUME,
-        Role.BQL_LOCK,
-        Role.COND_WAIT,
-        Role.COND_TIMEDWAIT,
+        Func.COMMIT,
+        Func.SLOT_IOCTL,
+        Func.INHIBIT_BEGIN,
+        Func.PAUSE,
+        Func.RESUME,
+        Func.BQL_LOCK,
+        Func.COND_WAIT,
+        Func.COND_TIMEDWAIT,
     }
 
 
 def test_names_of_old_and_new_qemu() -> None:
     old = resolve_roles({"qemu_mutex_lock_iothread_impl": 1, "qemu_mutex_unlock_iothread": 2})
-    assert old[Role.BQL_LOCK] == ("qemu_mutex_lock_iothread_impl", 1)
+    assert old[Func.BQL_LOCK] == ("qemu_mutex_lock_iothread_impl", 1)
     new = resolve_roles({"qemu_mutex_lock_iothread_impl": 1, "bql_lock_impl": 3})
-    assert new[Role.BQL_LOCK] == ("bql_lock_impl", 3)
+    assert new[Func.BQL_LOCK] == ("bql_lock_impl", 3)
 
 
 def test_a_missing_function_costs_its_kinds_only() -> None:
@@ -203,7 +203,7 @@ def test_a_missing_function_costs_its_kinds_only() -> None:
 def test_a_return_is_probed_before_its_entry() -> None:
     roles = resolve_roles({name: i for i, name in enumerate(SYMBOLS)})
     for group in Group:
-        seen: set[Role] = set()
+        seen: set[Func] = set()
         for point in points_of(roles, group):
             assert point.is_return or not ROLES[point.role].returns or point.role in seen
             seen.add(point.role)
@@ -309,7 +309,9 @@ def test_short_windows_are_counted_and_not_told() -> None:
 def test_questions_are_told_when_they_took_long() -> None:
     observer = Observer("uprobes", ThreadNames(os.getpid()), {})
     long = QUERY_FLOOR_NS
-    commands = [Command(i, 5, 5 + took) for i, took in ((1, 9), (1, long), (2, 9), (3, 9), (0, 9))]
+    commands = [
+        CommandSpan(i, 5, 5 + took) for i, took in ((1, 9), (1, long), (2, 9), (3, 9), (0, 9))
+    ]
     found = observer.commands(commands, FewStrings())
     assert [(c.name, c.busy_until_ns - c.start_ns) for c in found] == [
         ("query-status", long),

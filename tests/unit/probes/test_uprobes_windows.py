@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from qmp_memlistener.probes import StallKind
 from qmp_memlistener.probes.uprobes.decode import Hit
-from qmp_memlistener.probes.uprobes.functions import ROLES, Point, Role
+from qmp_memlistener.probes.uprobes.functions import ROLES, Func, Point
 from qmp_memlistener.probes.uprobes.results import Window
 from qmp_memlistener.probes.uprobes.windows import SLOT_IOCTLS, Windows
 
@@ -25,7 +25,7 @@ Shape = tuple[StallKind, int, int, int]
 """StallKind, tid, start, end."""
 
 
-def point(role: Role, is_return: bool = False) -> Point:
+def point(role: Func, is_return: bool = False) -> Point:
     return Point(role, ROLES[role].group, 0, is_return)
 
 
@@ -42,7 +42,7 @@ class Thread:
 
     def hit(
         self,
-        role: Role,
+        role: Func,
         *args: int,
         is_return: bool = False,
         result: int = 0,
@@ -57,7 +57,7 @@ class Thread:
 
     def call(
         self,
-        role: Role,
+        role: Func,
         *args: int,
         inside: Callable[[], None] = lambda: None,
         result: int = 0,
@@ -74,25 +74,25 @@ class Thread:
         self.truth.append((kind, self.tid, start, end))
 
     def commit(self, inside: Callable[[], None]) -> None:
-        self.tell(StallKind.COMMIT, *self.call(Role.COMMIT, inside=inside))
+        self.tell(StallKind.COMMIT, *self.call(Func.COMMIT, inside=inside))
 
     def slot(self, ret: int = 0) -> None:
         stack = bytes(32) + struct.pack("<IIQQQ", 1 << 16 | 7, 1, 0x100000, 0x2000, 0xABC)
         args = (0, SLOT_IOCTLS[0], self.sp - 64 + 32)
         result = ret & 0xFFFFFFFF
-        span = self.call(Role.SLOT_IOCTL, *args, stack=stack, result=result)
+        span = self.call(Func.SLOT_IOCTL, *args, stack=stack, result=result)
         self.tell(StallKind.SLOT_UPDATE, *span)
 
     def other_ioctl(self) -> None:
-        self.call(Role.SLOT_IOCTL, 0, 0xAE61, self.sp, stack=bytes(64))
+        self.call(Func.SLOT_IOCTL, 0, 0xAE61, self.sp, stack=bytes(64))
 
     def inhibit(self, inside: Callable[[], None]) -> None:
-        start, _ = self.call(Role.INHIBIT_BEGIN)
+        start, _ = self.call(Func.INHIBIT_BEGIN)
         inside()
-        self.tell(StallKind.VCPU_INHIBIT, start, self.hit(Role.INHIBIT_END))
+        self.tell(StallKind.VCPU_INHIBIT, start, self.hit(Func.INHIBIT_END))
 
     def lock(self) -> None:
-        start, end = self.call(Role.BQL_LOCK, FILE, 5)
+        start, end = self.call(Func.BQL_LOCK, FILE, 5)
         self.tell(StallKind.BQL_WAIT, start, end)
         self.held_since = end
 
@@ -102,10 +102,10 @@ class Thread:
         self.held_since = None
 
     def unlock(self) -> None:
-        self._release(self.hit(Role.BQL_UNLOCK))
+        self._release(self.hit(Func.BQL_UNLOCK))
 
     def wait(self, mutex: int, timed: bool) -> None:
-        role = Role.COND_TIMEDWAIT if timed else Role.COND_WAIT
+        role = Func.COND_TIMEDWAIT if timed else Func.COND_WAIT
         args = (1, mutex, 100, FILE, 9) if timed else (1, mutex, FILE, 9)
         start, end = self.call(role, *args)
         if mutex == BQL and self.held_since is not None:
@@ -237,7 +237,7 @@ def test_an_inner_commit_and_the_slot_updates_in_it() -> None:
 
 def test_a_structure_that_is_elsewhere_is_counted() -> None:
     thread = Thread(MAIN)
-    thread.call(Role.SLOT_IOCTL, 0, SLOT_IOCTLS[1], TOP + 4096, stack=bytes(512))
+    thread.call(Func.SLOT_IOCTL, 0, SLOT_IOCTLS[1], TOP + 4096, stack=bytes(512))
     windows = new()
     assert fold(windows, thread.hits) == []
     assert windows.undecoded == 1
@@ -275,7 +275,7 @@ def test_a_lock_taken_twice_shows_that_a_release_was_missed() -> None:
     assert windows.contradictions == 1
 
 
-def learn(*roles_and_args: tuple[Role, int, int]) -> int | None:
+def learn(*roles_and_args: tuple[Func, int, int]) -> int | None:
     """Feed entries (role, first argument, how far below the top) to one who knows no address."""
     windows = Windows(MAIN)
     windows.thread(MAIN, 0)
@@ -285,7 +285,7 @@ def learn(*roles_and_args: tuple[Role, int, int]) -> int | None:
 
 
 def test_the_address_is_that_of_the_first_mutex_inside_the_lock_function() -> None:
-    lock, mutex = Role.LEARN_LOCK, Role.MUTEX_LOCK
+    lock, mutex = Func.LEARN_LOCK, Func.MUTEX_LOCK
     assert learn((mutex, MUTEX, 0), (lock, FILE, 0), (mutex, BQL, 48), (mutex, MUTEX, 48)) == BQL
     assert learn((lock, FILE, 0), (mutex, BQL, 0)) == BQL, "a jump at the function's end"
     assert learn((mutex, MUTEX, 0)) is None
@@ -306,17 +306,17 @@ class Pauses:
 
     def pause(self, inside: Callable[[], None] = lambda: None) -> tuple[int, int]:
         def both() -> None:
-            self.main.hit(Role.CLOCK, 1, 0)
+            self.main.hit(Func.CLOCK, 1, 0)
             inside()
 
-        return self.main.call(Role.PAUSE, inside=both)
+        return self.main.call(Func.PAUSE, inside=both)
 
     def resume(self, real: bool = True) -> tuple[int, int]:
         def clock() -> None:
             if real:
-                self.main.hit(Role.CLOCK, 1, 1)
+                self.main.hit(Func.CLOCK, 1, 1)
 
-        return self.main.call(Role.RESUME, inside=clock)
+        return self.main.call(Func.RESUME, inside=clock)
 
     def found(self) -> list[Window]:
         hits = sorted(self.main.hits + self.other.hits, key=lambda h: h.t_ns)
@@ -405,7 +405,7 @@ def test_handoffs_are_unknown_unless_all_was_seen(spoil: str) -> None:
 COROUTINE, NESTED, MONITOR, QMP_COMMAND = 0x100, 0x200, 0x300, 0x400
 
 
-def commands(*steps: tuple[Role, int, int]) -> list[tuple[int, int, int]]:
+def commands(*steps: tuple[Func, int, int]) -> list[tuple[int, int, int]]:
     windows = new()
     for t, (role, first, second) in enumerate(steps):
         windows.feed(Hit(t, MAIN, point(role), (first, second, 0, 0, 0), TOP, 0, b""))
@@ -413,17 +413,17 @@ def commands(*steps: tuple[Role, int, int]) -> list[tuple[int, int, int]]:
 
 
 def test_a_command_is_what_has_a_monitor() -> None:
-    begin = (Role.COMMAND, QMP_COMMAND, 0)
-    enter, leave = (Role.CURRENT_MONITOR, COROUTINE, MONITOR), (Role.CURRENT_MONITOR, COROUTINE, 0)
+    begin = (Func.COMMAND, QMP_COMMAND, 0)
+    enter, leave = (Func.CURRENT_MONITOR, COROUTINE, MONITOR), (Func.CURRENT_MONITOR, COROUTINE, 0)
     assert commands(begin, enter, leave) == [(QMP_COMMAND, 1, 2)]
     assert commands(enter, leave) == [(0, 0, 1)], "of an HMP monitor"
     assert commands(leave) == [], "its beginning was not seen"
 
 
 def test_an_hmp_command_inside_a_qmp_one_is_none_of_its_own() -> None:
-    begin = (Role.COMMAND, QMP_COMMAND, 0)
-    enter, leave = (Role.CURRENT_MONITOR, COROUTINE, MONITOR), (Role.CURRENT_MONITOR, COROUTINE, 0)
-    set_, restore = (Role.CURRENT_MONITOR, COROUTINE, 0x999), enter
+    begin = (Func.COMMAND, QMP_COMMAND, 0)
+    enter, leave = (Func.CURRENT_MONITOR, COROUTINE, MONITOR), (Func.CURRENT_MONITOR, COROUTINE, 0)
+    set_, restore = (Func.CURRENT_MONITOR, COROUTINE, 0x999), enter
     assert commands(begin, enter, set_, restore, leave) == [(QMP_COMMAND, 1, 4)]
-    own = (Role.CURRENT_MONITOR, NESTED, 0x999), (Role.CURRENT_MONITOR, NESTED, 0)
+    own = (Func.CURRENT_MONITOR, NESTED, 0x999), (Func.CURRENT_MONITOR, NESTED, 0)
     assert commands(begin, enter, *own, leave) == [(QMP_COMMAND, 1, 4)]
