@@ -7,6 +7,8 @@ their end (`updates.left_behind`).  An attach puts the first two back as well.
 
 from __future__ import annotations
 
+import asyncio
+import time
 from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -20,6 +22,7 @@ from ..errors import (
 )
 from ..host.bounded import in_thread
 from ..host.notes import Stale
+from ..host.state import ending_authors
 from ..probes.lockprofile import ProfilerNote, left_on, switch_off
 from ..qmp import Guest, Monitor, PidTarget, find_guest, restore_stale
 from ..qmp.freeze import check_not_frozen, process_key
@@ -29,6 +32,8 @@ from ..updates.left_behind import REMEDY, LeftBehind, confirmed, left_behind, ta
 
 __all__ = ["Leftover", "clean_leftovers", "find_leftovers", "switch_off_profiler"]
 
+_ENDING_S = 10.0  # the kernel closes uprobes one by one: seconds
+_ENDING_LOOK_S = 0.05
 _ATTACH = f"{REMEDY}, or attach to that guest again"
 
 
@@ -50,9 +55,12 @@ class Leftover:
 async def find_leftovers() -> list[Leftover]:
     """What is left over.  About updates the guests are asked whether it is so still.
 
-    Notes about QEMUs that are gone are removed on the way.
+    Notes about QEMUs that are gone are removed on the way.  An agent that was killed is waited for
+    until it has ended, as a rule: before that its notes do not count as left over.
     """
-    found = await in_thread(lambda: [*_traced(), *_profiled()])
+    ending = await _after_ending()
+    found = [_of_ending(pid) for pid in ending]
+    found += await in_thread(lambda: [*_traced(), *_profiled()])
     for left in await in_thread(left_behind):
         update = await _update(left)
         if update is not None:
@@ -84,6 +92,27 @@ async def switch_off_profiler(monitor: Monitor, owner: Guest) -> list[str]:
         for left in left_on(owner.process)
         if await switch_off(monitor, left)
     ]
+
+
+async def _after_ending() -> list[int]:
+    """Wait for agents that were killed; returns those that have not ended within the time."""
+    until = time.monotonic() + _ENDING_S
+    while ending := await in_thread(ending_authors):
+        if time.monotonic() > until:
+            break
+        await asyncio.sleep(_ENDING_LOOK_S)
+    return ending
+
+
+def _of_ending(pid: int) -> Leftover:
+    async def not_yet() -> bool:
+        raise OperationFailed(
+            f"an agent that was killed (pid {pid}) has not ended yet",
+            remedy="repeat this in some seconds",
+        )
+
+    what = f"what an agent that was killed (pid {pid}) left, unknown until it has ended"
+    return Leftover(what, f"/proc/{pid}", None, not_yet, "repeat this in some seconds")
 
 
 def _traced() -> Iterator[Leftover]:

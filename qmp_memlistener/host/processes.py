@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import os
 import re
+import signal
 import stat
 import time
 from collections.abc import Iterator
@@ -20,6 +21,7 @@ __all__ = [
     "Process",
     "Sketch",
     "boot_id",
+    "is_ending",
     "is_key",
     "path_seen_by",
     "paths_seen_by",
@@ -33,6 +35,9 @@ __all__ = [
 _LONGEST_ARGV = 8 << 20
 _MOST_ARGUMENTS = 1 << 16
 _KEY = re.compile(r"([0-9]{1,10})-([0-9]{1,20})")
+_PF_EXITING = 4  # include/linux/sched.h; field 9 of stat
+_PENDING = (b"SigPnd:", b"ShdPnd:")
+_SIGKILL_BIT = 1 << (signal.SIGKILL - 1)
 _SOCKET_LINK = re.compile(r"socket:\[(\d+)\]")
 
 
@@ -78,7 +83,7 @@ class Process:
     def read(cls, pid: int) -> Process | None:
         """The process, or None when there is none (any more), or it is a zombie."""
         try:
-            _, fields = _stat(pid)
+            _, fields = _stat(f"/proc/{pid}")
             with open(f"/proc/{pid}/cmdline", "rb") as f:
                 argv = f.read(_LONGEST_ARGV).split(b"\0", _MOST_ARGUMENTS)[:-1]
             with open(f"/proc/{pid}/status", "rb") as f:
@@ -144,7 +149,7 @@ class Process:
 
     def _state(self) -> bytes:
         try:
-            return _stat(self.pid)[1][0]
+            return _stat(f"/proc/{self.pid}")[1][0]
         except (OSError, IndexError):
             return b""
 
@@ -220,16 +225,19 @@ class Sketch:
     @classmethod
     def read(cls, pid: int) -> Sketch | None:
         try:
-            name, fields = _stat(pid)
+            name, fields = _stat(f"/proc/{pid}")
             owner = os.stat(f"/proc/{pid}")
             return cls(os.fsdecode(name), int(fields[19]), owner.st_uid, owner.st_gid)
         except (OSError, IndexError):
             return None
 
 
-def _stat(pid: int) -> tuple[bytes, list[bytes]]:
-    """The name (field 2 of stat) and the fields from the third on.  Raises OSError."""
-    with open(f"/proc/{pid}/stat", "rb") as f:
+def _stat(process: str) -> tuple[bytes, list[bytes]]:
+    """The name (field 2 of stat) and the fields from the third on.  Raises OSError.
+
+    `process` is its directory in /proc, or that of one of its threads.
+    """
+    with open(f"{process}/stat", "rb") as f:
         # the name may hold spaces and parentheses
         head, _, tail = f.read().rpartition(b")")
     return head.partition(b"(")[2], tail.split()
@@ -244,6 +252,28 @@ def process_of(key: str) -> Process | None:
     """The process with this `Process.key`, None when it has ended."""
     process = Process.read(int(key.partition("-")[0])) if is_key(key) else None
     return process if process is not None and process.key == key else None
+
+
+def is_ending(pid: int) -> bool:
+    """It was killed or has ended, and its threads are on their last way through the kernel.
+
+    That takes seconds where the kernel has much to close; its locks are held for so long.
+    """
+    try:
+        threads = os.listdir(f"/proc/{pid}/task")
+    except OSError:
+        return False
+    return all(_is_ending(f"/proc/{pid}/task/{thread}") for thread in threads)
+
+
+def _is_ending(thread: str) -> bool:
+    try:
+        _, fields = _stat(thread)
+        with open(f"{thread}/status", "rb") as f:
+            pending = [int(line.split()[1], 16) for line in f if line.startswith(_PENDING)]
+    except OSError:
+        return True  # it has left
+    return bool(int(fields[6]) & _PF_EXITING) or any(p & _SIGKILL_BIT for p in pending)
 
 
 def process_ids() -> Iterator[int]:

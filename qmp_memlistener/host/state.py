@@ -31,12 +31,14 @@ from collections.abc import Collection, Iterator
 
 from ..errors import MissingPrerequisite
 from .directory import StateDirectory, names_in, open_directory
+from .processes import is_ending, is_key
 
 __all__ = [
     "directories",
     "directories_in",
     "directory_in",
     "directory_of",
+    "ending_authors",
     "own_directory",
 ]
 
@@ -103,6 +105,37 @@ def directories(uid: int | None = None) -> list[StateDirectory]:
 def directory_of(name: str) -> StateDirectory | None:
     """The one of ours that has a file or a directory of this name."""
     return next((d for d in directories() if d.has(name)), None)
+
+
+def ending_authors() -> list[int]:
+    """Agents of ours that were killed, or are at their end, and hold locks on our state still.
+
+    What they noted is not stale before they are gone, but they look after it no more.
+    """
+    files = {inode for directory in directories() for inode in _inodes(directory)}
+    try:
+        with open("/proc/locks") as locks:
+            # 1: FLOCK  ADVISORY  WRITE PID MAJOR:MINOR:INODE START END; proc_locks(5)
+            held = [line.split() for line in locks]
+    except OSError:
+        return []
+    found = {
+        int(fields[4])
+        for fields in held
+        if fields[1] == "FLOCK" and int(fields[5].rpartition(":")[2]) in files
+    }
+    return sorted(pid for pid in found if is_ending(pid))
+
+
+def _inodes(directory: StateDirectory) -> Iterator[int]:
+    for name in directory.names():
+        try:
+            yield os.stat(name, dir_fd=directory.handle, follow_symlinks=False).st_ino
+            below = directory.subdirectory(name, create=False) if is_key(name) else None
+        except OSError:
+            continue
+        if below is not None:
+            yield from _inodes(below)
 
 
 def directories_in(base: int, path: str, uids: Collection[int]) -> list[StateDirectory]:

@@ -11,14 +11,20 @@ import pytest
 
 from qmp_memlistener.errors import TargetError
 from qmp_memlistener.guests import QemuBuild
+from qmp_memlistener.host.bounded import in_thread
 from qmp_memlistener.probes import ProbeUnavailable
 from qmp_memlistener.probes.uprobes import UprobesProbe
 from qmp_memlistener.probes.uprobes.program import Program
+from qmp_memlistener.probes.uprobes.release import wait_released
 from tests.live.uprobes_support import ENDS, Seen, probed, probing
-from tests.support.live import QEMUS, booted, builds
+from tests.support.host import patience
+from tests.support.leftovers import enabled_events
+from tests.support.live import QEMUS, booted, builds, qmp
 from tests.support.probes import guest_context
+from tests.support.verbs import run_verb
 
-pytestmark = [pytest.mark.qemu, pytest.mark.asyncio]
+# the kernel closes uprobes one by one, those of other tests before ours
+pytestmark = [pytest.mark.qemu, pytest.mark.alone, pytest.mark.asyncio]
 
 
 def text(pid: int, program: Program) -> dict[str, bytes]:
@@ -52,7 +58,8 @@ BREAKPOINT = b"\xcc"
 
 async def without_breakpoints(pid: int, program: Program) -> None:
     """Until QEMU's functions are as they were; the kernel takes probes out one by one."""
-    async with asyncio.timeout(60):
+    assert await in_thread(wait_released, patience(120))
+    async with asyncio.timeout(patience(60)):
         while BREAKPOINT in text(pid, program).values():  # noqa: ASYNC110 (nobody tells us)
             await asyncio.sleep(0.05)
 
@@ -105,6 +112,32 @@ async def test_nothing_is_left_after_a_kill(build: QemuBuild) -> None:
         await without_breakpoints(pid, program)
         assert text(pid, program) == before
         await vm.toggle(10)
+
+
+@builds(QEMUS[-1:])
+async def test_what_a_killed_agent_left_is_found_while_the_kernel_still_ends_it(
+    build: QemuBuild,
+) -> None:
+    async with booted(build, "tcg") as vm:
+        program = probed(vm)
+        pid = vm.guest.process.pid
+        async with qmp(vm.guest.monitors[1]) as monitor:
+            before = await enabled_events(monitor)
+        watch = [sys.executable, "-m", "qmp_memlistener", "watch", f"pid:{pid}", "--json"]
+        null = asyncio.subprocess.DEVNULL
+        process = await asyncio.create_subprocess_exec(*watch, stdout=null, stderr=null)
+        async with asyncio.timeout(patience(60)):
+            while BREAKPOINT not in text(pid, program).values():  # noqa: ASYNC110
+                await asyncio.sleep(0.05)
+        process.kill()
+        ran = await run_verb("doctor", "--clean", "--json")
+        (document,) = ran.documents
+        cleaned = document["cleaned"]
+        assert isinstance(cleaned, list)
+        assert (len(cleaned), document["leftovers"]) == (1, []), ran.err
+        await process.wait()
+        async with qmp(vm.guest.monitors[1]) as monitor:
+            assert await enabled_events(monitor) == before
 
 
 @builds(ENDS)

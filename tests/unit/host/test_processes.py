@@ -10,7 +10,14 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.host import bounded
-from qmp_memlistener.host.processes import Process, Sketch, is_key, process_of, socket_inodes
+from qmp_memlistener.host.processes import (
+    Process,
+    Sketch,
+    is_ending,
+    is_key,
+    process_of,
+    socket_inodes,
+)
 
 
 def test_as_many_arguments_as_the_kernel_takes() -> None:
@@ -145,3 +152,13 @@ def test_one_that_is_only_slow_is_waited_for() -> None:
     assert got == {0: b"x", 1: b"", 2: b""}
     os.close(one)
     os.close(other)
+
+
+def test_who_was_killed_is_ending_before_it_has_ended() -> None:
+    assert not is_ending(os.getpid())
+    with subprocess.Popen(["sleep", "100"]) as child:
+        assert not is_ending(child.pid)
+        child.kill()
+        assert is_ending(child.pid), "from the signal on, to the zombie that nobody has waited for"
+        child.wait()
+        assert not is_ending(child.pid), "there is none"
