@@ -49,17 +49,20 @@ def log_switches(commits: list[list[Told]], *, marked: bool) -> list[LiveSlot]:
     A migration goes through the slots upwards in address and changes the flags of each.  A commit's
     adds go upwards too, but with ids that go up as well, and among them those that it has freed;
     logged from the beginning they are only while a migration runs, but for a display's, which come
-    alone.  `marked`: `commits` are certain.
+    alone.  `marked`: `commits` are certain.  After a delete of the same commit, ids that go up are
+    adds then; a log may begin between the deletes, so that not every id that is free is known.
     """
     slots: list[LiveSlot] = []
     free: set[tuple[int, int]] = set()
     run: list[SlotOp] = []
+    deleting = False
 
     def finish() -> None:
         upwards = all(a.slot < b.slot for a, b in pairwise(run))
         logged = all(op.flags & LOG_DIRTY_PAGES for op in run)
         ids = {(op.as_id, op.slot) for op in run}
-        if len(run) > 1 and not ids & free and (logged or not upwards):
+        added = upwards if deleting else not logged and upwards
+        if len(run) > 1 and not ids & free and not added:
             slots.extend(
                 LiveSlot(op.as_id, op.slot, op.gpa, op.size, op.flags, op.hva, None, None, 0)
                 for op in run
@@ -71,6 +74,7 @@ def log_switches(commits: list[list[Told]], *, marked: bool) -> list[LiveSlot]:
     for commit in commits:
         if marked:
             finish()
+            deleting = False
         for op in _done([commit]):
             key = (op.as_id, op.flags & LOG_DIRTY_PAGES)
             last = run[-1] if run else op
@@ -79,6 +83,7 @@ def log_switches(commits: list[list[Told]], *, marked: bool) -> list[LiveSlot]:
                 finish()
             if op.op is OpKind.DELETE:
                 free.add((op.as_id, op.slot))
+                deleting = marked
             else:
                 run.append(op)
     finish()

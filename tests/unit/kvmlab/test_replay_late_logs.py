@@ -95,6 +95,16 @@ def test_a_dimm_that_is_plugged_while_ram_is_logged_is_no_slot_from_before(tmp_p
     assert [op.op for t in found.transitions for op in t.ops] == [OpKind.ADD, OpKind.FLAGS]
 
 
+def test_slots_that_are_added_logged_after_deletes_were_not_there(tmp_path: Path) -> None:
+    """Though one among them is not logged, or the deletion of their ids is before the log."""
+    logged = [add(i, i * MIB, MIB, VGA + i * MIB, LOG_DIRTY_PAGES) for i in range(1, 5)]
+    plain = add(2, 2 * MIB, MIB, RAM + 2 * MIB)
+    one = read(tmp_path, view(), delete(1, MIB, RAM + MIB), logged[0], plain, *logged[2:])
+    assert [(s.slot, s.gpa) for s in one.initial] == [(1, MIB)]
+    cut = read(tmp_path, delete(7, 16 * MIB, RAM), *logged, view(), delete(1, MIB, VGA + MIB))
+    assert [(s.slot, s.gpa) for s in cut.initial] == [(7, 16 * MIB)]
+
+
 def test_an_id_below_one_that_was_given_out_is_in_use(tmp_path: Path) -> None:
     """QEMU takes the lowest free id, so slot 1 was there when slot 2 came."""
     found = read(
