@@ -26,7 +26,7 @@ from ..qmp.trace_records import (
     TraceRecord,
     VirtioMemEvent,
 )
-from ..records import Cause, GuestState, Lost, Note, Record, SlotOp
+from ..records import Cause, CauseType, GuestState, Lost, Note, Record, SlotOp
 from ..tracking import Tracker
 from .source import (
     BusMasters,
@@ -255,7 +255,9 @@ class TraceSource:
             case MemoryDeviceEvent(change=MemoryDeviceChange.PLUG | MemoryDeviceChange.UNPLUG):
                 verb = "plugged" if line.change is MemoryDeviceChange.PLUG else "unplugged"
                 tracker.commits.cause(
-                    Cause("memory_device", device=line.id, detail=f"{verb} at {line.addr:#x}"),
+                    Cause(
+                        CauseType.MEMORY_DEVICE, device=line.id, detail=f"{verb} at {line.addr:#x}"
+                    ),
                     after=True,
                 )
             case RunStateChange():
@@ -311,7 +313,7 @@ def _hmp(line: str) -> Command:
 def _bar_cause(line: BarMapping) -> Cause:
     verb = "mapped" if line.mapped else "unmapped"
     return Cause(
-        "pci_bar",
+        CauseType.PCI_BAR,
         device=f"{line.device} {line.bus:02x}:{line.slot:02x}.{line.func}",
         detail=f"BAR {line.bar} {verb} at {line.addr:#x}, {line.size:#x} bytes",
     )

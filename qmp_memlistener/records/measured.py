@@ -18,6 +18,7 @@ __all__ = [
     "ProbeState",
     "ProbesRecord",
     "StallCause",
+    "StallCauseType",
     "StallKind",
     "StallRecord",
     "StallStatistics",
@@ -48,16 +49,29 @@ class StallKind(OpenEnum):
     MISSING = "missing"
 
 
+class StallCauseType(OpenEnum):
+    """What kind of thing made a stall, and what `StallCause.ref` is then.
+
+    TRANSITION: its `seq`.  SLOT_OP: slot operations without a transition, such as dirty logging;
+    `"AS:SLOT"` or words.  COMMAND: the name of a command.  AGENT: that of a command of ours.
+    STOP: the status in which the guest was stopped, None when it is not known.  UNKNOWN: None.
+    """
+
+    TRANSITION = "transition"
+    SLOT_OP = "slot_op"
+    COMMAND = "command"
+    AGENT = "agent"
+    STOP = "stop"
+    UNKNOWN = "unknown"
+
+
 class StallCause(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
     """What made a stall, where that was seen and not merely near it in time.
 
-    `type`: `transition` (`ref` is its `seq`), `slot_op` (slot operations without a transition, such
-    as dirty logging; `ref` is `"AS:SLOT"`), `command` (`ref` is its name), `agent` (a command of
-    ours; `ref` is its name), `stop` (the guest was stopped; `ref` is the status), `unknown` (`ref`
-    is None).  `explained_ns` is how much of the stall this accounts for, at least.
+    `explained_ns` is how much of the stall this accounts for, at least.
     """
 
-    type: str
+    type: StallCauseType
     ref: int | str | None
     explained_ns: int | None = None
 
@@ -213,7 +227,7 @@ class StallStatistics(msgspec.Struct, frozen=True):
     """
 
     kind: StallKind
-    cause: str
+    cause: StallCauseType
     count: int
     total_ns: int
     p50_ns: int

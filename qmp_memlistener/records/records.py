@@ -18,6 +18,7 @@ from ..topology import FlatRange, FlatView, Flip, Hole, Kind, Move, RamBlock, Ra
 __all__ = [
     "SCHEMA",
     "Cause",
+    "CauseType",
     "Detail",
     "GuestState",
     "Header",
@@ -83,15 +84,25 @@ class Section(msgspec.Struct, frozen=True, gc=False):
         return [cls.of(r) for r in view]
 
 
-class Cause(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
-    """Why a transition happened, as far as it was seen.
+class CauseType(OpenEnum):
+    """How the cause of a transition was seen.
 
-    `type`: `pci_bar` (QEMU traced a BAR being mapped or unmapped), `memory_device` (plug or unplug
-    traced), `several` (`causes` has them, of a record that sums up several changes), `region` (no
-    event was seen; the regions that came or went), `unknown`.
+    PCI_BAR: QEMU traced a BAR being mapped or unmapped.  MEMORY_DEVICE: plug or unplug traced.
+    SEVERAL: `causes` has them, of a record that sums up several changes.  REGION: no event was
+    seen; `regions` came or went.
     """
 
-    type: str
+    PCI_BAR = "pci_bar"
+    MEMORY_DEVICE = "memory_device"
+    SEVERAL = "several"
+    REGION = "region"
+    UNKNOWN = "unknown"
+
+
+class Cause(msgspec.Struct, frozen=True, omit_defaults=True, gc=False):
+    """Why a transition happened, as far as it was seen."""
+
+    type: CauseType
     device: str | None = None
     detail: str | None = None
     owner: str | None = None

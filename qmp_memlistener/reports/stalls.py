@@ -19,6 +19,7 @@ from ..records import (
     ProbesRecord,
     Record,
     StallCause,
+    StallCauseType,
     StallRecord,
     SummaryRecord,
     Violation,
@@ -30,30 +31,25 @@ from .summary import summary_lines
 __all__ = ["measured_lines", "stall_cause_text"]
 
 _INDENT = " " * 12
+_CAUSES = {
+    StallCauseType.TRANSITION: "transition #",
+    StallCauseType.COMMAND: "command ",
+    StallCauseType.AGENT: "agent: ",
+    StallCauseType.STOP: "guest stopped: ",
+}
 
 
 def stall_cause_text(cause: StallCause | None) -> str:
     """What made a stall: `transition #12`, `command object-add`, `unknown`."""
-    if cause is None:
+    if cause is None or cause.type is StallCauseType.UNKNOWN:
         return "unknown"
-    match cause.type:
-        case "unknown":
-            return "unknown"
-        case "transition":
-            return f"transition #{cause.ref}"
-        case "command":
-            return f"command {cause.ref}"
-        case "agent":
-            return f"agent: {cause.ref}"
-        case "stop":
-            return "guest stopped" if cause.ref is None else f"guest stopped: {cause.ref}"
-        case "slot_op":
-            as_id, colon, slot = str(cause.ref).partition(":")
-            if not colon:
-                return str(cause.ref)
-            return f"slot {slot}" if as_id == "0" else f"as {as_id} slot {slot}"
-        case other:
-            return other if cause.ref is None else f"{other} {cause.ref}"
+    if cause.type is StallCauseType.SLOT_OP:
+        as_id, colon, slot = str(cause.ref).partition(":")
+        if not colon:
+            return str(cause.ref)
+        return f"slot {slot}" if as_id == "0" else f"as {as_id} slot {slot}"
+    lead = _CAUSES.get(cause.type, f"{cause.type} ")
+    return lead.rstrip(": ") if cause.ref is None else f"{lead}{cause.ref}"
 
 
 def measured_lines(

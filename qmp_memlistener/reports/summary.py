@@ -10,7 +10,7 @@ from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ..records import ProbeState, StallStatistics, SummaryRecord
+from ..records import ProbeState, StallKind, StallStatistics, SummaryRecord
 from ..text import count_text
 from ..timeline.summary import BOUNDS_NS
 from .lengths import KIND_ORDER, duration_text, kind_text, span_text
@@ -129,7 +129,7 @@ def _chart(ordered: Sequence[StallStatistics], width: int, *, unicode: bool) -> 
     """A line for each kind and cause: how often each length was seen, its most frequent one as the
     full height.  Where lower and upper bounds are of different steps they have a line each."""
     axis = list(_steps({**_counts(ordered), **_counts(ordered, least=True)}))
-    rows = []
+    rows: list[tuple[StallKind, str, dict[int, int]]] = []
     for s in ordered:
         most, least = _counts([s]), _counts([s], least=True)
         differ = bool(s.histogram_min) and _used(most) != _used(least)

@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ..records import (
     Cause,
+    CauseType,
     CommandRecord,
     Detail,
     GuestState,
@@ -18,6 +19,7 @@ from ..records import (
     Record,
     Section,
     SlotOp,
+    StallCauseType,
     StallRecord,
     TransitionRecord,
 )
@@ -54,15 +56,15 @@ def flags_text(flags: int) -> str:
 def cause_text(cause: Cause) -> str:
     """Why, as far as it was seen."""
     match cause.type:
-        case "pci_bar":
+        case CauseType.PCI_BAR:
             return f"PCI {cause.device}: {cause.detail}"
-        case "memory_device":
+        case CauseType.MEMORY_DEVICE:
             return f"memory device {cause.device or '(no id)'} {cause.detail}"
-        case "several":
+        case CauseType.SEVERAL:
             causes = cause.causes or []
             more = f"; and {len(causes) - 3} more" if len(causes) > 3 else ""
             return "; ".join(cause_text(c) for c in causes[:3]) + more
-        case "region":
+        case CauseType.REGION:
             who = f" of {cause.owner}" if cause.owner else ""
             names = list(cause.regions or ())
             more = f" and {len(names) - 4} more" if len(names) > 4 else ""
@@ -155,7 +157,7 @@ class Narrator:
 
 def _is_minor(stall: StallRecord) -> bool:
     """A short stall that nothing explains."""
-    unknown = stall.cause is None or stall.cause.type == "unknown"
+    unknown = stall.cause is None or stall.cause.type is StallCauseType.UNKNOWN
     return unknown and stall.at_most_ns < MINOR_NS
 
 

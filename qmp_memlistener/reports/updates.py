@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from ..records import SummaryRecord
 from ..text import count_text
 from ..timeline.summary import Statistics
-from ..updates.model import Outcome, Phase, Placed
+from ..updates.model import Outcome, Phase, PhaseName, Placed
 from ..updates.steps import mib
 from .lengths import duration_text
 from .summary import probes_lines, summary_lines
@@ -18,13 +18,13 @@ from .summary import probes_lines, summary_lines
 __all__ = ["outcome_lines"]
 
 _PHASES = {
-    "prepared": "backends made",
-    "accepted": "command carried out",
-    "realised": "map changed by QEMU",
-    "guest_told": "until the guest reacted",
-    "guest_acts": "the guest's part",
-    "driver_bound": "driver bound",
-    "settled": "quiet since",
+    PhaseName.PREPARED: "backends made",
+    PhaseName.ACCEPTED: "command carried out",
+    PhaseName.REALISED: "map changed by QEMU",
+    PhaseName.GUEST_TOLD: "until the guest reacted",
+    PhaseName.GUEST_ACTS: "the guest's part",
+    PhaseName.DRIVER_BOUND: "driver bound",
+    PhaseName.SETTLED: "quiet since",
 }
 
 

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Sequence
 from operator import itemgetter
 
 from ..probes import StallKind
-from ..records import CommandRecord, QmpEvent, SlotOp, StallCause
+from ..records import CommandRecord, QmpEvent, SlotOp, StallCause, StallCauseType
 from .evidence import Evidence, Stall, overlap, together, witness
 
 __all__ = ["DirtyLogging", "decide"]
@@ -58,13 +58,13 @@ def decide(stall: Stall, evidence: Evidence) -> Stall | None:
 
 def _transition(stall: Stall) -> None:
     if stall.transition is not None:
-        stall.cause = StallCause("transition", stall.transition, stall.length_ns)
+        stall.cause = StallCause(StallCauseType.TRANSITION, stall.transition, stall.length_ns)
 
 
 def _commit(stall: Stall, evidence: Evidence) -> Stall | None:
     _transition(stall)
     if stall.transition is None and stall.logs:
-        stall.cause = StallCause("slot_op", stall.why_logs, stall.length_ns)
+        stall.cause = StallCause(StallCauseType.SLOT_OP, stall.why_logs, stall.length_ns)
     elif stall.transition is None and stall.seen.thread == MAIN:
         _by_command(stall, evidence)
     return None
@@ -75,7 +75,7 @@ def _part_of_commit(stall: Stall, evidence: Evidence) -> Stall | None:
     seen = stall.seen
     _transition(stall)
     if stall.transition is None and stall.logs and seen.update is not None:
-        stall.cause = StallCause("slot_op", stall.why_logs, stall.length_ns)
+        stall.cause = StallCause(StallCauseType.SLOT_OP, stall.why_logs, stall.length_ns)
     if stall.commit is not None:
         return _taken_from(stall, stall.commit)
     for commit in evidence.overlapping(StallKind.COMMIT, seen.start_ns, seen.end_ns):
@@ -172,7 +172,8 @@ def _by_command(stall: Stall, evidence: Evidence) -> bool:
             best, longest = span, shared
     if best is None or longest < SHARE * stall.length_ns:
         return False
-    kind = "agent" if best.probe == "agent" else "command"
+    own = best.probe == "agent"
+    kind = StallCauseType.AGENT if own else StallCauseType.COMMAND
     stall.cause = StallCause(kind, best.name, longest)
     stall.witnesses = together(stall.witnesses, witness(best.probe))
     return True
@@ -183,7 +184,7 @@ def _by_windows(stall: Stall, windows: Iterable[Stall]) -> Stall | None:
     groups: dict[object, list[Stall]] = defaultdict(list)
     for window in windows:
         if window is not stall:
-            known = window.cause.type != "unknown"
+            known = window.cause.type is not StallCauseType.UNKNOWN
             groups[(window.cause.type, window.cause.ref) if known else id(window)].append(window)
     best: list[Stall] = []
     longest = 0
@@ -200,7 +201,7 @@ def _by_windows(stall: Stall, windows: Iterable[Stall]) -> Stall | None:
 
 def _take(stall: Stall, anchor: Stall, explained_ns: int) -> None:
     stall.transition = anchor.transition
-    if anchor.cause.type != "unknown":
+    if anchor.cause.type is not StallCauseType.UNKNOWN:
         explained_ns = min(explained_ns, stall.seen.at_most_ns)
         stall.cause = StallCause(anchor.cause.type, anchor.cause.ref, explained_ns)
 

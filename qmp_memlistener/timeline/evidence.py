@@ -15,7 +15,7 @@ from typing import Generic, TypeVar
 import msgspec
 
 from ..probes import Observation, StallKind
-from ..records import CommandRecord, SlotOp, StallCause
+from ..records import CommandRecord, SlotOp, StallCause, StallCauseType
 
 __all__ = ["KEEP_NS", "LIMIT", "Evidence", "Stall", "overlap", "together", "witness"]
 
@@ -24,7 +24,7 @@ KEEP_NS = 30_000_000_000
 LIMIT = 8192
 """Nor do others than about the latest so many of its kind and order of length."""
 
-_UNKNOWN = StallCause("unknown", None)
+_UNKNOWN = StallCause(StallCauseType.UNKNOWN, None)
 
 T = TypeVar("T")
 

@@ -20,7 +20,7 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import NamedTuple
 
-from ..records import StallKind, StallRecord, StallStatistics, SummaryRecord
+from ..records import StallCauseType, StallKind, StallRecord, StallStatistics, SummaryRecord
 
 __all__ = ["BOUNDS_NS", "EXACT", "RELATIVE_ERROR", "Statistics"]
 
@@ -35,8 +35,6 @@ BOUNDS_NS = (
     *(seconds * 10**9 for seconds in (10, 20, 30, 60, 120, 300, 600)),
 )
 
-_UNKNOWN = "unknown"
-
 
 class Statistics:
     """Stalls by kind and cause type.
@@ -46,7 +44,7 @@ class Statistics:
     """
 
     def __init__(self, records: Iterable[StallRecord] = ()) -> None:
-        self._series: dict[tuple[StallKind, str], _Series] = {}
+        self._series: dict[tuple[StallKind, StallCauseType], _Series] = {}
         for record in records:
             self.add_record(record)
 
@@ -54,7 +52,11 @@ class Statistics:
         return sum(s.count for s in self._series.values())
 
     def add(
-        self, kind: StallKind, cause: str, at_most_ns: int, at_least_ns: int | None = None
+        self,
+        kind: StallKind,
+        cause: StallCauseType,
+        at_most_ns: int,
+        at_least_ns: int | None = None,
     ) -> None:
         """One stall, of exactly that length without a second one; ValueError when there is none."""
         least = at_most_ns if at_least_ns is None else at_least_ns
@@ -71,7 +73,7 @@ class Statistics:
 
     def add_record(self, record: StallRecord) -> None:
         """One stall as it was recorded, with its bounds and the type of its cause."""
-        cause = _UNKNOWN if record.cause is None else record.cause.type
+        cause = StallCauseType.UNKNOWN if record.cause is None else record.cause.type
         self.add(record.kind, cause, record.at_most_ns, record.at_least_ns)
 
     def merge(self, other: Statistics) -> None:
@@ -185,7 +187,7 @@ class _Series:
         self.least.merge(other.least)
         self.most.merge(other.most)
 
-    def statistics(self, kind: StallKind, cause: str) -> StallStatistics:
+    def statistics(self, kind: StallKind, cause: StallCauseType) -> StallStatistics:
         most, least = self.most.told(), self.least.told()
         return StallStatistics(
             kind=kind,

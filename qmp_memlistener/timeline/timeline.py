@@ -27,6 +27,7 @@ from ..records import (
     Record,
     SlotOp,
     StallCause,
+    StallCauseType,
     StallRecord,
     TransitionRecord,
 )
@@ -328,12 +329,12 @@ class Timeline:
         seen = stall.seen
         for span in self._evidence.commands(seen.start_ns - 1, seen.start_ns + 1):
             if span.name == "stop":
-                return StallCause("command", "stop", stall.length_ns)
+                return StallCause(StallCauseType.COMMAND, "stop", stall.length_ns)
         slack = self._stamp_bound_ns
         for state in reversed(self._stops):
             if seen.start_ns - slack <= state.t_ns <= seen.end_ns + slack:
-                return StallCause("stop", state.status, stall.length_ns)
-        return StallCause("stop", None, stall.length_ns)
+                return StallCause(StallCauseType.STOP, state.status, stall.length_ns)
+        return StallCause(StallCauseType.STOP, None, stall.length_ns)
 
     def _to_record(self, stall: Stall) -> StallRecord:
         seen = stall.seen

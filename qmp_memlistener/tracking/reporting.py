@@ -10,6 +10,7 @@ from msgspec.structs import replace
 from ..memslots import Op
 from ..records import (
     Cause,
+    CauseType,
     Detail,
     MapRecord,
     Section,
@@ -121,7 +122,7 @@ def _cause(
 ) -> Cause:
     """What was seen to cause it; else the regions that came or went, which is all there is."""
     if len(seen) > 1:
-        return Cause("several", causes=list(seen))
+        return Cause(CauseType.SEVERAL, causes=list(seen))
     if seen:
         return seen[0]
     regions: dict[tuple[str, str | None], None] = {
@@ -133,10 +134,12 @@ def _cause(
         changed = (*transition.removed, *transition.added)
         regions = {r.region: None for r in changed if (r.region in before) != (r.region in after)}
     if not regions:
-        return Cause("unknown")
+        return Cause(CauseType.UNKNOWN)
     owners = {owner for _, owner in regions}
     owner = owners.pop() if len(owners) == 1 else None
-    return Cause("region", owner=owner, regions=list(dict.fromkeys(name for name, _ in regions)))
+    return Cause(
+        CauseType.REGION, owner=owner, regions=list(dict.fromkeys(name for name, _ in regions))
+    )
 
 
 def _known(hole: Hole) -> Hole:

@@ -16,7 +16,7 @@ from .. import waits
 from ..qmp import Monitor, MonitorEvent
 from ..qmp.guest import read_memory_devices
 from ..qmp.guest_devices import PERIPHERAL, read_children
-from ..records import Cause, Record, TransitionRecord
+from ..records import Cause, CauseType, Record, TransitionRecord
 from .phases import Marks
 from .placement import Seen, look_at
 from .plans import DIMM_BLOCK
@@ -353,8 +353,8 @@ class GuestResponse:
         return time.monotonic() < end and not self._enough.is_set()
 
 
-def _causes(cause: Cause, kind: str) -> Iterator[Cause]:
-    if cause.type == kind:
+def _causes(cause: Cause, kind: CauseType) -> Iterator[Cause]:
+    if cause.type is kind:
         yield cause
     for each in cause.causes or ():
         yield from _causes(each, kind)
@@ -362,7 +362,7 @@ def _causes(cause: Cause, kind: str) -> Iterator[Cause]:
 
 def _plugs(cause: Cause, seen: Seen) -> bool:
     """QEMU traced that it maps or unmaps this memory device."""
-    return any(c.device == seen.placed.id for c in _causes(cause, "memory_device"))
+    return any(c.device == seen.placed.id for c in _causes(cause, CauseType.MEMORY_DEVICE))
 
 
 def _programs(cause: Cause, seen: Seen) -> bool:
@@ -371,7 +371,7 @@ def _programs(cause: Cause, seen: Seen) -> bool:
     if seen.function is None:
         return False
     slot, function = seen.function
-    for each in _causes(cause, "pci_bar"):
+    for each in _causes(cause, CauseType.PCI_BAR):
         name, _, where = (each.device or "").rpartition(" ")
         if name == seen.placed.driver and where.endswith(f":{slot:02x}.{function}"):
             return seen.placed.pci in (None, where)

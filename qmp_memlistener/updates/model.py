@@ -13,7 +13,7 @@ from enum import StrEnum
 import msgspec
 
 from ..errors import OperationFailed
-from ..records import ProbeState, SlotOp, StallRecord
+from ..records import OpenEnum, ProbeState, SlotOp, StallRecord
 
 __all__ = [
     "Addition",
@@ -21,6 +21,7 @@ __all__ = [
     "Intent",
     "Outcome",
     "Phase",
+    "PhaseName",
     "Placed",
     "Plug",
     "Range",
@@ -160,17 +161,31 @@ class Resize:
 Intent = Plug | Unplug | Resize
 
 
+class PhaseName(OpenEnum):
+    """The parts of an update.
+
+    PREPARED: backends made.  ACCEPTED: the command, to its reply.  REALISED: to the last transition
+    that QEMU's main thread made for it.  GUEST_TOLD: to the guest's first reaction.  GUEST_ACTS:
+    the guest programs BARs, plugs or unplugs blocks, ejects.  DRIVER_BOUND: where that can be seen.
+    SETTLED: nothing has happened any more until then.
+    """
+
+    PREPARED = "prepared"
+    ACCEPTED = "accepted"
+    REALISED = "realised"
+    GUEST_TOLD = "guest_told"
+    GUEST_ACTS = "guest_acts"
+    DRIVER_BOUND = "driver_bound"
+    SETTLED = "settled"
+
+
 class Phase(msgspec.Struct, frozen=True, omit_defaults=True):
     """A part of an update, `[start_ns, end_ns)`.
 
-    `name`: `prepared` (backends made), `accepted` (the command, to its reply), `realised`
-    (to the last transition that QEMU's main thread made for it), `guest_told` (to the guest's first
-    reaction), `guest_acts` (the guest programs BARs, plugs or unplugs blocks, ejects),
-    `driver_bound` (where that can be seen), `settled` (nothing has happened any more until then).
     `stalls` are numbers of incidents (`StallRecord.incident`) that began in it.
     """
 
-    name: str
+    name: PhaseName
     start_ns: int
     end_ns: int
     transitions: list[int] = []

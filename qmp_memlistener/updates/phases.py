@@ -9,11 +9,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 from ..records import StallRecord, TransitionRecord
-from .model import Phase
+from .model import Phase, PhaseName
 
 __all__ = ["Marks", "phases_of"]
 
-_ENDS = ("realised", "guest_acts")
+_ENDS = (PhaseName.REALISED, PhaseName.GUEST_ACTS)
 """Phases that end with a transition, which is a part of them."""
 
 
@@ -101,24 +101,24 @@ def phases_of(
     return sorted(found, key=lambda p: (p.start_ns, p.end_ns))
 
 
-def _intervals(m: Marks, changes: list[int]) -> Iterator[tuple[str, int, int]]:
+def _intervals(m: Marks, changes: list[int]) -> Iterator[tuple[PhaseName, int, int]]:
     if m.prepared is not None:
-        yield "prepared", m.begun, m.prepared
+        yield PhaseName.PREPARED, m.begun, m.prepared
     if m.sent is None or m.accepted is None:
         return
-    yield "accepted", m.sent, m.accepted
+    yield PhaseName.ACCEPTED, m.sent, m.accepted
     first, last = m.first_sign, m.last_sign
     until = m.accepted if m.own_end is None else m.own_end
     own = [t for t in changes if m.sent <= t <= until and (first is None or t < first)]
     if own:
-        yield "realised", m.sent, own[-1]
+        yield PhaseName.REALISED, m.sent, own[-1]
     end = m.accepted
     if first is not None and last is not None:
-        yield "guest_told", min(m.accepted, first), first
-        yield "guest_acts", first, last
+        yield PhaseName.GUEST_TOLD, min(m.accepted, first), first
+        yield PhaseName.GUEST_ACTS, first, last
         end = max(m.accepted, last)
     if m.bound is not None and m.unbound is not None:
-        yield "driver_bound", m.unbound, m.bound
+        yield PhaseName.DRIVER_BOUND, m.unbound, m.bound
         end = max(end, m.bound)
     if m.settled is not None:
-        yield "settled", end, max(end, m.settled)
+        yield PhaseName.SETTLED, end, max(end, m.settled)

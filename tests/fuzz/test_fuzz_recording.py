@@ -19,6 +19,7 @@ from qmp_memlistener.errors import InputError, RecordingError
 from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import (
     Cause,
+    CauseType,
     Detail,
     GuestState,
     Header,
@@ -73,7 +74,7 @@ def records() -> list[Record]:
             TransitionRecord(
                 seq=seq,
                 t_ns=seq * 10,
-                cause=Cause("pci_bar", device="d0", detail="BAR 2"),
+                cause=Cause(CauseType.PCI_BAR, device="d0", detail="BAR 2"),
                 removed=Section.list_of(t.removed),
                 added=Section.list_of(t.added),
                 holes_punched=list(t.holes_punched),

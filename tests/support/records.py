@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from qmp_memlistener.records import Cause, Detail, Header, TransitionRecord
+from qmp_memlistener.records import Cause, CauseType, Detail, Header, TransitionRecord
 
 __all__ = ["HEADER", "transition"]
 
@@ -26,7 +26,7 @@ def transition(seq: int, t_ns: int, slot_ops: int = 0) -> TransitionRecord:
     return TransitionRecord(
         seq=seq,
         t_ns=t_ns,
-        cause=Cause("unknown"),
+        cause=Cause(CauseType.UNKNOWN),
         removed=[],
         added=[],
         holes_punched=[],

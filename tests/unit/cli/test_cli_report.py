@@ -25,6 +25,7 @@ from qmp_memlistener.records import (
     RecordingWriter,
     SlotOp,
     StallCause,
+    StallCauseType,
     StallKind,
     StallRecord,
     Violation,
@@ -87,8 +88,8 @@ EVERYTHING: list[Record] = [
     transition(1, START + 1_000_000, 1),
     slot_op(START + 1_000_100, 1),
     slot_op(START + 1_000_200, 1),
-    stall("commit", START + 900_000, 300_000, StallCause("transition", 1)),
-    stall("commit", START + 2_900_000, 700_000, StallCause("transition", 2)),
+    stall("commit", START + 900_000, 300_000, StallCause(StallCauseType.TRANSITION, 1)),
+    stall("commit", START + 2_900_000, 700_000, StallCause(StallCauseType.TRANSITION, 2)),
     stall("main_loop", START + 5_000_000, 12_000_000),
     CommandRecord(
         name="object-add", start_ns=START, busy_until_ns=START, end_ns=START + 5, probe="ping"
@@ -254,7 +255,9 @@ def test_records_from_the_future_are_counted(
     with path.open("a") as file:
         file.write('{"type":"from_the_future","schema":1}\n')
         file.write(
-            msgspec.json.encode(stall("new_kind", START, 5_000, StallCause("new", 1))).decode()
+            msgspec.json.encode(
+                stall("new_kind", START, 5_000, StallCause(StallCauseType("new"), 1))
+            ).decode()
             + "\n"
         )
     out = run(capsys, "report", path).out
@@ -289,7 +292,9 @@ def test_many_violations_are_cut_for_people_only(
 def test_names_that_a_guest_chose_do_no_harm(
     capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    evil = stall("commit", START, 5, StallCause("command", "\x1b[2J\nx"), thread="\x07")
+    evil = stall(
+        "commit", START, 5, StallCause(StallCauseType.COMMAND, "\x1b[2J\nx"), thread="\x07"
+    )
     out = run(capsys, "report", recording(tmp_path / "r.jsonl", [evil])).out
     assert "\x1b" not in out
     assert "\x07" not in out
@@ -352,7 +357,7 @@ def test_an_output_without_block_characters_has_none(tmp_path: Path) -> None:
 
 def test_a_pipe_is_eighty_columns_wide(tmp_path: Path) -> None:
     records = [
-        stall(kind, START, 10**power, StallCause("transition", 1))
+        stall(kind, START, 10**power, StallCause(StallCauseType.TRANSITION, 1))
         for kind in ("main_loop", "vcpu_inhibit")
         for power in range(2, 12)
     ]

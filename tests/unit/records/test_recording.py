@@ -14,6 +14,7 @@ from qmp_memlistener.errors import InputError, RecordingError
 from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import (
     Cause,
+    CauseType,
     Detail,
     GuestState,
     Note,
@@ -30,7 +31,7 @@ RECORDS = [
     TransitionRecord(
         seq=1,
         t_ns=10,
-        cause=Cause("region", regions=["regs"]),
+        cause=Cause(CauseType.REGION, regions=["regs"]),
         removed=[],
         added=[],
         holes_punched=[Hole("pc.ram", 1 << 63, 4096, 1 << 62, None, "dev")],

@@ -22,6 +22,7 @@ from qmp_memlistener.records import (
     ProbeState,
     Record,
     StallCause,
+    StallCauseType,
     StallRecord,
     Violation,
 )
@@ -56,7 +57,7 @@ def stall(at_least_ns: int, at_most_ns: int, **more: object) -> StallRecord:
         "witnesses": ["uprobes", "trace"],
         "thread": None,
         "site": None,
-        "cause": StallCause("unknown", None),
+        "cause": StallCause(StallCauseType.UNKNOWN, None),
         "incident": 1,
     }
     return StallRecord(**(values | more))
@@ -144,17 +145,17 @@ def test_every_kind_has_words() -> None:
     ("cause", "text"),
     [
         (None, "unknown"),
-        (StallCause("unknown", None), "unknown"),
-        (StallCause("transition", 12), "transition #12"),
-        (StallCause("command", "object-add"), "command object-add"),
-        (StallCause("agent", "info mtree"), "agent: info mtree"),
-        (StallCause("slot_op", "0:5"), "slot 5"),
-        (StallCause("slot_op", "1:5"), "as 1 slot 5"),
-        (StallCause("slot_op", "dirty logging"), "dirty logging"),
-        (StallCause("stop", "paused"), "guest stopped: paused"),
-        (StallCause("stop", None), "guest stopped"),
-        (StallCause("from_the_future", 7), "from_the_future 7"),
-        (StallCause("from_the_future", None), "from_the_future"),
+        (StallCause(StallCauseType.UNKNOWN, None), "unknown"),
+        (StallCause(StallCauseType.TRANSITION, 12), "transition #12"),
+        (StallCause(StallCauseType.COMMAND, "object-add"), "command object-add"),
+        (StallCause(StallCauseType.AGENT, "info mtree"), "agent: info mtree"),
+        (StallCause(StallCauseType.SLOT_OP, "0:5"), "slot 5"),
+        (StallCause(StallCauseType.SLOT_OP, "1:5"), "as 1 slot 5"),
+        (StallCause(StallCauseType.SLOT_OP, "dirty logging"), "dirty logging"),
+        (StallCause(StallCauseType.STOP, "paused"), "guest stopped: paused"),
+        (StallCause(StallCauseType.STOP, None), "guest stopped"),
+        (StallCause(StallCauseType("from_the_future"), 7), "from_the_future 7"),
+        (StallCause(StallCauseType("from_the_future"), None), "from_the_future"),
     ],
 )
 def test_causes(cause: StallCause | None, text: str) -> None:
@@ -165,13 +166,13 @@ def test_causes(cause: StallCause | None, text: str) -> None:
 
 
 def test_a_stall_is_one_line_in_columns() -> None:
-    assert line(stall(810_000, 811_000, cause=StallCause("transition", 12), thread="main")) == (
-        "stall: commit              0.81 ms  transition #12, main [uprobes, trace]"
-    )
+    assert line(
+        stall(810_000, 811_000, cause=StallCause(StallCauseType.TRANSITION, 12), thread="main")
+    ) == ("stall: commit              0.81 ms  transition #12, main [uprobes, trace]")
     assert line(
         stall(
             4_210_000, 5_060_000, kind="vcpu_gap", thread="CPU 0", witnesses=["pulse"],
-            cause=StallCause("transition", 12, 600_000),
+            cause=StallCause(StallCauseType.TRANSITION, 12, 600_000),
         )
     ) == (
         "stall: vCPU gap      4.2 to 5.1 ms  transition #12 (0.60 ms of it), CPU 0 [pulse]"
@@ -179,7 +180,7 @@ def test_a_stall_is_one_line_in_columns() -> None:
     assert line(
         stall(
             12_000, 12_100, kind="bql_wait", thread="main", site="util/rcu.c:269",
-            cause=StallCause("agent", "info mtree", 12_000), witnesses=["lockprofile"],
+            cause=StallCause(StallCauseType.AGENT, "info mtree", 12_000), witnesses=["lockprofile"],
         )
     ) == (
         "stall: BQL wait              12 us  agent: info mtree, main at util/rcu.c:269 "
@@ -216,14 +217,14 @@ def test_stalls_align_with_what_the_narrator_says() -> None:
 def test_what_was_under_way_is_not_called_the_cause() -> None:
     text = line(stall(0, 3_000_000, kind="main_loop", cause=None, during=[3, 4, 5, 6, 7]))
     assert "  unknown, during #3, #4, #5 and 2 more [" in text
-    text = line(stall(1, 1, cause=StallCause("transition", 3), during=[3]))
+    text = line(stall(1, 1, cause=StallCause(StallCauseType.TRANSITION, 3), during=[3]))
     assert "during" not in text
-    text = line(stall(1, 1, cause=StallCause("transition", 3), during=[3, 4]))
+    text = line(stall(1, 1, cause=StallCause(StallCauseType.TRANSITION, 3), during=[3, 4]))
     assert "transition #3, during #4 [" in text
 
 
 def test_a_cause_that_accounts_for_it_all_says_no_more() -> None:
-    explained = StallCause("transition", 3, 950_000)
+    explained = StallCause(StallCauseType.TRANSITION, 3, 950_000)
     assert "of it" not in line(stall(1_000_000, 1_100_000, cause=explained))
     assert "(0.95 ms of it)" in line(stall(2_000_000, 2_000_000, cause=explained))
 

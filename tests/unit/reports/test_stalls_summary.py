@@ -10,13 +10,12 @@ import msgspec
 import pytest
 
 from qmp_memlistener.probes import StallKind
-from qmp_memlistener.records import ProbeState, StallStatistics, SummaryRecord
+from qmp_memlistener.records import ProbeState, StallCauseType, StallStatistics, SummaryRecord
 from qmp_memlistener.reports.lengths import kind_text
 from qmp_memlistener.reports.stalls import measured_lines
 from qmp_memlistener.reports.summary import histogram_lines, summary_lines
 from qmp_memlistener.timeline.summary import BOUNDS_NS, Statistics
 
-CAUSES = ("transition", "command", "agent", "slot_op", "stop", "unknown")
 WIDTHS = (48, 60, 72, 80, 100, 132, 200)
 
 
@@ -30,10 +29,10 @@ def everything() -> SummaryRecord:
     rng = random.Random(1)
     statistics = Statistics()
     for kind in StallKind:
-        for cause in CAUSES:
+        for cause in StallCauseType:
             for _ in range(rng.choice((1, 20, 3000))):
                 statistics.add(kind, cause, int(math.exp(rng.uniform(3, 27))))
-    statistics.add(StallKind.COMMIT, "unknown", 0)
+    statistics.add(StallKind.COMMIT, StallCauseType.UNKNOWN, 0)
     return summary(statistics)
 
 
@@ -41,9 +40,9 @@ def everything() -> SummaryRecord:
 def usual() -> SummaryRecord:
     statistics = Statistics()
     for kind, cause, lengths in (
-        (StallKind.VCPU_GAP, "transition", [110_000, 250_000, 260_000, 900_000]),
-        (StallKind.MAIN_LOOP, "unknown", [3_000_000]),
-        (StallKind.MAIN_LOOP, "command", [284_000_000]),
+        (StallKind.VCPU_GAP, StallCauseType.TRANSITION, [110_000, 250_000, 260_000, 900_000]),
+        (StallKind.MAIN_LOOP, StallCauseType.UNKNOWN, [3_000_000]),
+        (StallKind.MAIN_LOOP, StallCauseType.COMMAND, [284_000_000]),
     ):
         for length in lengths:
             statistics.add(kind, cause, length)
@@ -120,8 +119,8 @@ def test_counts_add_up_and_gaps_are_shown(everything: SummaryRecord) -> None:
     ]
     assert sum(counts) == everything.stalls
     statistics = Statistics()
-    statistics.add(StallKind.COMMIT, "unknown", 1_500)
-    statistics.add(StallKind.COMMIT, "agent", 15_000_000)
+    statistics.add(StallKind.COMMIT, StallCauseType.UNKNOWN, 1_500)
+    statistics.add(StallKind.COMMIT, StallCauseType.AGENT, 15_000_000)
     steps = [line.split()[:3] for line in histogram_lines(summary(statistics))][2:]
     assert [s[2] for s in steps] == ["1", *["0"] * 11, "1"]
     assert len(steps) == len([b for b in BOUNDS_NS if 1_000 <= b <= 10_000_000])
@@ -130,8 +129,8 @@ def test_counts_add_up_and_gaps_are_shown(everything: SummaryRecord) -> None:
 def test_one_stall_is_seen_beside_many() -> None:
     statistics = Statistics()
     for _ in range(100_000):
-        statistics.add(StallKind.COMMIT, "unknown", 1_500)
-    statistics.add(StallKind.COMMIT, "unknown", 3_000)
+        statistics.add(StallKind.COMMIT, StallCauseType.UNKNOWN, 1_500)
+    statistics.add(StallKind.COMMIT, StallCauseType.UNKNOWN, 3_000)
     for unicode, bar in ((True, "▏"), (False, "#")):
         last = list(histogram_lines(summary(statistics), unicode=unicode))[-1]
         assert last.split() == ["2", "us", "1", bar]
@@ -162,7 +161,7 @@ def test_no_stall_and_nobody_who_measured_are_told_apart() -> None:
 
 def test_statistics_without_a_histogram_do_no_harm() -> None:
     """As another program may write them."""
-    bare = StallStatistics(StallKind.COMMIT, "unknown", 1, 5, 5, 5, 5, 5, [], [])
+    bare = StallStatistics(StallKind.COMMIT, StallCauseType.UNKNOWN, 1, 5, 5, 5, 5, 5, [], [])
     record = SummaryRecord(start_ns=5, end_ns=0, transitions=1, stalls=1, statistics=[bare])
     assert next(summary_lines(record)) == "1 stall, 1 transition in -5 ns"
     list(histogram_lines(record))
@@ -174,9 +173,12 @@ def idle() -> SummaryRecord:
     statistics = Statistics()
     for n in range(400):
         statistics.add(
-            StallKind.MAIN_LOOP, "unknown", 100_000_000 + n * 10_000, 2_000_000 + n * 10_000
+            StallKind.MAIN_LOOP,
+            StallCauseType.UNKNOWN,
+            100_000_000 + n * 10_000,
+            2_000_000 + n * 10_000,
         )
-    statistics.add(StallKind.COMMIT, "transition", 210_000)
+    statistics.add(StallKind.COMMIT, StallCauseType.TRANSITION, 210_000)
     return summary(statistics)
 
 
@@ -217,6 +219,8 @@ def test_histograms_of_both_bounds_have_the_same_count(idle: SummaryRecord) -> N
 
 
 def test_statistics_of_former_versions_have_upper_bounds_only() -> None:
-    old = StallStatistics(StallKind.COMMIT, "unknown", 1, 5000, 5000, 5000, 5000, 5000, [5000], [1])
+    old = StallStatistics(
+        StallKind.COMMIT, StallCauseType.UNKNOWN, 1, 5000, 5000, 5000, 5000, 5000, [5000], [1]
+    )
     record = SummaryRecord(start_ns=5, end_ns=9, transitions=1, stalls=1, statistics=[old])
     assert any("<5.0 us" in line for line in summary_lines(record))

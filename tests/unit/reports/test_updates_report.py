@@ -6,9 +6,9 @@ import msgspec
 import pytest
 
 from qmp_memlistener.memslots import OpKind
-from qmp_memlistener.records import SlotOp, StallCause, StallKind, StallRecord
+from qmp_memlistener.records import SlotOp, StallCause, StallCauseType, StallKind, StallRecord
 from qmp_memlistener.reports.updates import outcome_lines
-from qmp_memlistener.updates.model import GuestStates, Outcome, Phase, Result, Strategy
+from qmp_memlistener.updates.model import GuestStates, Outcome, Phase, PhaseName, Result, Strategy
 
 BEGUN = 5_000_000_000
 MS = 1_000_000
@@ -25,7 +25,7 @@ REFUSED = Outcome(
 )
 
 
-def phase(name: str, start_ms: float, end_ms: float, *seqs: int, stalls: int = 0) -> Phase:
+def phase(name: PhaseName, start_ms: float, end_ms: float, *seqs: int, stalls: int = 0) -> Phase:
     return Phase(
         name,
         BEGUN + round(start_ms * MS),
@@ -46,7 +46,7 @@ def stall(kind: StallKind, took: int) -> StallRecord:
     return StallRecord(
         kind=kind, start_ns=BEGUN, end_ns=BEGUN + took, at_least_ns=took, at_most_ns=took,
         probe="trace", witnesses=["trace"], thread=None, site=None,
-        cause=StallCause("unknown", None), incident=1,
+        cause=StallCause(StallCauseType.UNKNOWN, None), incident=1,
     )  # fmt: skip
 
 
@@ -56,13 +56,13 @@ DONE = msgspec.structs.replace(
     reason=None,
     remedy=None,
     phases=[
-        phase("prepared", 0, 2),
-        phase("accepted", 2, 6.5, 1),
-        phase("realised", 2, 6, 1, stalls=1),
-        phase("guest_told", 6.5, 60),
-        phase("guest_acts", 60, 190, 2, 3, 4),
-        phase("driver_bound", 190, 230),
-        phase("settled", 230, 530),
+        phase(PhaseName.PREPARED, 0, 2),
+        phase(PhaseName.ACCEPTED, 2, 6.5, 1),
+        phase(PhaseName.REALISED, 2, 6, 1, stalls=1),
+        phase(PhaseName.GUEST_TOLD, 6.5, 60),
+        phase(PhaseName.GUEST_ACTS, 60, 190, 2, 3, 4),
+        phase(PhaseName.DRIVER_BOUND, 190, 230),
+        phase(PhaseName.SETTLED, 230, 530),
     ],
     stalls=[stall(StallKind.VCPU_PAUSE, 4 * MS)],
     slot_ops=[slot_op(4), slot_op(5), slot_op(4, "delete")],
@@ -112,7 +112,7 @@ def test_without_stalls_there_is_no_table() -> None:
 def test_tables_fit(width: int) -> None:
     many = msgspec.structs.replace(
         DONE,
-        phases=[phase("guest_acts", 0, 3_600_000, *range(10_000), stalls=10_000)],
+        phases=[phase(PhaseName.GUEST_ACTS, 0, 3_600_000, *range(10_000), stalls=10_000)],
         stalls=[
             stall(kind, 10**n)
             for kind in (StallKind.VCPU_PAUSE, StallKind.COMMIT)
@@ -145,7 +145,7 @@ def test_a_change_of_the_state_is_told() -> None:
 
 
 def test_a_phase_of_another_version_keeps_its_name() -> None:
-    other = msgspec.structs.replace(DONE, phases=[phase("later", 0, 1)], stalls=[])
+    other = msgspec.structs.replace(DONE, phases=[phase(PhaseName("later"), 0, 1)], stalls=[])
     assert text(other)[-2] == "      0 ns  later                    1.00 ms"
 
 

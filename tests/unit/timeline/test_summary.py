@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from qmp_memlistener.records import (
     StallCause,
+    StallCauseType,
     StallKind,
     StallRecord,
     StallStatistics,
@@ -28,7 +29,7 @@ LENGTHS = st.one_of(
     st.sampled_from([b + d for b in BOUNDS_NS for d in (-1, 0, 1) if b + d >= 0]),
 )
 KINDS = st.sampled_from([StallKind.COMMIT, StallKind.BQL_WAIT])
-STALLS = st.tuples(KINDS, st.sampled_from(["a", "b"]), LENGTHS)
+STALLS = st.tuples(KINDS, st.sampled_from(StallCauseType), LENGTHS)
 
 
 def many(seed: int, count: int) -> list[int]:
@@ -40,7 +41,7 @@ def of(lengths: list[int]) -> StallStatistics:
     """The statistics of these lengths, all of one kind and cause."""
     statistics = Statistics()
     for length in lengths:
-        statistics.add(StallKind.COMMIT, "transition", length)
+        statistics.add(StallKind.COMMIT, StallCauseType.TRANSITION, length)
     (found,) = statistics.statistics()
     return found
 
@@ -91,7 +92,7 @@ def test_any_number(count: int) -> None:
 
 @given(st.lists(STALLS, max_size=60), st.randoms(use_true_random=False), st.booleans())
 def test_order_does_not_matter(
-    stalls: list[tuple[StallKind, str, int]], rng: random.Random, grown: bool
+    stalls: list[tuple[StallKind, StallCauseType, int]], rng: random.Random, grown: bool
 ) -> None:
     if grown:
         stalls = stalls * (EXACT // 8)
@@ -111,7 +112,9 @@ def test_order_does_not_matter(
 @given(
     st.lists(st.tuples(st.lists(STALLS, max_size=20), st.sampled_from([1, 40, EXACT])), max_size=4)
 )
-def test_merging_is_feeding_all(parts: list[tuple[list[tuple[StallKind, str, int]], int]]) -> None:
+def test_merging_is_feeding_all(
+    parts: list[tuple[list[tuple[StallKind, StallCauseType, int]], int]],
+) -> None:
     all_of_them, merged = Statistics(), Statistics()
     for stalls, times in parts:
         part = Statistics()
@@ -129,9 +132,9 @@ def test_merging_is_feeding_all(parts: list[tuple[list[tuple[StallKind, str, int
 def test_merging_with_itself_doubles(count: int) -> None:
     statistics, twice = Statistics(), Statistics()
     for length in many(count, count):
-        statistics.add(StallKind.COMMIT, "unknown", length)
-        twice.add(StallKind.COMMIT, "unknown", length)
-        twice.add(StallKind.COMMIT, "unknown", length)
+        statistics.add(StallKind.COMMIT, StallCauseType.UNKNOWN, length)
+        twice.add(StallKind.COMMIT, StallCauseType.UNKNOWN, length)
+        twice.add(StallKind.COMMIT, StallCauseType.UNKNOWN, length)
     statistics.merge(statistics)
     assert statistics.statistics() == twice.statistics()
 
@@ -140,7 +143,7 @@ def test_memory_is_bounded() -> None:
     """However many lengths there are, some tens of buckets a power of two are all that is kept."""
     statistics = Statistics()
     for length in many(1, 100_000):
-        statistics.add(StallKind.COMMIT, "transition", length)
+        statistics.add(StallKind.COMMIT, StallCauseType.TRANSITION, length)
     (series,) = statistics._series.values()
     for lengths in (series.least, series.most):
         assert len(lengths.pending) <= EXACT
@@ -158,10 +161,10 @@ def test_bounds_are_readable_and_ascending() -> None:
 def test_kinds_are_in_order_and_in_them_the_largest_total_first() -> None:
     statistics = Statistics()
     for kind, cause, length in (
-        (StallKind.VCPU_GAP, "unknown", 5),
-        (StallKind.COMMIT, "unknown", 7),
-        (StallKind.COMMIT, "transition", 9),
-        (StallKind.COMMIT, "agent", 7),
+        (StallKind.VCPU_GAP, StallCauseType.UNKNOWN, 5),
+        (StallKind.COMMIT, StallCauseType.UNKNOWN, 7),
+        (StallKind.COMMIT, StallCauseType.TRANSITION, 9),
+        (StallKind.COMMIT, StallCauseType.AGENT, 7),
     ):
         statistics.add(kind, cause, length)
     assert [(s.kind, s.cause) for s in statistics.statistics()] == [
@@ -174,7 +177,7 @@ def test_kinds_are_in_order_and_in_them_the_largest_total_first() -> None:
 def test_there_are_no_negative_lengths(length: int) -> None:
     statistics = Statistics()
     with pytest.raises(ValueError, match=str(length)):
-        statistics.add(StallKind.COMMIT, "unknown", length)
+        statistics.add(StallKind.COMMIT, StallCauseType.UNKNOWN, length)
     assert len(statistics) == 0
     assert statistics.statistics() == []
 
@@ -186,7 +189,7 @@ def test_both_bounds_are_told_and_what_was_lies_between(
     statistics = Statistics()
     pairs = [(min(p), max(p)) for p in pairs * times]
     for at_least, at_most in pairs:
-        statistics.add(StallKind.COMMIT, "a", at_most, at_least)
+        statistics.add(StallKind.COMMIT, StallCauseType.STOP, at_most, at_least)
     (found,) = statistics.statistics()
     lower, upper = sorted(p[0] for p in pairs), sorted(p[1] for p in pairs)
     assert (found.total_min_ns, found.total_ns) == (sum(lower), sum(upper))
@@ -202,8 +205,8 @@ def test_both_bounds_are_told_and_what_was_lies_between(
 def test_what_is_certain_ranks_first() -> None:
     """One ping in 100 ms may have met a stall of 105 ms, or of 2."""
     statistics = Statistics()
-    statistics.add(StallKind.MAIN_LOOP, "unknown", 105_000_000, 2_000_000)
-    statistics.add(StallKind.MAIN_LOOP, "command", 30_000_000)
+    statistics.add(StallKind.MAIN_LOOP, StallCauseType.UNKNOWN, 105_000_000, 2_000_000)
+    statistics.add(StallKind.MAIN_LOOP, StallCauseType.COMMAND, 30_000_000)
     assert [s.cause for s in statistics.statistics()] == ["command", "unknown"]
 
 
@@ -233,10 +236,10 @@ def record(kind: str, at_most_ns: int, cause: StallCause | None) -> StallRecord:
 def test_a_summary_of_records() -> None:
     statistics = Statistics(
         [
-            record("commit", 1_500, StallCause("transition", 3)),
-            record("commit", 2_500, StallCause("transition", 4)),
+            record("commit", 1_500, StallCause(StallCauseType.TRANSITION, 3)),
+            record("commit", 2_500, StallCause(StallCauseType.TRANSITION, 4)),
             record("commit", 9_000, None),
-            record("commit", 11_000, StallCause("unknown", None)),
+            record("commit", 11_000, StallCause(StallCauseType.UNKNOWN, None)),
         ]
     )
     summary = statistics.summary(start_ns=10, end_ns=20, transitions=2)
@@ -247,12 +250,12 @@ def test_a_summary_of_records() -> None:
         stalls=4,
         statistics=[
             StallStatistics(
-                StallKind.COMMIT, "unknown", 2, 20_000, 9_000, 11_000, 11_000, 11_000,
+                StallKind.COMMIT, StallCauseType.UNKNOWN, 2, 20_000, 9_000, 11_000, 11_000, 11_000,
                 [5_000, 10_000], [1, 1],
                 20_000, 9_000, 11_000, 11_000, 11_000, [5_000, 10_000], [1, 1],
             ),
             StallStatistics(
-                StallKind.COMMIT, "transition", 2, 4_000, 1_500, 2_500, 2_500, 2_500,
+                StallKind.COMMIT, StallCauseType.TRANSITION, 2, 4_000, 1_500, 2_500, 2_500, 2_500,
                 [1_000, 2_000], [1, 1],
                 4_000, 1_500, 2_500, 2_500, 2_500, [1_000, 2_000], [1, 1],
             ),

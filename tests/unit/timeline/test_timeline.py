@@ -17,6 +17,7 @@ from qmp_memlistener.records import (
     Record,
     SlotOp,
     StallCause,
+    StallCauseType,
     StallRecord,
 )
 from qmp_memlistener.timeline import Timeline
@@ -24,6 +25,7 @@ from tests.support.records import transition
 
 MS = 1_000_000
 BOUND = 200_000
+UNKNOWN = StallCause(StallCauseType.UNKNOWN, None)
 RAM = 0x100000
 SIZE = 0x1FF00000
 
@@ -224,7 +226,7 @@ def test_a_gap_without_a_commit_of_its_thread_has_no_known_cause() -> None:
     toggle(timeline, 1, 10 * MS)
     timeline.observe([window(StallKind.VCPU_GAP, 30 * MS, 31 * MS, "pulse", tid=None)])
     control = stalls(timeline.finish(), StallKind.VCPU_GAP)[1]
-    assert control.cause == StallCause("unknown", None)
+    assert control.cause == UNKNOWN
     assert control.witnesses == ["pulse"]
     assert control.during == []
 
@@ -236,7 +238,7 @@ def test_another_vcpus_gap_during_a_commit_is_not_said_to_be_made_by_it() -> Non
         [window(StallKind.VCPU_GAP, 10 * MS, 11 * MS, "pulse", thread="CPU 1", tid=None)]
     )
     (gap,) = (s for s in stalls(timeline.finish(), StallKind.VCPU_GAP) if s.thread == "CPU 1")
-    assert gap.cause == StallCause("unknown", None)
+    assert gap.cause == UNKNOWN
     assert gap.during == [1]
 
 
@@ -255,7 +257,7 @@ def test_vcpus_that_are_kept_out_stand_still_because_of_it() -> None:
     )
     records = timeline.finish()
     (gap,) = (s for s in stalls(records, StallKind.VCPU_GAP) if s.thread == "CPU 1")
-    assert gap.cause == StallCause("transition", 1, 750_000)
+    assert gap.cause == StallCause(StallCauseType.TRANSITION, 1, 750_000)
     assert only(records, StallKind.VCPU_INHIBIT).incident == gap.incident
 
 
@@ -296,7 +298,9 @@ def test_a_command_explains_the_hold_and_the_main_loop() -> None:
     timeline.command(command_record("object-add", MS, 49 * MS, 50 * MS, "uprobes"))
     records = timeline.finish()
     for kind in (StallKind.BQL_HOLD, StallKind.MAIN_LOOP):
-        assert only(records, kind).cause == StallCause("command", "object-add", 48 * MS)
+        assert only(records, kind).cause == StallCause(
+            StallCauseType.COMMAND, "object-add", 48 * MS
+        )
         assert only(records, kind).witnesses == ["ping", "uprobes"]
     assert [r.name for r in records if isinstance(r, CommandRecord)] == ["object-add"]
 
@@ -307,14 +311,18 @@ def test_a_command_of_ours_is_named_as_such() -> None:
     timeline.command(command_record("human-monitor-command", 0, 8 * MS, 8 * MS, "uprobes"))
     timeline.command(command_record("info mtree", MS, 8 * MS, 8 * MS, "agent"))
     records = timeline.finish()
-    assert only(records, StallKind.MAIN_LOOP).cause == StallCause("agent", "info mtree", 7 * MS)
+    assert only(records, StallKind.MAIN_LOOP).cause == StallCause(
+        StallCauseType.AGENT, "info mtree", 7 * MS
+    )
 
 
 def test_a_short_command_does_not_explain_a_long_stall() -> None:
     timeline = new()
     timeline.observe([window(StallKind.MAIN_LOOP, 0, 50 * MS, "ping", thread="main", tid=None)])
     timeline.command(command_record("object-add", 0, 10 * MS, 50 * MS, "uprobes"))
-    assert only(timeline.finish(), StallKind.MAIN_LOOP).cause == StallCause("unknown", None)
+    assert only(timeline.finish(), StallKind.MAIN_LOOP).cause == StallCause(
+        StallCauseType.UNKNOWN, None
+    )
 
 
 def test_a_pause_seen_by_two_probes_is_one_stall_with_two_witnesses() -> None:
@@ -338,8 +346,8 @@ def test_a_transition_without_operations_is_tied_to_the_only_commit_that_fits() 
     timeline.observe([window(StallKind.COMMIT, 0, MS), window(StallKind.COMMIT, 5 * MS, 6 * MS)])
     timeline.record(transition(1, 5 * MS + 500_000))
     first, second = stalls(timeline.finish(), StallKind.COMMIT)
-    assert first.cause == StallCause("unknown", None)
-    assert second.cause == StallCause("transition", 1, MS)
+    assert first.cause == UNKNOWN
+    assert second.cause == StallCause(StallCauseType.TRANSITION, 1, MS)
 
 
 def test_of_two_commits_that_fit_neither_is_guessed() -> None:
@@ -348,9 +356,7 @@ def test_of_two_commits_that_fit_neither_is_guessed() -> None:
         [window(StallKind.COMMIT, 0, 150_000), window(StallKind.COMMIT, 160_000, 300_000)]
     )
     timeline.record(transition(1, 200_000))
-    assert all(
-        s.cause == StallCause("unknown", None) for s in stalls(timeline.finish(), StallKind.COMMIT)
-    )
+    assert all(s.cause == UNKNOWN for s in stalls(timeline.finish(), StallKind.COMMIT))
 
 
 def test_dirty_logging_is_named() -> None:
@@ -361,8 +367,10 @@ def test_dirty_logging_is_named() -> None:
     timeline.record(slot_op(None, 450_000, "add"))
     records = timeline.finish()
     why = "dirty logging switched off"
-    assert only(records, StallKind.SLOT_UPDATE).cause == StallCause("slot_op", why, 200_000)
-    assert only(records, StallKind.COMMIT).cause == StallCause("slot_op", why, MS)
+    assert only(records, StallKind.SLOT_UPDATE).cause == StallCause(
+        StallCauseType.SLOT_OP, why, 200_000
+    )
+    assert only(records, StallKind.COMMIT).cause == StallCause(StallCauseType.SLOT_OP, why, MS)
 
 
 @pytest.mark.parametrize(
@@ -387,7 +395,7 @@ def test_who_asked_for_dirty_logging_is_said_where_it_was_seen(
         timeline.record(slot_op(None, start + 150_000, "flags", slot=slot))
     timeline.observe(seen)
     records = timeline.finish()
-    assert only(records, StallKind.COMMIT).cause == StallCause("slot_op", why, MS)
+    assert only(records, StallKind.COMMIT).cause == StallCause(StallCauseType.SLOT_OP, why, MS)
     assert {s.cause.ref for s in stalls(records, StallKind.SLOT_UPDATE) if s.cause} == {why}
 
 
@@ -451,7 +459,7 @@ def test_after_a_loss_operations_are_not_paired_by_order() -> None:
     timeline.lost("uprobes")
     toggle(timeline, 2, 20 * MS)
     records = timeline.finish()
-    assert only(records, StallKind.COMMIT).cause == StallCause("transition", 2, MS)
+    assert only(records, StallKind.COMMIT).cause == StallCause(StallCauseType.TRANSITION, 2, MS)
 
 
 @given(st.integers(1, 12), st.randoms(use_true_random=False), st.integers(0, 3))

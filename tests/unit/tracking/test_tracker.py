@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from qmp_memlistener.memslots import OpKind, Rules
 from qmp_memlistener.records import (
     Cause,
+    CauseType,
     MapRecord,
     Reconciled,
     Record,
@@ -109,7 +110,7 @@ def test_one_commit_between_two_snapshots_is_known_in_full() -> None:
     (hole,) = transition.holes_punched
     assert (hole.block, hole.start, hole.size) == ("ram", 0xA0000, 0x10000)
     assert (hole.covered_by, hole.owner) == ("dev-a0000", "da0000")
-    assert transition.cause == Cause("region", owner="da0000", regions=["dev-a0000"])
+    assert transition.cause == Cause(CauseType.REGION, owner="da0000", regions=["dev-a0000"])
     assert [(o.op, o.slot, o.gpa, o.size) for o in ops] == [
         ("delete", 0, 0, 64 * MIB),
         ("add", 0, 0, 0xA0000),
@@ -231,8 +232,8 @@ def test_a_guest_that_goes_leaves_what_the_lines_tell() -> None:
 
 def test_causes_go_to_the_commit_they_stand_at() -> None:
     t, kvm = tracker(), Kvm()
-    bar = Cause("pci_bar", device="d", detail="BAR 0 mapped")
-    plug = Cause("memory_device", device="m0", detail="plugged")
+    bar = Cause(CauseType.PCI_BAR, device="d", detail="BAR 0 mapped")
+    plug = Cause(CauseType.MEMORY_DEVICE, device="m0", detail="plugged")
     t.commits.cause(bar)
     commit(t, kvm.apply(make_map(0xA0000)))
     commit(t, kvm.apply(make_map()))
@@ -245,7 +246,9 @@ def test_causes_go_to_the_commit_they_stand_at() -> None:
 def test_bars_that_come_and_go_between_two_snapshots_are_reported_one_by_one() -> None:
     """No slot changes for them, and afterwards the map is as it was."""
     t = tracker()
-    bars = [Cause("pci_bar", device="d", detail=detail) for detail in ("mapped", "unmapped") * 2]
+    bars = [
+        Cause(CauseType.PCI_BAR, device="d", detail=detail) for detail in ("mapped", "unmapped") * 2
+    ]
     for bar in bars:
         t.commits.cause(bar, moves_bar=True)
         commit(t, [])
@@ -258,7 +261,7 @@ def test_bars_that_come_and_go_between_two_snapshots_are_reported_one_by_one() -
 
 def test_a_bar_that_nothing_shows_is_no_transition() -> None:
     t = tracker()
-    t.commits.cause(Cause("pci_bar", device="d", detail="mapped"), moves_bar=True)
+    t.commits.cause(Cause(CauseType.PCI_BAR, device="d", detail="mapped"), moves_bar=True)
     commit(t, [])
     t.snapshot({0: make_map()}, 100)
     assert taken(t) == ([], [], [])

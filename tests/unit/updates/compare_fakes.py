@@ -11,6 +11,7 @@ from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.probes import StallKind
 from qmp_memlistener.records import (
     Cause,
+    CauseType,
     Detail,
     ProbeState,
     Record,
@@ -19,7 +20,7 @@ from qmp_memlistener.records import (
     TransitionRecord,
 )
 from qmp_memlistener.updates.compare.guest import NotPutBack
-from qmp_memlistener.updates.model import GuestStates, Outcome, Phase, Result, Strategy
+from qmp_memlistener.updates.model import GuestStates, Outcome, Phase, PhaseName, Result, Strategy
 
 __all__ = ["FakeGuest", "outcome", "slot_op", "stall", "transition"]
 
@@ -50,7 +51,7 @@ def slot_op(t_ns: int, slot: int) -> SlotOp:
 
 def transition(t_ns: int, merged: int = 1) -> TransitionRecord:
     return TransitionRecord(
-        seq=1, t_ns=t_ns, cause=Cause(type="unknown"), removed=[], added=[], holes_punched=[],
+        seq=1, t_ns=t_ns, cause=Cause(CauseType.UNKNOWN), removed=[], added=[], holes_punched=[],
         holes_filled=[], detail=Detail.NET, merged=merged,
     )  # fmt: skip
 
@@ -63,7 +64,7 @@ def outcome(
         outcome=Result(what),
         reason=reason,
         strategy=Strategy(strategy),
-        phases=[Phase("accepted", start, end)] if end > start else [],
+        phases=[Phase(PhaseName.ACCEPTED, start, end)] if end > start else [],
         stalls=[],
         slot_ops=[],
         guest_state=GuestStates("running", "running"),

@@ -6,6 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmp_memlistener.records import StallKind, StallRecord
+from qmp_memlistener.updates.model import PhaseName
 from qmp_memlistener.updates.phases import Marks, phases_of
 from tests.support.records import transition
 
@@ -46,10 +47,10 @@ def test_a_hotplug_from_the_backend_to_the_quiet() -> None:
         ("settled", 90, 120),
     ]
     by_name = {p.name: p for p in phases}
-    assert by_name["realised"].transitions == [1, 2]
-    assert by_name["accepted"].stalls == [7]
-    assert by_name["guest_acts"].transitions == [3, 4]
-    assert by_name["guest_acts"].stalls == [8]
+    assert by_name[PhaseName.REALISED].transitions == [1, 2]
+    assert by_name[PhaseName.ACCEPTED].stalls == [7]
+    assert by_name[PhaseName.GUEST_ACTS].transitions == [3, 4]
+    assert by_name[PhaseName.GUEST_ACTS].stalls == [8]
 
 
 def test_what_came_before_the_reply_is_no_sign_of_the_guest() -> None:
@@ -80,8 +81,8 @@ def test_a_guest_that_was_faster_than_our_reading() -> None:
     marks.sign(45, surely=True)
     phases = phases_of(marks, [transition(1, 30), transition(2, 40), transition(3, 45)], [])
     by_name = {p.name: (p.start_ns, p.end_ns, p.transitions) for p in phases}
-    assert by_name["realised"] == (20, 30, [1])
-    assert by_name["guest_acts"] == (40, 45, [2, 3])
+    assert by_name[PhaseName.REALISED] == (20, 30, [1])
+    assert by_name[PhaseName.GUEST_ACTS] == (40, 45, [2, 3])
 
 
 def test_a_guest_that_does_nothing() -> None:
