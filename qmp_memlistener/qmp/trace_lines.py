@@ -53,16 +53,18 @@ MAX_LINE = 64 * 1024
 # A marker is the command `print 0x71…`, with a number that nobody types by chance.
 _MARKER_PREFIX = 0x71
 
-_STAMP = rb"(?:\d{1,10}@(\d{1,12})\.(\d{6}):|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d)(?:\.(\d{6}))?Z )"
+_STAMP = rb"(?:\d{1,10}+@(\d{1,12}+\.\d{6}):|(\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d(?:\.\d{6})?)Z )"
+# Nothing here ends where it could have gone on, so nothing is tried twice (`}+`).
 _SLOT_OP = (
-    rb"kvm_set_user_memory (?:AddrSpace#(\d{1,5}) )?Slot#(-?\d{1,10}) flags=0x([0-9a-f]{1,8})"
-    rb" gpa=0x([0-9a-f]{1,16}) size=0x([0-9a-f]{1,16}) ua=0x([0-9a-f]{1,16})"
-    rb"(?: guest_memfd=-?\d{1,10} guest_memfd_offset=0x[0-9a-f]{1,16})? ret=(-?\d{1,10})"
-    rb"(?: \w{1,40}=[-\w]{1,40}){0,8}\n"  # kernels with private memory of their own add fields
+    rb"kvm_set_user_memory (?:AddrSpace#(\d{1,5}+) )?Slot#(-?\d{1,10}+) flags=0x([0-9a-f]{1,8}+)"
+    rb" gpa=0x([0-9a-f]{1,16}+) size=0x([0-9a-f]{1,16}+) ua=0x([0-9a-f]{1,16}+)"
+    rb"(?: guest_memfd=-?\d{1,10}+ guest_memfd_offset=0x[0-9a-f]{1,16}+)? ret=(-?\d{1,10}+)"
+    rb"(?: \w{1,40}+=[-\w]{1,40}+){0,8}+\n"  # kernels with private memory of their own add fields
 )
-# Each match is one whole line: a slot operation or, last group, something else.
-_PLAIN_LINES = re.compile(_SLOT_OP + rb"|([^\n]*)\n")
-_STAMPED_LINES = re.compile(_STAMP + rb"?(?:" + _SLOT_OP + rb"|([^\n]*)\n)")
+# Each match is one whole line: a slot operation or, last group, something else.  The groups of a
+# stamp are empty in a plain line.
+_PLAIN_LINES = re.compile(rb"()()(?:" + _SLOT_OP + rb"|([^\n]*+)\n)")
+_STAMPED_LINES = re.compile(_STAMP + rb"?(?:" + _SLOT_OP + rb"|([^\n]*+)\n)")
 
 _STAMPS = re.compile(_STAMP)
 
@@ -166,10 +168,7 @@ class TraceDecoder:
         if not self.stamped and _is_stamped(whole):
             self.stamped = True
         records: list[TraceRecord] = []
-        if self.stamped:
-            self._feed_stamped(whole, at, records)
-        else:
-            self._feed_plain(whole, at, records)
+        self._decode(whole, at, records, stamped=self.stamped)
         return records
 
     def reset(self) -> None:
@@ -182,54 +181,22 @@ class TraceDecoder:
         """Bytes of the incomplete line."""
         return len(self._tail)
 
-    def _feed_plain(self, data: bytes, at: _Times, out: list[TraceRecord]) -> None:
-        append, integer, decimal, hexa = out.append, int, self._decimal, self._hex
-        add, delete = OpKind.ADD, OpKind.DELETE
-        t_ns, late_ns = at.read_ns, at.late_ns
-        matches = _PLAIN_LINES.findall(data)
-        self.lines += len(matches)
-        for as_id, slot, flags, gpa, size, ua, ret, rest in matches:
-            if slot:
-                number, length = decimal[slot], integer(size, 16)
-                append(
-                    SlotOp(
-                        t_ns=t_ns,
-                        as_id=decimal[as_id] if as_id else number >> 16 & 0xFFFF,
-                        slot=number & 0xFFFF,
-                        op=add if length else delete,
-                        gpa=integer(gpa, 16),
-                        size=length,
-                        flags=hexa[flags],
-                        ret=decimal[ret],
-                        hva=integer(ua, 16),
-                        late_ns=late_ns,
-                    )
-                )
-            elif rest[:1].isdigit():
-                # Perhaps stamped after all: a log that several programs write to.
-                self.lines -= 1
-                self._feed_stamped(rest + b"\n", at, out)
-            else:
-                record = _decode_other(rest, t_ns, late_ns)
-                if record is None:
-                    self.unknown += 1
-                else:
-                    append(record)
-
-    def _feed_stamped(self, data: bytes, at: _Times, out: list[TraceRecord]) -> None:
+    def _decode(self, data: bytes, at: _Times, out: list[TraceRecord], *, stamped: bool) -> None:
         append, integer, decimal, hexa = out.append, int, self._decimal, self._hex
         add, delete = OpKind.ADD, OpKind.DELETE
         read_ns, since_ns, skew_ns, read_late_ns = at
-        matches = _STAMPED_LINES.findall(data)
+        t_ns, late_ns = read_ns, read_late_ns
+        matches = (_STAMPED_LINES if stamped else _PLAIN_LINES).findall(data)
         self.lines += len(matches)
-        for sec, usec, iso, frac, as_id, slot, flags, gpa, size, ua, ret, rest in matches:
-            stamp = self._stamp(sec, usec, iso, frac)
-            if stamp is None:
-                t_ns, late_ns = read_ns, read_late_ns
-            else:
-                t_ns, late_ns = stamp - skew_ns, None
-                if not since_ns <= t_ns <= read_ns:
-                    t_ns = min(max(t_ns, since_ns), read_ns)
+        for unix, iso, as_id, slot, flags, gpa, size, ua, ret, rest in matches:
+            if stamped:
+                stamp = self._stamp(unix, iso)
+                if stamp is None:
+                    t_ns, late_ns = read_ns, read_late_ns
+                else:
+                    t_ns, late_ns = stamp - skew_ns, None
+                    if not since_ns <= t_ns <= read_ns:
+                        t_ns = min(max(t_ns, since_ns), read_ns)
             if slot:
                 number, length = decimal[slot], integer(size, 16)
                 append(
@@ -246,6 +213,10 @@ class TraceDecoder:
                         late_ns=late_ns,
                     )
                 )
+            elif not stamped and rest[:1].isdigit():
+                # Perhaps stamped after all: a log that several programs write to.
+                self.lines -= 1
+                self._decode(rest + b"\n", at, out, stamped=True)
             else:
                 record = _decode_other(rest, t_ns, late_ns)
                 if record is None:
@@ -253,13 +224,12 @@ class TraceDecoder:
                 else:
                     append(record)
 
-    def _stamp(self, sec: bytes, usec: bytes, iso: bytes, frac: bytes) -> int | None:
-        if sec:
-            return int(sec) * 1_000_000_000 + int(usec) * 1_000
-        if iso:
-            second = self._second[iso]
-            return second if second is None or not frac else second + int(frac) * 1_000
-        return None
+    def _stamp(self, unix: bytes, iso: bytes) -> int | None:
+        """`SEC.USEC` or an ISO 8601 time, in ns."""
+        if unix:
+            return int(unix.replace(b".", b"")) * 1_000
+        second = self._second[iso[:19]] if iso else None
+        return second if second is None else second + int(iso[20:] or b"0") * 1_000
 
 
 def _is_stamped(data: bytes) -> bool:
