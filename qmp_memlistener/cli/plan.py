@@ -18,7 +18,7 @@ Planner = Callable[
     ["dict[int, FlatView]", "dict[int, FlatView]", "SlotTable | None", "Rules", "LogChange | None"],
     "list[Plan]",
 ]
-STRATEGIES = ("all", "qemu", "pause", "batch-incremental", "batch-full", "hole")
+STRATEGIES = ("all", "qemu", "pause", "batch-incremental", "batch-full", "hole", "hole-split")
 
 
 @click.command("plan")
@@ -97,7 +97,8 @@ def command(
                 "a RECORDING and --before, --after or --slots exclude each other",
                 remedy="see `qmp-memlistener plan --help`",
             )
-        results = _of_recording(recording, transition, rules, planned)
+        splits = strategy in ("all", "hole-split")
+        results = _of_recording(recording, transition, rules, planned, splits)
         if as_json:
             documents = [{"seq": seq, **plan_document(plans)} for seq, plans in results]
             print_json({"schema": 1, "transitions": documents})
@@ -162,21 +163,29 @@ def print_plans(plans: Sequence[Plan]) -> None:
 
 
 def _of_recording(
-    path: str, wanted: int | None, rules: str | None, planned: Planner
+    path: str, wanted: int | None, rules: str | None, planned: Planner, splits: bool
 ) -> list[tuple[int, list[Plan]]]:
-    """Plans for the transitions of a recording or a trace log, from the slots before each."""
+    """Plans for the transitions of a recording or a trace log, from the slots before each.
+
+    `splits`: `hole-split` is among them, and goes on from what it left.
+    """
     from ..kvmlab.replay.read import read_plan_inputs
-    from ..memslots import Rules
+    from ..memslots import PlanStrategy, Rules
 
     told = read_plan_inputs(path)
     by = told.rules if rules is None else Rules.parse(rules)
     for note in told.notes:
         say(f"note: {note}", err=True)
-    results = [
-        (t.seq, planned(t.before, t.after, t.table, by, t.log))
-        for t in told.transitions
-        if wanted is None or t.seq == wanted
-    ]
+    results = []
+    pieces: SlotTable | None = None
+    for t in told.transitions:
+        if wanted is not None and (t.seq > wanted or (t.seq < wanted and not splits)):
+            continue
+        goes_on = pieces is not None and pieces.qemu == t.table
+        plans = planned(t.before, t.after, pieces if goes_on else t.table, by, t.log)
+        pieces = next((p.after for p in plans if p.strategy is PlanStrategy.HOLE_SPLIT), None)
+        if wanted is None or t.seq == wanted:
+            results.append((t.seq, plans))
     if wanted is not None and not results:
         raise InputError(
             f"{path} has no transition {wanted} whose ranges are known",

@@ -22,7 +22,7 @@ from .strategies import LabStrategy
 from .system import Closing
 from .vm import Kvm, most_slots
 
-__all__ = ["Competitor", "keeps_bitmap"]
+__all__ = ["Competitor", "keeps_bitmap", "repeated_plans"]
 
 _ALIASES = 2  # GiB of pages of 2 MiB: more than a TLB holds
 _BITMAP_SIZE = 1 << 20
@@ -49,7 +49,6 @@ class Competitor(Closing):
         self._layout = layout
         self._guest = guest
         self._faults = 0  # of vCPUs that wait at the hole
-        self._rules = Rules(strategy.order, PAGE)
         self._closers: list[Callable[[], None]] = []
         self._full, self._holed = layout.views(strategy.chunk)
         try:
@@ -58,6 +57,7 @@ class Competitor(Closing):
             if populate:
                 self._memory.populate()
             most = most_slots(kvm)
+            self._rules = Rules(strategy.order, PAGE, slots=most - 1 - layout.extra)
             self.machine = Machine(
                 kvm,
                 vcpus=vcpus,
@@ -74,9 +74,9 @@ class Competitor(Closing):
             self._memories: HostMemories = dict.fromkeys(regions, self._memory)
             self._executor = self._executor_of()
             self._closers.append(self._executor.close)
-            self._table = self._first_table(self._full)
-            self._executor.install(self._table)
-            self._plans = self._make_plans()
+            first = self._first_table(self._full)
+            self._plans = repeated_plans(strategy, layout, self._rules, first)
+            self._executor.install(self._plans[0].before)
             self._load(touch_hole)
         except BaseException:
             self.close()
@@ -106,24 +106,6 @@ class Competitor(Closing):
         if self.strategy.hole is None:
             return table
         return follow_blocks(table, [{0: self._full}, {0: self._holed}], self._rules, None)
-
-    def _make_plans(self) -> tuple[Plan, Plan]:
-        """Punch and fill, such that they can be repeated for ever."""
-        table = self._table
-        for _ in range(3):
-            punch = self._plan(self._full, self._holed, table)
-            fill = self._plan(self._holed, self._full, punch.after)
-            if fill.after == table:
-                return punch, fill
-            table = fill.after
-        raise OperationFailed(
-            f"the plans of {self.strategy.name} do not come back to where they began"
-        )
-
-    def _plan(self, before: FlatView, after: FlatView, table: SlotTable) -> Plan:
-        return plan(
-            before, after, self.strategy.plan, table=table, rules=self._rules, max_holes=None
-        )
 
     def _load(self, touch_hole: bool) -> None:
         machine, layout = self.machine, self._layout
@@ -261,6 +243,23 @@ class Competitor(Closing):
     def close(self) -> None:
         while self._closers:
             self._closers.pop()()
+
+
+def repeated_plans(
+    strategy: LabStrategy, layout: Layout, rules: Rules, table: SlotTable
+) -> tuple[Plan, Plan]:
+    """Punch and fill such that they can be repeated for ever, from `table` or what it comes to.
+
+    So a slot that stays split is split before.  Raises OperationFailed.
+    """
+    full, holed = layout.views(strategy.chunk)
+    for _ in range(3):
+        punch = plan(full, holed, strategy.plan, table=table, rules=rules, max_holes=None)
+        fill = plan(holed, full, strategy.plan, table=punch.after, rules=rules, max_holes=None)
+        if fill.after == punch.before:
+            return punch, fill
+        table = fill.after
+    raise OperationFailed(f"the plans of {strategy.name} do not come back to where they began")
 
 
 def keeps_bitmap(kvm: Kvm, strategy: LabStrategy) -> bool:

@@ -15,9 +15,9 @@ from contextlib import ExitStack
 import msgspec
 
 from ..errors import InputError, MissingPrerequisite
-from ..memslots import Rules, plan
+from ..memslots import Rules
 from .abi import Cap
-from .competitor import Competitor, keeps_bitmap
+from .competitor import Competitor, keeps_bitmap, repeated_plans
 from .layout import Layout
 from .measuring import Totals
 from .memory import PAGE
@@ -192,10 +192,8 @@ def model_of(strategy: LabStrategy, layout: Layout) -> Model:
     if strategy.idle:
         return Model(0, 0, True, True, 0)
     rules = Rules(strategy.order, PAGE)
-    full, holed = layout.views(strategy.chunk)
-    punch = plan(
-        full, holed, strategy.plan, table=layout.table(full, rules), rules=rules, max_holes=None
-    )
+    full, _ = layout.views(strategy.chunk)
+    punch, _ = repeated_plans(strategy, layout, rules, layout.table(full, rules))
     return Model(
         sum(op.slot >= 0 for op in punch.ops),
         sum(m.size for m in punch.missing),

@@ -169,6 +169,13 @@ STRATEGIES: tuple[LabStrategy, ...] = (
         needs=(Cap.MEMORY_ATTRIBUTES, Cap.VM_TYPES),
     ),
     LabStrategy(
+        "hole-split",
+        PlanStrategy.HOLE_SPLIT,
+        "`steer --strategy hole`: a slot that was split stays split, a hole is one delete and its "
+        "fill one add; vCPUs are paused once, while a slot is split",
+        sync=True,
+    ),
+    LabStrategy(
         "hole-flag",
         PlanStrategy.HOLE,
         "holes in a slot as the thread proposed them (KVM_MEM_SET_HOLE)",

@@ -11,6 +11,7 @@ from ..topology.model import FlatView
 from .dirty_log import LogChange
 from .exposure import DirtyBytes, Exposure, Missing, Step, expose
 from .hole import DEFAULT_MAX_HOLES, hole
+from .hole_split import hole_split
 from .ops import Op
 from .rules import Rules, name_backing, slot_table, views_by_as
 from .slots import MOST_PAGES, SlotTable
@@ -29,6 +30,7 @@ class PlanStrategy(StrEnum):
     BATCH_INCREMENTAL = "batch-incremental"
     BATCH_FULL = "batch-full"
     HOLE = "hole"
+    HOLE_SPLIT = "hole-split"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,9 +93,11 @@ def plan(
     """Plan the transition from `before` to `after` under one strategy.
 
     `table` is the slot table before (default: the one QEMU builds from nothing); slots of which
-    it does not say what backs them are matched with the ranges of `before`.  `log` says which
-    dirty logs start or stop.  `hand_back`: batches return the bitmaps of removed slots instead
-    of dropping them.  `max_holes` bounds the holes of a slot (`hole`; None: no bound).
+    it does not say what backs them are matched with the ranges of `before`.  One that a plan of
+    `hole-split` left (`SlotTable.qemu`) goes on there; other strategies take QEMU's slots of it.
+    `log` says which dirty logs start or stop.  `hand_back`: batches return the bitmaps of removed
+    slots instead of dropping them.  `max_holes` bounds the holes of a slot (`hole`; None: no
+    bound).
 
     Raises InputError when the table does not go with the views or a range has more pages than a
     slot may have, ValueError for no strategy.
@@ -121,6 +125,9 @@ def _change(
     before: Views, after: Views, table: SlotTable | None, rules: Rules, log: LogChange | None
 ) -> PlanTask:
     old, new = views_by_as(before), views_by_as(after)
+    split = None
+    if table is not None and table.qemu is not None:
+        split, table = table.copy(), table.qemu
     if table is None:
         mine = slot_table(old, rules)
     else:
@@ -135,7 +142,7 @@ def _change(
                 "QEMU aborts",
                 remedy="no guest has it: give memory of that size as several DIMMs",
             )
-    return PlanTask(old, new, mine, rules, log)
+    return PlanTask(old, new, mine, rules, log, split)
 
 
 def _carry_out(
@@ -160,4 +167,5 @@ _OTHERS = {
     PlanStrategy.PAUSE: pause,
     PlanStrategy.BATCH_INCREMENTAL: batch_incremental,
     PlanStrategy.BATCH_FULL: batch_full,
+    PlanStrategy.HOLE_SPLIT: hole_split,
 }

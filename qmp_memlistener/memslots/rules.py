@@ -54,12 +54,14 @@ class Order(StrEnum):
 class Rules:
     """How one QEMU on one host turns sections into slots.
 
-    `page_size` is the host's; `readonly_mem` is KVM_CAP_READONLY_MEM (x86 and arm have it).
+    `page_size` is the host's; `readonly_mem` is KVM_CAP_READONLY_MEM (x86 and arm have it);
+    `slots` is KVM_CAP_NR_MEMSLOTS, how many an address space may have (x86 since 5.12).
     """
 
     order: Order = Order.V8_0
     page_size: int = 4096
     readonly_mem: bool = True
+    slots: int = 32764
 
     @classmethod
     def parse(cls, text: str, page_size: int = 4096) -> Rules:
@@ -211,6 +213,7 @@ def name_backing(table: SlotTable, views: Mapping[int, FlatView], rules: Rules) 
         (named.get((s.as_id, s.slot), s) for s in table),
         retired=table.retired,
         elsewhere=table.elsewhere,
+        qemu=table.qemu,
     )
 
 

@@ -204,15 +204,16 @@ class SlotTable:
 
     What is mapped never overlaps within an address space (with `hole` slots, a slot may lie in
     another one's hole).  `retired` remembers, by what it stood for, the last form of each `hole`
-    slot that is gone, so that it comes back under its old id; it takes no part in comparisons.
-    `elsewhere` has, by address space, ids in use by slots whose place is unknown.
+    slot that is gone, so that it comes back under its old id.  `elsewhere` has, by address space,
+    ids in use by slots whose place is unknown.  `qemu` are the slots that QEMU has where KVM has
+    pieces of them (`hole-split`); None: the same.  These three take no part in comparisons.
 
     `add` and `remove` shift a flat list, so they cost O(log n) and a move of a few bytes for each
     slot behind; the constructor is O(n log n) for all.  Raises InputError for an id used twice
     or for ranges that overlap.
     """
 
-    __slots__ = ("_spaces", "elsewhere", "retired")
+    __slots__ = ("_spaces", "elsewhere", "qemu", "retired")
 
     def __init__(
         self,
@@ -220,8 +221,10 @@ class SlotTable:
         *,
         retired: Mapping[tuple[object, ...], Slot] | None = None,
         elsewhere: Mapping[int, frozenset[int]] | None = None,
+        qemu: SlotTable | None = None,
     ) -> None:
         self._spaces: dict[int, _Space] = {}
+        self.qemu = qemu
         self.elsewhere: dict[int, frozenset[int]] = dict(elsewhere or {})
         self.retired: dict[tuple[object, ...], Slot] = dict(retired or {})
         for slot in slots:
@@ -264,7 +267,7 @@ class SlotTable:
 
     def copy(self) -> SlotTable:
         """A table of its own with the same slots."""
-        new = SlotTable(retired=self.retired, elsewhere=self.elsewhere)
+        new = SlotTable(retired=self.retired, elsewhere=self.elsewhere, qemu=self.qemu)
         new._spaces = {as_id: space.copy() for as_id, space in self._spaces.items()}
         return new
 

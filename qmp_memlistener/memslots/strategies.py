@@ -1,6 +1,6 @@
 """The ways to carry out a transition: each turns one `PlanTask` into ops and the table they leave.
 
-`hole` has a module of its own.
+`hole` and `hole-split` have modules of their own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,8 @@ __all__ = ["PlanTask", "StrategyOps", "batch_full", "batch_incremental", "pause"
 class PlanTask:
     """A transition: the views by address-space id, the table before, and what logs start or stop.
 
-    `table` knows what backs its slots.
+    `table` knows what backs its slots; `pieces` is what KVM has of them (`hole-split`), by default
+    the same.
     """
 
     before: Mapping[int, FlatView]
@@ -31,6 +32,11 @@ class PlanTask:
     table: SlotTable
     rules: Rules
     log_change: LogChange | None = None
+    split: SlotTable | None = None
+
+    @property
+    def pieces(self) -> SlotTable:
+        return self.table if self.split is None else self.split
 
     @cached_property
     def log(self) -> DirtyLog:

@@ -115,6 +115,7 @@ def chain(views: list[FlatView], strategy: PlanStrategy) -> list[Plan]:
         pytest.param(PlanStrategy.PAUSE, slots, id="pause"),
         pytest.param(PlanStrategy.BATCH_INCREMENTAL, slots, id="batch"),
         pytest.param(PlanStrategy.BATCH_FULL, slots, id="batch-full"),
+        pytest.param(PlanStrategy.HOLE_SPLIT, slots, id="hole-split"),
         pytest.param(PlanStrategy.HOLE, holes(HoleKind.MPROTECT), id="hole"),
         pytest.param(PlanStrategy.HOLE, holes(HoleKind.MUNMAP), id="hole-munmap"),
         pytest.param(PlanStrategy.HOLE, holes(HoleKind.USERFAULT), id="hole-userfault"),

@@ -12,7 +12,8 @@ pytestmark = [pytest.mark.kvm, pytest.mark.alone, pytest.mark.timeout(600)]
 UPDATES = pytest.mark.parametrize("updates", [100, pytest.param(400, marks=pytest.mark.full)])
 """In all but one of ten updates a guest meets missing RAM, where there is any."""
 HELD = ("pause", "pause+sync", "inhibit", "batch")
-HOLES = ("hole", "hole-munmap", "hole-userfault")
+MAPPINGS = ("hole", "hole-munmap", "hole-userfault")
+HOLES = (*MAPPINGS, "hole-split")
 
 
 def ran(report: RaceReport) -> dict[str, Totals]:
@@ -35,6 +36,7 @@ def test_ram_that_stays_is_never_missed_but_where_slots_go(kvm: Kvm, updates: in
             assert (totals.hit, totals.spurious, totals.internal_errors) == (0, 0, 0), name
             assert totals.missing.max_ns == 0, name
         assert (totals.vcpu_stall.p50_ns > 0) == (name in HELD), name
+    assert found["hole-split"].vcpu_stall.max_ns == 0, "it was split before"
 
 
 def test_slots_split_beforehand(kvm: Kvm) -> None:

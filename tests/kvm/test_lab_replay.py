@@ -15,7 +15,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.alone, pytest.mark.timeout(600)]
 
 STRATEGIES = (
     *("naive", "qemu-7.2", "pause", "pause+sync", "inhibit", "batch"),
-    *("presplit-2m", "hole", "hole-munmap", "hole-userfault"),
+    *("presplit-2m", "hole", "hole-munmap", "hole-userfault", "hole-split"),
 )
 QUIET = ("control", "pause", "pause+sync", "inhibit", "batch", "hole", "hole-munmap")
 SLOT_SAMPLES = (

@@ -67,18 +67,19 @@ def plans_for(
     One plan for each transition of `without(source)`; tables only for a strategy with holes.
     The iterator raises OperationFailed when the strategy cannot follow.
     """
+    rules = dataclasses.replace(source.rules, order=strategy.order)
     if strategy.hole is not None:
-        rules = Rules(strategy.order, source.rules.page_size)
         views = [t.view_before for t in source.transitions]
         views += [t.view_after for t in source.transitions[-1:]]
         first = follow_blocks(source.initial, views, rules, None)
-        plans = list(_own(strategy, source, first))
+        plans = list(_own(strategy, source, rules, first))
         return first, [first, *(p.plan.after for p in plans)], iter(plans)
     if strategy.chunk is not None:
-        rules = Rules(strategy.order, source.rules.page_size)
         view = source.transitions[0].view_before if source.transitions else {}
         first = slot_table(_views(view, strategy.chunk), rules)
-        return first, (), _own(strategy, source, first)
+        return first, (), _own(strategy, source, rules, first)
+    if strategy.plan is PlanStrategy.HOLE_SPLIT:
+        return source.initial, (), _own(strategy, source, rules, source.initial)
     recorded = (_recorded(strategy, t, source.rules) for t in source.transitions)
     return source.initial, (), recorded
 
@@ -86,6 +87,8 @@ def plans_for(
 def slots_for(strategy: LabStrategy, source: ReplayInput) -> int:
     """How many slots it has at most, without planning: splitting RAM can take millions."""
     tables = [source.initial, *(t.after for t in source.transitions)]
+    if strategy.plan is PlanStrategy.HOLE_SPLIT:
+        return len({(s.as_id, at) for table in tables for s in table for at in (s.gpa, s.end)})
     if strategy.chunk is None:
         return max(map(len, tables))
     return max(sum(s.size // strategy.chunk + 2 for s in table) for table in tables)
@@ -126,8 +129,9 @@ def _overlaps(ops: Iterable[Op]) -> bool:
     )
 
 
-def _own(strategy: LabStrategy, source: ReplayInput, first: SlotTable) -> Iterator[Planned]:
-    rules = Rules(strategy.order, source.rules.page_size)
+def _own(
+    strategy: LabStrategy, source: ReplayInput, rules: Rules, first: SlotTable
+) -> Iterator[Planned]:
     table = first
     for t in source.transitions:
         done = plan(

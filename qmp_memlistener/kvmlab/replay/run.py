@@ -9,6 +9,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 
 import msgspec
 
@@ -105,6 +106,7 @@ def run_replay(
     with ExitStack() as stack:
         kvm = stack.enter_context(Kvm(device) if device else Kvm())
         source, notes = without(source, max(kvm.capability(Cap.MULTI_ADDRESS_SPACE), 1))
+        source = replace(source, rules=replace(source.rules, slots=most_slots(kvm) - 1))
         memory = _memory(stack, source)
         skipped: dict[str, str] = {}
         players: list[_Player] = []

@@ -10,7 +10,7 @@ import pytest
 from tests.unit.cli.cli_support import CONFORMANCE, RamMap, load, run
 from tests.unit.cli.plan_support import ops_of, plans, slots_file
 
-STRATEGIES = ["qemu", "pause", "batch-incremental", "batch-full", "hole"]
+STRATEGIES = ["qemu", "pause", "batch-incremental", "batch-full", "hole", "hole-split"]
 # PAM, TSEG and MMCONFIG over RAM, devices, dirty logs: each is one change of the map a step.
 SLOT_SAMPLES = [
     "7.2/pc-pam",
@@ -81,6 +81,7 @@ def test_the_golden_vector(
         assert by[name]["atomic"] is True
     assert by["hole"]["slot_ids_changed"] == []
     assert by["hole"]["vcpus_kicked"] is False
+    assert ops_of(by["hole-split"]) == [("park", -1, 0, 0), *calls, ("unpark", -1, 0, 0)]
 
 
 @pytest.mark.parametrize("rules", ["7.2", "8.0"])
@@ -94,6 +95,8 @@ def test_and_back(
     by = plans(capsys, before, after, "--slots", slots, "--rules", rules)
     assert ops_of(by["qemu"]) == [("delete", SLOT, GPA, NEW_SIZE), ("add", SLOT, GPA, OLD_SIZE)]
     assert ops_of(by["hole"]) == [("clear_hole", SLOT, GPA + NEW_SIZE, TSEG)]
+    highest = 32763
+    assert ops_of(by["hole-split"]) == [("add", highest, GPA + NEW_SIZE, TSEG)]
 
 
 def test_dirty_bitmaps_of_the_golden_vector(

@@ -140,6 +140,7 @@ class TestBitmaps:
             PlanStrategy.BATCH_INCREMENTAL: 2048,
             PlanStrategy.BATCH_FULL: 0,
             PlanStrategy.HOLE: 2047 + 2048,
+            PlanStrategy.HOLE_SPLIT: 2048,
         }
 
     def test_log_start_allocates_and_log_stop_drops(self) -> None:
@@ -201,7 +202,7 @@ def test_document_follows_the_contract() -> None:
     document = json.loads(text)
     assert document["schema"] == 1
     assert [p["strategy"] for p in document["plans"]] == [s.value for s in PlanStrategy]
-    qemu, _pause, _incremental, _full, hole = document["plans"]
+    qemu, _pause, _incremental, _full, hole, _split = document["plans"]
     assert qemu["ops"] == [
         {"op": "delete", "as_id": 0, "slot": 0, "gpa": 0, "size": 64 * MIB, "flags": 0},
         {"op": "add", "as_id": 0, "slot": 0, "gpa": 0, "size": MIB, "flags": 1},

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from qmp_memlistener.memslots import (
     LOG_DIRTY_PAGES,
     LogChange,
+    Missing,
     Op,
     OpKind,
     Order,
@@ -45,6 +46,10 @@ def run(done: Plan) -> list[dict[int, tuple[str, int]]]:
     return list(Vm(done.before).run(done.ops, done.after))
 
 
+def _pages(m: Missing) -> range:
+    return range(m.start // PAGE, (m.start + m.size) // PAGE)
+
+
 def final_reach(done: Plan) -> dict[int, tuple[str, int]]:
     vm = Vm(done.before)
     list(vm.run(done.ops, done.after))
@@ -67,7 +72,12 @@ def test_nothing_is_exposed_but_by_qemu(
     before: FlatView, after: FlatView, rules: Rules, limit: int | None
 ) -> None:
     for done in plan_all(before, after, rules=rules, max_holes=limit):
-        if done.strategy is not PlanStrategy.QEMU:
+        if done.strategy is PlanStrategy.HOLE_SPLIT:
+            gaps = observed_gaps(Vm(done.before).reach(), run(done))
+            assert {p for m in done.missing for p in _pages(m)} == set(gaps)
+            was, now = content_of(before), content_of(after)
+            assert all(was[page] != now[page] for page in gaps), "one block gives way to another"
+        elif done.strategy is not PlanStrategy.QEMU:
             assert done.missing == ()
             assert done.atomic
             assert observed_gaps(Vm(done.before).reach(), run(done)) == {}
@@ -81,11 +91,7 @@ def test_what_qemu_exposes_is_found_to_the_page(
     before: FlatView, after: FlatView, rules: Rules, log: LogChange | None
 ) -> None:
     done = plan(before, after, rules=rules, log=log)
-    found = {
-        page: m.steps
-        for m in done.missing
-        for page in range(m.start // PAGE, (m.start + m.size) // PAGE)
-    }
+    found = {page: m.steps for m in done.missing for page in _pages(m)}
     states = run(done)
     gaps = observed_gaps(Vm(done.before).reach(), states)
     assert found == gaps
@@ -176,7 +182,10 @@ def test_flags_after_a_plan_are_those_of_the_regions(
 @settings(max_examples=200, deadline=None)
 @given(views(), views(), RULES)
 def test_tracing_a_plan_gives_its_table(before: FlatView, after: FlatView, rules: Rules) -> None:
-    for strategy in (PlanStrategy.QEMU, PlanStrategy.PAUSE, PlanStrategy.BATCH_FULL):
+    for strategy in (
+        *(PlanStrategy.QEMU, PlanStrategy.PAUSE, PlanStrategy.BATCH_FULL),
+        PlanStrategy.HOLE_SPLIT,
+    ):
         done = plan(before, after, strategy, rules=rules)
         traced = [as_traced(op) for op in done.ops]
         assert fold(done.before, [t for t in traced if t is not None]) == done.after
