@@ -21,9 +21,9 @@ def command(machine: str, accel: str, qemu: str | None, repeat: int, as_json: bo
 
     The guest opens and closes PAM segments and SMRAM or TSEG (holes in its RAM) and maps a BAR of
     a device. One transition is planned under every strategy. Under KVM a vCPU then runs code in
-    the RAM that comes and goes, on every QEMU that is here: 7.2 dies of it, 10.0 does not. At the
-    end a Linux guest gets more memory again and again under every strategy, and they are compared.
-    Nothing but these guests is touched.
+    the RAM that comes and goes, on every QEMU that is here: 7.2 dies of it, 10.0 does not, nor
+    does 7.2 under `steer --strategy hole`. At the end a Linux guest gets more memory again and
+    again under every strategy, and they are compared. Nothing but these guests is touched.
 
     Example: qmp-memlistener demo --machine q35
     """

@@ -6,24 +6,20 @@ callbacks as text, and into one document.  Nothing is printed here.
 
 from __future__ import annotations
 
-import asyncio
-import statistics
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from tempfile import TemporaryDirectory
 
-from .agent import Agent, attach
-from .errors import DeadlineExceeded, MissingPrerequisite
-from .guests import (
+from ..agent import Agent, attach
+from ..errors import MissingPrerequisite
+from ..guests import (
     HOST_BRIDGE,
     I440FX,
     PAM_RAM,
     PAM_ROM,
     Q35,
     GuestSpec,
-    High,
     PciAddress,
     Pulse,
     QemuBuild,
@@ -33,39 +29,31 @@ from .guests import (
     kvm_usable,
     launch,
 )
-from .guests.linux import LinuxImage, LinuxSpec, boot_linux
-from .host.bounded import in_thread
-from .kvmlab.replay.read import read_plan_inputs
-from .memslots import Plan, plan_all
-from .records import (
-    GuestFailure,
+from ..guests.linux import LinuxImage, LinuxSpec, boot_linux
+from ..host.bounded import in_thread
+from ..kvmlab.replay.read import read_plan_inputs
+from ..memslots import Plan, plan_all
+from ..records import (
     ProbesRecord,
     ProbeState,
     Record,
     SlotOp,
-    StallRecord,
     TransitionRecord,
 )
-from .reports import Narrator
-from .reports.compare import comparison_lines
-from .reports.lengths import kind_text, span_text
-from .reports.stalls import measured_lines
-from .text import count_text
-from .updates.compare import CompareOptions, Comparison, compare
-from .updates.model import Strategy
-from .updates.options import parse_resize
+from ..reports import Narrator
+from ..reports.compare import comparison_lines
+from ..text import count_text
+from ..updates.compare import CompareOptions, Comparison, compare
+from ..updates.model import Strategy
+from ..updates.options import parse_resize
+from .race import INDENT, races
 
 __all__ = ["Screen", "run_demo"]
 
 _MEMORY = 512 << 20
 _BAR_ADDRESS = 0xE000_0000
 _TOGGLES = 100
-_INDENT = " " * 12
 
-_RACE_WRITES = 200
-_RACE_MEMORY = 256 << 20
-_SHORTEST_GAP_NS = 100_000
-_DEADLINE = 30.0
 
 _WINDOW_S = 0.7
 _SIZE = "+256M"
@@ -104,9 +92,13 @@ async def run_demo(
     facts |= await demo.run(build, accel)
     if accel == "kvm":
         builds = [build] if version is not None else find_qemus()
-        facts["races"] = [(await _race(b, say)).document() for b in builds]
+        facts["races"] = [race.document() for b in builds for race in await races(b, say)]
     else:
-        say("", "what happens to a vCPU whose code is taken away shows under KVM only")
+        say(
+            "",
+            "what happens to a vCPU whose code is taken away, and how `steer` keeps it alive, "
+            "shows under KVM only",
+        )
     if repeat:
         facts["comparison"] = await _compare_strategies(build, repeat, say)
     return {"schema": 1, **facts, **demo.document()}
@@ -165,7 +157,7 @@ class _Demo:
                         await pulse.write_config(address, register, value, width)
                         await agent.settle()
                     if self._transitions == before:
-                        say(f"{_INDENT}QEMU's map stays as it is: no such register here")
+                        say(f"{INDENT}QEMU's map stays as it is: no such register here")
                 say("", f"-- the guest maps BAR 2 of iv0 at {_BAR_ADDRESS:#x}, and unmaps it")
                 await pulse.map_bar(PciAddress(0, 5), 2, _BAR_ADDRESS)
                 await pulse.unmap_bar(PciAddress(0, 5))
@@ -233,7 +225,7 @@ class _Demo:
         seen = self._transitions - before[0]
         ops = self._slot_ops - before[1]
         self._screen.say(
-            f"{_INDENT}{_TOGGLES} writes in {took_ms:.0f} ms: "
+            f"{INDENT}{_TOGGLES} writes in {took_ms:.0f} ms: "
             f"{count_text(seen, 'transition')}, {count_text(ops, 'slot operation')} seen"
         )
         return {"toggles": _TOGGLES, "toggles_seen": seen}
@@ -252,107 +244,6 @@ class _Demo:
                 self._screen.say(line)
 
 
-# -- a vCPU whose code lies in RAM that is taken away ----------------------------------------------
-
-
-class _Race:
-    """What one guest lived through."""
-
-    def __init__(self, version: str) -> None:
-        self.version = version
-        self.transitions = 0
-        self.failure: GuestFailure | None = None
-        self.stalls: dict[str, list[tuple[int, int]]] = defaultdict(list)
-        self.failed = asyncio.Event()
-        self.probes: dict[str, ProbeState] = {}
-
-    def take(self, record: Record) -> None:
-        """A record of the agent."""
-        match record:
-            case ProbesRecord():
-                record.add_to(self.probes)
-            case TransitionRecord():
-                self.transitions += 1
-            case GuestFailure():
-                self.failure = self.failure or record
-                self.failed.set()
-            case StallRecord(cause=cause) if cause is not None and cause.type == "transition":
-                self.stalls[record.kind].append((record.at_least_ns, record.at_most_ns))
-
-    def medians(self) -> dict[str, tuple[int, int]]:
-        """The bounds in ns of the median length of each kind of stall that a transition made."""
-        out = {}
-        for kind, lengths in sorted(self.stalls.items()):
-            low, high = (round(statistics.median(bound)) for bound in zip(*lengths, strict=True))
-            out[kind] = low, high
-        return out
-
-    def document(self) -> dict[str, object]:
-        medians = self.medians()
-        return {
-            "qemu": self.version,
-            "transitions": self.transitions,
-            "survived": self.failure is None,
-            "failure": self.failure,
-            "median_ns": {kind: high for kind, (_, high) in medians.items()},
-            "median_min_ns": {kind: low for kind, (low, _) in medians.items()},
-            "probes": list(self.probes.values()),
-        }
-
-    def lines(self, writes: int) -> Iterator[str]:
-        if self.failure is not None:
-            yield from measured_lines(self.failure, " " * 10)
-            yield (
-                f"{_INDENT}dead after {writes} of {_RACE_WRITES} writes, "
-                f"{count_text(self.transitions, 'transition')}"
-            )
-        else:
-            transitions = count_text(self.transitions, "transition")
-            yield f"{_INDENT}survived {writes} writes, {transitions}"
-        medians = self.medians()
-        for kind in ("vcpu_gap", "vcpu_inhibit", "commit", "missing"):
-            if kind in medians:
-                span, count = span_text(*medians[kind]), len(self.stalls[kind])
-                yield f"{_INDENT}{kind_text(kind):<14} median {span} ({count} seen)"
-
-
-async def _race(build: QemuBuild, say: Callable[..., None]) -> _Race:
-    """Boot a guest under KVM and let it toggle PAM until it has died or is done.
-
-    One vCPU opens and closes PAM, which makes QEMU delete and add the slot with all RAM above
-    1 MiB; the other runs code there.  Up to QEMU 7.2 the guest dies of it, from 8.0 on vCPUs are
-    kept out meanwhile and wait.
-    """
-    spec = GuestSpec(machine="pc", accel="kvm", memory=_RACE_MEMORY, smp=2, args=boot_args())
-    found = _Race(build.version)
-    say("", f"-- QEMU {build.version}: CPU 1 runs code above 1 MiB while CPU 0 writes PAM")
-    async with launch(spec.on(build)) as guest:
-        assert guest.ram is not None
-        pulse = Pulse(guest.ram)
-        await pulse.wait_ready()
-        await pulse.place(1, High.CODE)
-        clock = await pulse.calibrate()
-        for cpu in range(2):
-            await pulse.reset(cpu, threshold=clock.ticks(_SHORTEST_GAP_NS))
-        async with attach(f"unix:{guest.monitors[0]}", on_record=found.take) as agent:
-            await agent.measuring.wait_started()
-            toggle = await pulse.toggle(HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), _RACE_WRITES)
-            done = asyncio.create_task(toggle.wait(_DEADLINE))
-            failed = asyncio.create_task(found.failed.wait())
-            try:
-                await asyncio.wait([done, failed], return_when=asyncio.FIRST_COMPLETED)
-            finally:
-                for task in (done, failed):
-                    task.cancel()
-            writes = toggle.done
-            try:
-                await agent.settle()
-            except DeadlineExceeded as exc:
-                say(f"{_INDENT}{exc.message}")
-    say(*found.lines(writes))
-    return found
-
-
 # -- Linux with more memory, under every strategy --------------------------------------------------
 
 
@@ -364,7 +255,7 @@ async def _compare_strategies(
     try:
         image = await in_thread(LinuxImage.build)
     except MissingPrerequisite as exc:
-        say(f"{_INDENT}left out: {exc.message}")
+        say(f"{INDENT}left out: {exc.message}")
         return None
     # a DIMM for direct and pause, a virtio-mem device with room for hole
     async with (
@@ -377,7 +268,7 @@ async def _compare_strategies(
             parse_resize(_SIZE),
             tuple(Strategy),
             CompareOptions(repeat, _WINDOW_S),
-            lambda text: say(f"{_INDENT}{text}"),
+            lambda text: say(f"{INDENT}{text}"),
         )
     say("", *comparison_lines(found, f"resize {_SIZE}"))
     return found
