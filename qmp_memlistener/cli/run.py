@@ -25,6 +25,7 @@ def command(strategy: str, strict: bool, command_line: tuple[str, ...]) -> None:
     Example: qmp-memlistener run --strategy hole -- qemu-system-x86_64 -accel kvm ...
     """
     from ..steer import OBJECT, Mode
+    from ..steer.channel import number_of
 
     if strict and strategy != "hole":
         raise click.UsageError("--strict goes with --strategy hole")
@@ -38,7 +39,7 @@ def command(strategy: str, strict: bool, command_line: tuple[str, ...]) -> None:
     environment = dict(os.environ)
     preloaded = environment.get("LD_PRELOAD")
     environment["LD_PRELOAD"] = f"{OBJECT}:{preloaded}" if preloaded else str(OBJECT)
-    environment["QMP_MEMLISTENER_STEER"] = str(int(Mode[strategy.upper()]))
+    environment["QMP_MEMLISTENER_STEER"] = str(number_of(Mode(strategy)))
     environment.pop("QMP_MEMLISTENER_STRICT", None)
     if strict:
         environment["QMP_MEMLISTENER_STRICT"] = "1"

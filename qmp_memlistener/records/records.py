@@ -24,6 +24,7 @@ __all__ = [
     "Header",
     "Lost",
     "MapRecord",
+    "Mode",
     "Note",
     "OpenEnum",
     "QmpEvent",
@@ -62,6 +63,19 @@ class Detail(OpenEnum):
     SLOTS = "slots"
     NONE = "none"
     NET = "net"
+
+
+class Mode(OpenEnum):
+    """The strategy that the interposer in a QEMU applies to what its guest changes (`steer`).
+
+    OFF: there is no interposer in it, or it does nothing.
+    """
+
+    OFF = "off"
+    OBSERVE = "observe"
+    PAUSE = "pause"
+    INHIBIT = "inhibit"
+    HOLE = "hole"
 
 
 class Section(msgspec.Struct, frozen=True, gc=False):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import struct
+import time
 from dataclasses import dataclass
 from enum import IntEnum
 from types import TracebackType
@@ -16,12 +17,24 @@ from typing import Self
 from ..errors import OperationFailed
 from ..host.files import open_memfd
 from ..host.processes import Process
+from ..records import Mode
 
-__all__ = ["Channel", "Event", "EventKind", "Mode", "Refusal", "State", "open_channel"]
+__all__ = [
+    "Channel",
+    "Event",
+    "EventKind",
+    "Mode",
+    "Refusal",
+    "State",
+    "mode_of",
+    "number_of",
+    "open_channel",
+]
 
 NAME = "qmp-memlistener-steer"
 _MAGIC = 0x6C6D7131
 _RING = 16384
+_UNWRITTEN_NS = 1_000_000_000
 _VCPUS = 1024
 _HEAD = struct.Struct("<15I4x9Q")
 _WANT_AT, _STRICT_AT, _ARMED_AT = 8, 12, 16
@@ -34,14 +47,8 @@ _RING_AT = _NEXT_AT + 8
 _SIZE = (_RING_AT + _RING * _EVENT.size + 63) // 64 * 64
 
 
-class Mode(IntEnum):
-    """What the interposer does (`enum mode`)."""
-
-    OFF = 0
-    OBSERVE = 1
-    PAUSE = 2
-    INHIBIT = 3
-    HOLE = 4
+_MODES = tuple(Mode)
+"""In the order of `enum mode`."""
 
 
 class Refusal(IntEnum):
@@ -118,7 +125,7 @@ class State:
     """The channel's first part."""
 
     mode: Mode
-    want: int
+    want: Mode
     strict: bool
     armed: bool
     hooked: bool
@@ -147,8 +154,9 @@ class Channel:
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._at = 0
+        self._unwritten: tuple[int, int] | None = None  # an entry, and since when
         self.lost = 0
-        """Events that were overwritten before they were read."""
+        """Events that were overwritten before they were read, or never written."""
 
     def __enter__(self) -> Self:
         return self
@@ -179,7 +187,7 @@ class Channel:
             )
         try:
             return State(
-                Mode(mode), want, bool(strict), bool(armed), bool(hooked), bool(parked),
+                mode_of(mode), mode_of(want), bool(strict), bool(armed), bool(hooked), bool(parked),
                 min(vcpus, _VCPUS), Refusal(refusal), *counts,
             )  # fmt: skip
         except ValueError as error:
@@ -188,7 +196,7 @@ class Channel:
     def want(self, mode: Mode, *, strict: bool = False) -> None:
         """The mode from the next moment between two transactions on."""
         self._put(_STRICT_AT, strict)
-        self._put(_WANT_AT, mode)
+        self._put(_WANT_AT, number_of(mode))
 
     def arm(self) -> None:
         """Every vCPU is known: they may be kept out of KVM_RUN."""
@@ -205,28 +213,60 @@ class Channel:
 
     def skip(self) -> None:
         """Read no event of before."""
-        (self._at,) = _NEXT.unpack(self._pread(_NEXT.size, _NEXT_AT))
+        self._at = self._head()
+
+    def is_behind(self) -> bool:
+        """There is more to read, or an event is being written."""
+        return self._head() != self._at
 
     def read_events(self, most: int = 4096) -> list[Event]:
-        """What happened since the last call, at most `most`; `lost` counts what was overwritten."""
-        (head,) = _NEXT.unpack(self._pread(_NEXT.size, _NEXT_AT))
-        behind = head - _RING + 64
-        if self._at < behind:
-            self.lost += behind - self._at
-            self._at = behind
-        found: list[Event] = []
-        while self._at < head and len(found) < most:
-            place = self._at % _RING
-            count = min(head - self._at, _RING - place, most - len(found))
+        """What happened since the last call, at most `most`; `lost` counts what was overwritten.
+
+        An entry that is read while the interposer writes it again is not taken: QEMU may have gone
+        round the ring meanwhile.
+        """
+        self._catch_up(self._head())
+        start = self._at
+        entries: list[tuple[int, ...]] = []
+        head = self._head()
+        while self._at + len(entries) < head and len(entries) < most:
+            place = (self._at + len(entries)) % _RING
+            count = min(head - self._at - len(entries), _RING - place, most - len(entries))
             data = self._pread(count * _EVENT.size, _RING_AT + place * _EVENT.size)
-            for number, (seq, *fields) in enumerate(_EVENT.iter_unpack(data), self._at):
-                if seq != number + 1:  # it is being written
-                    return found
-                event = _event(fields)
-                if event is not None:
-                    found.append(event)
-                self._at = number + 1
+            entries += _EVENT.iter_unpack(data)
+        self._catch_up(self._head())  # what was overwritten meanwhile may be torn
+        found: list[Event] = []
+        for number in range(self._at, start + len(entries)):
+            seq, *fields = entries[number - start]
+            if seq != number + 1:
+                if not self._is_given_up(number):
+                    break  # it is being written
+                self.lost += 1
+            elif (event := _event(fields)) is not None:
+                found.append(event)
+            self._at = number + 1
         return found
+
+    def _head(self) -> int:
+        (head,) = _NEXT.unpack(self._pread(_NEXT.size, _NEXT_AT))
+        return int(head)
+
+    def _catch_up(self, head: int) -> None:
+        """Leave out what is overwritten, or may be at this moment."""
+        if head < self._at:  # it counts up: somebody else writes there
+            self.lost += 1
+            self._at = head
+        oldest = head - _RING + 64
+        if self._at < oldest:
+            self.lost += oldest - self._at
+            self._at = oldest
+
+    def _is_given_up(self, number: int) -> bool:
+        """Nobody has written it for a second."""
+        now = time.monotonic_ns()
+        if self._unwritten is None or self._unwritten[0] != number:
+            self._unwritten = (number, now)
+        return now - self._unwritten[1] > _UNWRITTEN_NS
 
     def _pread(self, size: int, at: int) -> bytes:
         data = os.pread(self._fd, size, at)
@@ -236,6 +276,18 @@ class Channel:
 
     def _put(self, at: int, value: int) -> None:
         os.pwrite(self._fd, struct.pack("<I", value), at)
+
+
+def mode_of(number: int) -> Mode:
+    """The member of `enum mode`.  Raises ValueError."""
+    if not 0 <= number < len(_MODES):
+        raise ValueError(f"{number} is no mode")
+    return _MODES[number]
+
+
+def number_of(mode: Mode) -> int:
+    """Its number in `enum mode`."""
+    return _MODES.index(mode)
 
 
 def _event(fields: list[int]) -> Event | None:

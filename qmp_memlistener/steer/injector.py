@@ -14,10 +14,10 @@ import signal
 import sys
 from pathlib import Path
 
+from ..errors import MissingPrerequisite
+from ..host.elf import read_elf
 from ..host.files import open_memfd
 from ..host.processes import Process, process_of
-from ..probes.model import ProbeUnavailable
-from ..probes.uprobes.elf import read_elf
 from .hijack import HijackRefused, MappedRange, call, find_restorer, mappings
 
 __all__ = ["main"]
@@ -42,7 +42,7 @@ def main() -> int:
         _Injection(process, Path(path), stopped).run(verb)
     except HijackRefused as refused:
         error = str(refused)
-    except ProbeUnavailable as unavailable:
+    except MissingPrerequisite as unavailable:
         error = unavailable.message
     except OSError as failed:
         error = f"the kernel refused it: {failed.strerror}"

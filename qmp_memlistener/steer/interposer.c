@@ -286,10 +286,10 @@ static _Bool is_whole(const struct slot *v) {
     return k && is_piece_of(k, v) && k->r.memory_size == v->r.memory_size;
 }
 
-static int give(Region *r) { /* to KVM */
-    uint64_t t = now();
+static int give(Region *r, uint64_t gone) { /* to KVM; `gone`: bytes that a delete takes away */
+    uint64_t t = now(), n = gone / PAGE;
     int rc = raw_ioctl(vm_fd, KVM_SET_USER_MEMORY_REGION, r), e = errno;
-    note(EV_KVM, r, t, rc ? -e : 0, 0);
+    note(EV_KVM, r, t, rc ? -e : 0, n > UINT_MAX ? 0 : n);
     errno = e;
     return rc;
 }
@@ -421,7 +421,7 @@ static int delete_piece(struct slot *k) {
     save_dirty(k);
     r.memory_size = 0;
     r.flags = 0;
-    int rc = give(&r);
+    int rc = give(&r, k->r.memory_size);
     if (!rc)
         k->r.memory_size = 0;
     return rc;
@@ -431,7 +431,7 @@ static int add_piece(const Region *part, const struct slot *v) {
     Region r = *part;
 
     r.slot = free_id(v->r.slot);
-    int rc = give(&r);
+    int rc = give(&r, 0);
     if (!rc && !put(&pieces, &r, index_of(v)))
         blind = 1;
     return rc;
@@ -445,7 +445,7 @@ static int carry_out(const Region *op) {
 
     if (!op->memory_size) {
         if (!v)
-            return give(&r); /* it was there before us */
+            return give(&r, 0); /* it was there before us */
         for (int i = 0; i < pieces.used && !rc; i++)
             if (is_piece_of(&pieces.at[i], v))
                 rc = delete_piece(&pieces.at[i]);
@@ -457,7 +457,7 @@ static int carry_out(const Region *op) {
         v = put(&slots, op, 0);
         if (!v) {
             blind = 1;
-            return give(&r);
+            return give(&r, 0);
         }
         rc = add_piece(op, v);
         if (rc)
@@ -468,7 +468,7 @@ static int carry_out(const Region *op) {
         if (is_piece_of(&pieces.at[i], v)) {
             r = pieces.at[i].r;
             r.flags = op->flags;
-            rc = give(&r);
+            rc = give(&r, 0);
             if (!rc)
                 pieces.at[i].r = r;
         }
@@ -680,7 +680,7 @@ static int issue_plan(void) {
             chan->kept++;
             if (k->r.flags != plan.fresh[f].flags) {
                 k->r.flags = plan.fresh[f].flags;
-                rc = give(&k->r);
+                rc = give(&k->r, 0);
             }
         }
     }
@@ -732,7 +732,7 @@ static void end_transaction(void) {
     chan->transactions++;
     note(EV_TRANSACTION, NULL, opened_ns, queued, mode);
     queued = 0;
-    if (blind)
+    if (blind && mode != OBSERVE)
         give_up(TOO_MANY);
     count_slots();
     atomic_store(&open_tid, 0);
@@ -777,8 +777,8 @@ static int set_region(int fd, Region *op) {
     }
     take_mode();
     uint32_t mode = atomic_load(&chan->mode);
-    if (mode >= PAUSE && !atomic_load(&open_tid) && !op->memory_size) {
-        if (!may_wait(op)) {
+    if (mode != OFF && !atomic_load(&open_tid) && !op->memory_size) {
+        if (mode > OBSERVE && !may_wait(op)) {
             give_up(NO_SAVE);
         } else if (mode == PAUSE && !park()) {
             give_up(NOT_STOPPED);
@@ -791,7 +791,7 @@ static int set_region(int fd, Region *op) {
     if (mine && mode >= INHIBIT)
         queue[queued++] = *op;
     else
-        rc = blind ? give(op) : carry_out(op);
+        rc = blind ? give(op, 0) : carry_out(op);
     int e = errno;
     if (blind && mode != OBSERVE)
         give_up(TOO_MANY);

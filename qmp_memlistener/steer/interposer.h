@@ -35,9 +35,10 @@ enum answer { DONE, NO_CHANNEL, NO_QEMU, NO_IMPORTS, NO_GOT, BUSY };
 
 enum kind {
     EV_QEMU = 1,    /* an operation as QEMU asked for it; rc is what QEMU was given */
-    EV_KVM,         /* an operation that KVM was given */
+    EV_KVM,         /* an operation that KVM was given; extra: pages that a delete
+                     * took away, 0: not known */
     EV_PARK,        /* vCPUs kept out of KVM_RUN; extra: how many had to be stopped */
-    EV_TRANSACTION, /* from its first delete to the release of the BQL; rc: operations of QEMU's */
+    EV_TRANSACTION, /* from its first delete to the release of the BQL; rc: operations that waited */
     EV_MODE,        /* rc: the mode from now on; extra: enum refusal */
     EV_SAVED,       /* dirty bits of a slot handed to QEMU; extra: their number */
 };

@@ -266,7 +266,7 @@ async def _taken(process: Process, channel: Channel, wanted: Mode) -> State:
     until = time.monotonic() + _TAKE_S
     while True:
         state = channel.state()
-        if state.mode is wanted or state.want != wanted or time.monotonic() > until:
+        if state.mode is wanted or state.want is not wanted or time.monotonic() > until:
             return state
         for vcpu in channel.vcpus():
             _kick(process.pid, vcpu.tid)

@@ -34,6 +34,7 @@ from qmp_memlistener.guests import (
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Monitor, UnixTarget
 from qmp_memlistener.steer import OBJECT, EventKind, Mode, State, open_channel, state_of
+from qmp_memlistener.steer.channel import number_of
 from tests.support.host import patience
 from tests.support.live import QEMUS, builds, skip_without_kvm
 from tests.support.verbs import Ran, run_verb
@@ -173,7 +174,7 @@ async def test_run_becomes_a_qemu_with_a_strategy(tmp_path: Path) -> None:
         now = state_of(seen)
         assert now is not None
         assert (now.hooked, now.armed, now.strict) == (True, True, True)
-        assert now.want == Mode.HOLE
+        assert now.want is Mode.HOLE
     finally:
         process.kill()
         await process.wait()
@@ -225,7 +226,7 @@ def _injecting(pid: int) -> bool:
 
 @pytest.mark.asyncio
 async def test_run_applies_a_strategy_from_the_first_slot_on() -> None:
-    env = {"LD_PRELOAD": str(OBJECT), "QMP_MEMLISTENER_STEER": str(int(Mode.HOLE))}
+    env = {"LD_PRELOAD": str(OBJECT), "QMP_MEMLISTENER_STEER": str(number_of(Mode.HOLE))}
     async with racing(env=env) as (guest, pulse):
         assert state(guest).mode is Mode.HOLE
         assert await toggled(guest, pulse) == "survived"

@@ -12,8 +12,9 @@ import platform
 import sys
 from dataclasses import dataclass
 
+from ...errors import MissingPrerequisite
+from ...host.elf import ElfFile, read_elf
 from ..model import ProbeUnavailable
-from .elf import ElfFile, read_elf
 from .functions import ROLES, SYMBOLS, Func, kinds_of, resolve_roles
 from .perf import Architecture, architecture, open_dummy, open_uprobe, uprobe_pmu
 from .refusals import explain, forbidden
@@ -40,7 +41,10 @@ def examine(pid: int) -> Program:
     except OSError as error:
         raise explain(error, pid) from error
     _check_privilege(arch, pmu, pid)
-    path, elf = _program(pid)
+    try:
+        path, elf = _program(pid)
+    except MissingPrerequisite as error:
+        raise ProbeUnavailable(error.message, remedy=error.remedy) from error
     if elf.machine != arch.elf_machine:
         raise ProbeUnavailable(f"QEMU is a program for {elf.machine}, not for this host")
     roles = resolve_roles(elf.offsets)
@@ -94,7 +98,7 @@ def _program(pid: int) -> tuple[str, ElfFile]:
         for path in _mapped(pid):
             try:
                 other = read_elf(path, SYMBOLS)
-            except ProbeUnavailable:
+            except MissingPrerequisite:
                 continue
             if other.offsets:
                 return path, other

@@ -11,10 +11,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from qmp_memlistener.errors import MissingPrerequisite
+from qmp_memlistener.host.elf import read_elf
 from qmp_memlistener.memslots import OpKind
-from qmp_memlistener.probes import ProbeUnavailable, StallKind
+from qmp_memlistener.probes import StallKind
 from qmp_memlistener.probes.uprobes.decode import Decoder, Hit
-from qmp_memlistener.probes.uprobes.elf import read_elf
 from qmp_memlistener.probes.uprobes.functions import (
     ROLES,
     SYMBOLS,
@@ -215,11 +216,11 @@ def test_a_return_is_probed_before_its_entry() -> None:
 def test_exported_functions_are_found(tmp_path: Path) -> None:
     elf = read_elf(f"/proc/{os.getpid()}/exe", ["main", "no_such_function", "_start"])
     assert "no_such_function" not in elf.offsets
-    with pytest.raises(ProbeUnavailable, match="cannot be read"):
+    with pytest.raises(MissingPrerequisite, match="cannot be read"):
         read_elf(str(tmp_path / "absent"), [])
     for text in (b"", b"#!/bin/sh\n", b"\x7fELF" + bytes(60), b"\x7fELF\x02\x01\x01" + bytes(9)):
         (tmp_path / "text").write_bytes(text)
-        with pytest.raises(ProbeUnavailable):
+        with pytest.raises(MissingPrerequisite):
             read_elf(str(tmp_path / "text"), ["main"])
 
 
@@ -232,7 +233,7 @@ def test_a_damaged_program_file_is_an_error_of_ours(noise: bytes, at: int) -> No
     path.write_bytes(head)
     try:
         read_elf(str(path), ["main"])
-    except ProbeUnavailable:
+    except MissingPrerequisite:
         pass
     finally:
         path.unlink()

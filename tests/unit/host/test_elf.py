@@ -13,8 +13,8 @@ from elftools.elf.elffile import ELFFile
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmp_memlistener.probes import ProbeUnavailable
-from qmp_memlistener.probes.uprobes.elf import read_elf
+from qmp_memlistener.errors import MissingPrerequisite
+from qmp_memlistener.host.elf import read_elf
 
 LIBRARY = Path(_ctypes.__file__)
 NAME = "PyInit__ctypes"
@@ -47,7 +47,7 @@ def write(path: Path, *, at: int, what: bytes, tag: int = GNU_HASH) -> str:
 def refused(path: str) -> str:
     tracemalloc.start()
     try:
-        with pytest.raises(ProbeUnavailable) as error:
+        with pytest.raises(MissingPrerequisite) as error:
             read_elf(path, [NAME, "no_such_function"])
         assert tracemalloc.get_traced_memory()[1] < 256 << 20
     finally:
@@ -97,5 +97,5 @@ def test_whatever_a_file_says_nothing_else_is_raised(
     path.write_bytes(content[: data.draw(st.integers(0, len(content)))])
     try:
         read_elf(str(path), [NAME, "no_such_function"])
-    except ProbeUnavailable:
+    except MissingPrerequisite:
         pass

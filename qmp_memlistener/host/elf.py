@@ -22,8 +22,8 @@ from elftools.elf.dynamic import DynamicSegment
 from elftools.elf.elffile import ELFFile
 from elftools.elf.hash import ELFHashTable, GNUHashTable
 
-from ...host.files import open_foreign
-from ..model import ProbeUnavailable
+from ..errors import MissingPrerequisite
+from .files import open_foreign
 
 __all__ = ["ElfFile", "read_elf"]
 
@@ -43,17 +43,19 @@ class ElfFile:
 
 
 def read_elf(path: str, names: Iterable[str]) -> ElfFile:
-    """Look up `names`.  Raises ProbeUnavailable: unreadable, no ELF file, no dynamic symbols."""
+    """Look up `names`.  Raises MissingPrerequisite: unreadable, no ELF file, no dynamic symbols."""
     try:
         with open(open_foreign(path), "rb") as file:
             return _read(cast("BinaryIO", _Metered(file)), names)
     except OSError as error:
-        raise ProbeUnavailable(
+        raise MissingPrerequisite(
             f"QEMU's program file cannot be read: {path}: {error.strerror}",
             remedy="run as root or as the user that QEMU runs as",
         ) from error
     except (ELFError, ConstructError, ValueError, LookupError, TypeError, struct.error) as error:
-        raise ProbeUnavailable(f"QEMU's program file is not as ELF files are: {error}") from error
+        raise MissingPrerequisite(
+            f"QEMU's program file is not as ELF files are: {error}"
+        ) from error
 
 
 class _Metered:
@@ -111,7 +113,7 @@ def _hash_table(elf: ELFFile) -> GNUHashTable | ELFHashTable:
         _, plain = segment.get_table_offset("DT_HASH")
         if plain is not None:
             return ELFHashTable(elf, plain, None, segment)
-    raise ProbeUnavailable(
+    raise MissingPrerequisite(
         "QEMU's program file has no dynamic symbols, so its functions cannot be found",
         remedy="use a QEMU that is linked dynamically, as distributions and the default build do",
     )
