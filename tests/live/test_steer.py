@@ -78,11 +78,12 @@ async def racing(
 async def toggled(guest: LaunchedGuest, pulse: Pulse, count: int = TOGGLES) -> str:
     """Toggle PAM; `survived`, or the state that QEMU came to."""
     boots = _boots(pulse)
-    toggle = await pulse.toggle(HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), count, period=20)
+    # connected before: while a vCPU has the BQL again and again, QEMU is slow to greet
     async with (
         asyncio.timeout(60),
         await Monitor.connect(UnixTarget(str(guest.monitors[1]))) as monitor,
     ):
+        toggle = await pulse.toggle(HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), count, period=20)
         while toggle.done < count:
             await asyncio.sleep(0.01)
             status = await monitor.execute("query-status")

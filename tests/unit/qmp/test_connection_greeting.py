@@ -131,8 +131,10 @@ async def test_nobody_listens(tmp_path: Path) -> None:
         server.bind(("127.0.0.1", 0))
         port: int = server.getsockname()[1]
     async with within(2):
-        with pytest.raises(TargetUnreachable):
+        with pytest.raises(TargetUnreachable) as error:
             await Monitor.connect(TcpTarget("127.0.0.1", port))
+    assert error.value.message == f"cannot connect to 127.0.0.1:{port}: Connection refused"
+    assert "is QEMU still running" in (error.value.remedy or "")
 
 
 @pytest.mark.asyncio
