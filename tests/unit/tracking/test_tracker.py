@@ -287,6 +287,71 @@ def test_an_operation_that_kvm_refused_changes_nothing() -> None:
     assert not [r for r in rest if isinstance(r, Reconciled) and "traced none" in str(r)]
 
 
+def bar(detail: str) -> Cause:
+    return Cause(CauseType.PCI_BAR, device="d", detail=detail)
+
+
+def causes_of(transition: TransitionRecord) -> list[str | None]:
+    cause = transition.cause
+    return [c.detail for c in cause.causes or (cause,)]
+
+
+def test_when_too_many_commits_wait_the_lines_are_told_and_nothing_is_lost() -> None:
+    """Those that changed no slot are told with the next one, their causes too."""
+    t, kvm = tracker(), Kvm()
+    commit(t, kvm.apply(make_map(0xA0000)))
+    for detail in ("one", "two"):
+        t.commits.cause(bar(detail))
+        commit(t, [])
+    commit(t, kvm.apply(make_map()))
+    t.relieve(4)
+    assert t.pending == 4
+    t.relieve(3)
+    assert t.pending == 1
+    (early,), ops, _ = taken(t)
+    assert (early.detail, len(ops), early.cause.type) == ("slots", 3, "unknown")
+    t.snapshot({0: make_map()}, 100)
+    (late,), _, rest = taken(t)
+    assert (late.detail, late.merged, causes_of(late)) == ("net", 3, ["one", "two"])
+    assert [r for r in rest if isinstance(r, Reconciled) and not r.equal] == []
+    commit(t, kvm.apply(make_map(0xC0000)))
+    t.snapshot({0: make_map(0xC0000)}, 200)
+    assert [x.detail for x in taken(t)[0]] == ["full"]
+
+
+def test_silent_commits_before_a_transition_are_counted_with_it() -> None:
+    t, kvm = tracker(), Kvm()
+    t.commits.cause(bar("silent"))
+    commit(t, [])
+    commit(t, [])
+    commit(t, kvm.apply(make_map(0xA0000)))
+    t.snapshot({0: make_map(0xA0000)}, 100)
+    (transition,), _, _ = taken(t)
+    assert (transition.merged, transition.cause) == (3, bar("silent"))
+
+
+def test_slots_are_those_that_were_traced_or_else_predicted() -> None:
+    for traced in (True, False):
+        t, kvm = tracker(traced=traced), Kvm()
+        assert [(s.gpa, s.size) for s in t.slots] == [(0, 64 * MIB)]
+        if traced:
+            commit(t, kvm.apply(make_map(0xA0000)))
+            assert [s.gpa for s in t.slots] == [0, 0xB0000]
+        t.snapshot({0: make_map(0xA0000)}, 100)
+        assert [s.gpa for s in t.slots] == [0, 0xB0000]
+
+
+def test_each_transition_comes_with_its_change_of_the_map() -> None:
+    t, kvm = tracker(), Kvm()
+    commit(t, kvm.apply(make_map(0xA0000)))
+    t.snapshot({0: make_map(0xA0000)}, 100)
+    records, (change,) = t.take()
+    assert change.view == make_map(0xA0000).view
+    assert change.transition is not None
+    assert [h.start for h in change.transition.holes_punched] == [0xA0000]
+    assert list(change.slot_ops) == [r for r in records if isinstance(r, SlotOp)]
+
+
 holes = st.sets(st.sampled_from(HOLES), max_size=3)
 
 
