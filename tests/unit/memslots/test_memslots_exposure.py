@@ -58,6 +58,44 @@ def test_missing_twice_counts_twice() -> None:
     assert [s.missing for s in found.steps] == [0x1000, 0, 0x1000, 0]
 
 
+def test_an_id_that_is_given_again_has_none_of_the_holes_that_it_had() -> None:
+    before = SlotTable(
+        [
+            Slot(0, 0, 0, 0x3000, holes=((0x1000, 0x2000),), follows_block=True),
+            Slot(0, 1, 0x1000, 0x1000),
+        ]
+    )
+    gone, back = Op(OpKind.DELETE, 0, 0, 0, 0x3000), Op(OpKind.ADD, 0, 0, 0, 0x3000)
+    ops = [gone, Op(OpKind.DELETE, 0, 1, 0x1000, 0x1000), back, gone, back]
+    assert expose(ops, before, SlotTable([Slot(0, 0, 0, 0x3000)])).missing == (
+        Missing(0, 0, 0x1000, 3),
+        Missing(0, 0x1000, 0x1000, 2),
+        Missing(0, 0x2000, 0x1000, 3),
+    )
+
+
+def test_a_hole_that_was_filled_is_missing_again_with_its_slot() -> None:
+    table = SlotTable([Slot(0, 0, 0, 0x2000)])
+    ops = [
+        Op(OpKind.SET_HOLE, 0, 0, 0x1000, 0x1000),
+        Op(OpKind.CLEAR_HOLE, 0, 0, 0x1000, 0x1000),
+        Op(OpKind.DELETE, 0, 0, 0, 0x2000),
+        Op(OpKind.ADD, 0, 0, 0, 0x2000),
+    ]
+    assert expose(ops, table, table).missing == (
+        Missing(0, 0, 0x1000, 1),
+        Missing(0, 0x1000, 0x1000, 2),
+    )
+
+
+def test_an_id_has_changed_in_whichever_order_its_ram_comes_back() -> None:
+    before = SlotTable([Slot(0, 0, 0, 0x1000)])
+    after = SlotTable([Slot(0, i, at, 0x1000) for i, at in ((4, 0x8000), (5, 0x9000), (6, 0))])
+    ops = [Op(OpKind.DELETE, 0, 0, 0, 0x1000)]
+    ops += [Op(OpKind.ADD, 0, i, at, 0x1000) for i, at in ((4, 0x8000), (5, 0x9000), (6, 0))]
+    assert expose(ops, before, after).slot_ids_changed == (0,)
+
+
 def test_neighbours_that_miss_as_long_are_one() -> None:
     table = SlotTable([Slot(0, i, i * 0x1000, 0x1000) for i in range(3)])
     ops = [Op(OpKind.DELETE, 0, i, i * 0x1000, 0x1000) for i in range(3)]

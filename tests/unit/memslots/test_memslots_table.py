@@ -191,3 +191,12 @@ def test_ids_that_were_never_used_take_no_room() -> None:
     finally:
         tracemalloc.stop()
     assert {c.lowest_free(0) for c in copies} == {0}
+
+
+def test_the_lowest_free_id_is_of_no_slot_and_of_none_at_an_unknown_place() -> None:
+    slots = [Slot(0, i, i << 20, 0x1000) for i in (0, 3)]
+    table = SlotTable(slots, elsewhere={0: frozenset({1, 4})})
+    assert table.lowest_free(0) == 2
+    table.add(Slot(0, 2, 2 << 20, 0x1000))
+    assert table.lowest_free(0) == 5
+    assert table.lowest_free(1) == 0
