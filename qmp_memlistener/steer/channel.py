@@ -62,6 +62,8 @@ class Refusal(IntEnum):
     REGION2_USED = 5
     DIRTY_RINGS = 6
     NO_MEMORY = 7
+    NOT_READY = 8
+    HELD = 9
 
     @property
     def words(self) -> str:
@@ -76,7 +78,9 @@ _WORDS = {
     Refusal.KVM_REFUSED: "KVM refused an operation of hole; QEMU's own slots were put back",
     Refusal.REGION2_USED: "QEMU uses KVM_SET_USER_MEMORY_REGION2, which is only observed",
     Refusal.DIRTY_RINGS: "KVM's dirty rings carry slot ids, so slots cannot be split",
-    Refusal.NO_MEMORY: "QEMU has no memory left for a dirty bitmap",
+    Refusal.NO_MEMORY: "QEMU has no memory left for a dirty bitmap: all its pages count as dirty",
+    Refusal.NOT_READY: "a vCPU may be in KVM_RUN unseen",
+    Refusal.HELD: "a vCPU was kept out of KVM_RUN for 2 s, and was let in then",
 }
 
 

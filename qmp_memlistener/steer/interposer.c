@@ -19,16 +19,24 @@
  * Rules
  *  1. It fails open.  Whatever it does not expect, KVM has QEMU's own slots and QEMU's operations go
  *     to KVM as if this were not here; the reason is in the channel, the mode is observe.
- *  2. Nobody waits for long: PARK_NS for vCPUs to leave KVM_RUN, RUN_NS before KVM_RUN.
- *  3. No lock is taken, and nothing is allocated, on the way into KVM_RUN.
+ *  2. Nobody waits for long: PARK_NS for vCPUs to leave KVM_RUN, RUN_NS before KVM_RUN, CLOSE_NS to
+ *     detach.  Time in which QEMU itself is stopped (SIGSTOP, a debugger) does not count.
+ *  3. On the way into KVM_RUN nothing is allocated, and no lock is waited for but by a vCPU's first.
  *  4. A bit of a dirty log is never lost: what KVM would forget with a slot is given to QEMU's own
- *     bitmap, while no vCPU runs.
+ *     bitmap, while no vCPU runs.  What cannot be read counts as dirty.
  *  5. QEMU is told 0 for an operation that waits.  When KVM then refuses what QEMU asked for, the end
  *     is that of QEMU's own kvm_set_phys_mem: a message and abort().  No other path ends QEMU.
+ *  6. `lock` is over everything but the channel's atomics.  It is taken with or without the BQL, and
+ *     the BQL is never taken under it.  While it is held no memory of a slot in `slots` goes away:
+ *     QEMU deletes the slot first.
+ *
+ * Slots of before this was attached are not known.  Their deletes go to KVM as they are, with vCPUs
+ * kept out; an operation that adds one, or changes its flags, makes it known.
  *
  * Sources: QEMU accel/kvm/kvm-all.c (kvm_set_phys_mem, kvm_cpu_exec), softmmu/cpus.c
  * (qemu_mutex_unlock_iothread: the flag is cleared before the mutex), v7.2.22; Linux
- * Documentation/virt/kvm/api.rst, 4.35 (slots), 4.8 and 4.117 (dirty logs).
+ * Documentation/virt/kvm/api.rst, 4.35 (slots), 4.8 and 4.117 (dirty logs), virt/kvm/kvm_main.c
+ * (kvm_get_dirty_log_protect: ENXIO with dirty rings, before the slot is looked at).
  */
 #define _GNU_SOURCE
 #include <dlfcn.h>
@@ -52,50 +60,55 @@
 
 #include "interposer.h"
 
-#define PARK_NS 500000000ull  /* for all vCPUs to leave KVM_RUN */
-#define RUN_NS 2000000000ull  /* a vCPU is kept out of KVM_RUN */
-#define CLOSE_NS 50000000ull  /* detach waits for the end of a transaction */
+#ifndef MAX_SLOTS /* a test has smaller ones */
 #define MAX_SLOTS 4096
 #define MAX_OPS 1024
+#define PARK_NS 500000000ull /* for all vCPUs to leave KVM_RUN */
+#define RUN_NS 2000000000ull /* a vCPU is kept out of KVM_RUN */
+#endif
+#define CLOSE_NS 50000000ull /* detach waits for the end of a transaction */
+#define STEP_NS 1000000ull   /* all waits look again after this */
 #define PAGE 4096ull
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
 #define PUBLIC __attribute__((visibility("default")))
-#define REGION2 0x40a0ae49u          /* KVM_SET_USER_MEMORY_REGION2, Linux 6.8 */
-#define RESET_DIRTY_RINGS 0xaec7u    /* KVM_RESET_DIRTY_RINGS, Linux 5.11 */
+#define REGION2 0x40a0ae49u /* KVM_SET_USER_MEMORY_REGION2, Linux 6.8 */
 
-typedef struct kvm_userspace_memory_region Region;
-
-/* A slot, or a part of one.  Unused: memory_size 0.  `owner` (of a piece): index of its slot. */
-struct slot {
-    Region r;
-    int owner;
-};
+typedef struct kvm_userspace_memory_region Region; /* unused: memory_size 0 */
 struct table {
-    struct slot at[MAX_SLOTS];
+    Region at[2 * MAX_SLOTS];
     int used; /* entries from here on are unused */
 };
+#define EACH(r, t) \
+    for (Region *r = (t)->at; r < (t)->at + (t)->used; r++) \
+        if (r->memory_size)
 
 static struct channel *chan;
+static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* rule 6 */
 static struct table slots;  /* what QEMU believes */
-static struct table pieces; /* what KVM has of them */
-static Region queue[MAX_OPS];
-static int queued;
+static struct table pieces; /* what KVM has of them: each lies in one slot, and has its memory */
+static struct table next;   /* `slots` after the transaction */
+static Region queue[MAX_OPS], parts[MAX_OPS]; /* what is left of pieces that are cut */
+static int queued, nparts, asked; /* asked: operations of the transaction */
 static int vm_fd = -1;
-static _Bool rings;      /* dirty rings are in use: they carry ids of slots */
-static _Bool blind;      /* the tables do not hold everything: hands off until attached anew */
-static _Bool is_parked;  /* by the open transaction */
+static int rings;          /* dirty rings are in use: 0 not known, 1 no, 2 yes */
+static _Bool region2_used; /* whose slots are not understood */
+static _Bool is_open;      /* a transaction is */
+static _Bool waits;        /* its operations do */
+static _Bool is_parked;    /* by it */
+static uint32_t opened_mode, park_stopped;
 static uint64_t opened_ns, park_ns;
-static uint32_t park_stopped;
-static _Atomic int open_tid; /* the thread that has a transaction open */
-static pthread_mutex_t lock = PTHREAD_MUTEX_INITIALIZER; /* over all of the above */
+static Region last_refused;
+static _Atomic uint32_t surprise; /* a refusal for the moment between two transactions */
 static __thread struct vcpu *me;
 static __thread _Bool mine; /* the open transaction is this thread's */
 
 static _Bool (*bql_locked)(void);
-/* What memory_region_from_host and memory_region_set_dirty are in every QEMU since 2.0. */
+/* memory_region_from_host, _size and _set_dirty, as they are in every QEMU since 2.0. */
 static void *(*region_of)(void *host, uint64_t *offset);
+static uint64_t (*size_of)(void *region);
 static void (*set_dirty)(void *region, uint64_t offset, uint64_t size);
+static int (*next_ioctl)(int, unsigned long, ...);
 static int (*next_unlock)(pthread_mutex_t *);
 static int (*next_wait)(pthread_cond_t *, pthread_mutex_t *);
 static int (*next_timedwait)(pthread_cond_t *, pthread_mutex_t *, const struct timespec *);
@@ -106,27 +119,19 @@ static uint64_t now(void) {
     return t.tv_sec * 1000000000ull + t.tv_nsec;
 }
 
-static uint32_t tid(void) {
-    static __thread uint32_t id;
-    return id ? id : (id = syscall(SYS_gettid));
-}
-
-static inline int raw_ioctl(int fd, unsigned long request, void *arg) {
-    long r;
-    __asm__ volatile("syscall"
-                     : "=a"(r)
-                     : "0"(SYS_ioctl), "D"((long)fd), "S"(request), "d"(arg)
-                     : "rcx", "r11", "memory");
-    if (unlikely(r < 0)) {
-        errno = -r;
-        return -1;
-    }
-    return r;
-}
-
-static void futex(_Atomic uint32_t *word, int op, uint32_t value, long ns) {
+static void futex(_Atomic uint32_t *word, int op, uint32_t value, uint64_t ns) {
     struct timespec t = {0, ns};
     syscall(SYS_futex, word, op, value, ns ? &t : NULL, NULL, 0);
+}
+
+/* Until the word changes, or for a step: what is left of the time then. */
+static uint64_t wait_step(_Atomic uint32_t *word, uint32_t value, uint64_t left) {
+    uint64_t t = now();
+    futex(word, FUTEX_WAIT, value, STEP_NS);
+    t = now() - t;
+    if (t > 10 * STEP_NS)
+        t = 10 * STEP_NS; /* rule 2: QEMU was stopped */
+    return t < left ? left - t : 0;
 }
 
 static void note(uint32_t kind, const Region *r, uint64_t begin_ns, int rc, uint32_t extra) {
@@ -143,7 +148,7 @@ static void note(uint32_t kind, const Region *r, uint64_t begin_ns, int rc, uint
     e->gpa = r->guest_phys_addr;
     e->size = r->memory_size;
     e->hva = r->userspace_addr;
-    e->tid = tid();
+    e->tid = syscall(SYS_gettid);
     e->kind = kind;
     e->slot = r->slot;
     e->flags = r->flags;
@@ -157,6 +162,12 @@ static void set_mode(uint32_t mode, uint32_t why) {
     atomic_store(&chan->mode, mode);
     atomic_store(&chan->refusal, why);
     note(EV_MODE, NULL, t, mode, why);
+}
+
+/* For threads that must not take the lock: give up, as soon as no transaction is open. */
+static void give_up_later(uint32_t why) {
+    atomic_store(&surprise, why);
+    atomic_store(&chan->want, OBSERVE);
 }
 
 /* -- vCPUs ----------------------------------------------------------------------------------------- */
@@ -173,6 +184,7 @@ static void let_run(void) {
 /* Keep all vCPUs but this thread's out of KVM_RUN; false when one does not leave it. */
 static _Bool park(void) {
     uint32_t n = atomic_load(&chan->vcpus);
+    uint64_t left = PARK_NS;
 
     if (is_parked)
         return 1;
@@ -181,26 +193,22 @@ static _Bool park(void) {
     park_ns = now();
     park_stopped = 0;
     atomic_store(&chan->parked, 1);
-    for (uint32_t i = 0; i < n; i++)
-        if (&chan->vcpu[i] != me && atomic_load(&chan->vcpu[i].inside)) {
-            stop_vcpu(&chan->vcpu[i]);
+    for (struct vcpu *v = chan->vcpu; v < chan->vcpu + n; v++)
+        if (v != me && atomic_load(&v->inside)) {
+            stop_vcpu(v);
             park_stopped++;
         }
-    for (uint32_t i = 0; i < n; i++) {
-        struct vcpu *v = &chan->vcpu[i];
+    for (struct vcpu *v = chan->vcpu; v < chan->vcpu + n; v++)
         while (v != me && atomic_load(&v->inside)) {
-            futex(&v->inside, FUTEX_WAIT, 1, 1000000);
-            if (!atomic_load(&v->inside))
-                break;
-            if (now() - park_ns > PARK_NS) {
+            if (!left) {
                 let_run();
-                chan->gave_up++;
                 note(EV_PARK, NULL, park_ns, -ETIMEDOUT, park_stopped);
                 return 0;
             }
-            stop_vcpu(v);
+            left = wait_step(&v->inside, 1, left);
+            if (atomic_load(&v->inside))
+                stop_vcpu(v);
         }
-    }
     is_parked = 1;
     return 1;
 }
@@ -228,9 +236,10 @@ static struct vcpu *enrol(int fd) {
         n++;
     if (n == MAX_VCPUS) {
         atomic_store(&chan->armed, 0); /* vCPUs are never kept out again */
+        give_up_later(TOO_MANY);
     } else {
         chan->vcpu[n].fd = fd;
-        chan->vcpu[n].tid = tid();
+        chan->vcpu[n].tid = syscall(SYS_gettid);
         me = &chan->vcpu[n];
         if (n == known)
             atomic_store(&chan->vcpus, n + 1);
@@ -239,7 +248,7 @@ static struct vcpu *enrol(int fd) {
     return me;
 }
 
-/* -- KVM's slots -------------------------------------------------------------------------------------- */
+/* -- slots and pieces -------------------------------------------------------------------------------- */
 
 static uint64_t end_of(const Region *r) { return r->guest_phys_addr + r->memory_size; }
 
@@ -248,48 +257,67 @@ static _Bool overlaps(const Region *a, const Region *b) {
            b->guest_phys_addr < end_of(a);
 }
 
-static struct slot *find(struct table *t, uint32_t id) {
-    for (int i = 0; i < t->used; i++)
-        if (t->at[i].r.memory_size && t->at[i].r.slot == id)
-            return &t->at[i];
+static _Bool covers(const Region *a, const Region *b) {
+    return overlaps(a, b) && a->guest_phys_addr <= b->guest_phys_addr && end_of(b) <= end_of(a);
+}
+
+static _Bool same_extent(const Region *a, const Region *b) { return covers(a, b) && covers(b, a); }
+
+/* The same memory at the same place, as the same kind. */
+static _Bool same_memory(const Region *a, const Region *b) {
+    return !((a->flags ^ b->flags) & KVM_MEM_READONLY) &&
+           a->userspace_addr - a->guest_phys_addr == b->userspace_addr - b->guest_phys_addr;
+}
+
+static Region *find(struct table *t, uint32_t id) {
+    EACH(r, t)
+        if (r->slot == id)
+            return r;
     return NULL;
 }
 
-static struct slot *put(struct table *t, const Region *r, int owner) {
+static Region *put(struct table *t, const Region *r, int most) {
     int i = 0;
-    while (i < t->used && t->at[i].r.memory_size)
+    while (i < t->used && t->at[i].memory_size)
         i++;
-    if (i == MAX_SLOTS)
+    if (i >= most)
         return NULL;
     if (i == t->used)
         t->used++;
-    t->at[i] = (struct slot){*r, owner};
+    t->at[i] = *r;
     return &t->at[i];
 }
 
-static int room(const struct table *t) {
-    int n = MAX_SLOTS - t->used;
-    for (int i = 0; i < t->used; i++)
-        n += !t->at[i].r.memory_size;
-    return n;
+static void count_slots(void) {
+    chan->slots = chan->pieces = 0;
+    EACH(v, &slots)
+        chan->slots++;
+    EACH(k, &pieces)
+        chan->pieces++;
 }
 
-static int index_of(const struct slot *v) { return v - slots.at; }
-
-static _Bool is_piece_of(const struct slot *k, const struct slot *v) {
-    return k->r.memory_size && k->owner == index_of(v);
+/* The slot that a piece is a part of. */
+static const Region *slot_of(struct table *t, const Region *k) {
+    EACH(v, t)
+        if (covers(v, k) && same_memory(v, k))
+            return v;
+    return NULL;
 }
 
 /* KVM has this slot as QEMU believes. */
-static _Bool is_whole(const struct slot *v) {
-    struct slot *k = find(&pieces, v->r.slot);
-    return k && is_piece_of(k, v) && k->r.memory_size == v->r.memory_size;
+static _Bool is_whole(const Region *v) {
+    const Region *k = find(&pieces, v->slot);
+    return k && same_extent(k, v) && same_memory(k, v);
 }
 
-static int give(Region *r, uint64_t gone) { /* to KVM; `gone`: bytes that a delete takes away */
-    uint64_t t = now(), n = gone / PAGE;
-    int rc = raw_ioctl(vm_fd, KVM_SET_USER_MEMORY_REGION, r), e = errno;
-    note(EV_KVM, r, t, rc ? -e : 0, n > UINT_MAX ? 0 : n);
+static int give(Region *r) { /* to KVM */
+    const Region *k = r->memory_size ? NULL : find(&pieces, r->slot);
+    uint64_t t = now(), gone = k ? k->memory_size / PAGE : 0;
+    int rc = next_ioctl(vm_fd, KVM_SET_USER_MEMORY_REGION, r), e = errno;
+
+    note(EV_KVM, r, t, rc ? -e : 0, gone > UINT_MAX ? 0 : gone);
+    if (rc)
+        last_refused = *r;
     errno = e;
     return rc;
 }
@@ -301,13 +329,13 @@ static uint32_t free_id(uint32_t wanted) {
     if (!find(&pieces, wanted))
         return wanted;
     if (!top) {
-        top = raw_ioctl(vm_fd, KVM_CHECK_EXTENSION, (void *)KVM_CAP_NR_MEMSLOTS);
+        top = next_ioctl(vm_fd, KVM_CHECK_EXTENSION, (void *)KVM_CAP_NR_MEMSLOTS);
         top = top < 32 ? 32 : top > 32764 ? 32764 : top;
     }
-    for (int id = top - 1; id >= 0; id--)
+    for (int id = top - 1; id >= top / 2; id--) /* QEMU's own of before us are further down */
         if (!find(&pieces, (wanted & 0xffff0000u) | id))
             return (wanted & 0xffff0000u) | id;
-    return wanted; /* KVM refuses it */
+    return 0xffff; /* KVM refuses it */
 }
 
 /* -- dirty logs -------------------------------------------------------------------------------------- */
@@ -318,166 +346,201 @@ static size_t bytes_of(uint64_t pages) { return (pages + 63) / 64 * 8; }
 static _Bool bit(const uint64_t *map, uint64_t i) { return map[i / 64] >> (i % 64) & 1; }
 static void set_bit(uint64_t *map, uint64_t i) { map[i / 64] |= 1ull << (i % 64); }
 
-/* Not malloc: this thread may hold its lock (rule 3). */
-static uint64_t *new_map(uint64_t pages) {
+static uint64_t *new_map(uint64_t pages) { /* not malloc: this thread may hold its lock */
     void *p = mmap(NULL, bytes_of(pages), PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (p != MAP_FAILED)
         return p;
-    atomic_store(&chan->refusal, NO_MEMORY);
-    errno = ENOMEM;
+    give_up_later(NO_MEMORY);
     return NULL;
 }
+
 static void drop_map(uint64_t *map, uint64_t pages) {
     int e = errno;
-    munmap(map, bytes_of(pages));
+    if (map)
+        munmap(map, bytes_of(pages));
     errno = e;
 }
 
 /* KVM forgets a slot's dirty bits with the slot, and QEMU asked for them some time before it deleted
- * it.  The rest goes to QEMU's own bitmap.  Complete only while no vCPU runs. */
-static void save_dirty(const struct slot *k) {
-    uint64_t pages = pages_of(&k->r), t = now(), offset = 0, n = 0;
-    uint64_t *map;
+ * it.  The rest goes to QEMU's own bitmap.  Complete only while no vCPU runs.  A slot of before us has
+ * no size here, and ends at the latest where its memory does. */
+static void save_dirty(const Region *k) {
+    uint64_t t = now(), offset = 0, n = 0;
+    void *region;
 
-    if (!is_logged(&k->r) || !set_dirty || atomic_load(&chan->mode) == OBSERVE ||
-        !(map = new_map(pages)))
+    if (!set_dirty || atomic_load(&chan->mode) <= OBSERVE || (k->memory_size && !is_logged(k)) ||
+        !(region = region_of((void *)(uintptr_t)k->userspace_addr, &offset)))
         return;
-    struct kvm_dirty_log log = {.slot = k->r.slot, .dirty_bitmap = map};
-    void *region = region_of((void *)(uintptr_t)k->r.userspace_addr, &offset);
-    if (region && raw_ioctl(vm_fd, KVM_GET_DIRTY_LOG, &log) == 0)
-        for (uint64_t i = 0, j; i < pages; i = j) {
-            for (j = i + 1; j < pages && bit(map, j) == bit(map, i); j++)
-                ;
-            if (bit(map, i)) {
-                set_dirty(region, offset + i * PAGE, (j - i) * PAGE);
-                n += j - i;
-            }
+    uint64_t pages = k->memory_size ? pages_of(k) : (size_of(region) - offset) / PAGE;
+    uint64_t *map = new_map(pages);
+    struct kvm_dirty_log log = {.slot = k->slot, .dirty_bitmap = map};
+    int rc = map ? next_ioctl(vm_fd, KVM_GET_DIRTY_LOG, &log) : 0;
+    _Bool none = rc && errno == ENOENT /* not logged */, all = !map || (rc && !none);
+    for (uint64_t i = 0, j; i < pages && !none; i = j) {
+        for (j = i + 1; j < pages && (all || bit(map, j) == bit(map, i)); j++)
+            ;
+        if (all || bit(map, i)) {
+            set_dirty(region, offset + i * PAGE, (j - i) * PAGE);
+            n += j - i;
         }
-    drop_map(map, pages);
-    chan->saved += n;
-    note(EV_SAVED, &k->r, t, 0, n > UINT_MAX ? UINT_MAX : n);
-}
-
-static int get_dirty_log(int fd, struct kvm_dirty_log *log, const struct slot *v) {
-    uint64_t *out = log->dirty_bitmap;
-    int rc = 0;
-
-    memset(out, 0, bytes_of(pages_of(&v->r)));
-    for (int i = 0; i < pieces.used && !rc; i++) {
-        const struct slot *k = &pieces.at[i];
-        if (!is_piece_of(k, v))
-            continue;
-        uint64_t pages = pages_of(&k->r), *map = new_map(pages);
-        uint64_t first = (k->r.guest_phys_addr - v->r.guest_phys_addr) / PAGE;
-        if (!map)
-            return -1;
-        struct kvm_dirty_log part = {.slot = k->r.slot, .dirty_bitmap = map};
-        rc = raw_ioctl(fd, KVM_GET_DIRTY_LOG, &part);
-        for (uint64_t j = 0; j < pages && !rc; j++)
-            if (bit(map, j))
-                set_bit(out, first + j);
-        drop_map(map, pages);
     }
-    return rc;
+    drop_map(map, pages);
+    if (none)
+        return;
+    chan->saved += n;
+    note(EV_SAVED, k, t, 0, n > UINT_MAX ? UINT_MAX : n);
 }
 
-static int clear_dirty_log(int fd, const struct kvm_clear_dirty_log *log, const struct slot *v) {
+/* For a slot that is split.  A piece that KVM cannot answer for is dirty, if there were others. */
+static int get_dirty_log(struct kvm_dirty_log *log, const Region *v) {
+    uint64_t *map = new_map(pages_of(v));
+    int answered = 0;
+
+    memset(log->dirty_bitmap, 0, bytes_of(pages_of(v)));
+    EACH(k, &pieces) {
+        if (!covers(v, k))
+            continue;
+        uint64_t first = (k->guest_phys_addr - v->guest_phys_addr) / PAGE;
+        struct kvm_dirty_log part = {.slot = k->slot, .dirty_bitmap = map};
+        _Bool all = !map || next_ioctl(vm_fd, KVM_GET_DIRTY_LOG, &part);
+        if (all && map && !answered) {
+            drop_map(map, pages_of(v));
+            return -1;
+        }
+        answered++;
+        for (uint64_t j = 0; j < pages_of(k); j++)
+            if (all || bit(map, j))
+                set_bit(log->dirty_bitmap, first + j);
+    }
+    drop_map(map, pages_of(v));
+    return 0;
+}
+
+/* Likewise.  What is not cleared is told again by the next get. */
+static int clear_dirty_log(const struct kvm_clear_dirty_log *log, const Region *v) {
+    uint64_t *map = new_map(pages_of(v));
     int rc = 0;
 
-    for (int i = 0; i < pieces.used && !rc; i++) {
-        const struct slot *k = &pieces.at[i];
-        if (!is_piece_of(k, v))
+    EACH(k, &pieces) {
+        uint64_t first = (k->guest_phys_addr - v->guest_phys_addr) / PAGE, pages = pages_of(k);
+        uint64_t from = log->first_page, to = log->first_page + log->num_pages;
+        if (!map || rc || !covers(v, k) || to <= first || from >= first + pages)
             continue;
-        uint64_t pages = pages_of(&k->r), first = (k->r.guest_phys_addr - v->r.guest_phys_addr) / PAGE;
-        uint64_t from = log->first_page > first ? log->first_page : first;
-        uint64_t to = log->first_page + log->num_pages;
+        if (from < first)
+            from = first;
         if (to > first + pages)
             to = first + pages;
-        if (from >= to)
-            continue;
         /* KVM wants a first page that 64 divides; a bit that is not set clears nothing */
         uint64_t begin = (from - first) & ~63ull, end = (to - first + 63) & ~63ull;
         if (end > pages)
             end = pages;
-        uint64_t *map = new_map(end - begin);
-        if (!map)
-            return -1;
+        memset(map, 0, bytes_of(end - begin));
         for (uint64_t p = from; p < to; p++)
             if (bit(log->dirty_bitmap, p - log->first_page))
                 set_bit(map, p - first - begin);
         struct kvm_clear_dirty_log part = {
-            .slot = k->r.slot, .first_page = begin, .num_pages = end - begin, .dirty_bitmap = map};
-        rc = raw_ioctl(fd, KVM_CLEAR_DIRTY_LOG, &part);
-        drop_map(map, end - begin);
+            .slot = k->slot, .first_page = begin, .num_pages = end - begin, .dirty_bitmap = map};
+        rc = next_ioctl(vm_fd, KVM_CLEAR_DIRTY_LOG, &part);
     }
+    drop_map(map, pages_of(v));
     return rc;
 }
 
 /* -- carrying out ---------------------------------------------------------------------------------- */
 
-static int delete_piece(struct slot *k) {
-    Region r = k->r;
+static int delete_piece(Region *k) {
+    Region r = {.slot = k->slot, .guest_phys_addr = k->guest_phys_addr,
+                .userspace_addr = k->userspace_addr};
 
     save_dirty(k);
-    r.memory_size = 0;
-    r.flags = 0;
-    int rc = give(&r, k->r.memory_size);
+    int rc = give(&r);
     if (!rc)
-        k->r.memory_size = 0;
+        k->memory_size = 0;
     return rc;
 }
 
-static int add_piece(const Region *part, const struct slot *v) {
+static int add_piece(const Region *part, int most) {
     Region r = *part;
 
-    r.slot = free_id(v->r.slot);
-    int rc = give(&r, 0);
-    if (!rc && !put(&pieces, &r, index_of(v)))
-        blind = 1;
+    r.slot = free_id(part->slot);
+    Region *k = put(&pieces, &r, most);
+    if (!k) {
+        errno = ENOSPC;
+        return -1;
+    }
+    int rc = give(&r);
+    if (rc)
+        k->memory_size = 0;
     return rc;
 }
 
-/* One operation as QEMU asked for it, on however many pieces its slot has. */
-static int carry_out(const Region *op) {
-    struct slot *v = find(&slots, op->slot);
-    Region r = *op;
-    int rc = 0;
+static int set_flags(Region *k, uint32_t flags) {
+    Region r = *k;
 
-    if (!op->memory_size) {
-        if (!v)
-            return give(&r, 0); /* it was there before us */
-        for (int i = 0; i < pieces.used && !rc; i++)
-            if (is_piece_of(&pieces.at[i], v))
-                rc = delete_piece(&pieces.at[i]);
-        if (!rc)
-            v->r.memory_size = 0;
-        return rc;
-    }
-    if (!v) {
-        v = put(&slots, op, 0);
-        if (!v) {
-            blind = 1;
-            return give(&r, 0);
-        }
-        rc = add_piece(op, v);
-        if (rc)
-            v->r.memory_size = 0;
-        return rc;
-    }
-    for (int i = 0; i < pieces.used && !rc; i++)
-        if (is_piece_of(&pieces.at[i], v)) {
-            r = pieces.at[i].r;
-            r.flags = op->flags;
-            rc = give(&r, 0);
-            if (!rc)
-                pieces.at[i].r = r;
-        }
+    r.flags = flags;
+    int rc = give(&r);
     if (!rc)
-        v->r.flags = op->flags;
+        k->flags = flags;
     return rc;
 }
 
-static void refused(const Region *r) { /* rule 5 */
+/* The parts of a slot for which KVM has no piece yet. */
+static int add_rest(const Region *v, int most) {
+    for (uint64_t at = v ? v->guest_phys_addr : 0; v && at < end_of(v);) {
+        Region r = *v;
+        uint64_t end = end_of(v), covered = at;
+        EACH(k, &pieces) {
+            if (!covers(v, k))
+                continue;
+            if (k->guest_phys_addr <= at && at < end_of(k))
+                covered = end_of(k);
+            else if (k->guest_phys_addr > at && k->guest_phys_addr < end)
+                end = k->guest_phys_addr;
+        }
+        if (covered == at) {
+            r.guest_phys_addr = at;
+            r.userspace_addr += at - v->guest_phys_addr;
+            r.memory_size = end - at;
+            if (add_piece(&r, most))
+                return -1;
+            covered = end;
+        }
+        at = covered;
+    }
+    return 0;
+}
+
+/* KVM's slots become those of `slots`: whole, or in pieces. */
+static int settle(_Bool whole) {
+    int most = whole ? 2 * MAX_SLOTS : MAX_SLOTS; /* as many as QEMU has slots always fit beside */
+
+    EACH(k, &pieces) {
+        const Region *v = slot_of(&slots, k);
+        if (!v || (whole && !is_whole(v))) {
+            if (delete_piece(k))
+                return -1;
+        } else if (k->flags != v->flags) {
+            if (!is_logged(v))
+                save_dirty(k);
+            if (set_flags(k, v->flags))
+                return -1;
+        }
+    }
+    /* what was there first, then in QEMU's order */
+    for (int i = 0; i < nparts; i++)
+        if (add_piece(&parts[i], most))
+            return -1;
+    for (int i = 0; i < queued; i++)
+        if (queue[i].memory_size && add_rest(find(&slots, queue[i].slot), most))
+            return -1;
+    EACH(v, &slots)
+        if (add_rest(v, most))
+            return -1;
+    return 0;
+}
+
+static void refused(void) { /* rule 5 */
+    const Region *r = &last_refused;
     fprintf(stderr,
             "qmp-memlistener: KVM refused slot %u, start 0x%llx, size 0x%llx: %s; QEMU was told that "
             "it was done, and ends as it does when it is refused a slot\n",
@@ -485,47 +548,95 @@ static void refused(const Region *r) { /* rule 5 */
     abort();
 }
 
-/* KVM's slots become QEMU's again, while no vCPU runs.  False when one does: then the pieces stay,
- * which together are QEMU's slots as well. */
-static _Bool restore(void) {
-    static _Bool bad[MAX_SLOTS];
-    _Bool any = 0, held = is_parked;
+/* Dirty bits of a slot that goes. */
+static _Bool may_lose(void) {
+    EACH(v, &slots)
+        if (is_logged(v) && !set_dirty)
+            return 1;
+    return 0;
+}
 
-    for (int i = 0; i < slots.used; i++)
-        any |= bad[i] = slots.at[i].r.memory_size && !is_whole(&slots.at[i]);
+/* KVM's slots become QEMU's again, while no vCPU runs, or all the same when it `must` be.  False when
+ * they did not: pieces stay, which together are QEMU's slots as well. */
+static _Bool restore(_Bool must) {
+    _Bool held = is_parked, any = 0;
+
+    EACH(k, &pieces)
+        any |= !slot_of(&slots, k);
+    EACH(v, &slots)
+        any |= !is_whole(v);
     if (!any)
         return 1;
-    if (!park())
+    if ((may_lose() || !park()) && !must)
         return 0;
-    for (int i = 0; i < pieces.used; i++)
-        if (pieces.at[i].r.memory_size && bad[pieces.at[i].owner])
-            delete_piece(&pieces.at[i]);
-    for (int i = 0; i < slots.used; i++)
-        if (bad[i] && add_piece(&slots.at[i].r, &slots.at[i]))
-            refused(&slots.at[i].r);
+    _Bool whole = !settle(1);
+    if (!whole && settle(0))
+        refused();
     if (!held)
         unpark();
-    return 1;
+    return whole;
 }
 
 /* Rule 1.  The agent may want another mode again, when it has read why. */
 static void give_up(uint32_t why) {
-    restore();
+    if (why != NOT_STOPPED) /* then it would be waited for once more */
+        restore(1);
+    chan->gave_up++;
     atomic_store(&chan->want, OBSERVE);
     set_mode(OBSERVE, why);
 }
 
+/* One operation as QEMU asked for it, on however many pieces its slot has. */
+static int carry_out(const Region *op) {
+    Region *v = find(&slots, op->slot), r = *op;
+    int rc = 0;
+
+    if (!op->memory_size) {
+        if (!v) { /* it was there before us */
+            save_dirty(op);
+            return give(&r);
+        }
+        EACH(k, &pieces)
+            if (!rc && covers(v, k))
+                rc = delete_piece(k);
+        if (!rc)
+            v->memory_size = 0;
+    } else if (!v) {
+        v = put(&slots, op, MAX_SLOTS);
+        if (!v) {
+            give_up(TOO_MANY); /* and never known */
+            return give(&r);
+        }
+        rc = add_piece(op, 2 * MAX_SLOTS);
+        if (rc)
+            v->memory_size = 0;
+    } else if (same_extent(v, op) && same_memory(v, op)) {
+        EACH(k, &pieces)
+            if (!rc && covers(v, k))
+                rc = set_flags(k, op->flags);
+        if (!rc)
+            v->flags = op->flags;
+    } else { /* moved, which no QEMU does */
+        restore(1);
+        Region *k = find(&pieces, v->slot);
+        rc = give(&r);
+        if (!rc && k)
+            *v = *k = r;
+    }
+    return rc;
+}
+
 /* An add overlaps what a delete took away (need_inhibit of kvm_region_commit, QEMU 8.0), or a
- * delete takes a dirty log with it. */
+ * delete takes a dirty log with it; or may do so, as nothing is known of the slot. */
 static _Bool needs_park(void) {
     for (int i = 0; i < queued; i++) {
         if (queue[i].memory_size)
             continue;
-        struct slot *v = find(&slots, queue[i].slot);
-        if (v && is_logged(&v->r))
+        const Region *v = find(&slots, queue[i].slot);
+        if (!v || is_logged(v))
             return 1;
         for (int j = i + 1; j < queued; j++)
-            if (queue[j].memory_size && (!v || overlaps(&v->r, &queue[j])))
+            if (queue[j].memory_size && overlaps(v, &queue[j]))
                 return 1;
     }
     return 0;
@@ -534,7 +645,8 @@ static _Bool needs_park(void) {
 static void issue_queue(void) { /* in QEMU's order */
     for (int i = 0; i < queued; i++)
         if (carry_out(&queue[i]))
-            refused(&queue[i]);
+            refused();
+    queued = 0;
 }
 
 static void inhibit(void) {
@@ -544,257 +656,198 @@ static void inhibit(void) {
         give_up(NOT_STOPPED);
 }
 
-/* -- hole ------------------------------------------------------------------------------------------ */
-
-struct plan { /* from the slots of before to those after, all of QEMU's; one at a time */
-    _Bool dead[MAX_SLOTS];   /* of the slots before */
-    Region fresh[MAX_OPS];   /* the slots that are new */
-    int nfresh;
-    Region part[MAX_OPS];    /* what is left of a piece that is cut */
-    int part_of[MAX_OPS], nparts;
-    int keeps[MAX_SLOTS];    /* of a piece: which new slot it belongs to; GONE, or OTHER */
-    _Bool cuts;
-};
-enum { OTHER = -2, GONE = -1 };
-static struct plan plan;
-
-/* Read the queue.  False when it is not understood: operations on slots that were there before us. */
-static _Bool plan_slots(void) {
-    memset(plan.dead, 0, sizeof plan.dead);
-    plan.nfresh = 0;
+/* The slots after the transaction, in `next`.  False when it is not understood: operations on slots
+ * that were there before us, or that KVM is to refuse. */
+static _Bool plan(void) {
+    next.used = slots.used;
+    memcpy(next.at, slots.at, slots.used * sizeof *slots.at);
     for (int i = 0; i < queued; i++) {
         const Region *op = &queue[i];
-        struct slot *v = find(&slots, op->slot);
-        int f = plan.nfresh - 1;
-        while (f >= 0 && plan.fresh[f].slot != op->slot)
-            f--;
-        if (v && plan.dead[index_of(v)])
-            v = NULL;
-        if (op->memory_size && !v && f < 0)
-            plan.fresh[plan.nfresh++] = *op;
-        else if (op->memory_size && f >= 0)
-            plan.fresh[f].flags = op->flags;
-        else if (!op->memory_size && f >= 0)
-            plan.fresh[f] = plan.fresh[--plan.nfresh];
-        else if (!op->memory_size && v)
-            plan.dead[index_of(v)] = 1;
-        else
-            return 0;
+        Region *v = find(&next, op->slot);
+        if (!op->memory_size) {
+            if (!v)
+                return 0;
+            v->memory_size = 0;
+        } else if (v) {
+            if (!same_extent(v, op) || !same_memory(v, op))
+                return 0;
+            v->flags = op->flags;
+        } else {
+            EACH(o, &next)
+                if (overlaps(o, op))
+                    return 0;
+            if (!put(&next, op, MAX_SLOTS))
+                return 0;
+        }
     }
     return 1;
 }
 
-/* The same memory at the same place, as the same kind. */
-static _Bool continues(const Region *k, const Region *r) {
-    return overlaps(k, r) && !((k->flags ^ r->flags) & KVM_MEM_READONLY) &&
-           k->userspace_addr - k->guest_phys_addr == r->userspace_addr - r->guest_phys_addr;
+static _Bool has_rings(void) {
+    struct kvm_dirty_log none = {.slot = 0xffff};
+
+    if (!rings)
+        rings = next_ioctl(vm_fd, KVM_GET_DIRTY_LOG, &none) && errno == ENXIO ? 2 : 1;
+    return rings == 2;
 }
 
-static Region common(const Region *k, const Region *r) {
-    Region c = *k;
-    uint64_t end = end_of(k) < end_of(r) ? end_of(k) : end_of(r);
-    if (r->guest_phys_addr > c.guest_phys_addr) {
-        c.userspace_addr += r->guest_phys_addr - c.guest_phys_addr;
-        c.guest_phys_addr = r->guest_phys_addr;
-    }
-    c.memory_size = end - c.guest_phys_addr;
-    c.flags = r->flags;
-    return c;
-}
-
-/* What becomes of the pieces of slots that go. */
-static _Bool plan_pieces(void) {
-    plan.nparts = 0;
-    plan.cuts = 0;
-    for (int i = 0; i < pieces.used; i++) {
-        const Region *k = &pieces.at[i].r;
-        plan.keeps[i] = OTHER;
-        if (!k->memory_size || !plan.dead[pieces.at[i].owner])
+/* What is left of a piece in slots that are new.  False when it is too much. */
+static _Bool cut(const Region *k) {
+    for (int i = 0; i < queued; i++) {
+        const Region *v = queue[i].memory_size ? find(&next, queue[i].slot) : NULL;
+        if (!v || !overlaps(k, v) || !same_memory(k, v))
             continue;
-        plan.keeps[i] = GONE;
-        for (int f = 0; f < plan.nfresh && plan.keeps[i] == GONE; f++) {
-            if (!continues(k, &plan.fresh[f]))
-                continue;
-            Region c = common(k, &plan.fresh[f]);
-            if (c.memory_size == k->memory_size) {
-                plan.keeps[i] = f;
-            } else if (plan.nparts < MAX_OPS) {
-                plan.part_of[plan.nparts] = f;
-                plan.part[plan.nparts++] = c;
-                plan.cuts = 1;
-            } else {
-                return 0;
-            }
-        }
-        plan.cuts |= plan.keeps[i] == GONE && is_logged(k);
+        if (nparts == MAX_OPS)
+            return 0;
+        Region part = k->guest_phys_addr < v->guest_phys_addr ? *v : *k;
+        uint64_t end = end_of(k) < end_of(v) ? end_of(k) : end_of(v);
+        part.slot = v->slot;
+        part.flags = v->flags;
+        part.memory_size = end - part.guest_phys_addr;
+        _Bool known = 0; /* a slot may be in the queue twice, for its flags */
+        for (int j = 0; j < nparts; j++)
+            known |= overlaps(&parts[j], &part);
+        if (!known)
+            parts[nparts++] = part;
     }
-    /* every new slot may need a piece before, between and behind the old ones */
-    return plan.nfresh <= room(&slots) && pieces.used + plan.nparts + 2 * plan.nfresh < MAX_SLOTS;
-}
-
-/* The parts of a slot for which KVM has no piece yet. */
-static int add_rest(const struct slot *v) {
-    int rc = 0;
-
-    for (uint64_t at = v->r.guest_phys_addr; at < end_of(&v->r) && !rc;) {
-        uint64_t end = end_of(&v->r);
-        _Bool covered = 0;
-        for (int i = 0; i < pieces.used && !covered; i++) {
-            const Region *k = &pieces.at[i].r;
-            if (!is_piece_of(&pieces.at[i], v))
-                continue;
-            covered = k->guest_phys_addr <= at && at < end_of(k);
-            if (covered)
-                at = end_of(k);
-            else if (k->guest_phys_addr > at && k->guest_phys_addr < end)
-                end = k->guest_phys_addr;
-        }
-        if (covered)
-            continue;
-        Region r = v->r;
-        r.guest_phys_addr = at;
-        r.userspace_addr += at - v->r.guest_phys_addr;
-        r.memory_size = end - at;
-        rc = add_piece(&r, v);
-        at = end;
-    }
-    return rc;
-}
-
-static int issue_plan(void) {
-    static int now_at[MAX_OPS];
-    int rc = 0;
-
-    for (int i = 0; i < slots.used; i++)
-        if (plan.dead[i])
-            slots.at[i].r.memory_size = 0;
-    for (int f = 0; f < plan.nfresh; f++)
-        now_at[f] = index_of(put(&slots, &plan.fresh[f], 0));
-    for (int i = 0, n = pieces.used; i < n && !rc; i++) {
-        struct slot *k = &pieces.at[i];
-        int f = plan.keeps[i];
-        if (f == GONE) {
-            rc = delete_piece(k);
-        } else if (f >= 0) {
-            k->owner = now_at[f];
-            chan->kept++;
-            if (k->r.flags != plan.fresh[f].flags) {
-                k->r.flags = plan.fresh[f].flags;
-                rc = give(&k->r, 0);
-            }
-        }
-    }
-    for (int i = 0; i < plan.nparts && !rc; i++)
-        rc = add_piece(&plan.part[i], &slots.at[now_at[plan.part_of[i]]]);
-    for (int f = 0; f < plan.nfresh && !rc; f++)
-        rc = add_rest(&slots.at[now_at[f]]);
-    return rc;
+    return 1;
 }
 
 static void hole(void) {
-    if (!plan_slots()) {
-        inhibit(); /* and now they are known */
+    _Bool forgets = 0, fits = 1;
+    uint64_t kept = 0;
+
+    if (has_rings() || !plan()) {
+        inhibit(); /* and now the slots are known */
+        if (has_rings())
+            give_up(DIRTY_RINGS);
         return;
     }
-    if (!plan_pieces()) {
-        inhibit();
-        give_up(TOO_MANY);
+    nparts = 0;
+    EACH(k, &pieces) {
+        const Region *was = slot_of(&slots, k), *v = slot_of(&next, k);
+        forgets |= is_logged(k) && (!v || !is_logged(v));
+        kept += v && (!was || !same_extent(v, was));
+        fits &= v || cut(k);
+    }
+    int cuts = nparts;
+    uint32_t why = NONE;
+    if (!fits)
+        why = TOO_MANY;
+    else if ((cuts || forgets || (atomic_load(&chan->strict) && needs_park())) && !park())
+        why = NOT_STOPPED;
+    if (why) {
+        nparts = 0;
+        if (why == TOO_MANY)
+            inhibit();
+        else
+            issue_queue();
+        give_up(why);
         return;
     }
-    if ((plan.cuts || (chan->strict && needs_park())) && !park()) {
-        issue_queue();
-        give_up(NOT_STOPPED);
+    slots.used = next.used;
+    memcpy(slots.at, next.at, next.used * sizeof *next.at);
+    int rc = settle(0), e = errno;
+    queued = nparts = 0;
+    if (rc) {
+        give_up(e == ENOSPC ? TOO_MANY : KVM_REFUSED);
         return;
     }
-    chan->splits += plan.cuts;
-    if (issue_plan())
-        give_up(KVM_REFUSED);
+    chan->splits += !!cuts;
+    chan->kept += kept;
 }
 
 /* -- transactions ------------------------------------------------------------------------------------ */
-
-static void count_slots(void) {
-    chan->slots = MAX_SLOTS - room(&slots);
-    chan->pieces = MAX_SLOTS - room(&pieces);
-}
 
 static void end_transaction(void) {
     int e = errno;
 
     mine = 0; /* at once: QEMU's functions that are called here unlock, too */
     pthread_mutex_lock(&lock);
-    uint32_t mode = atomic_load(&chan->mode);
-    if (mode == HOLE)
+    if (waits && opened_mode == HOLE && atomic_load(&chan->mode) == HOLE)
         hole();
     else
         inhibit();
     unpark();
     chan->transactions++;
-    note(EV_TRANSACTION, NULL, opened_ns, queued, mode);
-    queued = 0;
-    if (blind && mode != OBSERVE)
-        give_up(TOO_MANY);
+    note(EV_TRANSACTION, NULL, opened_ns, asked, opened_mode);
     count_slots();
-    atomic_store(&open_tid, 0);
+    is_open = 0;
     pthread_mutex_unlock(&lock);
     errno = e;
 }
 
+/* What waits goes to KVM at once, and vCPUs are kept out from now to the end, as in `pause`. */
+static void wait_no_longer(void) {
+    _Bool stopped = park();
+    issue_queue();
+    waits = 0;
+    if (!stopped)
+        give_up(NOT_STOPPED);
+}
+
 /* The mode that the agent wants, between two transactions.  `lock` is held. */
 static void take_mode(void) {
-    uint32_t want = atomic_load(&chan->want), mode = atomic_load(&chan->mode);
+    uint32_t want = atomic_load(&chan->want), mode = atomic_load(&chan->mode), why;
 
-    if (want == mode || atomic_load(&open_tid))
+    if (is_open)
         return;
-    if (want == OFF || want > HOLE || (want > OBSERVE && (blind || !atomic_load(&chan->armed))))
-        give_up(blind ? TOO_MANY : NOT_STOPPED);
-    else if (want == HOLE && rings)
+    if ((why = atomic_exchange(&surprise, NONE)))
+        give_up(why);
+    else if (want == mode)
+        return;
+    else if (want == OFF || want > HOLE || (want > OBSERVE && !atomic_load(&chan->armed)))
+        give_up(NOT_READY);
+    else if (want > OBSERVE && region2_used)
+        give_up(REGION2_USED);
+    else if (want == HOLE && vm_fd >= 0 && has_rings())
         give_up(DIRTY_RINGS);
-    else if (mode == HOLE && !restore())
+    else if (mode == HOLE && !restore(0))
         give_up(NOT_STOPPED);
     else
         set_mode(want, NONE);
     count_slots();
 }
 
-static _Bool may_wait(const Region *op) {
-    const struct slot *v = find(&slots, op->slot);
-    return set_dirty || !v || !is_logged(&v->r);
+static void open_transaction(void) {
+    uint32_t mode = atomic_load(&chan->mode);
+
+    if (mode > OBSERVE && may_lose())
+        give_up(NO_SAVE);
+    else if (mode == PAUSE && !park())
+        give_up(NOT_STOPPED);
+    mine = is_open = 1;
+    asked = 0;
+    opened_mode = atomic_load(&chan->mode);
+    waits = opened_mode >= INHIBIT;
 }
 
 static int set_region(int fd, Region *op) {
     uint64_t t = now();
     int rc = 0;
 
-    if (mine && queued == MAX_OPS)
-        end_transaction();
     pthread_mutex_lock(&lock);
     if (vm_fd < 0)
         vm_fd = fd;
     if (fd != vm_fd) { /* another VM of this process: none of ours */
         pthread_mutex_unlock(&lock);
-        return raw_ioctl(fd, KVM_SET_USER_MEMORY_REGION, op);
+        return next_ioctl(fd, KVM_SET_USER_MEMORY_REGION, op);
     }
     take_mode();
-    uint32_t mode = atomic_load(&chan->mode);
-    if (mode != OFF && !atomic_load(&open_tid) && !op->memory_size) {
-        if (mode > OBSERVE && !may_wait(op)) {
-            give_up(NO_SAVE);
-        } else if (mode == PAUSE && !park()) {
-            give_up(NOT_STOPPED);
-        } else {
-            mine = 1;
-            opened_ns = t;
-            atomic_store(&open_tid, tid());
-        }
+    if (!is_open && !op->memory_size && atomic_load(&chan->mode) != OFF) {
+        open_transaction();
+        opened_ns = t;
     }
-    if (mine && mode >= INHIBIT)
+    if (mine && queued == MAX_OPS) {
+        wait_no_longer();
+        give_up_later(TOO_MANY);
+    }
+    if (mine && waits)
         queue[queued++] = *op;
     else
-        rc = blind ? give(op, 0) : carry_out(op);
+        rc = carry_out(op);
     int e = errno;
-    if (blind && mode != OBSERVE)
-        give_up(TOO_MANY);
+    asked += mine;
     note(EV_QEMU, op, t, rc ? -e : 0, mine);
     count_slots();
     pthread_mutex_unlock(&lock);
@@ -803,16 +856,16 @@ static int set_region(int fd, Region *op) {
 }
 
 static int region2(int fd, Region *op) { /* begins as the former; stamped only */
-    uint64_t t = now();
-
     if (mine)
         end_transaction();
     pthread_mutex_lock(&lock);
-    blind = 1;
+    region2_used = 1;
     if (atomic_load(&chan->mode) > OBSERVE)
         give_up(REGION2_USED);
-    int rc = raw_ioctl(fd, REGION2, op), e = errno;
-    note(EV_QEMU, op, t, rc < 0 ? -e : 0, 0);
+    uint64_t t = now();
+    int rc = next_ioctl(fd, REGION2, op), e = errno;
+    note(EV_KVM, op, t, rc ? -e : 0, 0);
+    note(EV_QEMU, op, t, rc ? -e : 0, 0);
     pthread_mutex_unlock(&lock);
     errno = e;
     return rc;
@@ -822,19 +875,17 @@ static int dirty_log(int fd, unsigned long request, void *arg) {
     uint32_t id = *(uint32_t *)arg; /* the first field of both */
     int rc;
 
-    for (int i = 0; mine && i < queued; i++)
-        if (queue[i].slot == id) { /* of a slot that waits to be added or deleted */
-            end_transaction();
-            break;
-        }
     pthread_mutex_lock(&lock);
-    struct slot *v = fd == vm_fd ? find(&slots, id) : NULL;
+    for (int i = 0; mine && i < queued; i++)
+        if (queue[i].slot == id)
+            wait_no_longer();
+    const Region *v = fd == vm_fd ? find(&slots, id) : NULL;
     if (!v || is_whole(v)) {
-        rc = raw_ioctl(fd, request, arg);
+        rc = next_ioctl(fd, request, arg);
     } else {
         chan->translated++;
-        rc = (uint32_t)request == KVM_GET_DIRTY_LOG ? get_dirty_log(fd, arg, v)
-                                                    : clear_dirty_log(fd, arg, v);
+        rc = (uint32_t)request == KVM_GET_DIRTY_LOG ? get_dirty_log(arg, v)
+                                                    : clear_dirty_log(arg, v);
     }
     int e = errno;
     pthread_mutex_unlock(&lock);
@@ -845,8 +896,8 @@ static int dirty_log(int fd, unsigned long request, void *arg) {
 /* -- the four imports ---------------------------------------------------------------------------------- */
 
 static int run(int fd, void *arg) {
-    if (unlikely(!me) && !enrol(fd))
-        return raw_ioctl(fd, KVM_RUN, arg);
+    struct vcpu *v = likely(me) ? me : enrol(fd);
+
     if (unlikely(mine))
         end_transaction();
     if (unlikely(atomic_load_explicit(&chan->want, memory_order_relaxed) !=
@@ -855,25 +906,24 @@ static int run(int fd, void *arg) {
         take_mode();
         pthread_mutex_unlock(&lock);
     }
-    struct vcpu *v = me;
+    if (unlikely(!v))
+        return next_ioctl(fd, KVM_RUN, arg);
     v->epoch = chan->epoch;
-    for (uint64_t since = 0;;) {
+    for (uint64_t left = RUN_NS;;) {
         atomic_store(&v->inside, 1);
-        if (likely(!atomic_load(&chan->parked)))
+        if (likely(!atomic_load(&chan->parked)) || !left)
             break;
         atomic_store(&v->inside, 0);
         futex(&v->inside, FUTEX_WAKE, 1, 0);
-        if (!since)
-            since = now();
-        while (atomic_load(&chan->parked) && now() - since < RUN_NS)
-            futex(&chan->parked, FUTEX_WAIT, 1, 5000000);
-        if (now() - since >= RUN_NS) { /* rule 2 */
-            atomic_store(&v->inside, 1);
-            break;
+        while (atomic_load(&chan->parked) && left)
+            left = wait_step(&chan->parked, 1, left);
+        if (!left) { /* rule 2 */
+            note(EV_PARK, NULL, now() - RUN_NS, -EBUSY, 0);
+            give_up_later(HELD);
         }
     }
     v->runs++;
-    int r = raw_ioctl(fd, KVM_RUN, arg), e = errno;
+    int r = next_ioctl(fd, KVM_RUN, arg), e = errno;
     atomic_store(&v->inside, 0);
     if (unlikely(atomic_load(&chan->parked)))
         futex(&v->inside, FUTEX_WAKE, 1, 0);
@@ -892,12 +942,8 @@ static int our_ioctl(int fd, unsigned long request, void *arg) {
         return dirty_log(fd, request, arg);
     case REGION2:
         return region2(fd, arg);
-    case RESET_DIRTY_RINGS:
-        rings = 1;
-        if (atomic_load(&chan->mode) == HOLE)
-            atomic_store(&chan->want, INHIBIT);
     }
-    return raw_ioctl(fd, request, arg);
+    return next_ioctl(fd, request, arg);
 }
 
 static int our_unlock(pthread_mutex_t *m) {
@@ -924,13 +970,13 @@ static struct {
     const char *name;
     void *ours, **at, *was;
 } imports[] = {
-    {"ioctl", our_ioctl, NULL, NULL},
-    {"pthread_mutex_unlock", our_unlock, NULL, NULL},
-    {"pthread_cond_wait", our_wait, NULL, NULL},
-    {"pthread_cond_timedwait", our_timedwait, NULL, NULL},
+    {.name = "ioctl", .ours = our_ioctl},
+    {.name = "pthread_mutex_unlock", .ours = our_unlock},
+    {.name = "pthread_cond_wait", .ours = our_wait},
+    {.name = "pthread_cond_timedwait", .ours = our_timedwait},
 };
 #define IMPORTS (int)(sizeof imports / sizeof *imports)
-static uintptr_t relro, relro_end;
+static uintptr_t relro, relro_end, binary, binary_end;
 
 static void find_imports(uintptr_t base, const ElfW(Rela) *rela, size_t n, const ElfW(Sym) *symbols,
                          const char *names) {
@@ -958,6 +1004,10 @@ static int main_binary(struct dl_phdr_info *info, size_t size, void *data) {
         uintptr_t at = info->dlpi_addr + p->p_vaddr;
         if (p->p_type == PT_DYNAMIC)
             d = (void *)at;
+        if (p->p_type == PT_LOAD && p->p_flags & PF_X) {
+            binary = at;
+            binary_end = at + p->p_memsz;
+        }
         if (p->p_type == PT_GNU_RELRO) {
             relro = at & ~(PAGE - 1);
             relro_end = (at + p->p_memsz) & ~(PAGE - 1);
@@ -979,6 +1029,28 @@ static int main_binary(struct dl_phdr_info *info, size_t size, void *data) {
     return 1; /* the first object is the main binary: no other is looked at */
 }
 
+/* What the imports are bound to, once: threads may be on their way through it ever after. */
+static _Bool find_next(void) {
+    void *to[IMPORTS];
+
+    dl_iterate_phdr(main_binary, NULL);
+    for (int h = 0; h < IMPORTS; h++) {
+        if (!imports[h].at)
+            return 0;
+        to[h] = imports[h].was = *imports[h].at;
+        /* not bound yet: the binder would write over our hook */
+        if ((uintptr_t)to[h] >= binary && (uintptr_t)to[h] < binary_end)
+            to[h] = dlsym(RTLD_NEXT, imports[h].name);
+        if (!to[h])
+            return 0;
+    }
+    next_ioctl = to[0];
+    next_unlock = to[1];
+    next_wait = to[2];
+    next_timedwait = to[3];
+    return 1;
+}
+
 static int patch(void **at, void *to) {
     uintptr_t page = (uintptr_t)at & ~(PAGE - 1);
     _Bool read_only = page >= relro && page < relro_end;
@@ -988,6 +1060,8 @@ static int patch(void **at, void *to) {
     atomic_store((_Atomic(void *) *)at, to);
     return read_only ? mprotect((void *)page, PAGE, PROT_READ) : 0;
 }
+
+static void in_child(void) { mine = 0; } /* of fork: it has no part in a transaction */
 
 static _Bool open_channel(void) {
     if (chan)
@@ -1005,6 +1079,7 @@ static _Bool open_channel(void) {
     chan = p; /* the descriptor stays: the agent finds it by its name */
     chan->size = sizeof *chan;
     chan->magic = CHANNEL_MAGIC;
+    pthread_atfork(NULL, NULL, in_child);
     return 1;
 }
 
@@ -1018,24 +1093,20 @@ static int attach(void) {
         return NO_QEMU;
     if (atomic_load(&chan->hooked))
         return DONE;
+    if (!next_ioctl && !find_next())
+        return NO_IMPORTS;
+    pthread_mutex_lock(&lock); /* a thread may be late on its way out of the last time */
     region_of = dlsym(RTLD_DEFAULT, "memory_region_from_host");
-    set_dirty = dlsym(RTLD_DEFAULT, "memory_region_set_dirty");
-    if (!region_of)
-        set_dirty = NULL;
-    dl_iterate_phdr(main_binary, NULL);
-    for (int h = 0; h < IMPORTS; h++) {
-        if (!imports[h].at)
-            return NO_IMPORTS;
-        imports[h].was = *imports[h].at;
-    }
-    next_unlock = imports[1].was;
-    next_wait = imports[2].was;
-    next_timedwait = imports[3].was;
-    slots.used = pieces.used = 0;
-    blind = 0;
+    size_of = dlsym(RTLD_DEFAULT, "memory_region_size");
+    set_dirty = region_of && size_of ? dlsym(RTLD_DEFAULT, "memory_region_set_dirty") : NULL;
+    slots.used = pieces.used = rings = 0;
+    vm_fd = -1;
+    region2_used = 0;
+    atomic_store(&surprise, NONE);
     atomic_fetch_add(&chan->epoch, 1);
     atomic_store(&chan->want, OBSERVE);
     set_mode(OBSERVE, NONE);
+    pthread_mutex_unlock(&lock);
     for (int h = IMPORTS - 1; h >= 0; h--)
         if (patch(imports[h].at, imports[h].ours)) {
             for (; h < IMPORTS; h++)
@@ -1050,13 +1121,16 @@ static int attach(void) {
 static int detach(void) {
     if (!atomic_load(&chan->hooked))
         return DONE;
-    for (uint64_t t = now(); pthread_mutex_trylock(&lock) || atomic_load(&open_tid); usleep(100)) {
-        if (atomic_load(&open_tid))
-            pthread_mutex_unlock(&lock);
-        if (now() - t > CLOSE_NS)
+    for (uint64_t left = CLOSE_NS;; left = wait_step(&chan->hooked, 1, left)) {
+        if (!left)
             return BUSY;
+        if (pthread_mutex_trylock(&lock))
+            continue;
+        if (!is_open)
+            break;
+        pthread_mutex_unlock(&lock);
     }
-    _Bool restored = restore();
+    _Bool restored = restore(0);
     if (restored) {
         atomic_store(&chan->want, OFF);
         set_mode(OFF, NONE);

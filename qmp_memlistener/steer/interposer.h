@@ -27,7 +27,9 @@ enum refusal {
     KVM_REFUSED,   /* KVM refused an operation of ours; QEMU's own slots were put back */
     REGION2_USED,  /* KVM_SET_USER_MEMORY_REGION2: not understood here */
     DIRTY_RINGS,   /* they carry ids of slots: no hole */
-    NO_MEMORY,     /* no memory for a bitmap */
+    NO_MEMORY,     /* no memory for a bitmap: all of its pages counted as dirty */
+    NOT_READY,     /* not armed, or no such mode */
+    HELD,          /* a vCPU was kept out of KVM_RUN for RUN_NS, and then let in */
 };
 
 /* What attach and detach return. */
@@ -38,7 +40,7 @@ enum kind {
     EV_KVM,         /* an operation that KVM was given; extra: pages that a delete
                      * took away, 0: not known */
     EV_PARK,        /* vCPUs kept out of KVM_RUN; extra: how many had to be stopped */
-    EV_TRANSACTION, /* from its first delete to the release of the BQL; rc: operations that waited */
+    EV_TRANSACTION, /* from its first delete to the release of the BQL; rc: operations of QEMU's */
     EV_MODE,        /* rc: the mode from now on; extra: enum refusal */
     EV_SAVED,       /* dirty bits of a slot handed to QEMU; extra: their number */
 };
