@@ -111,13 +111,17 @@ def _steering(monitor: Monitor, facts: GuestFacts) -> Check:
     process = Process.read(pid) if pid is not None else None
     if process is None or process.start_ticks != monitor.identity.start_ticks:
         return Check("steer", False, "QEMU's process is not visible here")
-    old = monitor.version.major < 8
-    strategies = "observe, pause, inhibit, hole" if old else "observe, hole"
-    try:
-        judge(process, monitor.version, kvm=facts.kvm, wanted=Mode.OBSERVE)
-    except MissingPrerequisite as exc:
-        return Check("steer", False, exc.message, exc.remedy)
-    return Check(f"steer ({strategies})", True)
+    works, refused = [], []
+    for mode in (Mode.OBSERVE, Mode.PAUSE, Mode.INHIBIT, Mode.HOLE):
+        try:
+            judge(process, monitor.version, kvm=facts.kvm, wanted=mode)
+        except MissingPrerequisite as exc:
+            refused.append(exc)
+        else:
+            works.append(str(mode))
+    if works:
+        return Check(f"steer ({', '.join(works)})", True)
+    return Check("steer", False, refused[0].message, refused[0].remedy)
 
 
 def check_host() -> list[Check]:

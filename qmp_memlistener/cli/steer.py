@@ -85,7 +85,7 @@ async def _steer(target: str, strategy: str, strict: bool) -> Steering:
         else:
             wanted = Mode[strategy.upper()]
             facts = await read_facts(monitor)
-            judge(process, monitor.version, kvm=facts.kvm, wanted=wanted)
+            await in_thread(judge, process, monitor.version, kvm=facts.kvm, wanted=wanted)
             work = asyncio.ensure_future(steer(process, wanted, strict=strict))
         try:
             return await asyncio.shield(work)

@@ -173,5 +173,5 @@ async def _steer(guest: LaunchedGuest, strategy: Mode) -> None:
     async with await Monitor.connect(UnixTarget(str(guest.monitors[0]))) as monitor:
         if process is None:
             raise TargetLost(f"QEMU (pid {guest.pid}) has ended")
-        judge(process, monitor.version, kvm=True, wanted=strategy)
+        await in_thread(judge, process, monitor.version, kvm=True, wanted=strategy)
         await steer(process, strategy)

@@ -22,7 +22,10 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-__all__ = ["HijackRefused", "MappedRange", "call", "find_restorer", "mappings"]
+__all__ = ["GLIBC", "HijackRefused", "MappedRange", "call", "find_restorer", "mappings"]
+
+GLIBC = "/libc.so.6"
+"""How the path of the C library ends that has what is called here."""
 
 _SEIZE, _INTERRUPT, _DETACH, _CONT, _SYSCALL = 0x4206, 0x4207, 17, 7, 24
 _GETREGSET, _SETREGSET, _GETSIGMASK = 0x4204, 0x4205, 0x420A

@@ -18,7 +18,7 @@ from ..errors import MissingPrerequisite
 from ..host.elf import read_elf
 from ..host.files import open_memfd
 from ..host.processes import Process, process_of
-from .hijack import HijackRefused, MappedRange, call, find_restorer, mappings
+from .hijack import GLIBC, HijackRefused, MappedRange, call, find_restorer, mappings
 
 __all__ = ["main"]
 
@@ -56,9 +56,9 @@ class _Injection:
         self._pid = process.pid
         self._code = code
         self._stopped = stopped
-        libc = _object(self._pid, "/libc.so.6")
+        libc = _object(self._pid, GLIBC)
         if not libc:
-            raise HijackRefused("it has no glibc mapped (/libc.so.6)")
+            raise HijackRefused("it has no glibc mapped")
         self._functions = _addresses(_file_of(self._pid, libc[0]), libc, _LIBC)
         self._restorer = find_restorer(self._pid, libc)
 

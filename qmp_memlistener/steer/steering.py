@@ -27,9 +27,11 @@ from pathlib import Path
 
 from ..errors import MissingPrerequisite, OperationFailed, TargetLost
 from ..host.bounded import in_thread
+from ..host.elf import read_elf
 from ..host.processes import Process
 from ..qmp.connection import QemuVersion
 from .channel import Channel, Mode, Refusal, State, open_channel
+from .hijack import GLIBC, mappings
 
 __all__ = ["OBJECT", "Steering", "judge", "release", "state_of", "steer"]
 
@@ -48,6 +50,7 @@ _ANSWERS = {
     4: "QEMU's import table cannot be written",
     5: "a transition has been under way for 50 ms, or a vCPU cannot be kept out of KVM_RUN",
 }
+_LOCKED = ("bql_locked", "qemu_mutex_iothread_locked")  # before 9.0 it had the second name
 _LATER = "no vCPU runs: it takes effect at the next transition"
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -66,7 +69,10 @@ class Steering:
 
 
 def judge(process: Process, version: QemuVersion, *, kvm: bool | None, wanted: Mode) -> None:
-    """Raises MissingPrerequisite when `wanted` cannot be applied to this QEMU."""
+    """Raises MissingPrerequisite when `wanted` cannot be applied to this QEMU.
+
+    Nothing is touched.  Reads QEMU's program file: takes some 50 ms, so call it in a thread.
+    """
     if platform.machine() != "x86_64":
         raise MissingPrerequisite(f"this is for x86-64 hosts, not {platform.machine()}")
     if not OBJECT.exists():
@@ -90,6 +96,21 @@ def judge(process: Process, version: QemuVersion, *, kvm: bool | None, wanted: M
     _judge_right(process)
     if not os.path.exists(f"/proc/{process.pid}/root/proc/self"):
         raise MissingPrerequisite("QEMU sees no /proc (-chroot), so nothing can be loaded into it")
+    _judge_program(process)
+
+
+def _judge_program(process: Process) -> None:
+    if not any(read_elf(f"/proc/{process.pid}/exe", _LOCKED).offsets):
+        raise MissingPrerequisite(
+            f"QEMU's program exports none of the functions {' and '.join(_LOCKED)}, which say "
+            "who holds the BQL",
+            remedy="use a QEMU built with modules, such as Debian's",
+        )
+    if not any(m.path.endswith(GLIBC) for m in mappings(process.pid)):
+        raise MissingPrerequisite(
+            f"QEMU (pid {process.pid}) does not use glibc ({GLIBC.lstrip('/')}), the only C "
+            "library that this works with"
+        )
 
 
 def _judge_right(process: Process) -> None:

@@ -15,6 +15,7 @@ import subprocess
 import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,7 @@ from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Monitor, UnixTarget
 from qmp_memlistener.steer import OBJECT, EventKind, Mode, State, open_channel, state_of
 from qmp_memlistener.steer.channel import number_of
+from qmp_memlistener.steer.hijack import mappings
 from tests.support.host import patience
 from tests.support.live import QEMUS, builds, skip_without_kvm
 from tests.support.verbs import Ran, run_verb
@@ -64,7 +66,7 @@ async def racing(
     args: tuple[str, ...] = (),
 ) -> AsyncIterator[tuple[LaunchedGuest, Pulse]]:
     build = build or STEERED[-1]
-    skip_without_kvm(build, "kvm")
+    skip_without_kvm(STEERED[-1] if build not in QEMUS else build, "kvm")
     args = (*boot_args(), *args)
     spec = GuestSpec(machine="pc", accel="kvm", memory=256 << 20, smp=2, args=args, env=env or {})
     async with launch(spec.on(build)) as guest:
@@ -306,6 +308,51 @@ async def test_what_cannot_be_steered_is_refused() -> None:
         async with launch(GuestSpec(machine="pc", accel="kvm").on(newer[-1])) as guest:
             ran = await steer(guest, "inhibit")
             ran.check_error(4, newer[-1].version, "observe")
+
+
+def _without_names(program: Path) -> Path:
+    """A QEMU that does not export who holds the BQL, as one that is built without modules."""
+    name = b"qemu_mutex_iothread_locked"
+    program.write_bytes(Path(STEERED[-1].binary).read_bytes().replace(name, name.swapcase()))
+    program.chmod(0o755)
+    return program
+
+
+def _mapped(process: Process) -> tuple[set[str], set[str]]:
+    """Files in its memory, and those it has open but for its monitors' sockets."""
+    opened = {f.link for f in process.file_descriptors() or ()}
+    return {m.path for m in mappings(process.pid)}, {o for o in opened if "socket:" not in o}
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("why", ["chroot", "names", "rings"])
+async def test_nothing_is_touched_where_it_cannot_work(why: str, tmp_path: Path) -> None:
+    skip_without_kvm(STEERED[-1], "kvm")
+    build, words = STEERED[-1], ""
+    args: tuple[str, ...] = ()
+    if why == "chroot":
+        if os.geteuid():
+            pytest.skip("-chroot needs root")
+        args, words = ("-chroot", str(tmp_path)), "chroot"
+    elif why == "names":
+        build = replace(build, binary=str(_without_names(tmp_path / "qemu-system-x86_64")))
+        words = "exports none"
+    else:
+        args, words = ("-accel", "kvm,dirty-ring-size=4096"), "dirty rings"
+    async with racing(High.DATA, build=build, args=args) as (guest, pulse):
+        process = Process.read(guest.pid)
+        assert process is not None
+        before = _mapped(process)
+        ran = await steer(guest, "hole")
+        ran.check_error(4, words)
+        assert ran.documents[0]["outcome"] == "refused"
+        doctor = await run_verb("doctor", f"pid:{guest.pid}", "--json")
+        (row,) = (c for c in doctor.documents[0]["checks"] if c["name"].startswith("steer"))  # type: ignore[attr-defined]
+        assert row["usable"] is (why == "rings")
+        assert "hole" not in row["name"]
+        assert state_of(process) is None
+        assert _mapped(process) == before
+        await pulse.wait_beats(2)
 
 
 @pytest.mark.asyncio
