@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import sys
+from importlib import import_module
 
 import rich_click as click
 
@@ -12,7 +13,6 @@ from .. import __version__
 from ..errors import MemListenerError, OperationFailed
 from .common import READER_GONE, Interrupted, print_error, print_traceback, printable, say
 from .signals import EXIT_CODE, signals
-from .verbs import VerbGroup
 
 __all__ = ["cli", "run"]
 
@@ -36,8 +36,18 @@ VERBS = {
 }
 
 
-class _Verbs(VerbGroup):
-    verbs = VERBS
+class _Verbs(click.RichGroup):
+    """Each verb is a module of its own with a `command`, imported when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's interface
+        return list(VERBS)
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:  # noqa: ARG002
+        if cmd_name not in VERBS:
+            return None
+        command = import_module(f".{VERBS[cmd_name]}", __package__).command
+        assert isinstance(command, click.Command)
+        return command
 
 
 @click.group(

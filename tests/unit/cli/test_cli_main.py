@@ -8,21 +8,24 @@ import sys
 from importlib import import_module
 from pathlib import Path
 
+import click
 import pytest
 
 from qmp_memlistener import __version__
-from qmp_memlistener.cli.lab import VERBS as LAB_VERBS
+from qmp_memlistener.cli import lab
 from qmp_memlistener.cli.main import VERBS
 from tests.unit.cli.cli_support import RamMap, process, run, sample_outputs, tree
 
 RAM_64M = 64 << 20
 ESCAPE = "\x1b"
 
-# every command line that does something, with its module
-LEAVES: dict[tuple[str, ...], str] = {
-    (verb,): module for verb, module in VERBS.items() if verb != "lab"
+# every command line that does something
+LEAVES: dict[tuple[str, ...], click.Command] = {
+    (verb,): import_module(f"qmp_memlistener.cli.{module}").command
+    for verb, module in VERBS.items()
+    if verb != "lab"
 }
-LEAVES |= {("lab", verb): module for verb, module in LAB_VERBS.items()}
+LEAVES |= {("lab", verb): command for verb, command in lab.command.commands.items()}
 
 
 @pytest.fixture
@@ -79,9 +82,11 @@ def test_every_verb_explains_itself_with_an_example(
 @pytest.mark.parametrize("words", LEAVES, ids=" ".join)
 def test_the_example_is_a_command_line_that_is_understood(words: tuple[str, ...]) -> None:
     """Its options are parsed; nothing is carried out."""
-    command = import_module(f"qmp_memlistener.cli.{LEAVES[words]}").command
+    command = LEAVES[words]
     (example,) = [
-        line.strip() for line in command.help.splitlines() if line.strip().startswith("Example: ")
+        line.strip()
+        for line in str(command.help).splitlines()
+        if line.strip().startswith("Example: ")
     ]
     given = example.removeprefix("Example: ").split()
     assert given[: 1 + len(words)] == ["qmp-memlistener", *words]
@@ -92,7 +97,7 @@ def test_the_example_is_a_command_line_that_is_understood(words: tuple[str, ...]
 def test_the_lab_names_its_verbs(capsys: pytest.CaptureFixture[str]) -> None:
     done = run(capsys, "lab", "--help")
     assert (done.code, done.err) == (0, "")
-    for verb in LAB_VERBS:
+    for verb in lab.command.commands:
         assert f" {verb} " in plain(done.out)
 
 
