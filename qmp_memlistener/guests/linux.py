@@ -14,6 +14,7 @@ from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Self
 
 from ..errors import DeadlineExceeded, TargetError, TargetLost
@@ -21,9 +22,8 @@ from . import layout
 from .images import Description, Images
 from .launch import GuestSpec, LaunchedGuest, launch, sized_file
 from .qemus import QemuBuild
-from .serial import SerialPort
 
-__all__ = ["AgentPort", "LinuxGuest", "LinuxImage", "LinuxSpec", "boot_linux"]
+__all__ = ["AgentPort", "LinuxGuest", "LinuxImage", "LinuxSpec", "SerialPort", "boot_linux"]
 
 BOOT_TIMEOUT = 90.0
 DEFAULT_LABEL = "6.1"
@@ -132,6 +132,54 @@ class LinuxSpec:
     pulse_us: int | None = 1000
     args: tuple[str, ...] = ()
     kernel_args: tuple[str, ...] = ()
+
+
+class SerialPort(asyncio.Protocol):
+    """A serial port of a guest: a context manager that listens at `path` for QEMU.
+
+    QEMU connects when it starts, so nothing that the guest prints is lost; who connects later is
+    ignored.  What the lines mean is up to the derived class.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._server: asyncio.Server | None = None
+        self._transport: asyncio.Transport | None = None
+        self._input = bytearray()
+
+    async def __aenter__(self) -> Self:
+        loop = asyncio.get_running_loop()
+        self._server = await loop.create_unix_server(
+            lambda: self if self._transport is None else asyncio.Protocol(), str(self.path)
+        )
+        return self
+
+    async def __aexit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._server is not None:
+            self._server.close()
+        if self._transport is not None:
+            self._transport.abort()
+
+    def line_received(self, line: bytes) -> None:
+        """A whole line, without its end."""
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        start = len(self._input)
+        self._input += data
+        while (end := self._input.find(b"\n", start)) >= 0:
+            line = bytes(self._input[:end])
+            del self._input[: end + 1]
+            start = 0
+            self.line_received(line)
 
 
 class AgentPort(SerialPort):

@@ -41,8 +41,7 @@ from ..topology import FlatRange, FlatView, MemoryMap, Transition
 from ..tracking.live_slots import UNKNOWN_BLOCK
 from ..updates.model import Strategy
 from ..updates.pause import Pause
-from .backend import MEMORY, SlotBackend, SlotWriter
-from .differences import map_differences
+from .backend import MEMORY, SlotBackend, SlotWriter, map_differences
 
 __all__ = ["Mirror", "Pauser"]
 

@@ -11,9 +11,17 @@ from .connection import CONNECT_DEADLINE, Command, Monitor, QemuVersion, Reply
 from .discovery import Guest, GuestMonitor, find_guest, find_guests
 from .events import EventStream, MonitorEvent
 from .guest import GuestFacts, MemoryDevice, read_facts
-from .hmp import Flag, hmp, hmp_line, hmp_timed
+from .hmp import (
+    Flag,
+    IdleRoundTrip,
+    Snapshot,
+    hmp,
+    hmp_line,
+    hmp_timed,
+    measure_idle,
+    take_snapshot,
+)
 from .identity import Companions, companions_of, find_owner
-from .snapshot import IdleRoundTrip, Snapshot, measure_idle, take_snapshot
 from .sockets import MonitorState
 from .targets import (
     TARGET_FORMS,

@@ -17,7 +17,7 @@ from .measured import (
     Violation,
 )
 from .mirrored import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
-from .reader import Recording, is_recording
+from .recording import Recording, RecordingWriter, is_recording
 from .records import (
     SCHEMA,
     Cause,
@@ -37,7 +37,6 @@ from .records import (
     SlotOp,
     TransitionRecord,
 )
-from .writer import RecordingWriter
 
 __all__ = [
     "Recording",

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import textwrap
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 from ..kvmlab.measuring import Totals
 from ..kvmlab.race import RaceReport, StrategyResult
 from ..kvmlab.replay.run import ReplayReport
-from .tables import Table
 from .terminal import size_text
 
-__all__ = ["race_lines", "replay_lines", "strategy_lines"]
+__all__ = ["Table", "race_lines", "replay_lines", "strategy_lines"]
 
 _WIDTH = 80
 
@@ -150,3 +150,26 @@ def _indented(text: str) -> list[str]:
 
 def _count(n: int, one: str, many: str) -> str:
     return f"{n:,} {one if n == 1 else many}"
+
+
+@dataclass(frozen=True, slots=True)
+class Table:
+    """A title, the names of columns, and rows of as many cells; the first `words` of each are
+    words or labels, the others numbers."""
+
+    title: str
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    words: int = 1
+
+    def lines(self) -> Iterator[str]:
+        """The title, an empty line, and columns under their names."""
+        yield from textwrap.wrap(self.title, 80, break_on_hyphens=False)
+        yield ""
+        widths = [max(map(len, column)) for column in zip(self.columns, *self.rows, strict=True)]
+        for row in (self.columns, *self.rows):
+            cells = [
+                cell.ljust(width) if i < self.words else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+            ]
+            yield "  ".join(cells).rstrip()

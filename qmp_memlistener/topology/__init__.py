@@ -4,8 +4,7 @@ Knows nothing of sockets, clocks or processes.
 """
 
 from .blocks import ram_blocks, shared_extents
-from .link import link
-from .memory_map import MemoryMap, read_map, read_maps
+from .memory_map import MemoryMap, link, read_map, read_maps
 from .model import FlatRange, FlatView, Hole, Kind, Mapping, RamBlock, Region
 from .mtree import Dump, parse
 from .render import Extent, Rendering, render

@@ -22,8 +22,8 @@ import msgspec
 from qmp_memlistener.errors import OperationFailed
 from qmp_memlistener.guests.images import Description, Images
 from qmp_memlistener.guests.launch import GuestSpec, launch
+from qmp_memlistener.guests.linux import SerialPort
 from qmp_memlistener.guests.qemus import QemuBuild, find_qemu
-from qmp_memlistener.guests.serial import SerialPort
 from qmp_memlistener.host.bounded import in_thread
 from tests.support.svm_files import added_files
 

@@ -5,10 +5,10 @@
 
 from __future__ import annotations
 
+from .calls import CommandSpan, Site, Window
 from .probe import UprobesProbe
 from .reader import Batch, Loss, UprobeReader
 from .release import wait_released
-from .results import CommandSpan, Site, Window
 
 __all__ = [
     "Batch",

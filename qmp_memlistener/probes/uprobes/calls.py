@@ -1,17 +1,56 @@
-"""The calls of probed functions that a thread has under way.
+"""What a thread is in, and what its hits are folded into: calls, windows, commands.
 
-Pure, fed by `windows`.
+Plain values, made by `windows`; strings are still addresses.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import msgspec
+
+from ...records import SlotOp, StallKind
 from .decode import Hit
 from .functions import Func
-from .results import Site
 
-__all__ = ["Call", "Span", "Thread"]
+__all__ = ["Call", "CommandSpan", "Site", "Span", "Thread", "Window"]
+
+
+class Site(msgspec.Struct, frozen=True, gc=False):
+    """A place in QEMU's source as the lock functions are told: address of the name, and line."""
+
+    file: int
+    line: int
+
+
+class Window(msgspec.Struct, frozen=True, gc=False):
+    """A stall in `[start_ns, end_ns)`, at least `at_least_ns` long, caused or suffered by `tid`.
+
+    COMMIT: `inner` inside another one of that thread; `updates` slot updates are in it.
+    """
+
+    kind: StallKind
+    tid: int
+    start_ns: int
+    end_ns: int
+    at_least_ns: int
+    site: Site | None = None
+    update: SlotOp | None = None
+    handoffs: int | None = None
+    inner: bool = False
+    updates: int = 0
+
+
+class CommandSpan(msgspec.Struct, frozen=True, gc=False):
+    """A command between its beginning and its end; `info` is the address of its QmpCommand.
+
+    0 for a command of an HMP monitor.
+    """
+
+    info: int
+    start_ns: int
+    end_ns: int
+
 
 _MOST = 64
 

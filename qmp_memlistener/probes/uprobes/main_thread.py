@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from ..model import StallKind
-from .results import CommandSpan, Window
+from .calls import CommandSpan, Window
 
 __all__ = ["Commands", "Pauses"]
 

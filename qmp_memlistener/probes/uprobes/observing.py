@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 from ...records import CommandRecord
 from ..model import Observation, StallKind
-from .memory import Strings
-from .names import ThreadNames
-from .results import CommandSpan, Window
+from .calls import CommandSpan, Window
+from .names import Strings, ThreadNames
 
 __all__ = ["FLOOR_NS", "QUERY_FLOOR_NS", "Observer"]
 

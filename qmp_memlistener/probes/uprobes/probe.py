@@ -15,13 +15,12 @@ from ...qmp.guest import read_vcpus, try_status
 from ...records import CommandRecord, MeasurementRecord
 from ..delivery import Inbox
 from ..model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
-from .governor import Governor
 from .names import ThreadNames
 from .observing import Observer
 from .program import examine
 from .reader import Batch, UprobeReader
 
-__all__ = ["UprobesProbe"]
+__all__ = ["Governor", "UprobesProbe"]
 
 _LIMIT = 0.5
 """Of one CPU; what the probes may take unless the user says otherwise."""
@@ -286,3 +285,39 @@ async def _within(future: Future[None]) -> None:
             f"the reader of uprobes did not answer within {_ANSWER_DEADLINE:g} s",
             remedy="is this host overloaded?",
         ) from None
+
+
+_INTERVAL_NS = 250_000_000
+_PATIENCE_NS = 1_000_000_000
+
+
+class Governor:
+    """Watches hits per second times the cost of one, as a share of one CPU.
+
+    Pure.  `limit` is that share, `hit_ns` what a hit costs.  A peak is borne: only a share above
+    the limit for more than a second is too much.
+    """
+
+    def __init__(self, limit: float, hit_ns: int, start_ns: int) -> None:
+        self.limit = limit
+        self.share = 0.0
+        """Over the last interval."""
+        self._hit_ns = hit_ns
+        self._since_ns = start_ns
+        self._good_ns = start_ns
+        self._hits = 0
+
+    def add(self, t_ns: int, hits: int) -> bool:
+        """There were `hits` until now; true when it is too much.  Begins anew after that."""
+        self._hits += hits
+        elapsed = t_ns - self._since_ns
+        if elapsed < _INTERVAL_NS:
+            return False
+        self.share = self._hits * self._hit_ns / elapsed
+        self._since_ns, self._hits = t_ns, 0
+        if self.share <= self.limit:
+            self._good_ns = t_ns
+        if t_ns - self._good_ns <= _PATIENCE_NS:
+            return False
+        self._good_ns = t_ns
+        return True

@@ -11,15 +11,15 @@ import os
 import platform
 import sys
 from dataclasses import dataclass
+from pathlib import Path
 
 from ...errors import MissingPrerequisite
 from ...host.elf import ElfFile, read_elf
 from ..model import ProbeUnavailable
 from .functions import ROLES, SYMBOLS, Func, kinds_of, resolve_roles
 from .perf import Architecture, architecture, open_dummy, open_uprobe, uprobe_pmu
-from .refusals import explain, forbidden
 
-__all__ = ["Program", "examine"]
+__all__ = ["Program", "examine", "explain", "forbidden"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,3 +117,33 @@ def _mapped(pid: int) -> list[str]:
     except OSError:
         pass
     return list(found)
+
+
+_PARANOID = Path("/proc/sys/kernel/perf_event_paranoid")
+
+
+def forbidden() -> ProbeUnavailable:
+    """We lack the privilege."""
+    try:
+        paranoid = f" (kernel.perf_event_paranoid is {_PARANOID.read_text().strip()})"
+    except OSError:
+        paranoid = ""
+    return ProbeUnavailable(
+        f"the kernel does not let this user probe QEMU{paranoid}",
+        remedy="run as root, or give the program CAP_PERFMON and run it as QEMU's user; "
+        "in a container both must hold on the host",
+    )
+
+
+def explain(error: OSError, pid: int) -> ProbeUnavailable:
+    """The error that a refused system call becomes."""
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return forbidden()
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return ProbeUnavailable(
+            f"QEMU {pid} has more threads than this process may have files open for",
+            remedy="raise the limit with `ulimit -n`",
+        )
+    if error.errno in (errno.ESRCH, errno.ENOENT):
+        return ProbeUnavailable(f"QEMU {pid} went away while it was being probed")
+    return ProbeUnavailable(f"the kernel refused to probe QEMU {pid}: {error.strerror}")

@@ -21,14 +21,13 @@ from operator import itemgetter
 from ..model import StallKind
 from .attach import Attachment, thread_ids
 from .calibrate import measure_hit
+from .calls import CommandSpan, Window
 from .decode import Hit
 from .functions import Func, Group, kinds_of, missing_kinds
-from .memory import Strings
+from .names import Strings
 from .perf import Architecture, allow_descriptors
-from .program import Program, examine
-from .refusals import explain
+from .program import Program, examine, explain
 from .release import opening, release
-from .results import CommandSpan, Window
 from .windows import Windows
 
 __all__ = ["Batch", "Loss", "UprobeReader"]

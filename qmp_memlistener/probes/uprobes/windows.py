@@ -18,11 +18,10 @@ from collections.abc import Callable
 
 from ...memslots import OpKind
 from ...records import SlotOp, StallKind
-from .calls import Call, Span, Thread
+from .calls import Call, CommandSpan, Site, Span, Thread, Window
 from .decode import Hit
 from .functions import Func
 from .main_thread import Commands, Pauses
-from .results import CommandSpan, Site, Window
 
 __all__ = ["SLOT_IOCTLS", "Windows"]
 

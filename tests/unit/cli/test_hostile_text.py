@@ -23,7 +23,7 @@ import qmp_memlistener.cli
 from qmp_memlistener.cli.common import print_error, print_json, print_table, printable, say
 from qmp_memlistener.errors import OperationFailed
 from qmp_memlistener.records import Header, Record, RecordingWriter
-from qmp_memlistener.records.reader import _TYPES
+from qmp_memlistener.records.recording import _TYPES
 from qmp_memlistener.records.records import OpenEnum
 from qmp_memlistener.reports.terminal import Narrator
 from tests.support.records import HEADER

@@ -9,7 +9,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from qmp_memlistener.memslots import Rules
-from qmp_memlistener.mirror.differences import map_differences
+from qmp_memlistener.mirror.backend import map_differences
 from qmp_memlistener.topology import FlatView
 from qmp_memlistener.updates.model import Strategy
 from tests.unit.memslots.memslots_model import PAGE, Vm, content_of, views

@@ -13,8 +13,7 @@ from msgspec.structs import replace
 from qmp_memlistener.errors import InputError, OperationFailed
 from qmp_memlistener.memslots import LOG_DIRTY_PAGES, READONLY, Op, OpKind, Slot, SlotTable
 from qmp_memlistener.memslots import plan as make_plan
-from qmp_memlistener.mirror.backend import ModelBackend, SlotWriter
-from qmp_memlistener.mirror.differences import map_differences
+from qmp_memlistener.mirror.backend import ModelBackend, SlotWriter, map_differences
 from qmp_memlistener.records import MemoryShown, MirrorDifference
 from qmp_memlistener.topology import FlatView
 from tests.unit.memslots.memslots_model import PAGE, content_of, io, pam_rom, ram, rom, views

@@ -15,6 +15,7 @@ from qmp_memlistener.errors import MissingPrerequisite
 from qmp_memlistener.host.elf import read_elf
 from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.probes import StallKind
+from qmp_memlistener.probes.uprobes.calls import CommandSpan, Site, Window
 from qmp_memlistener.probes.uprobes.decode import Decoder, Hit
 from qmp_memlistener.probes.uprobes.functions import (
     ROLES,
@@ -27,12 +28,10 @@ from qmp_memlistener.probes.uprobes.functions import (
     points_of,
     resolve_roles,
 )
-from qmp_memlistener.probes.uprobes.governor import Governor
-from qmp_memlistener.probes.uprobes.memory import Strings
-from qmp_memlistener.probes.uprobes.names import ThreadNames
+from qmp_memlistener.probes.uprobes.names import Strings, ThreadNames
 from qmp_memlistener.probes.uprobes.observing import FLOOR_NS, QUERY_FLOOR_NS, Observer
 from qmp_memlistener.probes.uprobes.perf import ARCHITECTURES
-from qmp_memlistener.probes.uprobes.results import CommandSpan, Site, Window
+from qmp_memlistener.probes.uprobes.probe import Governor
 from qmp_memlistener.probes.uprobes.windows import SLOT_IOCTLS, Windows
 from qmp_memlistener.qmp.guest import GuestVcpu
 from qmp_memlistener.records import SlotOp

@@ -11,9 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmp_memlistener.probes import StallKind
+from qmp_memlistener.probes.uprobes.calls import Window
 from qmp_memlistener.probes.uprobes.decode import Hit
 from qmp_memlistener.probes.uprobes.functions import ROLES, Func, Point
-from qmp_memlistener.probes.uprobes.results import Window
 from qmp_memlistener.probes.uprobes.windows import SLOT_IOCTLS, Windows
 
 MAIN, OTHER = 10, 11

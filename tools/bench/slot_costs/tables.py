@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Iterable, Iterator
 
 from qmp_memlistener.distribution import Distribution
-from qmp_memlistener.reports.tables import Table
+from qmp_memlistener.reports.lab import Table
 from qmp_memlistener.reports.terminal import size_text
 
 from .costs import Costs

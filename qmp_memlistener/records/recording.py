@@ -1,4 +1,7 @@
-"""Reads recordings: finished ones, growing ones, and those of older schema versions.
+"""Recordings on disk: one JSON document a line.
+
+A writer appends; a crash costs at most what is being written, the records that came at once.
+Finished recordings are read, growing ones, and those of older schema versions.
 
 Record types and keys that this version does not know are skipped; a last line that is cut off is
 not an error (the writer may be in the middle of it, or was killed there).  A line is at most
@@ -7,17 +10,20 @@ LINE_LIMIT bytes long: the map of 100,000 ranges takes some 15 MB.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import BinaryIO
+import os
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import BinaryIO, Self
 
 import msgspec
 
-from ..errors import InputError, RecordingError
+from ..errors import InputError, MissingPrerequisite, OperationFailed, RecordingError
 from ..inputs import identify_file, open_input
+from ..text import json_bytes
 from . import measured, mirrored, records
 from .records import SCHEMA, Header, Record
 
-__all__ = ["LINE_LIMIT", "Recording", "is_recording"]
+__all__ = ["LINE_LIMIT", "Recording", "RecordingWriter", "is_recording"]
 
 LINE_LIMIT = 32 << 20
 
@@ -124,3 +130,67 @@ def is_recording(path: str) -> bool:
             return b'"type":"header"' in file.readline(4096)
     except InputError:
         return False
+
+
+class RecordingWriter:
+    """Append records to a new file, which only its owner may read; a context manager.
+
+    Raises InputError when the file exists or its directory does not, MissingPrerequisite when it
+    may not be written, OperationFailed when the disk is full.
+    """
+
+    def __init__(self, path: str, header: Header) -> None:
+        self.path = path
+        self.count = 0
+        try:
+            self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
+        except FileExistsError:
+            raise InputError(
+                f"{path} exists already", remedy="name a new file: a recording is never overwritten"
+            ) from None
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise InputError(
+                f"{path} cannot be created", remedy="name a file in an existing directory"
+            ) from None
+        except OSError as exc:
+            raise MissingPrerequisite(
+                f"{path} cannot be created: {exc.strerror}", remedy="choose a writable directory"
+            ) from exc
+        self.write(header)
+
+    def write(self, record: Record) -> None:
+        """Append one record."""
+        self.write_all((record,))
+
+    def write_all(self, records: Sequence[Record]) -> None:
+        """Append records, with one write."""
+        lines = b"".join(part for record in records for part in (json_bytes(record), b"\n"))
+        try:
+            while lines:
+                lines = lines[os.write(self._fd, lines) :]
+        except OSError as exc:
+            raise OperationFailed(
+                f"{self.path} cannot be written: {exc.strerror}",
+                remedy="make room and record again; what was written so far is readable",
+            ) from exc
+        self.count += len(records)
+
+    def close(self) -> None:
+        """Flush to disk and close; further calls do nothing."""
+        if self._fd >= 0:
+            fd, self._fd = self._fd, -1
+            try:
+                os.fsync(fd)
+            finally:
+                os.close(fd)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc: BaseException | None,
+        tb: TracebackType | None,
+    ) -> None:
+        self.close()
