@@ -13,7 +13,7 @@ from itertools import pairwise
 import msgspec
 from hypothesis import strategies as st
 
-from qmp_memlistener.memslots import Op, OpKind, Slot, SlotTable
+from qmp_memlistener.memslots import Op, OpKind, Plan, Slot, SlotTable
 from qmp_memlistener.records import SlotOp
 from qmp_memlistener.topology.model import FlatRange, FlatView, Kind
 
@@ -235,3 +235,19 @@ def fold(table: SlotTable, ops: Iterable[SlotOp]) -> SlotTable:
         else:
             after.add(Slot(op.as_id, op.slot, op.gpa, op.size, op.flags))
     return after
+
+
+def ops(done: Plan) -> list[tuple[str, int, int, int, int]]:
+    """The ops as (what, slot, gpa, size, flags), all of one address space."""
+    assert {o.as_id for o in done.ops} <= {0}
+    return [(o.op.value, o.slot, o.gpa, o.size, o.flags) for o in done.ops]
+
+
+def traced(done: Plan) -> list[tuple[int, int, int, int]]:
+    """What QEMU's trace would print: slot, flags, gpa, size."""
+    lines = [as_traced(o) for o in done.ops]
+    return [(t.slot, t.flags, t.gpa, t.size) for t in lines if t is not None]
+
+
+def table_of(*slots: tuple[int, int, int, int]) -> SlotTable:
+    return SlotTable(Slot(0, i, gpa, size, flags) for i, gpa, size, flags in slots)

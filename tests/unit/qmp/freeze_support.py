@@ -18,11 +18,7 @@ from qmp_memlistener.host import state
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp.freeze import FreezeKey, process_key
 
-__all__ = ["STRANGER", "Holding", "frozen_files", "key_of", "needs_root", "place", "standing_in"]
-
-STRANGER = 65533
-ROOT = os.geteuid() == 0
-needs_root = pytest.mark.skipif(not ROOT, reason="needs root, to be other users")
+__all__ = ["Holding", "frozen_files", "key_of", "place", "standing_in"]
 
 # The user is changed after the imports: another one need not be able to read this checkout.
 _HOLD = """

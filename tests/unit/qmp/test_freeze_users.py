@@ -9,7 +9,7 @@ import os
 import shutil
 import struct
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,12 +25,11 @@ from qmp_memlistener.qmp.freeze import (
     hold_freeze,
 )
 from qmp_memlistener.qmp.targets import parse_target
+from tests.support.strangers import SQUATS, STRANGER, acting_as, needs_root
 from tests.unit.qmp.freeze_support import (
-    STRANGER,
     Holding,
     frozen_files,
     key_of,
-    needs_root,
     place,
     standing_in,
 )
@@ -118,34 +117,11 @@ def test_an_address_belongs_to_nobody_and_a_socket_to_its_owner(shm: Path) -> No
 # -- what strangers cannot do --------------------------------------------------------------------
 
 
-@contextmanager
-def acting_as(uid: int) -> Iterator[None]:
-    """File operations of this thread are that user's."""
-    os.setegid(uid)
-    os.seteuid(uid)
-    try:
-        yield
-    finally:
-        os.seteuid(0)
-        os.setegid(0)
-
-
-def squat_directory(name: Path) -> None:
-    name.mkdir(mode=0o777)
-
-
-def squat_link(name: Path) -> None:
-    name.symlink_to("/etc")
-
-
-def squat_file(name: Path) -> None:
-    name.write_text("x")
-
-
-@pytest.mark.parametrize("squat", [squat_directory, squat_link, squat_file])
+@pytest.mark.parametrize("squat", SQUATS)
 @pytest.mark.asyncio
-async def test_taking_the_name_of_the_directory(shm: Path, key: FreezeKey, squat: object) -> None:
-    assert callable(squat)
+async def test_taking_the_name_of_the_directory(
+    shm: Path, key: FreezeKey, squat: Callable[[Path], None]
+) -> None:
     with acting_as(STRANGER):
         squat(shm / "qmp-memlistener-0")
     for _ in range(2):  # the second time in the directory that is there by now
