@@ -157,7 +157,7 @@ async def test_outside_a_loop_it_is_raised() -> None:
 
 STUCK = """
 async def main():
-    ready()
+    os.write(2, b"ready")
     try:
         for _ in range(100):
             say("x" * 65536)
@@ -180,7 +180,9 @@ async def test_a_write_that_nobody_reads_does_not_keep_it() -> None:
         limit=1,  # the pipe is read no further than this
     )
     assert process.stderr is not None
-    await asyncio.sleep(1.5)
+    async with asyncio.timeout(30):
+        await process.stderr.readuntil(b"ready")
+    await asyncio.sleep(0.5)  # until the pipe is full
     process.send_signal(signal.SIGTERM)
     async with asyncio.timeout(10):
         assert await process.stderr.readuntil(b"put back")
