@@ -37,3 +37,8 @@ def test_a_distribution_is_in_order(values: list[int]) -> None:
 
 def test_a_distribution_of_nothing_is_all_zero() -> None:
     assert Distribution.of([]) == Distribution()
+
+
+def test_what_was_not_measured_is_null_and_not_zero() -> None:
+    assert set(Distribution.of([]).as_us().values()) == {None}
+    assert set(Distribution.of([0]).as_us().values()) == {0}

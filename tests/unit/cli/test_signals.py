@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import select
 import signal
 import sys
 import time
@@ -157,7 +159,6 @@ async def test_outside_a_loop_it_is_raised() -> None:
 
 STUCK = """
 async def main():
-    os.write(2, b"ready")
     try:
         for _ in range(100):
             say("x" * 65536)
@@ -173,23 +174,25 @@ except s.Interrupted:
 
 @pytest.mark.asyncio
 async def test_a_write_that_nobody_reads_does_not_keep_it() -> None:
+    unread, out = os.pipe()
     process = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-c", _PRELUDE + STUCK),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        limit=1,  # the pipe is read no further than this
+        *(sys.executable, "-c", _PRELUDE + STUCK), stdout=out, stderr=asyncio.subprocess.PIPE
     )
-    assert process.stderr is not None
-    async with asyncio.timeout(30):
-        await process.stderr.readuntil(b"ready")
-    await asyncio.sleep(0.5)  # until the pipe is full
-    process.send_signal(signal.SIGTERM)
-    async with asyncio.timeout(10):
-        assert await process.stderr.readuntil(b"put back")
-        while process.returncode is None:  # noqa: ASYNC110 (reading it would free it)
-            await asyncio.sleep(0.02)
-    await process.communicate()
-    assert process.returncode == 130
+    try:
+        async with asyncio.timeout(30):
+            while select.select([], [out], [], 0)[1]:  # noqa: ASYNC110 (a pipe that becomes full)
+                await asyncio.sleep(0.02)
+        process.send_signal(signal.SIGTERM)
+        assert process.stderr is not None
+        async with asyncio.timeout(10):
+            assert await process.stderr.readuntil(b"put back")
+            assert await process.wait() == 130
+    finally:
+        if process.returncode is None:
+            process.kill()
+        await process.communicate()
+        os.close(unread)
+        os.close(out)
 
 
 TELLING = """
@@ -231,3 +234,27 @@ sys.exit(7)
 """
     code, out, _, _ = await run(program, signal.SIGTERM)
     assert (code, out.split()[-1]) == (7, "True")
+
+
+_IMPORTING = """
+import os, signal, sys
+class Interrupting:  # a Ctrl-C while the verbs are imported
+    def find_spec(self, name, path, target=None):
+        if name == "qmp_memlistener.cli.main":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+from qmp_memlistener.__main__ import run
+run()
+"""
+
+
+@pytest.mark.asyncio
+async def test_before_the_verbs_have_handlers_it_just_ends() -> None:
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _IMPORTING),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    async with asyncio.timeout(30):
+        assert await process.communicate() == (b"", b"")
+    assert process.returncode == -signal.SIGINT
