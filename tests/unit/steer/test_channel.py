@@ -108,3 +108,24 @@ def test_the_modes_are_written_by_their_numbers() -> None:
             channel.want(mode)
             assert struct.unpack("<I", os.pread(writer.fd, 4, layout._WANT_AT)) == (number,)
             assert channel.state().want is mode
+
+
+def test_a_vcpu_counts_as_seen_since_this_attach_or_while_it_is_inside() -> None:
+    """The interposer was taken out and brought in again; the threads are the same."""
+    with ring() as (writer, channel):
+        assert channel.vcpus() == []
+        vcpus = (
+            (1, 71, 5, 1, 9),
+            (0, 72, 6, 1, 8),
+            (0, 73, 7, 2, 7),
+        )  # inside, tid, fd, epoch, runs
+        for n, fields in enumerate(vcpus):
+            writer.put(layout._VCPU_AT + n * layout._VCPU.size, "<4IQ", *fields)
+        writer.put(32, "<I", len(vcpus))
+        writer.put(56, "<I", 2)
+        assert (channel.state().vcpus, channel.state().epoch) == (3, 2)
+        assert [(v.tid, v.seen, v.runs) for v in channel.vcpus()] == [
+            (71, True, 9),
+            (72, False, 8),
+            (73, True, 7),
+        ]
