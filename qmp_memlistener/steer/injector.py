@@ -64,14 +64,28 @@ class _Injection:
 
     def run(self, verb: str) -> None:
         name = f"qmp_memlistener_{verb}"
-        ours = _object(self._pid, f"/memfd:{_CODE} (deleted)") or _object(
-            self._pid, f"/{self._code.name}"
-        )
+        self._tidy()
+        ours = self._loaded()
         if not ours:
             if verb == "detach":
                 return
             ours = self._load()
         self._call(_addresses(str(self._code), ours, (name,))[name])
+
+    def _tidy(self) -> None:
+        """Close the memfd that an injector left which was killed.
+
+        What that one began in QEMU is over when the main thread can be taken again.
+        """
+        while (found := open_memfd(self._process, _CODE)) is not None:
+            number, handle = found
+            os.close(handle)
+            self._call(self._functions["close"], number)
+
+    def _loaded(self) -> list[MappedRange]:
+        return _object(self._pid, f"/memfd:{_CODE} (deleted)") or _object(
+            self._pid, f"/{self._code.name}"
+        )
 
     def _load(self) -> list[MappedRange]:
         """Our object, from a memfd of QEMU's: no file in its namespaces, no right of its user."""
@@ -84,7 +98,7 @@ class _Injection:
             file.write(self._code.read_bytes())
         self._call(self._functions["dlopen"], f"/proc/self/fd/{number}".encode(), _RTLD_NOW)
         self._call(self._functions["close"], number)
-        ours = _object(self._pid, f"/memfd:{_CODE} (deleted)")
+        ours = self._loaded()
         if not ours:
             raise HijackRefused(
                 "its dynamic linker did not load the object (another libc, or no /proc)"

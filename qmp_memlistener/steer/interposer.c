@@ -66,7 +66,7 @@
 #define PARK_NS 500000000ull /* for all vCPUs to leave KVM_RUN */
 #define RUN_NS 2000000000ull /* a vCPU is kept out of KVM_RUN */
 #endif
-#define CLOSE_NS 50000000ull /* detach waits for the end of a transaction */
+#define CLOSE_NS 80000000ull /* detach waits for the end of a transaction */
 #define STEP_NS 1000000ull   /* all waits look again after this */
 #define PAGE 4096ull
 #define likely(x) __builtin_expect(!!(x), 1)
@@ -94,6 +94,7 @@ static int vm_fd = -1;
 static int rings;          /* dirty rings are in use: 0 not known, 1 no, 2 yes */
 static _Bool region2_used; /* whose slots are not understood */
 static _Bool is_open;      /* a transaction is */
+static _Atomic _Bool leaving; /* detach waits: none is opened any more */
 static _Bool waits;        /* its operations do */
 static _Bool is_parked;    /* by it */
 static uint32_t opened_mode, park_stopped;
@@ -834,7 +835,8 @@ static int set_region(int fd, Region *op) {
         return next_ioctl(fd, KVM_SET_USER_MEMORY_REGION, op);
     }
     take_mode();
-    if (!is_open && !op->memory_size && atomic_load(&chan->mode) != OFF) {
+    if (!is_open && !op->memory_size && atomic_load(&chan->mode) != OFF &&
+        !atomic_load(&leaving)) {
         open_transaction();
         opened_ns = t;
     }
@@ -1121,15 +1123,19 @@ static int attach(void) {
 static int detach(void) {
     if (!atomic_load(&chan->hooked))
         return DONE;
+    atomic_store(&leaving, 1);
     for (uint64_t left = CLOSE_NS;; left = wait_step(&chan->hooked, 1, left)) {
-        if (!left)
+        if (!left) {
+            atomic_store(&leaving, 0);
             return BUSY;
+        }
         if (pthread_mutex_trylock(&lock))
             continue;
         if (!is_open)
             break;
         pthread_mutex_unlock(&lock);
     }
+    atomic_store(&leaving, 0);
     _Bool restored = restore(0);
     if (restored) {
         atomic_store(&chan->want, OFF);

@@ -40,6 +40,8 @@ _ARM_S = 2.0
 _TAKE_S = 1.0
 _STEP_S = 0.002
 _INJECT_S = 20.0
+_DETACH_S = 15.0
+_BUSY = 5
 _SYS_TGKILL = 234
 _SYS_IOCTL = 16
 _USER = "run as root or as the user that QEMU runs as"
@@ -48,7 +50,7 @@ _ANSWERS = {
     2: "it is no QEMU with KVM, or does not export the functions that tell who holds the BQL",
     3: "QEMU's program does not import what is to be redirected",
     4: "QEMU's import table cannot be written",
-    5: "a transition has been under way for 50 ms, or a vCPU cannot be kept out of KVM_RUN",
+    _BUSY: "a transition has been under way for 80 ms, or a vCPU cannot be kept out of KVM_RUN",
 }
 _LOCKED = ("bql_locked", "qemu_mutex_iothread_locked")  # before 9.0 it had the second name
 _LATER = "no vCPU runs: it takes effect at the next transition"
@@ -167,7 +169,7 @@ async def steer(process: Process, wanted: Mode, *, strict: bool = False) -> Stee
         channel.want(wanted, strict=strict)
         now = await _taken(process, channel, wanted)
         if now.mode is not wanted:
-            reason = now.refusal.words if now.refusal else _LATER
+            reason = _LATER if now.want is wanted else now.refusal.words
         return _steering(before, now, stopped, start, reason)
 
 
@@ -177,11 +179,28 @@ async def release(process: Process) -> Steering:
     if start is None or not start.hooked:
         return Steering(Mode.OFF, Mode.OFF, 0, 0, 0, 0)
     _judge_right(process)
-    stopped = await _inject(process, "detach")
+    channel = await in_thread(open_channel, process)
+    if channel is not None:
+        with channel:  # slots that were split are put back by a vCPU, and the main loop runs on
+            channel.want(Mode.OBSERVE)
+            await _taken(process, channel, Mode.OBSERVE)
+    stopped = await _detach(process)
     now = await in_thread(state_of, process)
     if now is None:
         raise TargetLost(f"QEMU (pid {process.pid}) has ended")
     return _steering(start.mode, now, stopped, start, None)
+
+
+async def _detach(process: Process) -> int:
+    """As `_inject`; once more when it was busy, which it is for the length of a transition."""
+    until = time.monotonic() + _DETACH_S
+    while True:
+        try:
+            return await _inject(process, "detach")
+        except OperationFailed:
+            state = await in_thread(state_of, process)
+            if state is None or state.answer != _BUSY or time.monotonic() > until:
+                raise
 
 
 def _steering(before: Mode, now: State, stopped: int, start: State, reason: str | None) -> Steering:

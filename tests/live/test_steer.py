@@ -64,11 +64,12 @@ async def racing(
     env: dict[str, str] | None = None,
     build: QemuBuild | None = None,
     args: tuple[str, ...] = (),
+    accel: str = "kvm",
 ) -> AsyncIterator[tuple[LaunchedGuest, Pulse]]:
     build = build or STEERED[-1]
     skip_without_kvm(STEERED[-1] if build not in QEMUS else build, "kvm")
     args = (*boot_args(), *args)
-    spec = GuestSpec(machine="pc", accel="kvm", memory=256 << 20, smp=2, args=args, env=env or {})
+    spec = GuestSpec(machine="pc", accel=accel, memory=256 << 20, smp=2, args=args, env=env or {})
     async with launch(spec.on(build)) as guest:
         assert guest.ram is not None
         with Pulse(guest.ram) as pulse:

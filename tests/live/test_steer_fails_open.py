@@ -1,0 +1,214 @@
+"""Whatever the interposer does not expect: the guest lives, and the fact is in the channel."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import signal
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, High
+from qmp_memlistener.host.processes import Process
+from qmp_memlistener.steer import OBJECT, Channel, EventKind, Mode, Refusal, open_channel
+from tests.live.test_steer import STEERED, racing, state, steer, toggled
+from tests.support.host import patience
+from tests.support.steer import Faults, build_shared, preloaded
+from tools.soak_steer import cycles, kills, migrate
+
+pytestmark = [
+    pytest.mark.qemu,
+    pytest.mark.kvm,
+    pytest.mark.skipif(not STEERED, reason="needs QEMU 7.2 or older (Debian 12)"),
+    pytest.mark.skipif(not OBJECT.exists(), reason="not built: needs a C compiler"),
+    pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler"),
+]
+
+_HOLD = """
+import ctypes, os, sys
+libc = ctypes.CDLL(None, use_errno=True)
+tid = int(sys.argv[1])
+assert libc.ptrace(0x4206, tid, None, None) == 0
+assert libc.ptrace(0x4207, tid, None, None) == 0
+os.waitpid(tid, 0x40000000)
+print("held", flush=True)
+sys.stdin.read()
+"""
+
+
+def _channel(pid: int) -> Channel:
+    process = Process.read(pid)
+    assert process is not None
+    channel = open_channel(process)
+    assert channel is not None
+    return channel
+
+
+@asynccontextmanager
+async def held(tid: int) -> AsyncIterator[None]:
+    """A thread that a debugger has stopped, as like as not in the kernel."""
+    holder = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _HOLD, str(tid)),
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert holder.stdout is not None
+    try:
+        assert await holder.stdout.readline() == b"held\n"
+        yield
+    finally:
+        await holder.communicate(b"")  # its stdin ends
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("strategy", ["pause", "inhibit", "hole"])
+async def test_a_vcpu_that_is_held_still(strategy: str) -> None:
+    async with racing(High.DATA) as (guest, pulse):
+        assert (await steer(guest, strategy)).code == 0
+        with _channel(guest.pid) as channel:
+            tids = [v.tid for v in channel.vcpus()]
+            channel.skip()
+            first = channel.state()
+            _, other = sorted(tids)  # CPU 0 toggles
+            async with held(other):
+                assert await toggled(guest, pulse, 10) == "survived"
+            now = channel.state()
+            events = channel.read_events()
+        assert (now.mode, now.refusal) == (Mode.OBSERVE, Refusal.NOT_STOPPED)
+        assert now.gave_up == first.gave_up + 1  # it is not waited for again and again
+        (gave_up,) = (e for e in events if e.kind is EventKind.PARK and e.rc)
+        assert gave_up.end_ns - gave_up.begin_ns < patience(2) * 1e9
+        assert await toggled(guest, pulse, 10) == "survived"
+        await pulse.wait_beats(2)
+        assert (await steer(guest, strategy)).code == 0  # it may be wanted again
+
+
+@pytest.mark.asyncio
+@pytest.mark.full
+async def test_more_events_than_the_ring_holds() -> None:
+    async with racing() as (guest, pulse):
+        assert (await steer(guest, "hole")).code == 0
+        with _channel(guest.pid) as channel:
+            channel.skip()
+            for _ in range(14):
+                assert await toggled(guest, pulse, 250) == "survived"
+            found = []
+            while events := channel.read_events():
+                found += events
+            assert channel.lost > 0
+            assert len(found) > 16000
+            assert [e for e in found if e.rc < 0] == []
+            now = channel.state()
+        assert (now.mode, now.gave_up) == (Mode.HOLE, 0)
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("strict", [False, True])
+async def test_kvm_refuses_an_operation_of_hole(strict: bool, tmp_path: Path) -> None:
+    faults = Faults(tmp_path)
+    env = preloaded(Mode.HOLE, faults.object) | faults.env
+    if strict:
+        env["QMP_MEMLISTENER_STRICT"] = "1"
+    async with racing(High.DATA, env=env) as (guest, pulse):
+        assert await toggled(guest, pulse, 10) == "survived"
+        faults.refuse()
+        assert await toggled(guest, pulse, 10) == "survived"
+        assert faults.refused
+        now = state(guest)
+        assert (now.mode, now.refusal) == (Mode.OBSERVE, Refusal.KVM_REFUSED)
+        assert now.slots == now.pieces  # QEMU's own
+        assert (await steer(guest, "hole")).code == 0  # and it can be wanted again
+        assert await toggled(guest, pulse, 10) == "survived"
+        assert state(guest).mode is Mode.HOLE
+
+
+@pytest.mark.asyncio
+async def test_kvm_refuses_what_qemu_was_told_is_done(tmp_path: Path) -> None:
+    """QEMU ends as it ends when it is refused a slot, and says why."""
+    faults = Faults(tmp_path)
+    env = preloaded(Mode.INHIBIT, faults.object) | faults.env
+    async with racing(High.DATA, env=env) as (guest, pulse):
+        assert await toggled(guest, pulse, 10) == "survived"
+        faults.refuse()
+        await pulse.toggle(HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), 2, period=20)
+        async with asyncio.timeout(patience(20)):
+            await guest.process.wait()
+        assert guest.process.returncode == -signal.SIGABRT
+        assert "KVM refused slot" in guest.stderr()
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize(("slots", "ops"), [(5, 64), (64, 3)])
+async def test_more_slots_or_operations_than_there_is_room_for(
+    slots: int, ops: int, tmp_path: Path
+) -> None:
+    small = build_shared(
+        OBJECT.with_name("interposer.c"),
+        tmp_path,
+        *(f"-DMAX_SLOTS={slots}", f"-DMAX_OPS={ops}"),
+        *("-DPARK_NS=500000000ull", "-DRUN_NS=2000000000ull", "-fvisibility=hidden"),
+    )
+    async with racing(High.DATA, env=preloaded(Mode.HOLE, interposer=small)) as (guest, pulse):
+        assert await toggled(guest, pulse, 10) == "survived"
+        now = state(guest)
+        assert (now.mode, now.refusal) == (Mode.OBSERVE, Refusal.TOO_MANY)
+        await pulse.wait_beats(2)
+
+
+@pytest.mark.asyncio
+async def test_dirty_rings_carry_ids_of_slots() -> None:
+    """`run` cannot know of them before; they are seen at the first transition."""
+    accel = "kvm,dirty-ring-size=1024"
+    async with racing(High.DATA, env=preloaded(Mode.HOLE), accel=accel) as (guest, pulse):
+        assert await toggled(guest, pulse, 2) == "survived"
+        now = state(guest)
+        assert (now.mode, now.refusal) == (Mode.OBSERVE, Refusal.DIRTY_RINGS)
+        assert now.slots == now.pieces
+        assert (await steer(guest, "inhibit")).code == 0
+        assert await toggled(guest, pulse) == "survived"
+
+
+@pytest.mark.asyncio
+@pytest.mark.full
+async def test_a_qemu_that_is_stopped_for_longer_than_any_wait() -> None:
+    """A vCPU that is kept out does not come in because time went by while all stood still."""
+    async with racing(env=preloaded(Mode.INHIBIT)) as (guest, pulse):
+        toggling = asyncio.create_task(toggled(guest, pulse, 20_000))
+        for _ in range(6):
+            os.kill(guest.pid, signal.SIGSTOP)
+            await asyncio.sleep(2.2)
+            os.kill(guest.pid, signal.SIGCONT)
+            await asyncio.sleep(0.02)
+        assert await toggling == "survived"
+        now = state(guest)
+        assert (now.mode, now.gave_up) == (Mode.INHIBIT, 0)
+
+
+@pytest.mark.asyncio
+async def test_what_is_taken_out_leaves_qemu_as_it_was() -> None:
+    """Its import table, protections, threads and descriptors, on a guest under load."""
+    done = await cycles(8)
+    assert done.wrong == ()
+
+
+@pytest.mark.asyncio
+async def test_a_killed_injector_leaves_nothing_for_good() -> None:
+    assert await kills(6) == []
+
+
+@pytest.mark.asyncio
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("strategy", "strict"),
+    [(Mode.PAUSE, False), (Mode.INHIBIT, False), (Mode.HOLE, False), (Mode.HOLE, True)],
+    ids=["pause", "inhibit", "hole", "hole-strict"],
+)
+async def test_a_guest_that_writes_all_its_ram_is_migrated_whole(
+    strategy: Mode, strict: bool
+) -> None:
+    assert await migrate(strategy, strict) == 0
