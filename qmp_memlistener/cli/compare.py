@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from enum import StrEnum
+from typing import TYPE_CHECKING, TypeVar
 
 import rich_click as click
 
@@ -17,32 +18,31 @@ from .update_options import (
 
 if TYPE_CHECKING:
     from ..updates.compare import CompareOptions, Comparison
+    from ..updates.compare.steered import SteeredStrategy
     from ..updates.model import Intent, Strategy
     from ..updates.settings import UpdateOptions
 
-
-def _strategies(_: click.Context, __: click.Parameter, text: str) -> tuple[Strategy, ...]:
-    from ..updates.model import Strategy
-    from ..updates.options import shown
-
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in set(Strategy)]
-    if unknown or not names or len(set(names)) < len(names):
-        raise click.BadParameter(f"{shown(text)} is not a list such as direct,pause,hole")
-    return tuple(Strategy(name) for name in names)
+S = TypeVar("S", bound=StrEnum)
+_TRANSITIONS = ("pam", "smram", "tseg", "mmconfig", "reset")
+_UPDATE_WINDOW_NS = 1_000_000_000
+_GUEST_WINDOW_NS = 60_000_000_000
 
 
 @click.command("compare", context_settings={"ignore_unknown_options": True})
 @click.argument("target")
 @click.argument("intent", required=False)
 @additions_options
-@click.option("--strategies", default="direct,pause,hole", show_default=True, metavar="NAMES",
-              callback=_strategies, help="Which to compare; the control, which does nothing, is "
-              "always there.")  # fmt: skip
+@click.option("--transition", type=click.Choice(_TRANSITIONS), help="In place of INTENT: what the "
+              "pulse guest does and takes back.")  # fmt: skip
+@click.option("--guest-made", type=click.IntRange(min=1), metavar="N", help="In place of INTENT: "
+              "N transitions a round, whatever the guest itself makes.")  # fmt: skip
+@click.option("--strategies", metavar="NAMES", help="Which to compare; the control is always "
+              "there. Default: direct,pause,hole; what the guest makes: with inhibit.")  # fmt: skip
 @click.option("--repeat", type=click.IntRange(min=1), default=10, show_default=True, metavar="N",
               help="Rounds of each strategy.")  # fmt: skip
-@click.option("--window", type=duration, default="1s", show_default=True, metavar="DURATION",
-              help="How long each round is observed from its first command on.")  # fmt: skip
+@click.option("--window", type=duration, metavar="DURATION", help="How long each round is observed "
+              "from its first command on (default: 1s); with --guest-made how long it may last "
+              "(60s).")  # fmt: skip
 @click.option("--seed", type=int, metavar="N", help="Seed for the order of the rounds; default: "
               "a new one each time.")  # fmt: skip
 @update_options
@@ -55,9 +55,11 @@ def command(
     objects: tuple[str, ...],
     netdevs: tuple[str, ...],
     blockdevs: tuple[str, ...],
-    strategies: tuple[Strategy, ...],
+    transition: str | None,
+    guest_made: int | None,
+    strategies: str | None,
     repeat: int,
-    window: int,
+    window: int | None,
     seed: int | None,
     options: UpdateOptions,
     as_json: bool,
@@ -69,23 +71,44 @@ def command(
     put back as it was; Ctrl-C does that too, and shows the rounds so far. A strategy that the
     guest does not allow is left out, with the reason.
 
-    Exit code 1: no strategy is possible, or the guest could not be put back.
+    With --transition or --guest-made the strategies are applied inside QEMU (see `steer`) to what
+    the guest itself does. QEMU is steered meanwhile only.
+
+    Exit code 1: no strategy is possible, or the guest could not be put back. 4: QEMU cannot be
+    steered.
 
     Example: qmp-memlistener compare /run/vm.qmp +256M --repeat 20
     """
     import secrets
 
     from ..updates.compare import INTERRUPTED, CompareOptions
+    from ..updates.compare.steered import SteeredStrategy
+    from ..updates.model import Strategy
 
-    if (intent is None) == (device is None):
-        raise click.UsageError("give an INTENT such as +256M, or --device DRIVER,id=ID,…")
-    if window <= 0:
+    asked = [x for x in (intent, device, transition, guest_made) if x is not None]
+    if len(asked) != 1:
+        raise click.UsageError(
+            "give an INTENT such as +256M, or --device DRIVER,id=ID,…, --transition, --guest-made"
+        )
+    if window is not None and window <= 0:
         raise click.BadParameter("a window must be longer than 0", param_hint="'--window'")
-    change, what = _intent(intent or device or "", objects, netdevs, blockdevs)
-    wanted = CompareOptions(
-        repeat, window / 1e9, secrets.randbelow(1_000_000) if seed is None else seed, options
-    )
-    found = run_async(_compare(attaching, change, strategies, wanted), cancels=2)
+    chance = secrets.randbelow(1_000_000) if seed is None else seed
+    if transition is not None or guest_made is not None:
+        if objects or netdevs or blockdevs:
+            raise click.UsageError("backends go with an INTENT")
+        names = _strategies(strategies or "direct,pause,inhibit,hole", SteeredStrategy)
+        span = None if guest_made else (window or _UPDATE_WINDOW_NS) / 1e9
+        wanted = CompareOptions(repeat, span, chance, options)
+        patience = (window or _GUEST_WINDOW_NS) / 1e9
+        what = f"{guest_made} of the guest's transitions" if guest_made else f"{transition}"
+        found = run_async(
+            _compare_steered(attaching, transition, guest_made, patience, names, wanted), cancels=2
+        )
+    else:
+        change, what = _intent(intent or device or "", objects, netdevs, blockdevs)
+        ours = _strategies(strategies or "direct,pause,hole", Strategy)
+        wanted = CompareOptions(repeat, (window or _UPDATE_WINDOW_NS) / 1e9, chance, options)
+        found = run_async(_compare(attaching, change, ours, wanted), cancels=2)
     if as_json:
         print_json(found)
     else:
@@ -96,6 +119,18 @@ def command(
     if found.ended_early == INTERRUPTED:
         raise Interrupted
     return found.exit_code
+
+
+def _strategies(text: str, kind: type[S]) -> tuple[S, ...]:
+    from ..updates.options import shown
+
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    unknown = [name for name in names if name not in set(kind)]
+    if unknown or not names or len(set(names)) < len(names):
+        raise click.BadParameter(
+            f"{shown(text)} is not a list such as {','.join(kind)}", param_hint="'--strategies'"
+        )
+    return tuple(kind(name) for name in names)
 
 
 def _intent(
@@ -119,3 +154,44 @@ async def _compare(
 
     async with attaching.attached(guarded="pause" in strategies) as agent:
         return await compare(agent, intent, strategies, options, lambda text: say(text, err=True))
+
+
+async def _compare_steered(
+    attaching: Attaching,
+    transition: str | None,
+    guest_made: int | None,
+    patience_s: float,
+    strategies: tuple[SteeredStrategy, ...],
+    options: CompareOptions,
+) -> Comparison:
+    """QEMU is steered before the agent attaches, so that its probe can see that."""
+    from contextlib import closing
+
+    from ..agent.monitors import refuse_if_frozen
+    from ..qmp import Monitor
+    from ..updates.compare.steered import admit, compare_steered, kept_as_it_was
+    from ..updates.compare.transitions import GuestMade, PulseMade, PulseTransition
+
+    admission = await refuse_if_frozen(attaching.target)
+    async with await Monitor.connect(admission.target, meant=admission.meant) as monitor:
+        process, machine = await admit(monitor, strategies)
+    transitions: PulseMade | GuestMade
+    if transition is not None:
+        what = PulseTransition(transition)
+        transitions = await PulseMade.of(process, what, machine)
+    else:
+        transitions = GuestMade(guest_made or 1, patience_s)
+    with closing(transitions):
+        async with (
+            kept_as_it_was(process) as home,
+            attaching.attached(guarded=False) as agent,
+        ):
+            return await compare_steered(
+                agent,
+                process,
+                home,
+                transitions,
+                strategies,
+                options,
+                lambda text: say(text, err=True),
+            )

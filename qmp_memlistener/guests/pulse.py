@@ -139,9 +139,15 @@ class Pulse(PulseMemory):
     raise OperationFailed.  Commands are sent one at a time, whoever calls.
     """
 
-    def __init__(self, ram: Path) -> None:
-        super().__init__(ram, writable=True)
+    def __init__(self, ram: Path, *, offset: int = 0) -> None:
+        super().__init__(ram, offset=offset, writable=True)
         self._lock = asyncio.Lock()
+
+    @classmethod
+    def of(cls, memory: PulseMemory) -> Pulse:
+        """The same guest, to be commanded.  Raises OSError when its RAM may not be written."""
+        path, offset = memory.source
+        return cls(path, offset=offset)
 
     async def wait_ready(self, cpus: int | None = None, timeout: float = 30.0) -> PulseHeader:
         """Until the guest is up; OperationFailed unless `cpus` (default: all it has) came along.
@@ -303,7 +309,7 @@ class Pulse(PulseMemory):
         )
 
     def _write(self, address: int, data: bytes) -> None:
-        os.pwrite(self._fd, data, address)
+        os.pwrite(self._fd, data, self._offset + address)
 
     def _ready(self) -> bool:
         header = self.header()

@@ -172,6 +172,11 @@ class PulseMemory:
         if fd >= 0:
             os.close(fd)
 
+    @property
+    def source(self) -> tuple[Path, int]:
+        """The very file while this is open, and the offset in it."""
+        return Path(f"/proc/self/fd/{self._fd}"), self._offset
+
     def header(self) -> PulseHeader | None:
         """None while no pulse guest has come up in this RAM."""
         at = layout.HEADER

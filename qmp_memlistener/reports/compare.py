@@ -14,7 +14,7 @@ import msgspec
 
 from ..distribution import percentile
 from ..text import count_text
-from ..updates.compare import CONTROL, Comparison
+from ..updates.compare import CONTROL, ORDER, Comparison
 from ..updates.compare.stats import Difference, Round, Summary
 from ..updates.model import Result
 from .lengths import duration_text, kind_text, span_text
@@ -36,7 +36,10 @@ def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
     if len(set(counts.values())) > 1:
         each = f"up to {each}"
     yield from _folded(f"{what}: {each} each in random order (seed {found.seed}),")
-    yield f"{window} observed from the beginning of each; {CONTROL} did nothing"
+    if found.window_ns:
+        yield f"{window} observed from the beginning of each; {CONTROL} did nothing"
+    else:
+        yield f"each as long as that took; {CONTROL} is the guest as it was"
     for skipped in found.skipped:
         yield from _folded(f"{skipped.strategy} is not possible: {skipped.reason}")
         if skipped.remedy:
@@ -138,7 +141,7 @@ def _outlasted(found: Comparison) -> Iterator[str]:
     for name in sorted({r.strategy for r in done}, key=_rank):
         own = [r.took_ns for r in done if r.strategy == name]
         late = sum(took > found.window_ns for took in own)
-        if late:
+        if late and found.window_ns:
             of = count_text(len(own), "round")
             yield from _folded(
                 f"{name} took longer than the window in {late} of {of} (up to "
@@ -147,7 +150,7 @@ def _outlasted(found: Comparison) -> Iterator[str]:
 
 
 def _rank(strategy: str) -> int:
-    return ["direct", "pause", "hole", CONTROL].index(strategy)
+    return ORDER.index(strategy)
 
 
 def _operations(rounds: Sequence[Round]) -> Iterator[str]:

@@ -3,6 +3,7 @@
 from .rounds import (
     CONTROL,
     INTERRUPTED,
+    ORDER,
     CompareOptions,
     Comparison,
     Skipped,
@@ -14,6 +15,7 @@ from .stats import Difference, Round, Summary
 __all__ = [
     "CONTROL",
     "INTERRUPTED",
+    "ORDER",
     "CompareOptions",
     "Comparison",
     "Difference",

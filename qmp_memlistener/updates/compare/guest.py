@@ -8,22 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from enum import StrEnum
+from typing import Protocol, TypeVar
 
 from ...errors import CommandFailed, OperationFailed
 from ...qmp import Command, Monitor
 from ...qmp.guest import read_status
 from ..guest_response import QUIET_S
 from ..guest_view import backends_of, read_facts, read_guest
-from ..model import Intent, Outcome, Plug, Resize, Result, Role, Strategy, Unplug, UpdateRefused
+from ..model import (
+    Intent,
+    Outcome,
+    Phase,
+    Plug,
+    Resize,
+    Result,
+    Role,
+    Strategy,
+    Unplug,
+    UpdateRefused,
+)
 from ..operation import Host, perform
 from ..removing import remove
 from ..settings import UpdateOptions
 
-__all__ = ["ComparedGuest", "ComparedState", "HostGuest", "NotPutBack", "read_state"]
+__all__ = ["Changed", "ComparedGuest", "ComparedState", "HostGuest", "NotPutBack", "read_state"]
 
+S = TypeVar("S", bound=StrEnum, contravariant=True)
 Perform = Callable[[Host, Intent, Strategy, UpdateOptions | None], Awaitable[Outcome]]
 """`operation.perform`."""
 
@@ -51,13 +64,26 @@ class ComparedState:
         return frozenset(name for role, name in self.ids if role is Role.DEVICE)
 
 
-class ComparedGuest(Protocol):
-    """What rounds need of a guest."""
+class Changed(Protocol):
+    """What rounds need of an outcome."""
+
+    @property
+    def outcome(self) -> Result: ...
+    @property
+    def reason(self) -> str | None: ...
+    @property
+    def remedy(self) -> str | None: ...
+    @property
+    def phases(self) -> Sequence[Phase]: ...
+
+
+class ComparedGuest(Protocol[S]):
+    """What rounds need of a guest; `S` are its strategies."""
 
     async def begin(self) -> None:
         """Remember how the guest is.  Raises UpdateRefused for a change with no way back."""
 
-    async def change(self, strategy: Strategy) -> Outcome:
+    async def change(self, strategy: S) -> Changed:
         """Carry the intent out."""
 
     async def look(self) -> None:

@@ -14,21 +14,24 @@ import random
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import Generic, TypeVar
 
 import msgspec
 
 from ...errors import InputError, MemListenerError, OperationFailed
 from ...host.bounded import in_thread
 from ...records import ProbeState, Record, SlotOp, StallRecord, TransitionRecord
-from ..model import Intent, Outcome, Result, Strategy, UpdateRefused
+from ..model import Intent, Result, Strategy, UpdateRefused
 from ..operation import Host, Measured
 from ..settings import UpdateOptions
-from .guest import ComparedGuest, HostGuest, NotPutBack
+from .guest import Changed, ComparedGuest, HostGuest, NotPutBack
 from .stats import Difference, Round, Summary, differences, summaries
 
 __all__ = [
     "CONTROL",
     "INTERRUPTED",
+    "ORDER",
     "CompareOptions",
     "Comparison",
     "Skipped",
@@ -36,7 +39,10 @@ __all__ = [
     "compare_rounds",
 ]
 
+S = TypeVar("S", bound=StrEnum)
 CONTROL = "control"
+ORDER = ("direct", "pause", "inhibit", "hole", CONTROL)
+"""In which strategies are shown."""
 INTERRUPTED = "interrupted"
 """Why a comparison ended early that was cancelled; the guest was put back."""
 _LOOK_S = 2.0
@@ -47,7 +53,7 @@ PROBES_S = 30.0
 class Skipped(msgspec.Struct, frozen=True):
     """A strategy that this guest does not allow, or that failed in its warm-up round."""
 
-    strategy: Strategy
+    strategy: str
     reason: str
     remedy: str | None
 
@@ -56,6 +62,7 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
     """The JSON document of `compare`.
 
     `ended_early`: why there are fewer rounds than wanted; the verb's exit code is then `exit_code`.
+    `window_ns` is 0 when a round lasted as long as its change (`Round.took_ns`).
     """
 
     schema: int = 1
@@ -74,10 +81,11 @@ class Comparison(msgspec.Struct, frozen=True, kw_only=True):
 @dataclass(frozen=True, slots=True)
 class CompareOptions:
     """`repeat` rounds of each strategy and of the control, each looked at for `window_s` seconds;
-    before them one of each strategy that does not count.  `seed` makes the order."""
+    before them one of each strategy that does not count.  `seed` makes the order.  Without
+    `window_s` a round is looked at until its change is over."""
 
     repeat: int = 10
-    window_s: float = 1.0
+    window_s: float | None = 1.0
     seed: int = 0
     update: UpdateOptions = field(default_factory=UpdateOptions)
 
@@ -100,8 +108,8 @@ async def compare(
 
 async def compare_rounds(
     host: Measured,
-    guest: ComparedGuest,
-    strategies: Sequence[Strategy],
+    guest: ComparedGuest[S],
+    strategies: Sequence[S],
     options: CompareOptions,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Comparison:
@@ -113,25 +121,27 @@ class _Interrupted(OperationFailed):
     exit_code = 130
 
 
-class _Comparing:
+class _Comparing(Generic[S]):
     def __init__(
         self,
         host: Measured,
-        guest: ComparedGuest,
+        guest: ComparedGuest[S],
         options: CompareOptions,
         progress: Callable[[str], None],
     ) -> None:
         self._host = host
         self._guest = guest
         self._options = options
-        self._window_ns = round(options.window_s * 1e9)
+        self._window_ns = round((options.window_s or 0) * 1e9)
+        self._end_ns = 0  # of the last round
+        self._looked_ns = 0
         self._progress = progress
         self._rounds: list[Round] = []
         self._skipped: list[Skipped] = []
         self._seen: list[Record] = []
         self._probes: list[ProbeState] = []
 
-    async def run(self, strategies: Sequence[Strategy]) -> Comparison:
+    async def run(self, strategies: Sequence[S]) -> Comparison:
         await self._guest.begin()
         stop = self._host.subscribe(self._take)
         ended: MemListenerError | None = None
@@ -173,16 +183,16 @@ class _Comparing:
                 "measures is missing"
             )
 
-    async def _carry_out(self, possible: Sequence[Strategy]) -> None:
+    async def _carry_out(self, possible: Sequence[S]) -> None:
         chance = random.Random(self._options.seed)
         for number in range(self._options.repeat):
-            names: list[Strategy | None] = [*possible, None]
+            names: list[S | None] = [*possible, None]
             chance.shuffle(names)
             for strategy in names:
                 await self._round(strategy)
             self._progress(f"round {number + 1} of {self._options.repeat}")
 
-    async def _warm_up(self, strategies: Sequence[Strategy]) -> list[Strategy]:
+    async def _warm_up(self, strategies: Sequence[S]) -> list[S]:
         """A round of each that does not count; it shows which are possible."""
         possible = []
         for strategy in strategies:
@@ -191,7 +201,7 @@ class _Comparing:
             if outcome.outcome in (Result.DONE, Result.PARTIAL):
                 possible.append(strategy)
                 continue
-            why = Skipped(strategy, outcome.reason or str(outcome.outcome), outcome.remedy)
+            why = Skipped(str(strategy), outcome.reason or str(outcome.outcome), outcome.remedy)
             self._skipped.append(why)
             self._progress(f"{strategy} is not possible: {why.reason}")
         if not possible:
@@ -199,18 +209,19 @@ class _Comparing:
             raise UpdateRefused(first.reason, remedy=first.remedy)
         return possible
 
-    async def _round(self, strategy: Strategy | None, *, counts: bool = True) -> Outcome | None:
+    async def _round(self, strategy: S | None, *, counts: bool = True) -> Changed | None:
         """One round, of the control when `strategy` is None, and what the intent came to.  The
         guest is put back whatever happens."""
         self._late_stalls()
         self._seen.clear()
-        found: Outcome | None = None
+        found: Changed | None = None
         try:
             # one burst from before its beginning to its end: some probes measure in bursts only
             async with self._host.burst():
                 if strategy is None:
                     start = time.monotonic_ns()
                     await self._guest.look()
+                    self._looked_ns = time.monotonic_ns() - start
                     await self._until(start + self._window_ns)
                 else:
                     found = await self._guest.change(strategy)
@@ -233,11 +244,13 @@ class _Comparing:
         if isinstance(record, StallRecord | SlotOp | TransitionRecord):
             self._seen.append(record)
 
-    def _made(self, strategy: Strategy | None, start: int, outcome: Outcome | None) -> Round:
-        window = start + self._window_ns
+    def _made(self, strategy: S | None, start: int, outcome: Changed | None) -> Round:
         # `settled` is mostly our waiting for nothing
         busy = [p.end_ns for p in outcome.phases if p.name != "settled"] if outcome else []
         took = max((end - start for end in busy), default=0)
+        if not self._window_ns and outcome is None:
+            took = self._looked_ns
+        window = self._end_ns = start + (self._window_ns or max(took, 1))
         end = max(window, start + took)
         seen = self._seen
         ops = [r for r in seen if isinstance(r, SlotOp) and start <= r.t_ns < end]
@@ -261,9 +274,8 @@ class _Comparing:
         """A stall is reported when it is over: the last round may have ended in it."""
         if self._rounds:
             last = self._rounds[-1]
-            window = last.start_ns + self._window_ns
             known = set(map(id, last.stalls))
-            seen = _within(self._seen, last.start_ns, window)
+            seen = _within(self._seen, last.start_ns, self._end_ns)
             late = [s for s in seen if id(s) not in known]
             if late:
                 self._rounds[-1] = msgspec.structs.replace(last, stalls=[*last.stalls, *late])
@@ -274,7 +286,7 @@ class _Comparing:
         for each in self._rounds:
             if each.outcome is Result.DONE:
                 counted.setdefault(each.strategy, []).append(each)
-        order = {name: i for i, name in enumerate((*Strategy, CONTROL))}
+        order = {name: i for i, name in enumerate(ORDER)}
         ordered = dict(sorted(counted.items(), key=lambda item: order[item[0]]))
         return Comparison(
             seed=self._options.seed,
@@ -295,7 +307,7 @@ def _within(seen: Sequence[Record], start: int, end: int) -> list[StallRecord]:
     return [r for r in seen if isinstance(r, StallRecord) and r.start_ns < end and r.end_ns > start]
 
 
-async def _to_the_end(guest: ComparedGuest) -> None:
+async def _to_the_end(guest: ComparedGuest[S]) -> None:
     """Put the guest back.  Cancelled meanwhile, finish all the same; cancelled twice, the
     cancellation counted that brought us here, say what that leaves."""
     here = asyncio.current_task()

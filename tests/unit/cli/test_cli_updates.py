@@ -297,3 +297,26 @@ def test_the_exit_code_is_that_of_the_outcome(
     assert ran.code == code
     assert ran.out.startswith(f"{kind}: unplug d0 (strategy direct)\n")
     assert "\x1b" not in ran.out
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ((), ("--transition",)),
+        (("+256M", "--transition", "pam"), ("--guest-made",)),
+        (("--transition", "pam", "--guest-made", "3"), ("--guest-made",)),
+        (("--transition", "flash"), ("--transition", "flash")),
+        (("--guest-made", "0"), ("--guest-made",)),
+        (("--transition", "pam", "--strategies", "hole,naive"), ("direct,pause,inhibit,hole",)),
+        (("+256M", "--strategies", "inhibit"), ("direct,pause,hole",)),
+        (("--transition", "pam", "--object", "memory-backend-ram,id=m0"), ("INTENT",)),
+        (("--transition", "pam", "--window", "0s"), ("--window",)),
+    ],
+)
+def test_what_is_compared_is_one_thing(
+    capsys: Capture, options: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    ran = run(capsys, "compare", NOBODY, *options)
+    assert ran.code == 2
+    for word in words:
+        assert word in ran.err

@@ -76,6 +76,23 @@ async def test_what_was_seen_in_the_window_counts_for_its_round_only() -> None:
 
 
 @pytest.mark.asyncio
+async def test_without_a_window_a_round_is_as_long_as_its_change() -> None:
+    guest = FakeGuest()
+    guest.answers = {(P, 3): "failed"}
+    found = await compare_rounds(guest, guest, [D, P], CompareOptions(2, None, 1))
+    assert found.window_ns == 0
+    for each in found.rounds:
+        if each.strategy == CONTROL:
+            assert each.took_ns > 0
+            assert each.transitions == 1
+        elif each.outcome is Result.DONE:
+            assert each.took_ns == US
+            assert (each.slot_ops, len(each.stalls)) == (3, 1)
+    assert sum(r.outcome is Result.FAILED for r in found.rounds) <= 1
+    assert found.ended_early is None
+
+
+@pytest.mark.asyncio
 @pytest.mark.parametrize("answer", ["refused", "failed"])
 async def test_a_strategy_that_is_not_possible_is_left_out(answer: str) -> None:
     guest = FakeGuest()
