@@ -23,6 +23,7 @@ from qmp_memlistener.errors import MonitorBusy, TargetError, TargetLost
 from qmp_memlistener.guests import HOST_BRIDGE, PAM_RAM, High, QemuBuild
 from qmp_memlistener.qmp import Monitor
 from qmp_memlistener.records import GuestState, SlotOp
+from tests.support.host import patience
 from tests.support.leftovers import enabled_events, flush_rcu, left_behind, log_targets
 from tests.support.live import (
     QEMUS,
@@ -261,7 +262,7 @@ async def test_a_guest_that_is_killed_leaves_its_last_transitions(
                     pass
             await vm.toggle(50)
             os.kill(vm.guest.pid, signal.SIGKILL)
-            async with asyncio.timeout(3):
+            async with asyncio.timeout(patience(3)):
                 reason = await agent.wait_lost()
             assert isinstance(reason, TargetLost)
             assert agent.is_lost
@@ -292,7 +293,7 @@ async def test_a_defect_of_ours_ends_the_attachment(
             with monkeypatch.context() as patch:
                 patch.setattr(tracing, "maps_of", broken)
                 await vm.open_pam()
-                async with asyncio.timeout(5):
+                async with asyncio.timeout(patience(5)):
                     reason = await agent.wait_lost()
             assert "a defect of a test" in str(reason)
         assert await enabled_events(monitor) == before

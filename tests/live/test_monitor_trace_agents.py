@@ -15,6 +15,7 @@ import pytest
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.qmp import TRACE_EVENTS, Monitor, UnixTarget, restore_stale, start_tracing
 from tests.support.bare_qemu import running
+from tests.support.host import patience
 from tests.support.leftovers import left_behind
 from tests.support.live import NO_QEMU, QEMUS, builds
 from tests.support.tracing import check_traced, read_until_marker, states, steps, toggle_pam
@@ -158,7 +159,7 @@ async def test_qemu_dies_while_it_is_traced(tmp_path: Path) -> None:
         os.kill(qemu.pid, signal.SIGKILL)
         await monitor.lost
         tail.finish()
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(patience(5)):
             records = [r async for batch in tail for r in batch.records]
         seen = steps(records)
         assert seen == seen[: len(seen) // 50] * 50 != []

@@ -27,6 +27,7 @@ from qmp_memlistener.qmp import (
 )
 from qmp_memlistener.qmp.trace_notes import Place, Redirection
 from tests.support.bare_qemu import NEW_MOUNTS, Running, can_unshare, running
+from tests.support.host import patience
 from tests.support.leftovers import left_behind, log_targets
 from tests.support.live import NO_QEMU, QEMUS, builds
 from tests.support.tracing import check_traced, states
@@ -83,7 +84,7 @@ async def trace(qemu: Running) -> None:
             assert os.readlink(session.path) == "/qmp-memlistener.log"
             await check_traced(qemu, session, "tcg")
         assert await states(monitor) == before
-        async with asyncio.timeout(5):  # QEMU closes its log after an RCU grace period
+        async with asyncio.timeout(patience(5)):  # QEMU closes its log after an RCU grace period
             while any("qmp-memlistener" in link for link in links(qemu.pid)):  # noqa: ASYNC110
                 await asyncio.sleep(0.01)
         assert log_targets(qemu.pid) == open_before

@@ -20,6 +20,7 @@ from qmp_memlistener.records import (
     TransitionRecord,
 )
 from tests.live.verbs_support import one_build
+from tests.support.host import patience
 from tests.support.live import NO_QEMU, QEMUS, Seen, booted, builds, cases, qmp
 
 pytestmark = [pytest.mark.qemu, pytest.mark.skipif(not QEMUS, reason=NO_QEMU)]
@@ -57,7 +58,7 @@ async def test_gap_operations_and_commit_of_each_toggle_are_tied(
         await vm.pulse.reset(threshold=clock.ticks(150_000))
         async with attach(vm.target, probes=("trace", "pulse", "uprobes"), on_record=seen) as agent:
             await needs_uprobes(agent, seen)
-            assert await agent.probes_ready(10.0) == ()  # the pulse's clock is known
+            assert await agent.probes_ready(patience(10.0)) == ()  # the pulse's clock is known
             await vm.toggle(TOGGLES, period_ms=5)
             await agent.settle()
     transitions = {t.seq for t in seen.transitions}
@@ -88,7 +89,7 @@ async def test_a_write_that_changes_nothing_is_tied_to_nothing(
         await vm.open_pam()
         async with attach(vm.target, probes=("trace", "pulse", "uprobes"), on_record=seen) as agent:
             await needs_uprobes(agent, seen)
-            assert await agent.probes_ready(10.0) == ()
+            assert await agent.probes_ready(patience(10.0)) == ()
             toggle = await vm.pulse.toggle(
                 HOST_BRIDGE, vm.bridge.pam, (PAM_RAM << 4, PAM_RAM << 4), TOGGLES
             )
@@ -135,8 +136,8 @@ def incidents(seen: Seen, kind: str) -> set[int]:
 
 
 async def hold_bql(monitor: Monitor) -> None:
-    """At least some 50 ms: memory is cleared under the BQL."""
-    arguments = {"qom-type": "memory-backend-ram", "id": "m0", "size": 1 << 30, "prealloc": True}
+    """Some 50 ms: memory is cleared under the BQL."""
+    arguments = {"qom-type": "memory-backend-ram", "id": "m0", "size": 256 << 20, "prealloc": True}
     await monitor.execute("object-add", arguments, deadline=30.0)
     await monitor.execute("object-del", {"id": "m0"}, deadline=30.0)
 

@@ -353,7 +353,7 @@ async def test_killed_while_it_pauses_the_guest_runs_again(build: QemuBuild) -> 
             toggling.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await toggling
-        async with asyncio.timeout(5):
+        async with asyncio.timeout(patience(5)):
             while not await running(monitor):  # noqa: ASYNC110 (the guard tells nobody)
                 await asyncio.sleep(0.01)
         ran = await run_verb("watch", vm.target, "--for", "100ms", *BARE)
