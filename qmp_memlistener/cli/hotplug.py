@@ -18,8 +18,6 @@ from .update_options import (
 )
 
 if TYPE_CHECKING:
-    from ..agent import Agent
-    from ..updates.model import Plug
     from ..updates.settings import UpdateOptions
 
 
@@ -54,9 +52,5 @@ def command(
     if device is None:
         raise click.UsageError("name what to plug: --device DRIVER,id=ID,…")
     plug = plug_of(device, objects, netdevs, blockdevs)
-
-    async def intend(_: Agent) -> Plug:
-        return plug
-
     what = f"plug {plug.device.type} {plug.device.id}"
-    return run_update(attaching, intend, strategy, options, what, as_json=as_json)
+    return run_update(attaching, plug, strategy, options, what, as_json=as_json)

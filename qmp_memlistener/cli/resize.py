@@ -16,8 +16,6 @@ from .update_options import (
 )
 
 if TYPE_CHECKING:
-    from ..agent import Agent
-    from ..updates.model import Resize
     from ..updates.settings import UpdateOptions
 
 
@@ -42,9 +40,5 @@ def command(
     """
     from ..updates.options import parse_resize
 
-    wanted = parse_resize(size)
-
-    async def intend(_: Agent) -> Resize:
-        return wanted
-
-    return run_update(attaching, intend, strategy, options, f"resize {size}", as_json=as_json)
+    intent = parse_resize(size)
+    return run_update(attaching, intent, strategy, options, f"resize {size}", as_json=as_json)

@@ -178,7 +178,7 @@ def plug_of(
 
 def run_update(
     attaching: Attaching,
-    intend: Callable[[Agent], Awaitable[Intent]],
+    intent: Intent | Callable[[Agent], Awaitable[Intent]],
     strategy: str,
     options: UpdateOptions,
     what: str,
@@ -187,6 +187,7 @@ def run_update(
 ) -> int:
     """Carry it out, print what came of it, and return the exit code.
 
+    An `intent` that depends on the guest is asked for once it is attached to.
     A first signal ends the update in order; what came of it is printed all the same, and
     Interrupted is raised then.
     """
@@ -203,7 +204,7 @@ def run_update(
             _print(outcome, what, as_json=as_json)
 
     async def work() -> int:
-        outcome = await _update(attaching, intend, strategy, replace(options, waiting=waiting))
+        outcome = await _update(attaching, intent, strategy, replace(options, waiting=waiting))
         tell(outcome)  # as long as signals are handled, so that none falls between
         return 0 if outcome.outcome is Result.DONE else 1
 
@@ -230,14 +231,15 @@ def _print(outcome: Outcome, what: str, *, as_json: bool) -> None:
 
 async def _update(
     attaching: Attaching,
-    intend: Callable[[Agent], Awaitable[Intent]],
+    intent: Intent | Callable[[Agent], Awaitable[Intent]],
     strategy: str,
     options: UpdateOptions,
 ) -> Outcome:
     from ..updates.model import Strategy
 
     async with attaching.attached(guarded=strategy == Strategy.PAUSE) as agent:
-        return await agent.update(await intend(agent), Strategy(strategy), options)
+        wanted = await intent(agent) if callable(intent) else intent
+        return await agent.update(wanted, Strategy(strategy), options)
 
 
 def _untouched(strategy: str) -> Outcome:

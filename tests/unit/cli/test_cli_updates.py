@@ -44,7 +44,7 @@ class Asked:
     """What a verb would have done."""
 
     attaching: Attaching
-    intend: Callable[[Agent], Awaitable[Intent]]
+    intend: Intent | Callable[[Agent], Awaitable[Intent]]
     strategy: str
     options: UpdateOptions
     what: str
@@ -54,6 +54,8 @@ class Asked:
         """Of a verb that asks no guest for it."""
 
         async def intended() -> Intent:
+            if not callable(self.intend):
+                return self.intend
             return await self.intend(None)  # type: ignore[arg-type]  # it is not looked at
 
         return asyncio.run(intended())
@@ -66,7 +68,7 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[Asked]:
 
     def take(
         attaching: Attaching,
-        intend: Callable[[Agent], Awaitable[Intent]],
+        intend: Intent | Callable[[Agent], Awaitable[Intent]],
         strategy: str,
         options: UpdateOptions,
         what: str,
