@@ -15,7 +15,7 @@ import pytest
 from qmp_memlistener.guests import QemuBuild
 from qmp_memlistener.probes import ProbeUnavailable, StallKind
 from qmp_memlistener.probes.uprobes import Batch, UprobeReader, UprobesProbe
-from qmp_memlistener.probes.uprobes.names import ThreadNames
+from qmp_memlistener.probes.uprobes.observing import ThreadNames
 from qmp_memlistener.probes.uprobes.program import examine
 from qmp_memlistener.qmp import find_guest
 from qmp_memlistener.qmp.guest import read_vcpus

@@ -15,8 +15,7 @@ from ...qmp.guest import read_vcpus, try_status
 from ...records import CommandRecord, MeasurementRecord
 from ..delivery import Inbox
 from ..model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
-from .names import ThreadNames
-from .observing import Observer
+from .observing import Observer, ThreadNames
 from .program import examine
 from .reader import Batch, UprobeReader
 

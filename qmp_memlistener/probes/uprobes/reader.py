@@ -24,7 +24,7 @@ from .calibrate import measure_hit
 from .calls import CommandSpan, Window
 from .decode import Hit
 from .functions import Func, Group, kinds_of, missing_kinds
-from .names import Strings
+from .observing import Strings
 from .perf import Architecture, allow_descriptors
 from .program import Program, examine, explain
 from .release import opening, release
@@ -94,8 +94,6 @@ class UprobeReader:
         self.roles: dict[Func, tuple[str, int]] = {}
         self.hit_ns = 0
         """What one hit costs the probed thread at most, in ns."""
-        self.released: threading.Thread | None = None
-        """After `stop`: ends when the kernel has taken out the last breakpoint."""
         self._deliver = deliver
         self._ring_bytes = ring_bytes
         self._period = period
@@ -382,7 +380,7 @@ class UprobeReader:
             self._undo()
 
     def _undo(self) -> None:
-        self.released = release([*self._attachment.close(), *self._spent])
+        release([*self._attachment.close(), *self._spent])
         self._spent = []
 
 

@@ -92,21 +92,6 @@ class Windows:
         self._threads[tid] = Thread(tid, since_ns)
         self._pauses.miscounted()  # what the new thread did until now is not known
 
-    def open_since(self) -> int | None:
-        """When the oldest window began that has not ended; what lies inside it belongs to it.
-
-        Waits on condition variables and pauses do not count: they may last for hours.
-        """
-        begins = [
-            t_ns
-            for thread in self._threads.values()
-            for t_ns in (
-                *(f.t_ns for f in thread.calls if f.role in _SHORT_ROLES),
-                *(span.t_ns for span in (thread.hold, thread.inhibit) if span is not None),
-            )
-        ]
-        return min(begins, default=None)
-
     def ended(self, tid: int) -> None:
         """The thread is gone and all its hits have been fed."""
         self._threads.pop(tid, None)
@@ -363,5 +348,4 @@ class Windows:
         thread.begin(Call(role, hit.sp, hit.t_ns, thread.hits, site))
 
 
-_SHORT_ROLES = frozenset((Func.COMMIT, Func.SLOT_IOCTL, Func.INHIBIT_BEGIN, Func.BQL_LOCK))
 _BQL_ROLES = frozenset((Func.BQL_LOCK, Func.BQL_UNLOCK, Func.COND_WAIT, Func.COND_TIMEDWAIT))

@@ -28,8 +28,13 @@ from qmp_memlistener.probes.uprobes.functions import (
     points_of,
     resolve_roles,
 )
-from qmp_memlistener.probes.uprobes.names import Strings, ThreadNames
-from qmp_memlistener.probes.uprobes.observing import FLOOR_NS, QUERY_FLOOR_NS, Observer
+from qmp_memlistener.probes.uprobes.observing import (
+    FLOOR_NS,
+    QUERY_FLOOR_NS,
+    Observer,
+    Strings,
+    ThreadNames,
+)
 from qmp_memlistener.probes.uprobes.perf import ARCHITECTURES
 from qmp_memlistener.probes.uprobes.probe import Governor
 from qmp_memlistener.probes.uprobes.windows import SLOT_IOCTLS, Windows
