@@ -18,7 +18,6 @@ from collections.abc import Sequence
 from contextlib import suppress
 from enum import StrEnum
 from itertools import count
-from types import TracebackType
 from typing import Self
 
 import msgspec
@@ -276,12 +275,7 @@ class ResumeGuard:
     async def __aenter__(self) -> Self:
         return self
 
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
     def _take(self, answer: _Message) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from types import TracebackType
 from typing import Self
 
 from ...errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
@@ -41,12 +40,7 @@ class StopAndResume:
         self._end = self._monitor.subscribe(self._on_event)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *exc: object) -> None:
         self._end()
 
     def _on_event(self, event: MonitorEvent) -> None:
