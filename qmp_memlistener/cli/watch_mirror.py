@@ -164,19 +164,14 @@ class WatchedMirror:
 
     async def record(self) -> MirrorRecord:
         """What became of it, once `following` was left; the lab is looked at for that."""
-
-        from ..kvmlab.backend_probe import Verified
-        from ..reports.mirror import lab_mirror
-
         assert self._mirror is not None, "it has followed"
         lab = None
         if self._lab is not None:
-            verified = Verified(0, 0, (), ())
             try:
-                verified = await in_thread(self._lab.verify)
+                lab = self._lab.facts(await in_thread(self._lab.verify))
             except MemListenerError as exc:
                 self.fault = f"the lab could not be checked: {exc.message}"
-            lab = lab_mirror(self._lab.facts(), verified)
+                lab = self._lab.facts()
         record = self._mirror.report(self.options.backend, lab)
         if record.faults:
             places = f"{record.faults} place{'s' if record.faults > 1 else ''}"

@@ -15,12 +15,11 @@ from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TypeVar
 
-import msgspec
-
 from ..errors import InputError, MissingPrerequisite, OperationFailed
 from ..host.bounded import in_thread
 from ..memslots import Slot
 from ..memslots.intervals import Range, join, subtract
+from ..records import LabMirror, MirrorTimes
 from .abi import Cap
 from .backend_probe import GuestProbe, Verified, samples_of, verify_slots
 from .machine import Machine
@@ -31,7 +30,7 @@ from .system import Closing
 from .vm import Kvm, most_slots
 from .x86 import GIB, MAX_GIB
 
-__all__ = ["KvmBackend", "LabFacts"]
+__all__ = ["KvmBackend"]
 
 T = TypeVar("T")
 
@@ -41,32 +40,7 @@ _CHIPSET = (0xFE00_0000, 4 * GIB)  # devices and firmware, and pages that KVM ha
 _REACHES = (MAX_GIB, 256, 64, 16)  # GiB; not every CPU has all address bits
 _LARGE = 2 * GIB  # KVM makes or deletes such a slot in tens of ms
 _SAMPLES = 256
-
-
-class LabFacts(msgspec.Struct, frozen=True, kw_only=True):
-    """What a backend is made of, and what it did so far.
-
-    `vcpus` beat, `reach` is the first address that its guest does not get at, `[private_start,
-    private_end)` its own slot.  `slots` are KVM's, the private one left out.  `slot_ioctls` are
-    KVM_SET_USER_MEMORY_REGION calls for them, `mappings` changes of the host's mapping behind live
-    ones.  `placed` slots came by such a change alone, `grown` slots were deleted and added again,
-    larger, for one that did not fit; `moved`: the private slot had to give way.  `holds`: its vCPUs
-    were held so often, for `held_ns` in all and `longest_hold_ns` at most, kick and entry included.
-    """
-
-    vcpus: int
-    reach: int
-    private_start: int
-    private_end: int
-    slots: int
-    slot_ioctls: int
-    mappings: int
-    placed: int
-    grown: int
-    moved: int
-    holds: int
-    held_ns: int
-    longest_hold_ns: int
+_NOT_VERIFIED = Verified(0, 0, (), ())
 
 
 class KvmBackend(Closing):
@@ -97,7 +71,7 @@ class KvmBackend(Closing):
         self._private_slot = most_slots(kvm) - 1
         self._lock = threading.Lock()
         self._moved = 0
-        self._holds: list[int] = [0, 0, 0]  # how many, ns in all, the longest
+        self._holds = MirrorTimes()
         self._machine, self._probe = self._build(())
         self._blocks = Blocks()
         self._slots = RealSlots(
@@ -141,9 +115,7 @@ class KvmBackend(Closing):
         """Let them go on."""
         if self._vcpus and self._machine.held:
             self._machine.release()
-            stall_ns = self._machine.stall_ns
-            count, total, longest = self._holds
-            self._holds = [count + 1, total + stall_ns, max(longest, stall_ns)]
+            self._holds = self._holds.plus(self._machine.stall_ns)
 
     def slots(self) -> tuple[Slot, ...]:
         """What it holds, from its own knowledge; `verify` asks KVM and a guest."""
@@ -205,26 +177,28 @@ class KvmBackend(Closing):
             unreached = sum(gpa >= probe.reach for gpa in samples)
             return Verified(len(samples) - unreached, unreached, misread, tuple(slots.wrong_logs()))
 
-    def facts(self) -> LabFacts:
-        """What it is made of and what it did so far."""
+    def facts(self, verified: Verified = _NOT_VERIFIED) -> LabMirror:
+        """What it did so far, and what was verified of it."""
         with self._lock:
-            start, end = _private(self._machine)
             counts = self._slots.context.counts
-            return LabFacts(
+            return LabMirror(
                 vcpus=self._vcpus,
-                reach=self._probe.reach,
-                private_start=start,
-                private_end=end,
                 slots=len(self._slots.spans()),
                 slot_ioctls=counts.ioctls,
                 mappings=counts.mappings,
                 placed=counts.placed,
                 grown=counts.grown,
                 moved=self._moved,
-                holds=self._holds[0],
-                held_ns=self._holds[1],
-                longest_hold_ns=self._holds[2],
+                holds=self._holds,
+                reads=verified.reads,
+                differences=[m.difference for m in verified.misread],
+                wrong_logs=list(verified.wrong_logs),
             )
+
+    def private(self) -> Range:
+        """Its own slot, which no guest sees."""
+        with self._lock:
+            return _private(self._machine)
 
     def beats(self) -> list[int]:
         """How often each running vCPU has gone round so far."""

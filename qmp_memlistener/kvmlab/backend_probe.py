@@ -14,6 +14,7 @@ from ..errors import InputError, OperationFailed
 from ..memslots import Slot, SlotTable
 from ..memslots.intervals import join, subtract
 from ..memslots.slots import Backing
+from ..records import MemoryShown, MirrorDifference
 from . import abi, system, x86
 from .abi import ExitReason
 from .machine import Machine
@@ -110,6 +111,13 @@ class Misread:
     found: Backing | None
     word: bytes | None
 
+    @property
+    def difference(self) -> MirrorDifference:
+        """As records have it."""
+        unknown = self.found is None and self.word is not None
+        found = MemoryShown(None, None, None, None) if unknown else _shown(self.found)
+        return MirrorDifference(self.gpa, self.gpa + WORD, _shown(self.wanted), found)
+
     def __str__(self) -> str:
         if self.word is None:
             found = "no memory"
@@ -170,6 +178,12 @@ def verify_slots(
         found = blocks.stamped(word) if word is not None else None
         if found != behind or (found is None) != (word is None):
             yield Misread(gpa, behind, found, word)
+
+
+def _shown(behind: Backing | None) -> MemoryShown | None:
+    if behind is None:
+        return None
+    return MemoryShown(behind.block, behind.owner, behind.offset, None)
 
 
 def _behind(slot: Slot | None, gpa: int) -> Backing | None:

@@ -57,10 +57,11 @@ class MirrorDifference(msgspec.Struct, frozen=True):
 class LabMirror(msgspec.Struct, frozen=True, kw_only=True):
     """What a mirror on /dev/kvm did, and what KVM and a guest of the lab showed at the end.
 
-    `vcpus` ran meanwhile.  `slots` are KVM's at the end, `slot_ioctls` the
-    KVM_SET_USER_MEMORY_REGION calls, `mappings` changes of host mappings.  `placed` slots came by
-    such a change alone; `grown` slots were recreated, larger; `moved`: the lab's own slot moved.
-    `holds` are of its vCPUs.  `reads` words were read by a guest; `differences` are those that were
+    `vcpus` ran meanwhile.  `slots` are KVM's at the end, the lab's own left out, `slot_ioctls` the
+    KVM_SET_USER_MEMORY_REGION calls for them, `mappings` changes of the host's mapping behind live
+    ones.  `placed` slots came by such a change alone; `grown` slots were recreated, larger, for one
+    that did not fit; `moved`: the lab's own slot had to give way.  `holds` are of its vCPUs, kick
+    and entry included.  `reads` words were read by a guest; `differences` are those that were
     not what the mirror's slots say, `wrong_logs` KVM's dirty logs that should not be, or are not.
     """
 

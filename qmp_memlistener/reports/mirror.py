@@ -9,54 +9,13 @@ from __future__ import annotations
 import textwrap
 from collections.abc import Iterator
 
-from ..kvmlab.backend import LabFacts
-from ..kvmlab.backend_probe import WORD, Verified
-from ..memslots.slots import Backing
-from ..records import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
+from ..records import LabMirror, MirrorDifference, MirrorRecord, MirrorTimes
 from ..text import count_text
 from .lengths import duration_text
 
-__all__ = ["lab_mirror", "mirror_lines"]
+__all__ = ["mirror_lines"]
 
 _SHOWN = 8  # of differences, and of notes
-
-
-def lab_mirror(facts: LabFacts, verified: Verified) -> LabMirror:
-    """The part of the record that only a mirror on /dev/kvm has."""
-    return LabMirror(
-        vcpus=facts.vcpus,
-        slots=facts.slots,
-        slot_ioctls=facts.slot_ioctls,
-        mappings=facts.mappings,
-        placed=facts.placed,
-        grown=facts.grown,
-        moved=facts.moved,
-        holds=MirrorTimes(
-            facts.holds, facts.held_ns, facts.longest_hold_ns if facts.holds else None
-        ),
-        reads=verified.reads,
-        differences=[
-            MirrorDifference(
-                m.gpa,
-                m.gpa + WORD,
-                _behind(m.wanted),
-                MemoryShown(None, None, None, None)
-                if m.found is None and m.word is not None
-                else _behind(m.found),
-            )
-            for m in verified.misread
-        ],
-        wrong_logs=list(verified.wrong_logs),
-    )
-
-
-def _behind(behind: Backing | None) -> MemoryShown | None:
-    if behind is None:
-        return None
-    return MemoryShown(behind.block, behind.owner, behind.offset, None)
-
-
-# -- in words ----------------------------------------------------------------------------------
 
 
 def mirror_lines(m: MirrorRecord, *, width: int = 80) -> Iterator[str]:

@@ -57,9 +57,9 @@ with Kvm() as kvm, KvmBackend(kvm, vcpus=1) as lab:
         errno_of(lab.add_slot, Slot(0, 5, GIB - 1, MIB, 0, "y", None, 0)),
         errno_of(lab.set_flags, replace(ALONE, flags=0)),
     ]
-    lab.add_slot(Slot(0, 8, lab.facts().private_start, MIB, 0, "bar", None, 0))
+    lab.add_slot(Slot(0, 8, lab.private()[0], MIB, 0, "bar", None, 0))
     told["good"].append(lab.verify().good)
-    told["counts"] = [lab.facts().grown, lab.facts().moved, lab.facts().holds]
+    told["counts"] = [lab.facts().grown, lab.facts().moved, lab.facts().holds.count]
 print(json.dumps(told))
 """
 

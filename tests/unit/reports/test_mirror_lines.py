@@ -9,8 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.kvmlab.backend import LabFacts
-from qmp_memlistener.kvmlab.backend_probe import Misread, Verified
+from qmp_memlistener.kvmlab.backend_probe import Misread
 from qmp_memlistener.memslots.slots import Backing
 from qmp_memlistener.records import (
     Header,
@@ -22,7 +21,7 @@ from qmp_memlistener.records import (
     Recording,
     RecordingWriter,
 )
-from qmp_memlistener.reports.mirror import lab_mirror, mirror_lines
+from qmp_memlistener.reports.mirror import mirror_lines
 
 RAM = MemoryShown("pc.ram", "/objects/pc.ram", 0xF0000, readonly=False)
 BIOS = MemoryShown("pc.bios", None, 0x30000, readonly=True)
@@ -54,22 +53,19 @@ REPORT = MirrorRecord(
     differences=[],
     notes=[],
 )
-FACTS = LabFacts(
+LAB = LabMirror(
     vcpus=0,
-    reach=1 << 39,
-    private_start=1 << 38,
-    private_end=(1 << 38) + (3 << 20),
     slots=2,
     slot_ioctls=4,
     mappings=46,
     placed=12,
     grown=1,
     moved=0,
-    holds=0,
-    held_ns=0,
-    longest_hold_ns=0,
+    holds=MirrorTimes(),
+    reads=21,
+    differences=[],
+    wrong_logs=[],
 )
-GOOD = Verified(21, 0, (), ())
 replaced = msgspec.structs.replace
 
 
@@ -83,7 +79,7 @@ def words(record: MirrorRecord) -> str:
 
 
 def test_a_good_mirror_in_words() -> None:
-    record = mirror_record(REPORT, "kvm", lab_mirror(FACTS, GOOD))
+    record = mirror_record(REPORT, "kvm", LAB)
     assert record.faults == 0
     assert list(mirror_lines(record)) == [
         "",
@@ -144,18 +140,21 @@ def test_differences_and_trouble_are_said() -> None:
 
 def test_what_the_lab_found_is_said() -> None:
     ram = Backing("pc.ram", None, 4096)
-    verified = Verified(
-        9,
-        1,
-        (
-            Misread(4096, ram, None, None),
-            Misread(8192, None, ram, b"12345678"),
-            Misread(12288, ram, None, b"12345678"),
-        ),
-        ("KVM's slot 0 at 0x0+0x1000 has no dirty log",),
+    misread = (
+        Misread(4096, ram, None, None),
+        Misread(8192, None, ram, b"12345678"),
+        Misread(12288, ram, None, b"12345678"),
     )
-    facts = replaced(FACTS, vcpus=2, holds=4, held_ns=8_000_000, longest_hold_ns=3_000_000, moved=1)
-    record = mirror_record(REPORT, "kvm", lab_mirror(facts, verified))
+    lab = replaced(
+        LAB,
+        vcpus=2,
+        holds=MirrorTimes(4, 8_000_000, 3_000_000),
+        moved=1,
+        reads=9,
+        differences=[m.difference for m in misread],
+        wrong_logs=["KVM's slot 0 at 0x0+0x1000 has no dirty log"],
+    )
+    record = mirror_record(REPORT, "kvm", lab)
     assert record.faults == 4
     assert record.lab is not None
     assert record.lab.differences == [
@@ -210,13 +209,13 @@ def test_no_line_is_wider_than_it_may_be(width: int, text: str, number: int) -> 
         differences=[MirrorDifference(0, number + 1, shown, None)],
         notes=[text],
     )
-    lab = lab_mirror(replaced(FACTS, vcpus=1, slot_ioctls=number), GOOD)
+    lab = replaced(LAB, vcpus=1, slot_ioctls=number)
     assert max(
         len(line) for line in mirror_lines(mirror_record(report, "kvm", lab), width=width)
     ) <= (width)
 
 
-@pytest.mark.parametrize("lab", [None, lab_mirror(FACTS, GOOD)])
+@pytest.mark.parametrize("lab", [None, LAB])
 def test_the_record_is_read_back(tmp_path: Path, lab: LabMirror | None) -> None:
     header = Header(
         tool_version="0",
