@@ -19,7 +19,7 @@ from ..records import SlotOp
 from ..topology.model import ADDRESS_SPACE_SIZE
 from .guesses import counts_from_zero, guess_ids, guess_sizes
 from .live_slots import LiveSlot
-from .replaying import PAGE, Traced
+from .replaying import PAGE, FileKind, Traced
 
 __all__ = ["Ids", "beginning"]
 
@@ -84,8 +84,8 @@ class _Beginning:
         self.spaces: dict[int, _Space] = {}
         self.slots: dict[tuple[int, int], LiveSlot] = {}
         self.unsized: dict[tuple[int, int], tuple[int, int]] = {}
-        self._whole = traced.kind == "log" and counts_from_zero(traced.commits)
-        self._late = traced.kind == "log" and not self._whole
+        self._whole = traced.kind is FileKind.LOG and counts_from_zero(traced.commits)
+        self._late = traced.kind is FileKind.LOG and not self._whole
         for s in traced.slots:
             space = self._space(s.as_id)
             self.slots[s.as_id, s.gpa] = space.there[s.gpa] = s

@@ -20,7 +20,7 @@ from ..text import quoted
 from .commits import Commit, CommitGrouper
 from .guesses import counts_from_zero, log_switches
 from .live_slots import LiveSlot, LiveSlots
-from .replaying import Remarks, Told, Traced
+from .replaying import FileKind, Remarks, Told, Traced
 
 __all__ = ["read_log"]
 
@@ -65,7 +65,7 @@ def read_log(path: str) -> Traced:
     told = _told(commits)
     if not counts_from_zero(told):
         told = _told(reader.commits(order, log_switches(told, marked=reader.marked)))
-    return Traced("log", None, order, told, (), {}, reader.remarks)
+    return Traced(FileKind.LOG, None, order, told, (), {}, reader.remarks)
 
 
 class _Reader:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 
 from ..errors import InputError, RecordingError
 from ..memslots import OpKind, Order, Rules, slot_table
@@ -19,6 +20,7 @@ from .live_slots import UNKNOWN_BLOCK, LiveSlot
 
 __all__ = [
     "PAGE",
+    "FileKind",
     "Remarks",
     "ReplayStep",
     "Told",
@@ -66,15 +68,22 @@ class Remarks:
         return f"{text} ({where})" if count == 1 else f"{text} ({count} times, first at {where})"
 
 
+class FileKind(StrEnum):
+    """A recording of ours, or a raw log of QEMU."""
+
+    RECORDING = "recording"
+    LOG = "log"
+
+
 @dataclass(frozen=True, slots=True)
 class Traced:
     """A file's operations, commit by commit.
 
-    `kind` is `recording` or `log`.  `slots` are those that a recording's first map implies; the ids
+    `slots` are those that a recording's first map implies; the ids
     are not told.  `spans` has the size of RAM blocks by name and owner, as far as a map shows them.
     """
 
-    kind: str
+    kind: FileKind
     qemu_version: str | None
     order: Order
     commits: list[list[Told]]
@@ -131,7 +140,7 @@ def read_recording(path: str, rules: Rules) -> Traced:
     if order is None:
         remarks.add("it does not name QEMU's version; 8.0 or later is assumed")
     return Traced(
-        "recording",
+        FileKind.RECORDING,
         version,
         order or Order.V8_0,
         reader.commits,

@@ -33,7 +33,15 @@ from ...records import Recording, SlotOp, is_recording
 from ...topology import FlatView
 from ...tracking.beginning import beginning
 from ...tracking.logs import read_log
-from ...tracking.replaying import ReplayStep, Told, Traced, possible, read_recording, replay
+from ...tracking.replaying import (
+    FileKind,
+    ReplayStep,
+    Told,
+    Traced,
+    possible,
+    read_recording,
+    replay,
+)
 from .blocks import HostBlock, back
 from .transitions import AppliedOp, ReplayInput, ReplayTransition
 
@@ -177,7 +185,7 @@ def _read(path: str, rules: Rules) -> Traced:
         told = []
         for op, shown in commit:
             if op.ret == 0 and not possible(op):
-                where = op.transition if traced.kind == "recording" else op.t_ns
+                where = op.transition if traced.kind is FileKind.RECORDING else op.t_ns
                 traced.remarks.add("an operation that no KVM accepts is left out", where)
             else:
                 told.append((op, shown))
@@ -216,7 +224,7 @@ class _Fold:
         """Each commit that did something, in order."""
         before, number = self.initial, 0
         had_log = _has_log(before)
-        is_log = self.traced.kind == "log"
+        is_log = self.traced.kind is FileKind.LOG
         for commit in self.traced.commits:
             for done, after in self._parts(commit, before, cut=is_log):
                 number += 1
@@ -274,7 +282,7 @@ class _Fold:
         return tuple(notes)
 
     def _remark(self, text: str, op: SlotOp) -> None:
-        where = op.t_ns if self.traced.kind == "log" else op.transition
+        where = op.t_ns if self.traced.kind is FileKind.LOG else op.transition
         self.traced.remarks.add(text, where)
 
     def _apply(self, op: SlotOp, backing: Backing | None, table: SlotTable) -> list[AppliedOp]:
@@ -349,7 +357,7 @@ def _log_change(before: SlotTable, after: SlotTable) -> LogChange:
 
 
 def _nothing_in(path: str, traced: Traced) -> InputError:
-    if traced.kind == "recording":
+    if traced.kind is FileKind.RECORDING:
         return RecordingError(
             f"{path} has no slot operations: nothing happened to the guest's memory map",
             remedy="record a guest while its memory map changes, or give another recording",

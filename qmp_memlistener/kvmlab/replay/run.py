@@ -14,6 +14,7 @@ from dataclasses import replace
 import msgspec
 
 from ...errors import InputError
+from ...tracking.replaying import FileKind
 from ..abi import Cap
 from ..arenas import arenas_of
 from ..executor import ExecutionResult, Executor, nothing
@@ -79,7 +80,7 @@ class ReplayReport(msgspec.Struct, frozen=True):
 
     host: dict[str, object]
     source: str
-    kind: str
+    kind: FileKind
     qemu_version: str | None
     options: ReplayOptions
     results: tuple[ReplayResult, ...]

@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 
 from ...memslots import ADDRESS_SPACES, READONLY, LogChange, Op, OpKind, Rules, Slot, SlotTable
 from ...topology import FlatRange, FlatView, Kind
+from ...tracking.replaying import FileKind
 from .blocks import HostBlock
 
 __all__ = ["AppliedOp", "ReplayInput", "ReplayTransition"]
@@ -98,13 +99,13 @@ class ReplayTransition:
 class ReplayInput:
     """A file's transitions in order.
 
-    `kind` is `recording` or `log`.  `rules` are those of the QEMU that made the ops, as far as
+    `rules` are those of the QEMU that made the ops, as far as
     the file tells.  `initial` are the slots before the first transition.  `notes` have in words
     what was guessed, put in or left out.
     """
 
     source: str
-    kind: str
+    kind: FileKind
     qemu_version: str | None
     rules: Rules
     blocks: tuple[HostBlock, ...]
