@@ -48,7 +48,7 @@ Round = dict[str, float]
 
 
 @dataclass
-class _Gaps:
+class Gaps:
     """Collects a CPU's gaps while it makes them: its ring holds but the latest."""
 
     pulse: Pulse
@@ -115,7 +115,7 @@ async def _measure(host: Host, count: int, remarks: set[str]) -> Round:
         assert guest.ram is not None
         with Pulse(guest.ram) as pulse:
             await pulse.wait_ready()
-            clock = await _calibrated(pulse)
+            clock = await calibrated(pulse)
             for cpu in (0, 1):
                 await pulse.reset(cpu, threshold=clock.ticks(THRESHOLD_US * 1000))
             found: Round = {}
@@ -123,8 +123,8 @@ async def _measure(host: Host, count: int, remarks: set[str]) -> Round:
                 ((PAM_RAM << 4, 0), OWN, OTHER),
                 ((0, 0), OWN_SAME, OTHER_SAME),
             ):
-                gaps = _Gaps(pulse, 0), _Gaps(pulse, 1)
-                writes = await _toggle(pulse, clock, values, count, gaps)
+                gaps = Gaps(pulse, 0), Gaps(pulse, 1)
+                writes = await toggle_all(pulse, clock, values, count, gaps)
                 for row, of in ((own, gaps[0]), (other, gaps[1])):
                     ticks = statistics.median(of.at(write) for write in writes)
                     found[row] = clock.duration_ns(round(ticks)) / 1e3
@@ -143,7 +143,7 @@ async def _windows(pid: int, pulse: Pulse, clock: TscClock, count: int) -> list[
     reader = UprobeReader(pid, batches.append)
     await asyncio.to_thread(reader.start)
     try:
-        await _toggle(pulse, clock, (PAM_RAM << 4, 0), count, ())
+        await toggle_all(pulse, clock, (PAM_RAM << 4, 0), count, ())
         await asyncio.wrap_future(reader.flush())
     finally:
         await asyncio.to_thread(reader.stop)
@@ -153,12 +153,12 @@ async def _windows(pid: int, pulse: Pulse, clock: TscClock, count: int) -> list[
     return [window for batch in batches for window in batch.windows]
 
 
-async def _toggle(
+async def toggle_all(
     pulse: Pulse,
     clock: TscClock,
     values: tuple[int, int],
     count: int,
-    gaps: Sequence[_Gaps],
+    gaps: Sequence[Gaps],
 ) -> tuple[ToggleWrite, ...]:
     for one in gaps:
         one.take()
@@ -195,7 +195,7 @@ def _medians(windows: Sequence[Window]) -> Round:
     return {INHIBIT: 0.0} | medians  # 7.2 keeps nobody out
 
 
-async def _calibrated(pulse: Pulse) -> TscClock:
+async def calibrated(pulse: Pulse) -> TscClock:
     """A vCPU may have to wait for its turn on a busy machine."""
     async with asyncio.timeout(30):
         while True:

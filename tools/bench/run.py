@@ -35,6 +35,7 @@ BENCHES = {
     "attach": "one attachment after another",
     "idle": "an attached agent with nothing to do",
     "toggle": "what a PAM toggle costs on each QEMU",
+    "steer": "what a PAM toggle costs the other vCPU under each strategy of the interposer",
     "strategies": "what more memory costs a guest under each strategy",
     "lab": "a hole that comes and goes, on real KVM, under each strategy",
     "lab_cost": "what the lab's Python adds to a slot operation, beside C",
