@@ -218,7 +218,7 @@ async def migrate(mode: Mode | None, strict: bool) -> int:
                 env["QMP_MEMLISTENER_STRICT"] = "1"
         env |= faults.env
         args = ("-bios", str(build_writer(directory, _MEMORY)), "-nodefaults")
-        spec = GuestSpec(machine="pc", accel="kvm", memory=_MEMORY, smp=3, args=args, env=env)
+        spec = GuestSpec(machine="pc", accel="kvm", memory=_MEMORY, smp=2, args=args, env=env)
         waiting = replace(spec, args=(*args, "-incoming", f"unix:{directory}/m", "-S"), env={})
         async with (
             launch(spec.on(STEERED[-1])) as source,

@@ -47,7 +47,7 @@ pam:
         movw $0xcfd, %dx
         movb %bl, %al
         outb %al, %dx
-        movl $2000, %ecx
+        movl $50, %ecx
 1:      loop 1b
         ret
 
