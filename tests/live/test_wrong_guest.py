@@ -258,6 +258,7 @@ async def test_a_second_forwarder_or_the_guests_own_monitor(tmp_path: Path, name
             opening = attach(first, probes=("ping",), trace=False, ping_monitor=monitor)
             if named:
                 async with opening as agent:
+                    await agent.probes_started()
                     assert "ping" in agent.measuring.names
                     assert any("only UUID and name show" in remark for remark in agent.remarks)
                 continue
