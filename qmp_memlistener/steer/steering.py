@@ -180,11 +180,22 @@ async def release(process: Process) -> Steering:
         return Steering(Mode.OFF, Mode.OFF, 0, 0, 0, 0)
     _judge_right(process)
     channel = await in_thread(open_channel, process)
-    if channel is not None:
-        with channel:  # slots that were split are put back by a vCPU, and the main loop runs on
+    if channel is None:
+        raise TargetLost(f"QEMU (pid {process.pid}) has ended")
+    with channel:
+        try:
+            # slots that were split are put back by a vCPU, and the main loop runs on
             channel.want(Mode.OBSERVE)
-            await _taken(process, channel, Mode.OBSERVE)
-    stopped = await _detach(process)
+            observing = await _taken(process, channel, Mode.OBSERVE)
+            stuck = observing.refusal is Refusal.NOT_STOPPED
+            if stuck and observing.gave_up != start.gave_up:
+                raise OperationFailed(
+                    f"QEMU (pid {process.pid}) was left as it was: {observing.refusal.words}"
+                )
+            stopped = await _detach(process)
+        except OperationFailed:
+            channel.want(start.mode, strict=start.strict)
+            raise
     now = await in_thread(state_of, process)
     if now is None:
         raise TargetLost(f"QEMU (pid {process.pid}) has ended")

@@ -89,6 +89,25 @@ async def test_a_vcpu_that_is_held_still(strategy: str) -> None:
 
 
 @pytest.mark.asyncio
+async def test_it_is_not_taken_out_while_slots_are_split_and_a_vcpu_is_held() -> None:
+    async with racing(High.DATA) as (guest, pulse):
+        assert (await steer(guest, "hole")).code == 0
+        assert await toggled(guest, pulse, 9) == "survived"  # a hole is open
+        with _channel(guest.pid) as channel:
+            _, other = sorted(v.tid for v in channel.vcpus())
+        async with held(other):
+            ran = await steer(guest, "off")
+        assert ran.code == 1
+        assert "did not leave KVM_RUN" in ran.err
+        assert state(guest).hooked
+        assert await toggled(guest, pulse, 10) == "survived"
+        assert state(guest).mode is Mode.HOLE
+        assert (await steer(guest, "off")).code == 0
+        now = state(guest)
+        assert (now.hooked, now.slots) == (False, now.pieces)
+
+
+@pytest.mark.asyncio
 @pytest.mark.full
 async def test_more_events_than_the_ring_holds() -> None:
     async with racing() as (guest, pulse):
