@@ -59,7 +59,8 @@ async def test_pam_under_each_strategy() -> None:
 @pytest.mark.full
 @pytest.mark.parametrize("what", ["smram", "tseg", "mmconfig", "reset"])
 async def test_each_transition_of_the_pulse_guest(what: str) -> None:
-    async with booted(STEERED[-1], "kvm", "q35", memory=512 << 20) as vm:
+    """Without a display there is nothing in front of SMRAM."""
+    async with booted(STEERED[-1], "kvm", "q35", "-device", "VGA", memory=512 << 20) as vm:
         options = ("--transition", what, "--repeat", "1", "--window", "300ms")
         ran = await _compare(vm.guest, *options, "--strategies", "direct,inhibit,hole")
         assert ran.code == 0, ran.err
@@ -67,7 +68,8 @@ async def test_each_transition_of_the_pulse_guest(what: str) -> None:
         rounds = {r["strategy"]: r for r in found["rounds"]}
         assert {r["outcome"] for r in rounds.values()} == {"done"}
         ops = {name: r["slot_ops"] for name, r in rounds.items()}
-        assert ops["direct"] == ops["inhibit"] >= ops["hole"] > ops["control"] == 0
+        assert ops["direct"] == ops["inhibit"] > ops["control"] == 0
+        assert ops["hole"] > 0
 
 
 @pytest.mark.asyncio

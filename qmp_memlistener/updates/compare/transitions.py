@@ -28,13 +28,23 @@ _MMCONFIG = 0x1000_0001  # 256 MiB on, over RAM where there is more
 
 
 class PulseTransition(StrEnum):
-    """What the pulse guest does and takes back."""
+    """What the pulse guest does and takes back; a reset shuts what it has opened."""
 
     PAM = "pam"
     SMRAM = "smram"
     TSEG = "tseg"
     MMCONFIG = "mmconfig"
     RESET = "reset"
+
+
+_LOCKED = "boot the pulse guest without firmware, which may lock it"
+_REMEDIES = {
+    PulseTransition.PAM: _LOCKED,
+    PulseTransition.SMRAM: f"give the guest a display (-device VGA); {_LOCKED}",
+    PulseTransition.TSEG: _LOCKED,
+    PulseTransition.MMCONFIG: "give the guest more than 256 MiB of RAM, which is where it goes",
+    PulseTransition.RESET: _LOCKED,
+}
 
 
 _Write = tuple[int, int, int]  # register of the host bridge, value, width
@@ -46,9 +56,15 @@ class PulseMade:
     In rounds of the control it writes what the registers have.
     """
 
-    def __init__(self, pulse: Pulse, writes: Sequence[_Write], idle: Sequence[_Write]) -> None:
-        """Without `writes` it resets itself."""
+    def __init__(
+        self,
+        pulse: Pulse,
+        what: PulseTransition,
+        writes: Sequence[_Write],
+        idle: Sequence[_Write],
+    ) -> None:
         self._pulse = pulse
+        self._what = what
         self._writes = writes
         self._idle = idle
         self._is_open = False
@@ -70,7 +86,7 @@ class PulseMade:
                 remedy="run as root or as the user that QEMU runs as",
             ) from exc
         try:
-            return cls(pulse, *await _writes(pulse, what, bridge, machine))
+            return cls(pulse, what, *await _writes(pulse, what, bridge, machine))
         except BaseException:
             pulse.close()
             raise
@@ -80,15 +96,14 @@ class PulseMade:
 
     async def make(self, channel: Channel) -> None:
         before = channel.state().transactions
-        if not self._writes:
-            await self._reset()
         self._is_open = True
         await self._write(self._writes)
+        if self._what is PulseTransition.RESET:
+            await self._reset()
         self._is_open = False
         if channel.state().transactions == before:
             raise OperationFailed(
-                "the guest wrote the register, and no slot changed",
-                remedy="boot the pulse guest without firmware, which locks it, and with 512 MiB",
+                "the guest wrote the register, and no slot changed", remedy=_REMEDIES[self._what]
             )
 
     async def leave_out(self, channel: Channel) -> None:
@@ -136,8 +151,6 @@ async def _writes(
             )
         return register, await pulse.read_config(HOST_BRIDGE, register, width)
 
-    if what is PulseTransition.RESET:
-        return [], []
     smram, had = await read(bridge.smram)
     if what is PulseTransition.SMRAM:
         there, back = [(smram, (had ^ _D_OPEN) | _G_SMRAME, 1)], [(smram, had, 1)]
@@ -148,6 +161,13 @@ async def _writes(
         tseg, value = await read(bridge.esmramc)
         there = [(smram, had | _G_SMRAME, 1), (tseg, 0 if value & 1 else _TSEG_8M, 1)]
         back = [(tseg, value, 1), (smram, had, 1)]
+    elif what is PulseTransition.RESET and bridge.esmramc is None:
+        pam, value = await read(bridge.pam)
+        return [(pam, PAM_RAM << 4, 1)], [(pam, value, 1)]
+    elif what is PulseTransition.RESET:  # q35's leaves PAM as it is
+        tseg, value = await read(bridge.esmramc)
+        there = [(smram, had | _G_SMRAME, 1), (tseg, _TSEG_8M, 1)]
+        return there, [(tseg, value, 1), (smram, had, 1)]
     else:
         window, value = await read(bridge.pciexbar, 8)
         there = [(window, value & ~1 if value & 1 else _MMCONFIG, 8)]
