@@ -9,7 +9,7 @@ difference goes to KVM:
   while all vCPUs are paused; nothing is ever merged, so the next hole there is one delete and its
   fill one add.
 - Any other piece of a deleted slot is deleted, while all vCPUs are paused when it is logged: its
-  dirty log has to be fetched.
+  dirty log has to be fetched.  So it is when a piece's logging stops in such a transition.
 - What of an added slot no piece has yet is added.
 - A piece has QEMU's id of its slot while no other piece has that, else the highest free one:
   QEMU takes the lowest.
@@ -31,7 +31,7 @@ import msgspec
 from .intervals import complement, intersect, join
 from .ops import PARK, UNPARK, Op, OpKind
 from .rules import with_id
-from .slots import Slot, SlotTable
+from .slots import LOG_DIRTY_PAGES, Slot, SlotTable
 from .strategies import PlanTask, StrategyOps
 
 __all__ = ["hole_split"]
@@ -55,12 +55,15 @@ def hole_split(change: PlanTask) -> StrategyOps:
         if which not in dead:
             if which in flags:
                 work.set_flags(piece, flags[which])
+                stops = piece.logged and not flags[which] & LOG_DIRTY_PAGES
+                paused = paused or (stops and bool(dead) and not change.rules.queued)
             continue
         found = [(i, _common(piece, fresh[i])) for i in added.that_continue(piece)]
         if len(found) == 1 and found[0][1].size == piece.size:
             ((i, same),) = found
             if same.flags != piece.flags:
                 work.set_flags(piece, same.flags)
+                paused = paused or (piece.logged and not same.logged)
             of[i].append(same)
             continue
         work.delete(piece)
