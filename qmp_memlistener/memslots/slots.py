@@ -34,7 +34,6 @@ GUEST_MEMFD = 4
 
 AS_SHIFT = 16
 """`kvm_userspace_memory_region.slot` carries the address space from this bit on (api.rst)."""
-
 LAST_SLOT = (1 << AS_SHIFT) - 1
 
 MOST_PAGES = (1 << 31) - 1

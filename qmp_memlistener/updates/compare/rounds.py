@@ -267,7 +267,7 @@ class _Comparing(Generic[S]):
             len({(op.as_id, op.slot) for op in ops}),
             sum(t.merged for t in changes),
             took,
-            sorted(map(str, self._host.measured(start, window))),
+            sorted(self._host.measured(start, window)),
         )
 
     def _late_stalls(self) -> None:

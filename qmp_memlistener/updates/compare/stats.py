@@ -22,7 +22,7 @@ from statistics import median
 import msgspec
 
 from ...distribution import percentile
-from ...records import StallRecord
+from ...records import StallKind, StallRecord
 from ..model import Result
 
 __all__ = [
@@ -69,7 +69,7 @@ class Round(msgspec.Struct, frozen=True):
     slots: int
     transitions: int
     took_ns: int = 0
-    measured: list[str] = []
+    measured: list[StallKind] = []
 
 
 class Summary(msgspec.Struct, frozen=True, kw_only=True):
@@ -83,7 +83,7 @@ class Summary(msgspec.Struct, frozen=True, kw_only=True):
     """
 
     strategy: str
-    kind: str
+    kind: StallKind
     n: int
     missing: int = 0
     p50_ns: int | None = None
@@ -117,7 +117,7 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
 
     a: str
     b: str
-    kind: str
+    kind: StallKind
     median_diff_ns: int | None = None
     ci95_ns: Bounds | None = None
     seen: bool = False
@@ -129,18 +129,18 @@ class Difference(msgspec.Struct, frozen=True, kw_only=True):
     longest_diff_bounds_ns: Bounds | None = None
 
 
-def totals(stalls: Sequence[StallRecord]) -> dict[str, Bounds]:
+def totals(stalls: Sequence[StallRecord]) -> dict[StallKind, Bounds]:
     """By kind: how long these stalls were together."""
-    found: dict[str, Bounds] = {}
+    found: dict[StallKind, Bounds] = {}
     for stall in stalls:
         low, high = found.get(stall.kind, (0, 0))
         found[stall.kind] = (low + stall.at_least_ns, high + stall.at_most_ns)
     return found
 
 
-def longest(stalls: Sequence[StallRecord]) -> dict[str, Bounds]:
+def longest(stalls: Sequence[StallRecord]) -> dict[StallKind, Bounds]:
     """By kind: how long the longest of these stalls was."""
-    found: dict[str, Bounds] = {}
+    found: dict[StallKind, Bounds] = {}
     for stall in stalls:
         low, high = found.get(stall.kind, (0, 0))
         found[stall.kind] = (max(low, stall.at_least_ns), max(high, stall.at_most_ns))
@@ -215,8 +215,8 @@ def differences(rounds: Mapping[str, Sequence[Round]], seed: int = 0) -> list[Di
 
 def _values(
     rounds: Mapping[str, Sequence[Round]],
-    kind: str,
-    value: Callable[[Sequence[StallRecord]], dict[str, Bounds]],
+    kind: StallKind,
+    value: Callable[[Sequence[StallRecord]], dict[StallKind, Bounds]],
 ) -> Values:
     return {
         name: [value(r.stalls).get(kind, (0, 0)) for r in each if kind in r.measured]
@@ -259,5 +259,5 @@ def interval(a: Sequence[Bounds], b: Sequence[Bounds], seed: int = 0) -> tuple[i
     return round(low), round(high)
 
 
-def _kinds(rounds: Mapping[str, Sequence[Round]]) -> list[str]:
+def _kinds(rounds: Mapping[str, Sequence[Round]]) -> list[StallKind]:
     return sorted({s.kind for each in rounds.values() for r in each for s in r.stalls})

@@ -31,7 +31,7 @@ def exact(
     names += [f"{name}{bound}_ns" for name in single for bound in ("", "_min")]
     values = [t for t in (*times, *longest) for _ in range(2)]
     given = dict(zip(names, values, strict=True))
-    return Summary(strategy=strategy, kind=kind, n=n, stalls=stalls, **given)
+    return Summary(strategy=strategy, kind=StallKind(kind), n=n, stalls=stalls, **given)
 
 
 def difference(
@@ -40,7 +40,7 @@ def difference(
     return Difference(
         a=a,
         b=b,
-        kind=kind,
+        kind=StallKind(kind),
         median_diff_ns=diff,
         diff_bounds_ns=(diff, diff),
         ci95_ns=ci,
@@ -157,17 +157,17 @@ def test_the_longest_is_told_where_a_round_had_several() -> None:
 def test_both_bounds_and_what_was_not_measured_are_told() -> None:
     found = comparison(12)
     wide = Summary(
-        strategy="direct", kind="main_loop", n=10, missing=2, stalls=3, p50_ns=105_000_000,
+        strategy="direct", kind=StallKind.MAIN_LOOP, n=10, missing=2, stalls=3, p50_ns=105_000_000,
         p90_ns=105_000_000, p99_ns=105_000_000, max_ns=105_000_000,
         longest_ns=105_000_000, p50_min_ns=2_100_000, p90_min_ns=2_100_000,
         p99_min_ns=2_100_000, max_min_ns=4_000,
     )  # fmt: skip
-    never = Summary(strategy="pause", kind="main_loop", n=0, missing=12, stalls=0)
+    never = Summary(strategy="pause", kind=StallKind.MAIN_LOOP, n=0, missing=12, stalls=0)
     probes = [
         ProbeState("ping", [StallKind.MAIN_LOOP], True, None, None, 0, "-"),
         ProbeState("uprobes", [StallKind.COMMIT], False, "not root", "be root", 0, "-"),
     ]
-    both = Difference(a="direct", b="pause", kind="main_loop", enough=False)
+    both = Difference(a="direct", b="pause", kind=StallKind.MAIN_LOOP, enough=False)
     found = msgspec.structs.replace(found, summary=[wide, never], differences=[both], probes=probes)
     lines = list(comparison_lines(found, "it"))
     assert max(map(len, lines)) <= 80

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.records import StallRecord
+from qmp_memlistener.records import StallKind, StallRecord
 from qmp_memlistener.updates.compare.stats import (
     ENOUGH_ROUNDS,
     Round,
@@ -29,14 +29,14 @@ def stall(kind: str, length: int, at_least: int | None = None) -> StallRecord:
     return stall_at(kind, 0, length, at_least)
 
 
-def a_round(stalls: Iterable[StallRecord], *measured: str) -> Round:
+def a_round(stalls: Iterable[StallRecord], *measured: StallKind) -> Round:
     """Of which these kinds were measured throughout."""
     return Round("", 0, Result.DONE, None, 0, list(stalls), 0, 0, 0, 0, list(measured))
 
 
 def seen(*stalls: StallRecord) -> Round:
     """A round in which these kinds were measured."""
-    return a_round(stalls, "commit", "vcpu_gap")
+    return a_round(stalls, StallKind.COMMIT, StallKind.VCPU_GAP)
 
 
 def exact(*values: int) -> list[tuple[int, int]]:
@@ -136,7 +136,7 @@ def test_the_interval_holds_the_true_difference_as_often_as_it_says(
 
 
 def test_rounds_that_did_not_measure_a_kind_are_left_out_and_counted() -> None:
-    blind = a_round((), "vcpu_gap")
+    blind = a_round((), StallKind.VCPU_GAP)
     rounds = {
         "direct": [seen(stall("commit", 100)) for _ in range(6)] + [blind] * 3,
         "control": [seen()] * 6 + [blind],
