@@ -26,13 +26,15 @@ from ..memslots import Rules, SlotTable
 from ..probes import StallKind
 from ..probes.registry import known_names
 from ..qmp import CONNECT_DEADLINE, Companions, GuestFacts, Monitor, Target
-from ..records import Header, ProbeState, Record
+from ..records import Header, Mode, ProbeState, Record
+from ..steer import Steering
 from ..topology import MemoryMap
 from ..updates.guest_view import backends_of
 from ..updates.model import Addition, Intent, Outcome, Plug, Role, Strategy, Unplug, Value
 from ..updates.operation import perform
 from ..updates.options import parse_addition, parse_resize
 from ..updates.settings import UpdateOptions
+from ..updates.steered import steer_guest
 from ..waits import waiting
 from .attachment import Attached, AttachOptions, Opening
 from .background import Background
@@ -187,6 +189,11 @@ class Agent:
         """How many snapshots were taken, and the sum of their round trips in ns."""
         return self._attached.source.snapshots, self._attached.source.snapshot_ns
 
+    @property
+    def strategy(self) -> Mode | None:
+        """What `steer` applies to the guest's own transitions; None where that is not known."""
+        return self._attached.steering.strategy
+
     def probes(self) -> list[ProbeState]:
         """Which probes are active, and why others are not."""
         return self.measuring.state().probes
@@ -319,6 +326,19 @@ class Agent:
     ) -> Outcome:
         """More memory (`+256M`), less (`-256M`), or so much in all (`=4G`)."""
         return await self.update(parse_resize(size), strategy, options)
+
+    async def steer(self, strategy: Mode | str, *, strict: bool = False) -> Steering:
+        """Apply a strategy to the changes that the guest itself makes; `off` takes it out again.
+
+        As the verb of that name (docs/steering.md).  It stays when the block is left, and when this
+        process dies.  Raises InputError, MissingPrerequisite where it cannot work, GuestMigrating,
+        OperationFailed (QEMU runs as before) and TargetError.  When the result's `after` is not
+        what was asked for, its `reason` says why.
+        """
+        done = await steer_guest(self.monitor, Mode(strategy), strict=strict)
+        publish = self._publisher.records.publish
+        await self._attached.steering.reach(done.after, self.measuring, publish)
+        return done
 
     # -- waiting ---------------------------------------------------------------------------
 

@@ -30,7 +30,7 @@ from ..qmp import (
     start_tracing,
 )
 from ..qmp.trace_lines import STAMP_BOUND_NS
-from ..records import Header, Note, Record, RecordingWriter
+from ..records import Header, Note, Record, RecordingWriter, SteeringRecord
 from ..topology import MemoryMap
 from ..tracking import Tracker
 from ..waits import waiting
@@ -43,6 +43,7 @@ from .polling import PollSource
 from .probe_runner import Measuring
 from .publisher import Publisher
 from .source import MakeTracker, Source
+from .steered import SteeringWatch
 from .tracing import TraceSource
 
 __all__ = ["AttachOptions", "Attached", "Opening"]
@@ -78,6 +79,7 @@ class Attached:
     header: Header
     source: Source
     measuring: Measuring
+    steering: SteeringWatch
     remarks: list[str]
 
     @property
@@ -113,6 +115,8 @@ class Opening:
         with waiting("for QEMU to report its version"):
             facts = await read_facts(monitors.observer)
         rules = await in_thread(rules_of, facts.version, monitors.pid)
+        steering = SteeringWatch(monitors.owner.process if monitors.owner is not None else None)
+        self._remarks += await steering.begin()
         files = stack.enter_context(ExitStack())  # a recording takes everything that follows
         if monitors.owner is not None:
             self._remarks += await switch_off_profiler(monitors.observer, monitors.owner)
@@ -131,13 +135,17 @@ class Opening:
         stack.push_async_callback(self._end_tasks)
         header = _header_of(str(self._options.target), facts, monitors.pid, untraced)
         self._publish_header(header, files)
+        self._publisher.records.subscribe(steering.take, (SteeringRecord,))
+        self._publisher.records.publish(steering.first())
         self._watch_events(monitors, facts, source)
         with waiting("for QEMU to show its memory map"):
             await source.snapshot()
         self._background.spawn(source.keep_snapshots(), "snapshots")
         self._background.spawn(self._watch_monitor(monitors.observer, source), "monitor")
         measuring = await self._start_measuring(monitors, facts, header, source, untraced)
-        return Attached(monitors, facts, header, source, measuring, self._remarks)
+        looking = steering.keep_looking(measuring, self._publisher.records.publish)
+        self._background.spawn(looking, "steering")
+        return Attached(monitors, facts, header, source, measuring, steering, self._remarks)
 
     async def _connect(self) -> Monitors:
         options = self._options

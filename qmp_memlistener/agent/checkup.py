@@ -6,10 +6,9 @@ import shutil
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 
-from ..errors import MissingPrerequisite, TraceUnavailable
+from ..errors import MissingPrerequisite, OperationFailed, TargetLost, TraceUnavailable
 from ..guests import find_qemus, kvm_usable
 from ..host.bounded import in_thread
-from ..host.processes import Process
 from ..kvmlab import STRATEGIES, Kvm, why_not
 from ..probes import ProbeInfo, Verdict
 from ..probes.registry import PROBES, choose, on_host
@@ -22,8 +21,10 @@ from ..qmp import (
     start_tracing,
     take_snapshot,
 )
-from ..steer import Mode, judge
+from ..steer import Mode, judge, state_of
+from ..updates.steered import process_of_monitor
 from .monitors import connect_monitors, context_of
+from .steered import strategy_text
 
 __all__ = ["Check", "ProbeCheck", "examine_guest", "check_host", "probes_of_host"]
 
@@ -107,9 +108,8 @@ async def examine_guest(target: str) -> tuple[list[ProbeCheck], list[Check]]:
 
 def _steering(monitor: Monitor, facts: GuestFacts) -> Check:
     """Whether `steer` would do anything there; nothing is touched."""
-    pid = monitor.identity.pid
-    process = Process.read(pid) if pid is not None else None
-    if process is None or process.start_ticks != monitor.identity.start_ticks:
+    process = process_of_monitor(monitor)
+    if process is None:
         return Check("steer", False, "QEMU's process is not visible here")
     works, refused = [], []
     for mode in (Mode.OBSERVE, Mode.PAUSE, Mode.INHIBIT, Mode.HOLE):
@@ -119,9 +119,14 @@ def _steering(monitor: Monitor, facts: GuestFacts) -> Check:
             refused.append(exc)
         else:
             works.append(str(mode))
-    if works:
-        return Check(f"steer ({', '.join(works)})", True)
-    return Check("steer", False, refused[0].message, refused[0].remedy)
+    if not works:
+        return Check("steer", False, refused[0].message, refused[0].remedy)
+    try:
+        applied = strategy_text(state_of(process))
+    except (MissingPrerequisite, OperationFailed, TargetLost) as exc:
+        return Check("steer", False, exc.message, exc.remedy)
+    now = f"; {applied} is applied" if applied is not None else ""
+    return Check(f"steer ({', '.join(works)}{now})", True)
 
 
 def check_host() -> list[Check]:

@@ -26,6 +26,7 @@ from ..records import (
     Record,
     SlotOp,
     StallRecord,
+    SteeringRecord,
     SummaryRecord,
     TransitionRecord,
 )
@@ -84,6 +85,7 @@ class Measuring:
         self._transitions = 0
         self._telling = False
         self._begun = False
+        self._looking = asyncio.Lock()
         self._starting: set[asyncio.Task[None]] = set()
 
     # -- for the agent -----------------------------------------------------------------------
@@ -217,7 +219,6 @@ class Measuring:
         self._timeline.record(record)
 
     def own_command(self, name: str, start_ns: int, end_ns: int) -> None:
-        """QEMU was busy with a command of ours."""
         self._timeline.command(
             CommandRecord(
                 name=name, start_ns=start_ns, busy_until_ns=end_ns, end_ns=end_ns, probe="agent"
@@ -334,42 +335,55 @@ class Measuring:
         except MemListenerError as exc:
             self._give_up(exc)
 
-    # -- the probes' sink ----------------------------------------------------------------------
+    async def look_again(self, name: str) -> None:
+        """Start a probe that was wanted and could not work for the guest, if by now it can."""
+        async with self._looking:
+            at, choice = next((i, c) for i, c in enumerate(self._choices) if c.info.name == name)
+            if not choice.wanted or choice.verdict.usable:
+                return
+            choice = Choice(choice.probe, await choice.probe.check())
+            if not choice.verdict.usable:
+                return
+            self._choices[at] = choice
+            if self._begun:
+                self._why_not.pop(name, None)
+                await self._start(choice)
+                self._publish([self.state()])
+
+    # -- the probes' sink: `probes.Sink` says what is what ------------------------------------
 
     def observe(self, observations: list[Observation]) -> None:
-        """Windows of a probe."""
         self._timeline.observe(observations)
 
+    def carried_out(self, asked: list[Observation], windows: list[Observation]) -> None:
+        self._timeline.carried_out(asked, windows)
+
+    def steered(self, change: SteeringRecord) -> None:
+        self._publish([change])
+
     def command(self, span: CommandRecord) -> None:
-        """A command that a probe saw."""
         self._timeline.command(span)
 
     def measure(self, measurement: MeasurementRecord) -> None:
-        """Counters of a probe."""
         self._publish([measurement])
 
     def advance(self, probe: str, t_ns: int) -> None:
-        """How far a probe is."""
         self._timeline.advance(probe, t_ns)
         self._coverage.advance(probe, t_ns)
 
     def measures(self, probe: str, kinds: Iterable[StallKind]) -> None:
-        """What a probe measures from now on."""
         self._coverage.measures(probe, kinds, time.monotonic_ns())
         self._changed.set()
 
     def note(self, text: str) -> None:
-        """A remark of a probe."""
         self._publish([Note(t_ns=time.monotonic_ns(), text=text)])
 
     def lost(self, probe: str, what: str, count: int | None = None) -> None:
-        """A probe missed something."""
         self._timeline.lost(probe)
         self._coverage.lost(probe, time.monotonic_ns())
         self._tell_loss(f"{probe}: {what}", count)
 
     def failed(self, probe: str, error: Exception) -> None:
-        """A probe ended early; the rest goes on."""
         self._timeline.forget(probe)
         self._coverage.lost(probe, time.monotonic_ns())
         self.measures(probe, ())

@@ -16,10 +16,12 @@ def command(as_json: bool) -> None:
 
     Example: qmp-memlistener list
     """
+    from ..agent.steered import strategy_text
     from ..host import bounded
     from ..qmp import find_guests
     from ..qmp.freeze import frozen_by, process_key
     from ..reports.guests import GUEST_COLUMNS, guest_document, guest_rows
+    from ..steer import state_of
     from ..updates.left_behind import REMEDY, left_behind
 
     guests = find_guests()
@@ -31,11 +33,18 @@ def command(as_json: bool) -> None:
         holders[guest.pid] = None if isinstance(holder, Exception) else holder
         if isinstance(holder, Exception):
             notes[guest.pid].append(f"whether it is frozen cannot be seen: {holder}")
+    strategies = {
+        guest.pid: None if isinstance(found, Exception) else found or "off"
+        for guest, found in bounded.each(
+            lambda g: strategy_text(state_of(g.process)), guests, soft=0.1, hard=2
+        )
+    }
     if as_json:
         documents = [
             {
                 **guest_document(guest),
                 "notes": notes[guest.pid],
+                "strategy": strategies[guest.pid],
                 "frozen": holders[guest.pid],
                 "left_behind": [x.text for x in left if x.pid == guest.pid],
             }
@@ -54,4 +63,7 @@ def command(as_json: bool) -> None:
     for pid, holder in holders.items():
         if holder is not None:
             say(f"{pid} is frozen for real-time work by {holder}")
+    for pid, strategy in strategies.items():
+        if strategy not in (None, "off"):
+            say(f"{pid} is steered: {strategy} is applied to what it changes in its map")
     print_table(GUEST_COLUMNS, guest_rows(guests))

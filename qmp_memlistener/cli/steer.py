@@ -52,7 +52,7 @@ def command(target: str, strategy: str, strict: bool, yes: bool, as_json: bool) 
             print_error(error)
             return error.exit_code
         raise
-    outcome = "done" if done.after.name.lower() == strategy else "failed"
+    outcome = "done" if done.after == strategy else "failed"
     if as_json:
         print_json(_document(outcome, done.reason, done))
     else:
@@ -61,45 +61,24 @@ def command(target: str, strategy: str, strict: bool, yes: bool, as_json: bool) 
 
 
 async def _steer(target: str, strategy: str, strict: bool) -> Steering:
-    import asyncio
-
     from ..agent.monitors import refuse_if_frozen
-    from ..host.bounded import in_thread
-    from ..host.processes import Process
-    from ..qmp import Monitor, read_facts
-    from ..steer import Mode, judge, release, steer
-    from ..updates.pause.migrating import refuse_if_migrating
+    from ..qmp import Monitor
+    from ..records import Mode
+    from ..updates.steered import steer_guest
 
     admission = await refuse_if_frozen(target)
     async with await Monitor.connect(admission.target, meant=admission.meant) as monitor:
-        pid = monitor.identity.pid
-        process = await in_thread(Process.read, pid) if pid is not None else None
-        if process is None or process.start_ticks != monitor.identity.start_ticks:
-            raise MissingPrerequisite(
-                f"QEMU's process is not visible behind {target}",
-                remedy="run this on the host of the guest, in its pid namespace or above",
-            )
-        await refuse_if_migrating(monitor, "it was left as it was")
-        if strategy == "off":
-            work = asyncio.ensure_future(release(process))
-        else:
-            wanted = Mode[strategy.upper()]
-            facts = await read_facts(monitor)
-            await in_thread(judge, process, monitor.version, kvm=facts.kvm, wanted=wanted)
-            work = asyncio.ensure_future(steer(process, wanted, strict=strict))
-        try:
-            return await asyncio.shield(work)
-        except asyncio.CancelledError:
-            _print(await work, err=True)  # it takes milliseconds, and is not left half done
-            raise
+        return await steer_guest(
+            monitor, Mode(strategy), strict=strict, interrupted=lambda done: _print(done, err=True)
+        )
 
 
 def _document(outcome: str, reason: str | None, done: Steering | None) -> dict[str, object]:
     return {
         "outcome": outcome,
         "reason": reason,
-        "before": done.before.name.lower() if done else None,
-        "after": done.after.name.lower() if done else None,
+        "before": str(done.before) if done else None,
+        "after": str(done.after) if done else None,
         "stopped_ns": done.stopped_ns if done else 0,
         "transitions": done.transitions if done else 0,
         "parks": done.parks if done else 0,
@@ -108,7 +87,7 @@ def _document(outcome: str, reason: str | None, done: Steering | None) -> dict[s
 
 
 def _print(done: Steering, *, err: bool = False) -> None:
-    before, after = done.before.name.lower(), done.after.name.lower()
+    before, after = done.before, done.after
     say(f"{before} -> {after}" if before != after else f"{after}, as before", err=err)
     if done.stopped_ns:
         say(f"QEMU's main loop was stopped for {done.stopped_ns / 1e6:.1f} ms", err=err)

@@ -16,7 +16,7 @@ import msgspec
 
 from ..errors import MissingPrerequisite, TraceUnavailable
 from ..qmp import Companions, Guest, GuestFacts, Monitor
-from ..records import CommandRecord, MeasurementRecord, SlotOp, StallKind
+from ..records import CommandRecord, MeasurementRecord, SlotOp, StallKind, SteeringRecord
 
 __all__ = [
     "StallKind",
@@ -121,6 +121,15 @@ class Sink(Protocol):
 
     def observe(self, observations: list[Observation]) -> None:
         """Windows, in any order; each once."""
+
+    def carried_out(self, asked: list[Observation], windows: list[Observation]) -> None:
+        """What came of one transaction whose operations were issued in QEMU's stead.
+
+        `asked` are the operations of QEMU's: no stalls, but its log and other probes show them.
+        """
+
+    def steered(self, change: SteeringRecord) -> None:
+        """Another strategy is applied to the guest's transitions."""
 
     def command(self, span: CommandRecord) -> None:
         """A command that was seen."""

@@ -16,6 +16,7 @@ __all__ = ["PROBES", "Choice", "choose", "known_names", "make", "on_host"]
 PROBES = {
     "runstate": ("runstate", "RunStateProbe"),
     "trace": ("trace", "TraceProbe"),
+    "interposer": ("interposer", "InterposerProbe"),
     "pulse": ("pulse", "PulseProbe"),
     "ping": ("ping", "PingProbe"),
     "kvmstats": ("kvmstats", "KvmStatsProbe"),
@@ -28,10 +29,11 @@ _SPARE = {"lockprofile": "uprobes"}
 
 @dataclass(frozen=True, slots=True)
 class Choice:
-    """A probe and whether it is taken, or why not."""
+    """A probe and whether it is taken, or why not; `wanted`: the guest alone is in the way."""
 
     probe: Probe
     verdict: Verdict
+    wanted: bool = True
 
     @property
     def info(self) -> ProbeInfo:
@@ -82,6 +84,7 @@ async def choose(context: Context, names: Sequence[str] | None) -> list[Choice]:
     found: dict[str, Choice] = {}
     for name in PROBES:
         probe = make(name, context)
+        wanted = False
         if names is not None and name not in names:
             verdict = Verdict.no("it was not requested")
         elif context.max_share is not None and probe.info.share > context.max_share:
@@ -91,8 +94,8 @@ async def choose(context: Context, names: Sequence[str] | None) -> list[Choice]:
                 "allow more with --max-overhead",
             )
         else:
-            verdict = await probe.check()
-        found[name] = Choice(probe, verdict)
+            verdict, wanted = await probe.check(), True
+        found[name] = Choice(probe, verdict, wanted)
     if names is None:
         for name, better in _SPARE.items():
             if found[better].verdict.usable and found[name].verdict.usable:

@@ -35,6 +35,7 @@ from .records import (
     Record,
     Section,
     SlotOp,
+    SteeringRecord,
     TransitionRecord,
 )
 
@@ -69,6 +70,7 @@ __all__ = [
     "GuestState",
     "QmpEvent",
     "Reconciled",
+    "SteeringRecord",
     "Mode",
     "Lost",
     "Note",

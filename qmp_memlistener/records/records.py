@@ -32,6 +32,7 @@ __all__ = [
     "Record",
     "Section",
     "SlotOp",
+    "SteeringRecord",
     "TransitionRecord",
 ]
 
@@ -237,6 +238,22 @@ class QmpEvent(Record, frozen=True, kw_only=True, tag="qmp_event"):
     t_ns: int
     event: str
     data: dict[str, Any]
+
+
+class SteeringRecord(Record, frozen=True, kw_only=True, tag="steering"):
+    """From `t_ns` on the guest's transitions are made under this strategy (`steer`).
+
+    There is one at the beginning where QEMU's process can be looked into, and one at each change.
+    `late_ns` is by how much `t_ns` may be later than the change, None: not at all.
+    `strict`: under `hole` vCPUs are kept out of KVM each time.  `reason` says why it is not the
+    strategy that was asked for.
+    """
+
+    t_ns: int
+    strategy: Mode
+    strict: bool = False
+    reason: str | None = None
+    late_ns: int | None = None
 
 
 class Reconciled(Record, frozen=True, kw_only=True, tag="reconciled"):

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
+from collections import Counter
 from collections.abc import Iterator, Sequence
 
 from ..errors import RecordingError
@@ -9,11 +12,14 @@ from ..records import (
     GuestFailure,
     GuestReset,
     Lost,
+    Mode,
     PossibleViolation,
     Record,
     Recording,
     StallRecord,
+    SteeringRecord,
     SummaryRecord,
+    TransitionRecord,
     Violation,
 )
 from ..text import count_text
@@ -28,6 +34,48 @@ __all__ = ["Contents"]
 
 _SHOWN = 20
 _END_OF_TIME_NS = 1 << 63
+_UNKNOWN = "unknown"
+
+
+class _Strategies:
+    """Transitions by the strategy that `steer` applied to them.
+
+    Records of either type may come late, so they are compared when all are there.
+    """
+
+    def __init__(self, bound_ns: int) -> None:
+        self._bound_ns = bound_ns
+        self._from, self._to = array("q"), array("q")  # when each transition was
+        self._changes: list[SteeringRecord] = []
+
+    def take(self, record: TransitionRecord | SteeringRecord) -> None:
+        if isinstance(record, SteeringRecord):
+            self._changes.append(record)
+        else:
+            self._from.append(max(0, record.t_ns - max(self._bound_ns, record.late_ns or 0)))
+            self._to.append(record.t_ns)
+
+    def counts(self) -> dict[str, int]:
+        """`unknown`: not recorded, or another one was taken at about that time."""
+        changes = sorted(self._changes, key=lambda c: c.t_ns)
+        times = [c.t_ns for c in changes]
+        found: Counter[str] = Counter()
+        for start_ns, end_ns in zip(self._from, self._to, strict=True):
+            at = bisect_right(times, start_ns)
+            names = {str(changes[at - 1].strategy)} if at else {_UNKNOWN}
+            for change in changes[at:]:
+                if change.t_ns - (change.late_ns or 0) > end_ns:
+                    break
+                names.add(str(change.strategy))
+            found[names.pop() if len(names) == 1 else _UNKNOWN] += 1
+        return dict(sorted(found.items()))
+
+    def lines(self) -> Iterator[str]:
+        """Nothing for a guest that was not steered, as far as that is known."""
+        if all(change.strategy is Mode.OFF for change in self._changes):
+            return
+        told = (f"{count:,} under {name}" for name, count in self.counts().items())
+        yield f"strategies: {', '.join(told) or 'no transition was made'}"
 
 
 class Contents:
@@ -40,6 +88,7 @@ class Contents:
         self._recording = recording
         self._statistics = Statistics()
         self._tally = Tally()
+        self._strategies = _Strategies(recording.header.stamp_bound_ns or 0)
         self._end_ns = recording.header.monotonic_ns
         self._failures: list[GuestFailure] = []
         self._resets: list[GuestReset] = []
@@ -62,6 +111,7 @@ class Contents:
             "truncated": self._recording.truncated,
             "transitions": self._tally.transitions,
             "slot_ops": self._tally.slot_ops,
+            "strategies": self._strategies.counts(),
             "lost": len(self._lost),
             "probes": list(self._tally.probes.values()),
             "compared": self._tally.compared,
@@ -86,6 +136,7 @@ class Contents:
         if self._recording.skipped:
             skipped = count_text(self._recording.skipped, "record")
             yield f"{skipped} of a type that this version does not know"
+        yield from self._strategies.lines()
         yield from self._probe_lines()
         yield self._comparison()
         yield from self._section("guest failures", self._failures)
@@ -108,6 +159,8 @@ class Contents:
                 self._longest.append(record)
                 if len(self._longest) >= 64 + 2 * longest:
                     self._shorten(longest)
+            case TransitionRecord() | SteeringRecord():
+                self._strategies.take(record)
             case GuestReset():
                 self._resets.append(record)
             case GuestFailure():

@@ -13,6 +13,7 @@ from ..records import (
     Header,
     Lost,
     MapRecord,
+    Mode,
     Note,
     QmpEvent,
     Reconciled,
@@ -21,6 +22,7 @@ from ..records import (
     SlotOp,
     StallCauseType,
     StallRecord,
+    SteeringRecord,
     TransitionRecord,
 )
 from ..text import count_text, quoted
@@ -83,6 +85,7 @@ class Narrator:
         self._width = width
         self._unicode = unicode
         self._zero_ns: int | None = None
+        self._steered = False
 
     def lines(self, record: Record) -> Iterator[str]:
         """The lines for one record; none for those that say nothing to a person."""
@@ -114,6 +117,8 @@ class Narrator:
             case Reconciled():
                 yield f"{self._stamp(record.t_ns)}  slots differ from what QEMU's rules predict:"
                 yield from (f"{_INDENT}{d}" for d in record.differences)
+            case SteeringRecord():
+                yield from self._steering(record)
             case Lost():
                 count = f" ({record.count})" if record.count is not None else ""
                 yield f"{self._stamp(record.t_ns)}  LOST: {record.what}{count}"
@@ -131,6 +136,14 @@ class Narrator:
         if self._zero_ns is None:
             self._zero_ns = t_ns
         return f"{(t_ns - self._zero_ns) / 1e9:10.6f}"
+
+    def _steering(self, s: SteeringRecord) -> Iterator[str]:
+        """Nothing at the beginning of a guest that is not steered."""
+        if s.strategy is not Mode.OFF or self._steered:
+            strict = ", strict" if s.strict else ""
+            why = f" ({s.reason})" if s.reason else ""
+            yield f"{self._stamp(s.t_ns)}  strategy: {s.strategy}{strict}{why}"
+        self._steered |= s.strategy is not Mode.OFF
 
     def _transition(self, t: TransitionRecord) -> Iterator[str]:
         merged = f", {t.merged} changes in one" if t.merged > 1 else ""

@@ -33,7 +33,8 @@ class Stall(msgspec.Struct, eq=False, gc=False):
     """A stall window on its way to a record.
 
     `transition` is the transition that it is a part of, `line` what QEMU's log has of its ioctl,
-    `commit` what it lies in; all where that is known for a fact.
+    `commit` what it lies in; all where that is known for a fact.  `asked` is what QEMU asked for
+    when this was done in its stead, `told`: another stall tells of what was done instead.
     """
 
     seen: Observation
@@ -45,6 +46,8 @@ class Stall(msgspec.Struct, eq=False, gc=False):
     why_logs: str = "dirty logging"  # of a commit that does nothing else, in words
     cause: StallCause = _UNKNOWN
     incident: int = 0
+    asked: tuple[Stall, ...] = ()
+    told: bool = False
 
     @property
     def length_ns(self) -> int:

@@ -9,22 +9,24 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from typing import TypeVar
 
 import msgspec
 
 from ..memslots import OpKind
-from ..probes import StallKind
+from ..probes import Observation, StallKind
 from ..records import SlotOp
-from .evidence import KEEP_NS, Evidence, Stall, overlap, together, witness
+from .evidence import KEEP_NS, Evidence, Spans, Stall, overlap, together, witness
+from .windows import missing_window
 
-__all__ = ["LIMIT", "SLACK_NS", "Pairing", "TracedOp", "Updates", "merge"]
+__all__ = ["INTERPOSER", "LIMIT", "SLACK_NS", "Issued", "Pairing", "TracedOp", "Updates", "merge"]
 
 LIMIT = 16384
 """So many of either side wait for the other at most: it may be absent altogether."""
 
 TRACE = "trace"
+INTERPOSER = "interposer"
 
 SLACK_NS = 1_000_000_000
 """A line and its ioctl are delivered within this time of each other."""
@@ -151,13 +153,92 @@ class Pairing:
             del where[key]
 
 
+class Issued:
+    """What the interposer issued in QEMU's stead, and what QEMU had asked for.
+
+    Its log and other probes show what was asked for, at that time: these belong to what was issued,
+    and are not told for themselves.
+    """
+
+    def __init__(self) -> None:
+        self._pairing = Pairing()
+        self._asked: Spans[Stall] = Spans()
+
+    def carried_out(
+        self,
+        asked: Iterable[Observation],
+        windows: Iterable[Observation],
+        sizes: Mapping[tuple[int, int], int],
+        *,
+        traced: bool,
+    ) -> list[Stall]:
+        """The stalls of one transaction.  `sizes` are of slots that were there before, by place."""
+        stalls = tuple(Stall(seen, witness(seen.probe)) for seen in asked)
+        for stall in stalls:
+            self._asked.add(stall.seen.start_ns, stall.seen.end_ns, stall)
+            if traced:
+                self._pairing.ioctl(stall)
+        found = []
+        timed = []
+        for seen in windows:
+            if (op := seen.update) is not None:
+                if op.op is OpKind.DELETE and not op.size:
+                    op = msgspec.structs.replace(op, size=sizes.get((op.as_id, op.gpa), 0))
+                    seen = msgspec.structs.replace(seen, update=op, site=str(op))
+                timed.append((op, seen.start_ns, seen.end_ns))
+            found.append(seen)
+        missing = missing_window(timed, INTERPOSER)
+        if missing is not None:
+            found.append(missing)
+        return [Stall(seen, witness(seen.probe), asked=stalls) for seen in found]
+
+    def traced(self, traced: TracedOp) -> None:
+        """A line told of something that was asked for."""
+        self._pairing.traced(traced)
+
+    def clear(self) -> None:
+        """Something was missed: what waits cannot be paired by its order any more."""
+        self._pairing.clear()
+
+    def pair(self) -> None:
+        """Bring lines and what was asked for together."""
+        self._pairing.pair()
+
+    def know(self, ready: Iterable[Stall]) -> None:
+        """Tell these what they are parts of; those that others saw of what was asked are `told`."""
+        ready = list(ready)
+        for stall in ready:
+            if stall.seen.kind is StallKind.SLOT_UPDATE and stall.seen.probe != INTERPOSER:
+                self._look_up(stall)
+        for stall in ready:
+            if stall.asked:
+                known = {a.transition for a in stall.asked if a.transition is not None}
+                stall.transition = known.pop() if len(known) == 1 else None
+                stall.logs = all(a.logs for a in stall.asked)
+                for a in stall.asked:
+                    stall.witnesses = together(stall.witnesses, a.witnesses)
+
+    def _look_up(self, stall: Stall) -> None:
+        seen = stall.seen
+        for asked in self._asked.find(seen.start_ns, seen.end_ns + 1):
+            same_thread = seen.tid in (None, asked.seen.tid)
+            if same_thread and _key(asked) == _key(stall):
+                asked.witnesses = together(asked.witnesses, stall.witnesses)
+                stall.told = True
+                return
+
+    def forget(self, before_ns: int) -> None:
+        """Drop what ended before."""
+        self._asked.forget(before_ns)
+
+
 class Updates:
     """Slot updates, by the thread that made them."""
 
     def __init__(self, updates: Iterable[Stall]) -> None:
         self._of: dict[int | None, tuple[list[int], list[Stall]]] = {}
         for update in updates:
-            if update.seen.probe != TRACE:
+            if update.seen.probe not in (TRACE, INTERPOSER):
                 starts, found = self._of.setdefault(update.seen.tid, ([], []))
                 starts.append(update.seen.start_ns)
                 found.append(update)

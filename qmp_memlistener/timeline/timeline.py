@@ -33,7 +33,7 @@ from ..records import (
 )
 from .causes import DirtyLogging, decide
 from .evidence import KEEP_NS, Evidence, Stall, overlap, together, witness
-from .pairing import Pairing, TracedOp, Updates, merge
+from .pairing import INTERPOSER, Issued, Pairing, TracedOp, Updates, merge
 from .windows import Timed, missing_window, trace_windows
 
 __all__ = ["BACKLOG", "PATIENCE_NS", "Timeline"]
@@ -74,6 +74,7 @@ class Timeline:
         self._evidence = Evidence()
         self._logging = DirtyLogging()
         self._pairing = Pairing()
+        self._issued = Issued()
         self._transitions: deque[TransitionRecord] = deque()
         self._ops_of: dict[int, list[TracedOp]] = {}
         self._silent: deque[TransitionRecord] = deque()
@@ -92,7 +93,6 @@ class Timeline:
         self._reached[probe] = t_ns
 
     def forget(self, probe: str) -> None:
-        """Nothing more comes from it."""
         self._reached.pop(probe, None)
 
     def advance(self, probe: str, t_ns: int) -> None:
@@ -107,6 +107,12 @@ class Timeline:
             self._wait(stall)
             if seen.kind is StallKind.SLOT_UPDATE and seen.update is not None:
                 self._pairing.ioctl(stall)
+
+    def carried_out(self, asked: list[Observation], windows: list[Observation]) -> None:
+        """What came of one transaction whose operations were issued in QEMU's stead."""
+        traced = TRACE in self._reached
+        for stall in self._issued.carried_out(asked, windows, self._sizes, traced=traced):
+            self._wait(stall)
 
     def command(self, span: CommandRecord) -> None:
         """A command that was seen."""
@@ -130,6 +136,8 @@ class Timeline:
                 if record.transition is not None:
                     self._ops_of.setdefault(record.transition, []).append(traced)
                 self._pairing.traced(traced)
+                if INTERPOSER in self._reached:
+                    self._issued.traced(traced)
             case QmpEvent():
                 self._logging.event(record)
             case GuestState(running=False):
@@ -143,6 +151,8 @@ class Timeline:
         """The probe missed something: operations can no longer be paired by their order."""
         if probe in (TRACE, "uprobes"):
             self._pairing.clear()
+        if probe in (TRACE, INTERPOSER):
+            self._issued.clear()
 
     # -- what comes out ----------------------------------------------------------------------
 
@@ -186,8 +196,10 @@ class Timeline:
 
     def _release(self, horizon: int) -> list[Record]:
         self._pairing.pair()
+        self._issued.pair()
         self._from_trace(horizon)
         ready, horizon = self._take(horizon)
+        self._issued.know(ready)
         by_kind: dict[StallKind, list[Stall]] = {kind: [] for kind in _ORDER}
         for stall in sorted(ready, key=_start):
             by_kind[stall.seen.kind].append(stall)
@@ -200,7 +212,7 @@ class Timeline:
                 self._know_commits(stalls, updates, horizon)
             elif kind is StallKind.MISSING:
                 stalls = stalls + self._missing(by_kind[StallKind.COMMIT], updates)
-            for stall in merge(stalls, self._evidence):
+            for stall in merge([s for s in stalls if not s.told], self._evidence):
                 self._decide(stall)
                 decided.append(stall)
         decided.sort(key=_start)
@@ -208,6 +220,7 @@ class Timeline:
         records += [self._to_record(s) for s in decided]
         if horizon < _END:
             self._evidence.forget(horizon - KEEP_NS)
+            self._issued.forget(horizon - KEEP_NS)
         while len(self._incident_of) > _LIMIT:
             del self._incident_of[next(iter(self._incident_of))]
         return records
@@ -308,7 +321,10 @@ class Timeline:
         found = []
         for commit in commits:
             timed: list[Timed] = []
-            for update in updates.inside(commit):
+            mine = updates.inside(commit)
+            if any(update.told for update in mine):
+                continue  # what was asked for is not what was done
+            for update in mine:
                 op = update.line or update.seen.update
                 if op is None:
                     continue

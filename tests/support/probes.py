@@ -20,7 +20,7 @@ from qmp_memlistener.qmp import (
     find_guest,
     read_facts,
 )
-from qmp_memlistener.records import CommandRecord, MeasurementRecord
+from qmp_memlistener.records import CommandRecord, MeasurementRecord, SteeringRecord
 from tests.support.any_monitor import AnyMonitor
 from tests.support.host import patience
 
@@ -34,6 +34,8 @@ class Recorder:
 
     def __init__(self) -> None:
         self.observations: list[Observation] = []
+        self.asked: list[Observation] = []
+        self.changes: list[SteeringRecord] = []
         self.measurements: list[MeasurementRecord] = []
         self.notes: list[str] = []
         self.losses: list[str] = []
@@ -44,6 +46,14 @@ class Recorder:
 
     def observe(self, observations: list[Observation]) -> None:
         self.observations += observations
+        self._news.set()
+
+    def carried_out(self, asked: list[Observation], windows: list[Observation]) -> None:
+        self.asked += asked
+        self.observe(windows)
+
+    def steered(self, change: SteeringRecord) -> None:
+        self.changes.append(change)
         self._news.set()
 
     def command(self, span: CommandRecord) -> None:

@@ -37,7 +37,7 @@ from tests.unit.cli.cli_support import check_types, process, run
 START = 7_000_000_000
 DOCUMENT = {
     "schema": int, "recording": str, "header": dict, "truncated": bool, "transitions": int,
-    "slot_ops": int, "lost": int, "probes": list, "compared": bool,
+    "slot_ops": int, "strategies": dict, "lost": int, "probes": list, "compared": bool,
     "differences": (int, type(None)), "failures": list, "resets": list,
     "violations": list, "possible_violations": list, "summary": dict,
 }  # fmt: skip
