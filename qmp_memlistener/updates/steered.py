@@ -17,7 +17,7 @@ from ..steer import Steering, judge, release, steer
 from ..text import quoted
 from .pause.migrating import refuse_if_migrating
 
-__all__ = ["process_of_monitor", "steer_guest"]
+__all__ = ["process_of_monitor", "steer_guest", "steered_process"]
 
 
 def process_of_monitor(monitor: Monitor) -> Process | None:
@@ -26,6 +26,17 @@ def process_of_monitor(monitor: Monitor) -> Process | None:
     process = Process.read(pid) if pid is not None else None
     if process is None or process.start_ticks != monitor.identity.start_ticks:
         return None
+    return process
+
+
+def steered_process(monitor: Monitor) -> Process:
+    """The same.  Raises MissingPrerequisite where it is not visible."""
+    process = process_of_monitor(monitor)
+    if process is None:
+        raise MissingPrerequisite(
+            f"QEMU's process is not visible behind {monitor.target}",
+            remedy="run this on the host of the guest, in its pid namespace or above",
+        )
     return process
 
 
@@ -47,12 +58,7 @@ async def steer_guest(
         raise InputError(f"there is no strategy {quoted(strategy)}", remedy=f"one of {names}")
     if strict and strategy is not Mode.HOLE:
         raise InputError("strict goes with the strategy hole")
-    process = await in_thread(process_of_monitor, monitor)
-    if process is None:
-        raise MissingPrerequisite(
-            f"QEMU's process is not visible behind {monitor.target}",
-            remedy="run this on the host of the guest, in its pid namespace or above",
-        )
+    process = await in_thread(steered_process, monitor)
     await refuse_if_migrating(monitor, "it was left as it was")
     if strategy is Mode.OFF:
         work = asyncio.ensure_future(release(process))

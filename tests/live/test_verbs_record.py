@@ -18,7 +18,7 @@ from tests.support.verbs import run_verb, started_verb
 
 pytestmark = pytest.mark.qemu
 
-STRATEGIES = ["qemu", "pause", "batch-incremental", "batch-full", "hole"]
+STRATEGIES = ["qemu", "pause", "batch-incremental", "batch-full", "hole", "hole-split"]
 
 
 @cases()

@@ -97,6 +97,7 @@ async def test_list(build: QemuBuild) -> None:
             "monitors": monitors,
             "visible": True,
             "notes": [],
+            "strategy": "off",
             "frozen": None,
             "left_behind": [],
         }

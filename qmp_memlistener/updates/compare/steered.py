@@ -34,6 +34,7 @@ from ...steer import Channel, EventKind, Mode, judge, open_channel, release, sta
 from ..model import Phase, PhaseName, Result
 from ..operation import Host
 from ..pause.migrating import refuse_if_migrating
+from ..steered import steered_process
 from .guest import NotPutBack
 from .rounds import CompareOptions, Comparison, compare_rounds
 
@@ -105,13 +106,7 @@ async def admit(monitor: Monitor, strategies: Sequence[SteeredStrategy]) -> tupl
 
     Raises MissingPrerequisite when it can have none of the strategies, GuestMigrating.
     """
-    pid = monitor.identity.pid
-    process = await in_thread(Process.read, pid) if pid is not None else None
-    if process is None or process.start_ticks != monitor.identity.start_ticks:
-        raise MissingPrerequisite(
-            "QEMU's process is not visible from here",
-            remedy="run this on the host of the guest, in its pid namespace or above",
-        )
+    process = await in_thread(steered_process, monitor)
     facts = await read_facts(monitor)
     for strategy in strategies:
         try:
