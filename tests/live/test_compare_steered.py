@@ -109,6 +109,7 @@ async def test_a_guest_that_makes_none_is_told() -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.full
 async def test_interrupted_qemu_goes_its_own_way_again() -> None:
     async with racing(High.NOTHING) as (guest, _):
         target = f"unix:{guest.monitors[0]}"

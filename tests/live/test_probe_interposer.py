@@ -97,7 +97,13 @@ async def test_the_log_and_the_ring_tell_of_the_same_operations() -> None:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("probes", ["trace,interposer", "trace,interposer,uprobes"])
+@pytest.mark.parametrize(
+    "probes",
+    [
+        "trace,interposer",
+        pytest.param("trace,interposer,uprobes", marks=pytest.mark.full),
+    ],
+)
 async def test_what_kvm_was_given_is_told_and_not_what_was_asked_for(probes: str) -> None:
     """Under `hole` KVM gets one operation where QEMU asks for four, and RAM is never missing."""
     async with racing() as (guest, pulse):

@@ -326,7 +326,9 @@ def _mapped(process: Process) -> tuple[set[str], set[str]]:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("why", ["chroot", "names", "rings"])
+@pytest.mark.parametrize(
+    "why", ["names", *(pytest.param(w, marks=pytest.mark.full) for w in ("chroot", "rings"))]
+)
 async def test_nothing_is_touched_where_it_cannot_work(why: str, tmp_path: Path) -> None:
     skip_without_kvm(STEERED[-1], "kvm")
     build, words = STEERED[-1], ""

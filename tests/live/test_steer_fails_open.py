@@ -66,7 +66,10 @@ async def held(tid: int) -> AsyncIterator[None]:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize("strategy", ["pause", "inhibit", "hole"])
+@pytest.mark.parametrize(
+    "strategy",
+    ["hole", *(pytest.param(s, marks=pytest.mark.full) for s in ("pause", "inhibit"))],
+)
 async def test_a_vcpu_that_is_held_still(strategy: str) -> None:
     async with racing(High.DATA) as (guest, pulse):
         assert (await steer(guest, strategy)).code == 0
@@ -209,6 +212,7 @@ async def test_a_qemu_that_is_stopped_for_longer_than_any_wait() -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.full
 async def test_what_is_taken_out_leaves_qemu_as_it_was() -> None:
     """Its import table, protections, threads and descriptors, on a guest under load."""
     done = await cycles(8)
@@ -216,6 +220,7 @@ async def test_what_is_taken_out_leaves_qemu_as_it_was() -> None:
 
 
 @pytest.mark.asyncio
+@pytest.mark.full
 async def test_a_killed_injector_leaves_nothing_for_good() -> None:
     assert await kills(6) == []
 

@@ -50,7 +50,7 @@ STRATEGIES = pytest.mark.parametrize(
     "strategy",
     [
         "hole",
-        *(pytest.param(s, marks=pytest.mark.full) for s in ("hole --strict", "inhibit", "pause")),
+        *(pytest.param(s, marks=pytest.mark.full) for s in ("hole --strict", "inhibit")),
     ],
 )
 MIB = 1 << 20
@@ -219,6 +219,7 @@ async def test_a_reset_and_what_comes_after_it(strategy: str) -> None:
 
 
 @STRATEGIES
+@pytest.mark.full
 async def test_four_cpus(strategy: str) -> None:
     async with steered(strategy, smp=4) as it:
         await it.toggles()
@@ -274,6 +275,7 @@ async def devices(monitor: Monitor) -> set[str]:
 
 
 @STRATEGIES
+@pytest.mark.full
 async def test_a_snapshot_is_saved_and_loaded(strategy: str, tmp_path: Path) -> None:
     async with steered(strategy) as it:
         job = _Jobs(it.monitor)

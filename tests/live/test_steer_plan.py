@@ -110,7 +110,10 @@ def _writes(bridge: HostBridge) -> list[tuple[int, int]]:
 
 
 @pytest.mark.asyncio
-@pytest.mark.parametrize(("machine", "bridge"), [("pc", I440FX), ("q35", Q35)])
+@pytest.mark.parametrize(
+    ("machine", "bridge"),
+    [("pc", I440FX), pytest.param("q35", Q35, marks=pytest.mark.full)],
+)
 async def test_each_operation_is_the_planned_one(machine: str, bridge: HostBridge) -> None:
     build = STEERED[-1]
     skip_without_kvm(build, "kvm")
