@@ -6,16 +6,12 @@ Binary formats are refused by their name here, so no reader sees them.
 
 from __future__ import annotations
 
-import bz2
 import codecs
 import errno
-import gzip
 import io
-import lzma
 import os
 import stat
 import sys
-import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import BinaryIO, cast
@@ -69,6 +65,11 @@ def open_input(path: str, *, skip: int = 0) -> Iterator[BinaryIO]:
     Raises InputError when it cannot be read, then or later inside the `with`, and when it is a
     binary format that has a name.
     """
+    # a small Python has none of them, and whoever opens no file needs none
+    import gzip
+    import lzma
+    import zlib
+
     try:
         with _open(path) as raw:
             yield _plain(path, raw, skip)
@@ -127,6 +128,10 @@ def _plain(path: str, raw: BinaryIO, skip: int) -> BinaryIO:
 
 
 def _unpacked(head: bytes, file: io.BufferedReader) -> object:
+    import bz2
+    import gzip
+    import lzma
+
     if head.startswith(b"\x1f\x8b"):
         return gzip.GzipFile(fileobj=file)
     return bz2.BZ2File(file) if head.startswith(b"BZh") else lzma.LZMAFile(file)
