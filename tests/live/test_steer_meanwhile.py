@@ -47,11 +47,7 @@ pytestmark = [
     pytest.mark.skipif(not OBJECT.exists(), reason="not built: needs a C compiler"),
 ]
 STRATEGIES = pytest.mark.parametrize(
-    "strategy",
-    [
-        "hole",
-        *(pytest.param(s, marks=pytest.mark.full) for s in ("hole --strict", "inhibit")),
-    ],
+    "strategy", ["hole", pytest.param("hole --strict", marks=pytest.mark.full)]
 )
 MIB = 1 << 20
 TOGGLES = 40
@@ -324,7 +320,10 @@ class _Jobs:
         await self._monitor.execute("job-dismiss", {"id": name})
 
 
-@STRATEGIES
+@pytest.mark.parametrize(
+    "strategy",
+    ["hole", *(pytest.param(s, marks=pytest.mark.full) for s in ("hole --strict", "inhibit"))],
+)
 async def test_a_migration_out_and_in(strategy: str) -> None:
     skip_without_kvm(STEERED[-1], "kvm")
     async with migrated_pair(STEERED[-1], "kvm") as pair:
