@@ -92,7 +92,6 @@ class TraceTail:
     ) -> None:
         self.decoder = TraceDecoder()
         self.offset = start
-        self.unlinked = False
         self._path = path
         self._release = release
         self._limit = limit
@@ -244,7 +243,6 @@ class TraceTail:
             status = os.fstat(self._fd)
             if self._woken and written_ns is None:
                 written_ns = before - max(0, time.time_ns() - status.st_mtime_ns)
-            self.unlinked = status.st_nlink == 0
             if status.st_size < self.offset:
                 self._report_cut(status.st_size)
             if self._limit and self._full_at is None and is_full(status, self._limit):
