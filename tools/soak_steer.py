@@ -43,9 +43,8 @@ from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Monitor, UnixTarget
 from qmp_memlistener.steer import OBJECT, Mode, release, state_of, steer
 from qmp_memlistener.steer.hijack import mappings
-from tests.live.test_steer import STEERED, racing, toggled
 from tests.support.any_monitor import AnyMonitor
-from tests.support.steer import Faults, build_writer, preloaded
+from tests.support.steer import STEERED, Faults, build_writer, preloaded, racing, toggled
 
 __all__ = ["Cycles", "Print", "cycles", "kills", "migrate", "print_of"]
 

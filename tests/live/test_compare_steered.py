@@ -11,11 +11,11 @@ import pytest
 from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, High, LaunchedGuest
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.steer import Mode, State, state_of
-from tests.live.test_steer import STEERED, pytestmark, racing, steer
 from tests.support.live import QEMUS, booted
+from tests.support.steer import NEEDS, STEERED, racing, steer
 from tests.support.verbs import Ran, run_verb, started_verb
 
-__all__ = ["pytestmark"]
+pytestmark = NEEDS
 
 
 def _state(guest: LaunchedGuest) -> State | None:

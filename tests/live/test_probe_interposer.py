@@ -20,17 +20,11 @@ from qmp_memlistener.records import (
     SteeringRecord,
     TransitionRecord,
 )
-from qmp_memlistener.steer import OBJECT
-from tests.live.test_steer import STEERED, racing, state, steer, toggled
 from tests.support.host import patience
+from tests.support.steer import NEEDS, racing, state, steer, toggled
 from tests.support.verbs import run_verb
 
-pytestmark = [
-    pytest.mark.qemu,
-    pytest.mark.kvm,
-    pytest.mark.skipif(not STEERED, reason="needs QEMU 7.2 or older (Debian 12)"),
-    pytest.mark.skipif(not OBJECT.exists(), reason="not built: needs a C compiler"),
-]
+pytestmark = NEEDS
 TOGGLES = 6
 
 

@@ -13,42 +13,30 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from qmp_memlistener.guests import (
-    HOST_BRIDGE,
-    I440FX,
-    PAM_RAM,
     GuestSpec,
     High,
     LaunchedGuest,
     Pulse,
     QemuBuild,
-    boot_args,
     launch,
 )
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Monitor, UnixTarget
-from qmp_memlistener.steer import OBJECT, EventKind, Mode, State, open_channel, state_of
+from qmp_memlistener.steer import OBJECT, EventKind, Mode, open_channel, state_of
 from qmp_memlistener.steer.channel import number_of
 from qmp_memlistener.steer.hijack import mappings
 from tests.support.host import patience
 from tests.support.live import QEMUS, builds, skip_without_kvm
-from tests.support.verbs import Ran, run_verb
+from tests.support.steer import NEEDS, STEERED, TOGGLES, racing, state, steer, toggled
+from tests.support.verbs import run_verb
 
-STEERED = [b for b in QEMUS if int(b.version.split(".")[0]) < 8]
-pytestmark = [
-    pytest.mark.qemu,
-    pytest.mark.kvm,
-    pytest.mark.skipif(not STEERED, reason="needs QEMU 7.2 or older (Debian 12)"),
-    pytest.mark.skipif(not OBJECT.exists(), reason="not built: needs a C compiler"),
-]
-TOGGLES = 100
+pytestmark = NEEDS
 PLACES = pytest.mark.parametrize(
     "place",
     [
@@ -58,68 +46,12 @@ PLACES = pytest.mark.parametrize(
 )
 
 
-@asynccontextmanager
-async def racing(
-    place: High = High.CODE,
-    env: dict[str, str] | None = None,
-    build: QemuBuild | None = None,
-    args: tuple[str, ...] = (),
-    accel: str = "kvm",
-) -> AsyncIterator[tuple[LaunchedGuest, Pulse]]:
-    build = build or STEERED[-1]
-    skip_without_kvm(STEERED[-1] if build not in QEMUS else build, "kvm")
-    args = (*boot_args(), *args)
-    spec = GuestSpec(machine="pc", accel=accel, memory=256 << 20, smp=2, args=args, env=env or {})
-    async with launch(spec.on(build)) as guest:
-        assert guest.ram is not None
-        with Pulse(guest.ram) as pulse:
-            await pulse.wait_ready()
-            await pulse.place(1, place)
-            yield guest, pulse
-
-
-async def toggled(guest: LaunchedGuest, pulse: Pulse, count: int = TOGGLES) -> str:
-    """Toggle PAM; `survived`, or the state that QEMU came to."""
-    boots = _boots(pulse)
-    # connected before: while a vCPU has the BQL again and again, QEMU is slow to greet
-    async with (
-        asyncio.timeout(60),
-        await Monitor.connect(UnixTarget(str(guest.monitors[1]))) as monitor,
-    ):
-        toggle = await pulse.toggle(HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), count, period=20)
-        while toggle.done < count:
-            await asyncio.sleep(0.01)
-            status = await monitor.execute("query-status")
-            if status["status"] != "running":  # type: ignore[index]
-                return str(status["status"])  # type: ignore[index]
-            if _boots(pulse) != boots:
-                return "reset"
-    return "survived"
-
-
 async def _dies(guest: LaunchedGuest, pulse: Pulse) -> bool:
     """On a busy host CPU 1 may not run in any of the moments without memory."""
     for _ in range(5):
         if await toggled(guest, pulse) != "survived":
             return True
     return False
-
-
-def _boots(pulse: Pulse) -> int:
-    header = pulse.header()
-    return header.boots if header is not None else -1
-
-
-def state(guest: LaunchedGuest) -> State:
-    process = Process.read(guest.pid)
-    assert process is not None
-    found = state_of(process)
-    assert found is not None
-    return found
-
-
-async def steer(guest: LaunchedGuest, *options: str) -> Ran:
-    return await run_verb("steer", f"unix:{guest.monitors[0]}", "--json", "--strategy", *options)
 
 
 @pytest.mark.asyncio

@@ -16,16 +16,21 @@ import pytest
 from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, High
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.steer import OBJECT, Channel, EventKind, Mode, Refusal, open_channel
-from tests.live.test_steer import STEERED, racing, state, steer, toggled
 from tests.support.host import patience
-from tests.support.steer import Faults, build_shared, preloaded
+from tests.support.steer import (
+    NEEDS,
+    Faults,
+    build_shared,
+    preloaded,
+    racing,
+    state,
+    steer,
+    toggled,
+)
 from tools.soak_steer import cycles, kills, migrate
 
 pytestmark = [
-    pytest.mark.qemu,
-    pytest.mark.kvm,
-    pytest.mark.skipif(not STEERED, reason="needs QEMU 7.2 or older (Debian 12)"),
-    pytest.mark.skipif(not OBJECT.exists(), reason="not built: needs a C compiler"),
+    *NEEDS,
     pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler"),
 ]
 

@@ -29,23 +29,15 @@ from qmp_memlistener.guests import (
     boot_args,
     launch,
 )
-from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Monitor
-from qmp_memlistener.steer import OBJECT, Mode, State, state_of
+from qmp_memlistener.steer import Mode, State
 from tests.support.any_monitor import AnyMonitor
 from tests.support.host import patience
-from tests.support.live import QEMUS, qmp, skip_without_kvm
-from tests.support.verbs import Ran, run_verb
+from tests.support.live import qmp, skip_without_kvm
+from tests.support.steer import NEEDS, STEERED, boots, state, steer
 from tools.soak_migration import migrated_pair
 
-STEERED = [b for b in QEMUS if int(b.version.split(".")[0]) < 8]
-pytestmark = [
-    pytest.mark.qemu,
-    pytest.mark.kvm,
-    pytest.mark.asyncio,
-    pytest.mark.skipif(not STEERED, reason="needs QEMU 7.2 or older (Debian 12)"),
-    pytest.mark.skipif(not OBJECT.exists(), reason="not built: needs a C compiler"),
-]
+pytestmark = [*NEEDS, pytest.mark.asyncio]
 STRATEGIES = pytest.mark.parametrize(
     "strategy", ["hole", pytest.param("hole --strict", marks=pytest.mark.full)]
 )
@@ -65,12 +57,11 @@ class Steered:
 
     @property
     def state(self) -> State:
-        return interposed(self.guest)
+        return state(self.guest)
 
     @property
     def boots(self) -> int:
-        header = self.pulse.header()
-        return header.boots if header is not None else -1
+        return boots(self.pulse)
 
     async def toggles(self, count: int = TOGGLES) -> None:
         """Toggle PAM; every CPU goes on, and each transition went through the interposer."""
@@ -117,19 +108,6 @@ class Steered:
         now = self.state
         assert (now.mode, now.hooked, now.slots) == (Mode.OFF, False, now.pieces)
         await self.lives(self.boots)
-
-
-def interposed(guest: LaunchedGuest) -> State:
-    process = Process.read(guest.pid)
-    assert process is not None
-    found = state_of(process)
-    assert found is not None
-    return found
-
-
-async def steer(guest: LaunchedGuest, *options: str, monitor: int = 0) -> Ran:
-    target = f"unix:{guest.monitors[monitor]}"
-    return await run_verb("steer", target, "--json", "--strategy", *options)
 
 
 @asynccontextmanager
@@ -337,7 +315,7 @@ async def test_a_migration_out_and_in(strategy: str) -> None:
         async with asyncio.timeout(patience(60)):
             while await _status(pair.at_destination) != "running":  # noqa: ASYNC110
                 await asyncio.sleep(0.02)
-        assert interposed(pair.source).gave_up == 0
+        assert state(pair.source).gave_up == 0
         ran = await steer(pair.destination, *strategy.split(), monitor=1)
         assert ran.code == 0, ran.err
         assert pair.destination.ram is not None
@@ -346,7 +324,7 @@ async def test_a_migration_out_and_in(strategy: str) -> None:
             await pulse.wait_for(
                 lambda: pulse.toggles_done() > done + 20, patience(20), lambda: "toggles"
             )
-        now = interposed(pair.destination)
+        now = state(pair.destination)
         assert now.transactions >= 20
         assert now.gave_up == 0
 

@@ -31,10 +31,10 @@ from qmp_memlistener.memslots import (
 from qmp_memlistener.qmp import Monitor, UnixTarget, take_snapshot
 from qmp_memlistener.steer import OBJECT, Channel, EventKind, open_channel
 from qmp_memlistener.topology import FlatView, read_maps
-from tests.live.test_steer import STEERED, pytestmark
 from tests.support.live import Shape, planned_shapes, skip_without_kvm
+from tests.support.steer import NEEDS, STEERED
 
-__all__ = ["pytestmark"]
+pytestmark = NEEDS
 
 RULES = Rules(Order.V7_2)
 HOLE = "4"  # enum mode of interposer.h

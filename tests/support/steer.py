@@ -1,17 +1,61 @@
-"""Guests whose QEMU the interposer is in from the start, and a KVM that refuses."""
+"""Guests that are steered or were so from the start, their races, and a KVM that refuses."""
 
 from __future__ import annotations
 
+import asyncio
 import os
 import struct
 import subprocess
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
-from qmp_memlistener.records import Mode
-from qmp_memlistener.steer import OBJECT
-from qmp_memlistener.steer.channel import number_of
+import pytest
 
-__all__ = ["Faults", "build_shared", "build_writer", "preloaded"]
+from qmp_memlistener.guests import (
+    HOST_BRIDGE,
+    I440FX,
+    PAM_RAM,
+    GuestSpec,
+    High,
+    LaunchedGuest,
+    Pulse,
+    QemuBuild,
+    boot_args,
+    launch,
+)
+from qmp_memlistener.host.processes import Process
+from qmp_memlistener.qmp import Monitor, UnixTarget
+from qmp_memlistener.records import Mode
+from qmp_memlistener.steer import OBJECT, State, state_of
+from qmp_memlistener.steer.channel import number_of
+from tests.support.live import QEMUS, skip_without_kvm
+from tests.support.verbs import Ran, run_verb
+
+__all__ = [
+    "NEEDS",
+    "STEERED",
+    "TOGGLES",
+    "Faults",
+    "boots",
+    "build_shared",
+    "build_writer",
+    "preloaded",
+    "racing",
+    "state",
+    "steer",
+    "toggled",
+]
+
+STEERED = [b for b in QEMUS if int(b.version.split(".")[0]) < 8]
+NEEDS = [
+    pytest.mark.qemu,
+    pytest.mark.kvm,
+    pytest.mark.skipif(not STEERED, reason="needs QEMU 7.2 or older (Debian 12)"),
+    pytest.mark.skipif(not OBJECT.exists(), reason="not built: needs a C compiler"),
+]
+"""Marks of the tests of steering."""
+TOGGLES = 100
 
 _SUPPORT = Path(__file__).parent
 
@@ -49,6 +93,63 @@ def preloaded(mode: Mode, *before: Path, interposer: Path = OBJECT) -> dict[str,
         "LD_PRELOAD": ":".join(map(str, (*before, interposer))),
         "QMP_MEMLISTENER_STEER": str(number_of(mode)),
     }
+
+
+@asynccontextmanager
+async def racing(
+    place: High = High.CODE,
+    env: dict[str, str] | None = None,
+    build: QemuBuild | None = None,
+    args: tuple[str, ...] = (),
+    accel: str = "kvm",
+) -> AsyncIterator[tuple[LaunchedGuest, Pulse]]:
+    build = build or STEERED[-1]
+    skip_without_kvm(STEERED[-1] if build not in QEMUS else build, "kvm")
+    args = (*boot_args(), *args)
+    spec = GuestSpec(machine="pc", accel=accel, memory=256 << 20, smp=2, args=args, env=env or {})
+    async with launch(spec.on(build)) as guest:
+        assert guest.ram is not None
+        with Pulse(guest.ram) as pulse:
+            await pulse.wait_ready()
+            await pulse.place(1, place)
+            yield guest, pulse
+
+
+async def toggled(guest: LaunchedGuest, pulse: Pulse, count: int = TOGGLES) -> str:
+    """Toggle PAM; `survived`, or the state that QEMU came to."""
+    before = boots(pulse)
+    # connected before: while a vCPU has the BQL again and again, QEMU is slow to greet
+    async with (
+        asyncio.timeout(60),
+        await Monitor.connect(UnixTarget(str(guest.monitors[1]))) as monitor,
+    ):
+        toggle = await pulse.toggle(HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), count, period=20)
+        while toggle.done < count:
+            await asyncio.sleep(0.01)
+            status = await monitor.execute("query-status")
+            if status["status"] != "running":  # type: ignore[index]
+                return str(status["status"])  # type: ignore[index]
+            if boots(pulse) != before:
+                return "reset"
+    return "survived"
+
+
+def boots(pulse: Pulse) -> int:
+    header = pulse.header()
+    return header.boots if header is not None else -1
+
+
+def state(guest: LaunchedGuest) -> State:
+    process = Process.read(guest.pid)
+    assert process is not None
+    found = state_of(process)
+    assert found is not None
+    return found
+
+
+async def steer(guest: LaunchedGuest, *options: str, monitor: int = 0) -> Ran:
+    target = f"unix:{guest.monitors[monitor]}"
+    return await run_verb("steer", target, "--json", "--strategy", *options)
 
 
 class Faults:
