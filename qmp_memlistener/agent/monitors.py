@@ -15,12 +15,15 @@ from ..memslots import Rules
 from ..probes import Context, StallKind
 from ..qmp import (
     CONNECT_DEADLINE,
+    Address,
     Companions,
     Guest,
     GuestFacts,
     Monitor,
     SocketTarget,
     Target,
+    TcpTarget,
+    UnixTarget,
     allowed,
     companions_of,
     find_owner,
@@ -127,7 +130,7 @@ async def connect_monitors(
     pinged = None
     if ping is not None:
         async with AsyncExitStack() as only_now:
-            pinged = (await _connect_named(only_now, ping, observer, used, deadline)).target
+            pinged = _socket_of(await _connect_named(only_now, ping, observer, used, deadline))
     companions = companions_of(
         owner,
         used,
@@ -209,11 +212,22 @@ def context_of(
     )
 
 
+def _socket_of(monitor: Monitor) -> SocketTarget:
+    """Where a probe connects on its own.  Raises InputError."""
+    if isinstance(monitor.target, UnixTarget | TcpTarget):
+        return monitor.target
+    raise InputError(
+        f"{monitor.target} is no socket, and only round trips over a socket of QEMU's own measure "
+        "its main loop",
+        remedy="name the socket of a QMP monitor that is free",
+    )
+
+
 async def _connect_named(
     stack: AsyncExitStack,
     name: str | Target,
     observer: Monitor,
-    used: Sequence[SocketTarget],
+    used: Sequence[Address],
     deadline: float,
 ) -> Monitor:
     target = as_target(name)

@@ -22,9 +22,11 @@ from .hmp import (
     take_snapshot,
 )
 from .identity import Companions, companions_of, find_owner
+from .links import Abilities
 from .sockets import MonitorState
 from .targets import (
     TARGET_FORMS,
+    Address,
     PidTarget,
     SocketTarget,
     Target,
@@ -60,6 +62,7 @@ __all__ = [
     "parse_target",
     "Target",
     "SocketTarget",
+    "Address",
     "UnixTarget",
     "TcpTarget",
     "PidTarget",
@@ -74,6 +77,7 @@ __all__ = [
     # talking to them
     "CONNECT_DEADLINE",
     "Monitor",
+    "Abilities",
     "Command",
     "Reply",
     "QemuVersion",

@@ -15,22 +15,19 @@ import asyncio
 import logging
 import socket
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
 
 from qemu.qmp import Message, QMPClient, Runstate
 from qemu.qmp.error import ProtocolError
 from qemu.qmp.qmp_client import BadReplyError
 
 from ..errors import CommandFailed
+from .links import Command, OnEvent, Reply
 
 __all__ = [
     "EVENT_LIMIT",
     "READ_LIMIT",
     "VALUES_LIMIT",
-    "Command",
-    "QemuVersion",
-    "Reply",
     "TimedClient",
 ]
 
@@ -57,58 +54,6 @@ _LOGGER.addHandler(logging.NullHandler())
 _LOGGER.addFilter(_Demote())
 
 
-@dataclass(frozen=True, slots=True)
-class QemuVersion:
-    """What the greeting says.  `package` is the distributor's text, "" when there is none."""
-
-    major: int
-    minor: int
-    micro: int
-    package: str = ""
-
-    def __str__(self) -> str:
-        return f"{self.major}.{self.minor}.{self.micro}"
-
-    @classmethod
-    def read(cls, version: object) -> QemuVersion:
-        """From the greeting's `version`.  Raises LookupError, TypeError, ValueError."""
-        qemu = version["qemu"] if isinstance(version, Mapping) else None
-        if not isinstance(version, Mapping) or not isinstance(qemu, Mapping):
-            raise TypeError("version")
-        return cls(
-            int(qemu["major"]),
-            int(qemu["minor"]),
-            int(qemu["micro"]),
-            str(version.get("package", "")).strip(),
-        )
-
-    @property
-    def release(self) -> tuple[int, int]:
-        return (self.major, self.minor)
-
-
-@dataclass(frozen=True, slots=True)
-class Command:
-    """A command; `fd` is a descriptor that goes with it (`getfd`)."""
-
-    name: str
-    arguments: Mapping[str, object] | None = None
-    fd: int | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Reply:
-    """What a command returned, and when: `t_start_ns` at the write, `t_end_ns` at the read."""
-
-    value: object
-    t_start_ns: int
-    t_end_ns: int
-
-    @property
-    def duration_ns(self) -> int:
-        return self.t_end_ns - self.t_start_ns
-
-
 class TimedClient(QMPClient):
     """A QMP client for one connection.
 
@@ -117,9 +62,7 @@ class TimedClient(QMPClient):
     VALUES_LIMIT values, or an event of more than EVENT_LIMIT bytes, ends the session.
     """
 
-    def __init__(
-        self, on_event: Callable[[Message, int, int], None], on_end: Callable[[], None]
-    ) -> None:
+    def __init__(self, on_event: OnEvent, on_end: Callable[[], None]) -> None:
         super().__init__(readbuflen=READ_LIMIT)
         self.logger = _LOGGER
         self._on_event = on_event

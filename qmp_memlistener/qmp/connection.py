@@ -1,7 +1,7 @@
 """A connection to one QMP monitor: deadlines, typed errors, times, events, and its end.
 
-Wraps `client.TimedClient`; one object is one place at one monitor, and a QMP monitor has one
-place.  What is said over it is the business of `hmp`, `snapshot`, `trace_control` and others.
+Wraps a link (`links`), which carries the messages; one object is one place at one monitor, and a
+QMP monitor has one place.  What is said over it is the business of `hmp` and others.
 
     async with await Monitor.connect(parse_target("unix:/run/vm.qmp")) as monitor:
         status = await monitor.execute("query-status")
@@ -13,28 +13,18 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import suppress
 from typing import Self
 
-from qemu.qmp import ConnectError, ExecInterruptedError, Message, QMPError, StateError
-from qemu.qmp.error import ProtocolError
-
-from ..errors import (
-    CommandFailed,
-    DeadlineExceeded,
-    ProtocolViolation,
-    TargetError,
-    TargetLost,
-    TargetUnreachable,
-    WrongGuest,
-)
+from ..errors import CommandFailed, DeadlineExceeded, TargetError, TargetLost, WrongGuest
 from ..waits import waiting
 from . import allowed
-from .client import Command, QemuVersion, Reply, TimedClient
-from .dial import answered, resolve
+from .dial import resolve
 from .events import EventStream, MonitorEvent, decode_event
 from .identity import ASKED, GuestIdentity, same_answers
-from .targets import SocketTarget, Target
+from .links import Abilities, Command, Link, QemuVersion, Reply
+from .no_link import NoLink
+from .socket_link import SocketLink
+from .targets import Address, PidTarget, Target
 
 __all__ = ["CONNECT_DEADLINE", "Command", "Monitor", "QemuVersion", "Reply"]
 
@@ -47,19 +37,20 @@ class Monitor:
     """A connected QMP monitor.  Use `connect`; the constructor does not connect.
 
     `identity` is the guest that answers: it is fixed by the first connection, or by `meant`.
+    `abilities` says what can be done over this connection.
     `lost` is a future that gets the error (a TargetLost or ProtocolViolation) as its *result*
     when the session ends, whoever ended it.
     """
 
-    def __init__(self, target: SocketTarget, *, permits: Iterable[allowed.Permit] = ()) -> None:
+    def __init__(self, target: Address, *, permits: Iterable[allowed.Permit] = ()) -> None:
         self.target = target
         self._permits = frozenset(permits)
         self.version = QemuVersion(0, 0, 0)
-        self.oob = False
+        self.abilities = Abilities()
         self.identity = GuestIdentity()
         self._meant: GuestIdentity | None = None
         self.lost: asyncio.Future[TargetError] = asyncio.get_running_loop().create_future()
-        self._client = self._new_client()
+        self._link = self._new_link()
         self._ended = asyncio.Event()
         self._reaper: asyncio.Task[None] | None = None
         self._in_band = asyncio.Lock()
@@ -106,7 +97,7 @@ class Monitor:
         """
         await self._shut(_CLOSE_DEADLINE)
         self.lost = asyncio.get_running_loop().create_future()
-        self._client = self._new_client()
+        self._link = self._new_link()
         self._ended = asyncio.Event()
         self._in_band = asyncio.Lock()
         self._closing = False
@@ -180,7 +171,7 @@ class Monitor:
 
     @property
     def is_connected(self) -> bool:
-        return self._client.is_running and not self._closing
+        return self._link.is_running and not self._closing
 
     async def close(self, *, deadline: float = _CLOSE_DEADLINE) -> None:
         """End the session.  Idempotent; returns within about `deadline` even if QEMU hangs."""
@@ -194,42 +185,20 @@ class Monitor:
     async def __aexit__(self, *exc: object) -> None:
         await self.close()
 
-    def _new_client(self) -> TimedClient:
-        return TimedClient(self._on_event, lambda: self._ended.set())
+    def _new_link(self) -> Link:
+        def on_end() -> None:
+            self._ended.set()
+
+        if isinstance(self.target, PidTarget):
+            return NoLink(self.target, on_end)
+        return SocketLink(self.target, self._on_event, on_end)
 
     async def _open(self, deadline: float) -> None:
-        client = self._client
+        link = self._link
         until = asyncio.get_running_loop().time() + deadline
-        found = await answered(self.target, self._meant, deadline)
-        try:
-            async with asyncio.timeout_at(until):
-                try:
-                    await client.open(found.sock)
-                except BaseException:
-                    found.sock.close()
-                    raise
-        except TimeoutError:
-            raise DeadlineExceeded(
-                f"{self.target} began to answer, but did not greet and negotiate within "
-                f"{deadline:g} s",
-                remedy="QEMU hangs, or this is no QMP monitor",
-            ) from None
-        except ConnectError as error:
-            raise _session_error(self.target, error.exc) from error
-        except (EOFError, OSError, QMPError) as error:
-            raise _session_error(self.target, error) from error
-        greeting = client.greeting
-        if greeting is None:
-            raise _session_error(self.target, ProtocolError("no greeting"))
-        try:
-            self.version = QemuVersion.read(greeting.QMP.version)
-            self.oob = "oob" in greeting.QMP.capabilities
-        except (LookupError, TypeError, ValueError) as error:
-            with suppress(Exception):
-                await client.disconnect()
-            raise _session_error(self.target, ProtocolError(f"odd greeting: {error}")) from error
-        self._reaper = asyncio.create_task(self._reap(client), name=f"reap {self.target}")
-        self.identity = found.identity
+        self.identity = await link.open(self._meant, deadline)
+        self.version, self.abilities = link.version, link.abilities
+        self._reaper = asyncio.create_task(self._reap(link), name=f"reap {self.target}")
         if not self.identity.certain:
             try:
                 self.identity = same_answers(self.target, self.identity, await self._asked(until))
@@ -257,14 +226,12 @@ class Monitor:
             raise self._lost_error()
         try:
             async with asyncio.timeout(deadline):
-                return await self._client.run_commands(commands, oob=oob)
+                return await self._link.run(commands, oob=oob)
         except TimeoutError:
             raise self._too_slow(commands, deadline or 0) from None
-        except (ExecInterruptedError, StateError, ConnectionError):
+        except ConnectionError:
             await self._await_reaper()
             raise self._lost_error() from None
-        except QMPError as error:
-            raise _session_error(self.target, error) from error
 
     def _check(self, command: Command) -> None:
         """Raises CommandNotAllowed.  (Tests send what the product would not over a subclass.)"""
@@ -282,21 +249,21 @@ class Monitor:
             return self.lost.result()
         return TargetLost(f"the connection to {self.target} is closed")
 
-    def _on_event(self, message: Message, t_ns: int, size: int) -> None:
+    def _on_event(self, message: Mapping[str, object], t_ns: int, size: int) -> None:
         event = decode_event(message, t_ns)
         for callback in tuple(self._callbacks):
             callback(event)
         for stream in self._streams:
             stream.push(event, size)
 
-    async def _reap(self, client: TimedClient) -> None:
-        """The only place that calls disconnect(): qemu.qmp does not bear two at a time."""
+    async def _reap(self, link: Link) -> None:
+        """The only place that ends the link: qemu.qmp does not bear two at a time."""
         await self._ended.wait()
         error: TargetError | None = None
         try:
-            await client.disconnect()
-        except Exception as cause:
-            error = _session_error(self.target, cause)
+            await link.end()
+        except TargetError as cause:
+            error = cause
         if self._closing or error is None:
             error = TargetLost(f"the connection to {self.target} is closed")
         if not self.lost.done():
@@ -320,32 +287,9 @@ class Monitor:
             done, _ = await asyncio.wait((reaper,), timeout=deadline)
             if not done:
                 # The peer does not read: what we wanted to send cannot be flushed.
-                self._client.abort()
+                self._link.abort()
                 await asyncio.wait((reaper,), timeout=deadline)
         finally:
             if not reaper.done():
-                self._client.abort()
+                self._link.abort()
                 reaper.cancel()
-
-
-def _session_error(target: SocketTarget, cause: BaseException) -> TargetError:
-    """The typed error for what qemu.qmp raised."""
-    if isinstance(cause, TargetError):
-        return cause
-    if isinstance(cause, EOFError):
-        return TargetLost(f"{target} hung up", remedy="QEMU quit, was killed or closed the monitor")
-    if isinstance(cause, QMPError):
-        lines = str(cause).splitlines() or [type(cause).__name__]
-        return ProtocolViolation(
-            f"{target} does not speak QMP: {lines[0][:200]}",
-            remedy="is this a QMP monitor (-qmp, or -mon mode=control)?",
-        )
-    if isinstance(cause, ConnectionError):
-        return TargetLost(
-            f"the connection to {target} broke: {cause}",
-            remedy="QEMU quit, was killed or closed the monitor",
-        )
-    if isinstance(cause, OSError):
-        return TargetUnreachable(f"cannot connect to {target}: {cause.strerror or cause}")
-    # asyncio reports a line longer than the read limit as ValueError.
-    return ProtocolViolation(f"{target} does not speak QMP: {str(cause)[:200]}")

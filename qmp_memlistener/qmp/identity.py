@@ -35,7 +35,7 @@ from ..host.processes import Process, socket_inodes
 from ..text import quoted
 from .discovery import Guest, find_guest, find_guests
 from .sockets import listening_pids, tcp_peer_inode, unix_sockets
-from .targets import SocketTarget, same_socket
+from .targets import Address, PidTarget, SocketTarget, same_socket
 
 __all__ = [
     "ASKED",
@@ -155,7 +155,7 @@ def _identify(
     raise wrong_guest(target, meant, _who(listener, far_end))
 
 
-def wrong_guest(target: SocketTarget, meant: GuestIdentity, who: GuestIdentity) -> WrongGuest:
+def wrong_guest(target: Address, meant: GuestIdentity, who: GuestIdentity) -> WrongGuest:
     """The error that names both."""
     if not meant.certain and not meant.is_named and who.answers is None:
         one = str(meant) if meant.pid is None else f"the guest behind {meant}"
@@ -168,7 +168,7 @@ def wrong_guest(target: SocketTarget, meant: GuestIdentity, who: GuestIdentity) 
 
 
 def same_answers(
-    target: SocketTarget, identity: GuestIdentity, answers: Mapping[str, object]
+    target: Address, identity: GuestIdentity, answers: Mapping[str, object]
 ) -> GuestIdentity:
     """The identity with these answers; WrongGuest when the guest gave others before."""
     if identity.answers is not None and dict(identity.answers) != dict(answers):
@@ -265,12 +265,12 @@ class Companions:
 
     guest: Guest | None
     ping: SocketTarget | None
-    operations: SocketTarget | None
+    operations: Address | None
     without: tuple[str, ...]
     guard: SocketTarget | None = None
 
 
-def find_owner(target: SocketTarget, identity: GuestIdentity | None) -> Guest | None:
+def find_owner(target: Address, identity: GuestIdentity | None) -> Guest | None:
     """The QEMU on this host behind a connection that has this identity; None when not visible.
 
     Without an identity, before anything is connected, the one that holds the listening socket, or,
@@ -282,6 +282,8 @@ def find_owner(target: SocketTarget, identity: GuestIdentity | None) -> Guest | 
         guest = find_guest(identity.pid)
         same = guest is not None and guest.process.start_ticks == identity.start_ticks
         return guest if same else None
+    if isinstance(target, PidTarget):
+        return find_guest(target.pid)
     holders = listening_pids(target)
     found = map(find_guest, holders) if holders else iter(find_guests())
     for guest in found:
@@ -294,10 +296,10 @@ def find_owner(target: SocketTarget, identity: GuestIdentity | None) -> Guest | 
 
 def companions_of(
     guest: Guest | None,
-    used: Sequence[SocketTarget],
+    used: Sequence[Address],
     *,
     ping: SocketTarget | None = None,
-    operations: SocketTarget | None = None,
+    operations: Address | None = None,
     ping_first: bool = False,
     guarded: bool = False,
 ) -> Companions:

@@ -20,6 +20,7 @@ from ..text import quoted
 
 __all__ = [
     "TARGET_FORMS",
+    "Address",
     "PidTarget",
     "SocketTarget",
     "Target",
@@ -74,6 +75,8 @@ class PidTarget:
 
 SocketTarget = UnixTarget | TcpTarget
 Target = UnixTarget | TcpTarget | PidTarget
+Address = SocketTarget | PidTarget
+"""What a connection can be made to; a process is one to which there is no monitor."""
 
 
 def parse_target(text: str) -> Target:
@@ -101,7 +104,7 @@ def parse_target(text: str) -> Target:
     raise _not_a_target(text, "no such path, and no known form of target")
 
 
-def same_socket(one: SocketTarget, other: SocketTarget) -> bool:
+def same_socket(one: Address, other: Address) -> bool:
     """Both names lead to the same listener."""
     if one == other:
         return True

@@ -28,7 +28,6 @@ from ..host.bounded import in_thread
 from ..host.files import open_in_root
 from ..host.processes import Process
 from .connection import Command, Monitor
-from .targets import UnixTarget
 
 __all__ = ["open_to_qemu", "remove_foreign_log"]
 
@@ -51,10 +50,10 @@ async def open_to_qemu(
     """
     if process.uid in (0, os.geteuid()) and process.shares_root():
         # of a file without a path our own descriptor will do, where QEMU may follow it
-        if path or not isinstance(monitor.target, UnixTarget):
+        if path or not monitor.abilities.descriptors:
             yield path or f"/proc/{os.getpid()}/fd/{handle}"
             return
-    elif not isinstance(monitor.target, UnixTarget):
+    elif not monitor.abilities.descriptors:
         raise _no_place(process, "its monitor is no UNIX socket, so it cannot be handed one")
     if process.uid not in (0, os.geteuid()):
         try:

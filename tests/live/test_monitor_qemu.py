@@ -324,7 +324,7 @@ async def test_a_stopped_qemu_neither_answers_nor_blocks_us(tmp_path: Path) -> N
 @pytest.mark.asyncio
 async def test_out_of_band_overtakes(tmp_path: Path) -> None:
     async with running(QEMUS[0], tmp_path) as qemu, await AnyMonitor.connect(qemu.a) as monitor:
-        assert monitor.oob
+        assert monitor.abilities.out_of_band
         slow = asyncio.create_task(monitor.timed("query-qmp-schema"))
         await asyncio.sleep(0)
         fast = await monitor.timed("query-yank", oob=True)

@@ -21,7 +21,7 @@ from ...errors import (
     WrongGuest,
 )
 from ...host.bounded import in_thread
-from ...qmp import Companions, SocketTarget, find_guest, parse_target
+from ...qmp import Address, Companions, SocketTarget, find_guest, parse_target
 from ...qmp.allowed import names
 from ...qmp.dial import answered, resolve
 from ...qmp.identity import ASKED, GuestIdentity
@@ -35,7 +35,7 @@ _REMEDY = "start QEMU with another -qmp unix:PATH,server=on,wait=off; the guard 
 
 
 async def guard_targets(
-    companions: Companions, used: SocketTarget, named: str | None
+    companions: Companions, used: Address, named: str | None
 ) -> list[SocketTarget]:
     """The one that was named, else those that are free now, best first.
 

@@ -33,7 +33,7 @@ async def test_commands_events_and_errors(tmp_path: Path) -> None:
     async with serving(tmp_path, serve) as target, await Monitor.connect(target) as monitor:
         assert (str(monitor.version), monitor.version.package) == ("9.1.2", "(Debian 1:9)")
         assert monitor.version.release == (9, 1)
-        assert monitor.oob
+        assert monitor.abilities.out_of_band
         called: list[str] = []
         stop = monitor.subscribe(lambda e: called.append(e.name))
         with monitor.events() as events:
