@@ -39,10 +39,9 @@ from .failures import FailureWatch
 from .guest_events import GuestEvents
 from .leftovers import switch_off_profiler
 from .monitors import Monitors, connect_monitors, context_of, rules_of
-from .polling import PollSource
 from .probe_runner import Measuring
 from .publisher import Publisher
-from .source import MakeTracker, Source
+from .source import MakeTracker, PollSource, Source
 from .steered import SteeringWatch
 from .tracing import TraceSource
 

@@ -26,7 +26,7 @@ from ..updates.steered import process_of_monitor
 from .monitors import connect_monitors, context_of
 from .steered import strategy_text
 
-__all__ = ["Check", "ProbeCheck", "examine_guest", "check_host", "probes_of_host"]
+__all__ = ["Check", "ProbeCheck", "check_host", "examine_guest", "probes_of_host"]
 
 _TRY = "upgrade qmp-memlistener, or try it on a guest that may be lost first"
 _TRACE_LOG = "its trace log in a file of limited size"

@@ -21,7 +21,7 @@ from ..records import (
     SlotOp,
     TransitionRecord,
 )
-from ..reports.tally import Tally
+from ..reports.summary import Tally
 from ..text import quoted
 from ..waits import waiting
 from .common import READER_GONE, duration, print_json, say, terminal_shape

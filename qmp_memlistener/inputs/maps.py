@@ -14,8 +14,7 @@ from dataclasses import dataclass, field
 
 from ..errors import InputError, MtreeError
 from ..topology import Dump, parse, read_maps
-from .opening import open_input
-from .recognise import HEADING, identify
+from .opening import HEADING, identify, open_input
 
 __all__ = ["read_dump", "texts_in"]
 

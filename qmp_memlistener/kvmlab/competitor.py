@@ -11,7 +11,6 @@ from ..errors import OperationFailed
 from ..memslots import Plan, Rules, SlotTable, follow_blocks, plan
 from ..topology import FlatView
 from .arenas import Arena, arenas_of
-from .dirty_logs import Log
 from .executor import ExecutionResult, Executor, nothing
 from .layout import RAM, Layout
 from .machine import Machine
@@ -20,7 +19,7 @@ from .memory import PAGE, HostMemories, HostMemory
 from .programs import DATA, GAP, SIZE, WRITER, GuestKind, code
 from .strategies import LabStrategy
 from .system import Closing
-from .vm import Kvm, most_slots
+from .vm import Kvm, Log, most_slots
 
 __all__ = ["Competitor", "keeps_bitmap", "repeated_plans"]
 

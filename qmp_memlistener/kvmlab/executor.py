@@ -14,13 +14,12 @@ from dataclasses import dataclass, field
 from ..errors import OperationFailed
 from ..memslots import Missing, Op, OpKind, Plan, Slot, SlotTable
 from .arenas import Arena, HoleStep, steps_of
-from .dirty_logs import FetchedLog, Log, ring_log
 from .machine import Machine
 from .memory import HostMemories, hva_of
 from .real_slots import RealSlots
 from .strategies import HoleKind
 from .userfault import Userfault
-from .vm import SlotRefused
+from .vm import FetchedLog, Log, SlotRefused, ring_log
 
 __all__ = ["ExecutionResult", "Executor", "nothing"]
 

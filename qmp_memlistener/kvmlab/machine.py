@@ -11,11 +11,10 @@ from collections.abc import Callable, Sequence
 
 from ..errors import MissingPrerequisite, OperationFailed
 from .abi import Cap
-from .dirty_logs import DirtyRings, ring_capability
 from .programs import GAP, Private
 from .system import Closing
 from .vcpu_thread import Exits, VcpuThread
-from .vm import Kvm, LabVm
+from .vm import DirtyRings, Kvm, LabVm, ring_capability
 from .x86 import GIB, MAX_GIB, address_bits, tsc_khz
 
 __all__ = ["Machine", "Program"]

@@ -19,8 +19,7 @@ from typing import Protocol
 
 from . import abi, system
 from .abi import ExitReason
-from .dirty_logs import DirtyRings
-from .vm import Vcpu
+from .vm import DirtyRings, Vcpu
 
 __all__ = ["KICK", "Exits", "Surroundings", "VcpuThread"]
 

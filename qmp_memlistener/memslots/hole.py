@@ -33,12 +33,12 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from .commit import PlanTask, StrategyOps
 from .hole_blocks import Block, blocks_of, follow_blocks, give_ids, retire, target
 from .intervals import Range, cut, cutting, put, subtract
 from .ops import BATCH_BEGIN, BATCH_COMMIT, Op, OpKind
 from .rules import Sections
 from .slots import LOG_DIRTY_PAGES, Slot, SlotTable
-from .strategies import PlanTask, StrategyOps
 
 __all__ = ["DEFAULT_MAX_HOLES", "follow_blocks", "hole"]
 

@@ -28,11 +28,11 @@ from itertools import chain
 
 import msgspec
 
+from .commit import PlanTask, StrategyOps
 from .intervals import complement, intersect, join
 from .ops import PARK, UNPARK, Op, OpKind
 from .rules import with_id
 from .slots import LOG_DIRTY_PAGES, Slot, SlotTable
-from .strategies import PlanTask, StrategyOps
 
 __all__ = ["hole_split"]
 

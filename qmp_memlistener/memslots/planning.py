@@ -8,6 +8,7 @@ from enum import StrEnum
 
 from ..errors import InputError
 from ..topology.model import FlatView
+from .commit import PlanTask, batch_full, batch_incremental, pause, qemu
 from .dirty_log import LogChange
 from .exposure import DirtyBytes, Exposure, Missing, Step, expose
 from .hole import DEFAULT_MAX_HOLES, hole
@@ -15,7 +16,6 @@ from .hole_split import hole_split
 from .ops import Op
 from .rules import Rules, name_backing, slot_table, views_by_as
 from .slots import MOST_PAGES, SlotTable
-from .strategies import PlanTask, batch_full, batch_incremental, pause, qemu
 
 __all__ = ["Plan", "PlanStrategy", "plan", "plan_all"]
 

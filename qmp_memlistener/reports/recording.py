@@ -26,8 +26,7 @@ from ..text import count_text
 from ..timeline.summary import Statistics
 from .lengths import duration_text
 from .stalls import measured_lines
-from .summary import histogram_lines, summary_lines
-from .tally import Tally
+from .summary import Tally, histogram_lines, summary_lines
 from .terminal import Narrator
 
 __all__ = ["Contents"]

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from ..records import SummaryRecord
 from ..text import count_text
 from ..timeline.summary import Statistics
-from ..updates.model import Outcome, Phase, PhaseName, Placed
-from ..updates.steps import mib
+from ..updates.model import Outcome, Phase, PhaseName, Placed, mib
 from .lengths import duration_text
 from .summary import probes_lines, summary_lines
 

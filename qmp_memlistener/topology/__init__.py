@@ -3,8 +3,7 @@
 Knows nothing of sockets, clocks or processes.
 """
 
-from .blocks import ram_blocks, shared_extents
-from .memory_map import MemoryMap, link, read_map, read_maps
+from .memory_map import MemoryMap, link, ram_blocks, read_map, read_maps, shared_extents
 from .model import FlatRange, FlatView, Hole, Kind, Mapping, RamBlock, Region
 from .mtree import Dump, parse
 from .render import Extent, Rendering, render

@@ -1,7 +1,7 @@
 """The values of a memory topology: region, FlatRange, FlatView, hole, RAM block, transition.
 
 Pure data; the msgspec structs are in recordings as they are.  Nothing here parses, renders or
-compares views; see `mtree`, `render`, `blocks` and `transition`.  Addresses and sizes are
+compares views; see `mtree`, `render`, `memory_map` and `transition`.  Addresses and sizes are
 bytes as `int`; ranges are half open.
 """
 

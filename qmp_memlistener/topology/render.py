@@ -8,7 +8,7 @@ its rank in that order and one sweep over the addresses keeps the piece of lowes
 
 `info mtree` leaves three things out; the rules for them are in this module, each with its source:
 
-- whether an i/o region answers by itself or only holds others (`containers`);
+- whether an i/o region answers by itself or only holds others (`doubts.answers`);
 - which aliases are read-only (`_is_readonly_alias`);
 - the order of siblings of equal priority that overlap at different addresses
   (`_render_order`).
@@ -26,8 +26,7 @@ from itertools import groupby
 from operator import attrgetter
 
 from ..errors import MtreeError
-from .containers import answers
-from .doubts import NOTHING, Clipped, Doubts, Inherited, Overlap, Visible
+from .doubts import NOTHING, Clipped, Doubts, Inherited, Overlap, Visible, answers
 from .model import ADDRESS_SPACE_SIZE, FlatRange, FlatView, Kind, Region, VirtioMemory
 
 __all__ = ["NOTHING", "Extent", "Rendering", "render"]

@@ -15,7 +15,7 @@ from typing import TypeVar
 
 import msgspec
 
-from .blocks import ram_blocks, shared_extents
+from .memory_map import ram_blocks, shared_extents
 from .model import FlatRange, FlatView, Hole, Kind, RamBlock
 
 __all__ = ["Flip", "HoleChange", "Move", "RamChange", "Transition", "diff", "same_range"]

@@ -2,10 +2,9 @@
 
 No sockets, clocks or processes: what was seen, and when, comes in as values."""
 
-from .commits import Commit, CommitGrouper
+from .commits import Change, Commit, CommitGrouper
 from .live_slots import LiveSlot, LiveSlots
 from .replaying import ReplayStep, replay
-from .reporting import Change
 from .tracker import Maps, Tracker
 
 __all__ = [

@@ -31,16 +31,17 @@ from ..topology import (
     Transition,
     diff,
 )
-from .commits import Commit, CommitGrouper
-from .live_slots import LiveSlots, SlotMaps
-from .reporting import (
+from .commits import (
     Change,
+    Commit,
+    CommitGrouper,
     map_record,
     predicted_records,
     told_again,
     traced_records,
     transition_record,
 )
+from .live_slots import LiveSlots, SlotMaps
 
 __all__ = ["Maps", "Tracker"]
 

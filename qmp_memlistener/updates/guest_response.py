@@ -17,11 +17,11 @@ from ..qmp import Monitor, MonitorEvent
 from ..qmp.guest import read_memory_devices
 from ..qmp.guest_devices import PERIPHERAL, read_children
 from ..records import Cause, CauseType, Record, TransitionRecord
+from .guest_view import Seen, look_at
+from .model import Awaited, UpdatePlan, mib
 from .phases import Marks
-from .placement import Seen, look_at
 from .plans import DIMM_BLOCK
 from .settings import Waiting
-from .steps import Awaited, UpdatePlan, mib
 
 __all__ = ["GuestAnswer", "GuestResponse"]
 

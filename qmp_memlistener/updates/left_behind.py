@@ -14,11 +14,10 @@ from ..qmp import Command, Monitor
 from ..qmp.freeze import FreezeKey
 from ..qmp.guest import LOOK, GuestLook, look
 from ..qmp.identity import GuestIdentity
-from .journal import MadeNote, left_made, still_there
+from .journal import MadeNote, left_made, remove, still_there
+from .model import removal
 from .pause.guard_notes import GuardNote, unfinished
 from .pause.migrating import has_guest
-from .removing import remove
-from .steps import removal
 
 __all__ = ["REMEDY", "LeftBehind", "confirmed", "left_behind", "take_away"]
 

@@ -36,20 +36,27 @@ from ..qmp.guest import count_ram_blocks, read_status
 from ..qmp.guest_devices import Window, read_windows
 from ..records import Header, ProbeState, Record, SlotOp, StallRecord, TransitionRecord
 from .guest_response import GuestAnswer, GuestResponse
-from .guest_view import read_facts, read_guest
-from .journal import Journal, noted
-from .model import GuestStates, Intent, Outcome, Plug, Result, Strategy
+from .guest_view import Seen, look_at, read_facts, read_guest
+from .journal import Journal, count_memory_backends, noted, remove, wait_freed
+from .model import (
+    Awaited,
+    GuestStates,
+    Intent,
+    Outcome,
+    Plug,
+    Result,
+    Strategy,
+    UpdatePlan,
+    UpdateStep,
+)
 from .pause.guard import ResumeGuard
 from .pause.guard_start import guard_targets
 from .pause.migrating import refuse_if_migrating
 from .pause.paused import run_paused
 from .phases import Marks, phases_of
-from .placement import Seen, look_at
 from .plans import plan_update
 from .property_types import add, type_arguments
-from .removing import count_memory_backends, remove, wait_freed
 from .settings import UpdateOptions, Waiting
-from .steps import Awaited, UpdatePlan, UpdateStep
 
 __all__ = ["Host", "Measured", "perform"]
 

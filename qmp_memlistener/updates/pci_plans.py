@@ -12,8 +12,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from ..qmp.guest_devices import PciBus, slot_text
-from .model import Addition, Strategy, UpdateRefused
-from .steps import mib
+from .model import Addition, Strategy, UpdateRefused, mib
 
 __all__ = ["on_a_bus"]
 

@@ -12,9 +12,23 @@ from itertools import combinations, count
 
 from ..qmp import Command, MemoryDevice
 from .guest_view import Facts, GuestView
-from .model import Addition, Intent, Plug, Resize, Role, Strategy, Unplug, UpdateRefused
+from .model import (
+    Addition,
+    Awaited,
+    Intent,
+    Plug,
+    Resize,
+    Role,
+    Strategy,
+    Unplug,
+    UpdatePlan,
+    UpdateRefused,
+    UpdateStep,
+    adding,
+    mib,
+    removal,
+)
 from .pci_plans import on_a_bus
-from .steps import Awaited, UpdatePlan, UpdateStep, adding, mib, removal
 
 __all__ = ["DIMM_BLOCK", "plan_update"]
 

@@ -3,7 +3,7 @@
 `read_replay` is the way in: which operations were one transition, the slots before and after
 each, and which host memory is behind every slot.  How a transition is carried out is no matter of
 this module.  What a file tells is in `tracking` (`replaying`, `logs`; `beginning` for what was
-there before the first operation), what is behind slots in `blocks`.
+there before the first operation), what is behind slots in `transitions`.
 """
 
 from __future__ import annotations
@@ -42,17 +42,16 @@ from ...tracking.replaying import (
     read_recording,
     replay,
 )
-from .blocks import HostBlock, back
-from .transitions import AppliedOp, ReplayInput, ReplayTransition
+from .transitions import AppliedOp, HostBlock, ReplayInput, ReplayTransition, back
 
 __all__ = [
     "MOST_ENTRIES",
     "AppliedOp",
     "HostBlock",
-    "ReplayInput",
-    "ReplayTransition",
     "PlanInput",
     "PlanInputs",
+    "ReplayInput",
+    "ReplayTransition",
     "read_plan_inputs",
     "read_replay",
 ]

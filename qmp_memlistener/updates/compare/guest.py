@@ -18,6 +18,7 @@ from ...qmp import Command, Monitor
 from ...qmp.guest import read_status
 from ..guest_response import QUIET_S
 from ..guest_view import backends_of, read_facts, read_guest
+from ..journal import remove
 from ..model import (
     Intent,
     Outcome,
@@ -31,7 +32,6 @@ from ..model import (
     UpdateRefused,
 )
 from ..operation import Host, perform
-from ..removing import remove
 from ..settings import UpdateOptions
 
 __all__ = ["Changed", "ComparedGuest", "ComparedState", "HostGuest", "NotPutBack", "read_state"]

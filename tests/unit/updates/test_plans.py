@@ -12,16 +12,17 @@ from qmp_memlistener.qmp import MemoryDevice
 from qmp_memlistener.updates.guest_view import Facts, GuestView
 from qmp_memlistener.updates.model import (
     Addition,
+    Awaited,
     Plug,
     Resize,
     Role,
     Strategy,
     Unplug,
+    UpdatePlan,
     UpdateRefused,
     Value,
 )
 from qmp_memlistener.updates.plans import plan_update
-from qmp_memlistener.updates.steps import Awaited, UpdatePlan
 
 MIB = 1 << 20
 GIB = 1 << 30

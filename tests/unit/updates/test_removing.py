@@ -11,8 +11,8 @@ import pytest
 from qmp_memlistener import updates
 from qmp_memlistener.errors import DeadlineExceeded
 from qmp_memlistener.qmp import Command, Monitor
-from qmp_memlistener.updates import removing
-from qmp_memlistener.updates.removing import remove
+from qmp_memlistener.updates import journal
+from qmp_memlistener.updates.journal import remove
 
 OBJECT_DEL = Command("object-del", {"id": "m0"})
 
@@ -53,7 +53,7 @@ async def test_other_backends_hold_no_memory() -> None:
 
 @pytest.mark.asyncio
 async def test_a_migration_that_is_set_up_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(removing, "_SETUP_S", 0.03)
+    monkeypatch.setattr(journal, "_SETUP_S", 0.03)
     monitor = FakeMonitor("setup")
     with pytest.raises(DeadlineExceeded, match="no object was removed meanwhile"):
         await monitor.remove(OBJECT_DEL)
