@@ -20,8 +20,11 @@ settings.register_profile(
 settings.load_profile("default")
 
 
-# under nohup it is ignored, and so it would be in the verbs that the tests start and hang up on
+# What is ignored here stays so in the verbs that the tests start and send it to: the one is ignored
+# under nohup, the other in the background of a shell without job control.
 signal.signal(signal.SIGHUP, signal.SIG_DFL)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def tier_of(nodeid: str) -> str:
