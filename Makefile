@@ -2,6 +2,8 @@
 .PHONY: setup demo test test-full lint bench clean qemus svm
 
 PY := .venv/bin/python
+# each of the hundreds of verbs that the tests start would compile what it imports
+export PYTHONDONTWRITEBYTECODE :=
 PURE := tests/unit tests/conformance tests/fuzz
 REAL := tests/kvm tests/live
 
