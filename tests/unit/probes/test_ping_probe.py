@@ -14,13 +14,21 @@ from pathlib import Path
 import pytest
 
 from qmp_memlistener.errors import ProtocolViolation, TargetLost
-from qmp_memlistener.probes import Observation, ProbeUnavailable, StallKind
+from qmp_memlistener.probes import Observation, ProbeUnavailable, StallKind, ping_link
 from qmp_memlistener.probes import ping as ping_module
 from qmp_memlistener.probes.ping import PingProbe
 from qmp_memlistener.qmp import Monitor, UnixTarget
+from tests.support.host import patience
 from tests.support.probes import Recorder, context_of
 
 GREETING = {"QMP": {"version": {}, "capabilities": ["oob"]}}
+
+
+@pytest.fixture(autouse=True)
+def patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The servers here are in the event loop of the test, and greet when that one comes to it."""
+    monkeypatch.setattr(ping_module, "CONNECT_DEADLINE", patience(1.0))
+    monkeypatch.setattr(ping_link, "_GREETING_S", patience(1.0))
 
 
 class Server:
