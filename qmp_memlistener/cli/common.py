@@ -51,12 +51,12 @@ def json_option(function: F) -> F:
     )(function)
 
 
-def console(*, stderr: bool = False) -> Console:
+def console() -> Console:
     """A rich console; on anything but a terminal, lines are as long as they need to be."""
     from rich.console import Console
 
     wide = None if sys.stdout.isatty() else 1000
-    return Console(stderr=stderr, highlight=False, width=wide)
+    return Console(highlight=False, width=wide)
 
 
 def printable(text: str) -> str:
