@@ -32,11 +32,11 @@ __all__ = [
 ]
 
 NAME = "qmp-memlistener-steer"
-_MAGIC = 0x6C6D7131
+_MAGIC = 0x6C6D7132
 _RING = 16384
 _UNWRITTEN_NS = 1_000_000_000
 _VCPUS = 1024
-_HEAD = struct.Struct("<15I4x9Q")
+_HEAD = struct.Struct("<15I4x10Q")
 _WANT_AT, _STRICT_AT, _ARMED_AT = 8, 12, 16
 _VCPU = struct.Struct("<4IQ40x")
 _VCPU_AT = 192
@@ -150,6 +150,7 @@ class State:
     gave_up: int
     translated: int
     saved: int
+    answered_ns: int
 
 
 class Channel:
