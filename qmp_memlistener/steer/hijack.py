@@ -1,12 +1,12 @@
 """The main thread of a running QEMU made to call functions of its own process, by ptrace.
 
-The thread is taken only while it waits in `ppoll` in its main loop: there it holds no lock but, in a
-nested loop of the block layer, the BQL, which nothing that is called here takes.  All other threads
-run on.  It is held only while its registers and its stack are written, which a timer of the kernel
-bounds: who holds it for longer is killed, and with its tracer gone the thread runs on.  The calls
-are made without a tracer.  Each returns into `rt_sigreturn`, with a frame that holds the registers
-of the next one, and the last with those of before, so that the `ppoll` begins anew.  So QEMU goes
-on by itself whenever this process ends.
+The thread is taken only while it waits in `ppoll` in its main loop: there it holds no lock but, in
+a nested loop of the block layer, the BQL, which nothing that is called here takes.  All other
+threads run on.  It is held only while its registers and its stack are written, which a timer of the
+kernel bounds: who holds it for longer is killed, and with its tracer gone the thread runs on.  The
+calls are made without a tracer.  Each returns into `rt_sigreturn`, with a frame that holds the
+registers of the next one, and the last with those of before, so that the `ppoll` begins anew.  So
+QEMU goes on by itself whenever this process ends.
 
 ptrace is refused to a process that is QEMU's parent and waits for it, so this runs in a process of
 its own (see `injector`).  x86-64 and glibc only.

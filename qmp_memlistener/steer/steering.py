@@ -41,6 +41,7 @@ _TAKE_S = 1.0
 _STEP_S = 0.002
 _INJECT_S = 20.0
 _DETACH_S = 15.0
+_TRIES = 3
 _BUSY = 5
 _SYS_TGKILL = 234
 _SYS_IOCTL = 16
@@ -237,29 +238,17 @@ def _mode(state: State | None) -> Mode:
 async def _inject(process: Process, verb: str, stopped: list[int]) -> None:
     """`stopped` is told how long QEMU's main loop was so, in ns."""
     answers = _answers(await in_thread(state_of, process))
-    injector = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "qmp_memlistener.steer.injector", verb, process.key, str(OBJECT)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,  # a Ctrl-C is not for it
-    )
-    try:
-        async with asyncio.timeout(_INJECT_S):
-            out, err = await injector.communicate()
-    except TimeoutError:
+    for _ in range(_TRIES):
+        code, out, err = await _injector(process, verb)
+        if code != -signal.SIGKILL:  # its own bound, see `hijack`
+            break
+        if _answers(await in_thread(state_of, process)) != answers:
+            out = b'{"stopped_ns": [], "error": null}'  # it had come so far
+            break
+    else:
         raise OperationFailed(
-            f"QEMU (pid {process.pid}) could not be stopped to {verb} the interposer within "
-            f"{_INJECT_S:g} s: its main thread hangs in the kernel",
-            remedy="look at its process state (`ps`); it goes on by itself",
-        ) from None
-    finally:
-        if injector.returncode is None:  # QEMU goes on by itself, see `hijack`
-            injector.kill()
-            await injector.wait()
-    if injector.returncode == -signal.SIGKILL:  # its own bound, see `hijack`
-        raise OperationFailed(
-            f"QEMU (pid {process.pid}) goes on: the helper that is to {verb} the interposer stopped "
-            "its main thread, and was ended because it had no processor for 50 ms",
+            f"QEMU (pid {process.pid}) goes on: what was to {verb} the interposer was ended each "
+            "time, because it had no processor for 50 ms while QEMU's main thread stood",
             remedy="try again when the host is less busy",
         )
     try:
@@ -281,6 +270,30 @@ async def _inject(process: Process, verb: str, stopped: list[int]) -> None:
     if state.answer:
         why = _ANSWERS.get(state.answer, f"answer {state.answer}")
         raise OperationFailed(f"QEMU (pid {process.pid}) was left as it was: {why}")
+
+
+async def _injector(process: Process, verb: str) -> tuple[int | None, bytes, bytes]:
+    """How it ended, and what it wrote."""
+    injector = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "qmp_memlistener.steer.injector", verb, process.key, str(OBJECT)),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        start_new_session=True,  # a Ctrl-C is not for it
+    )
+    try:
+        async with asyncio.timeout(_INJECT_S):
+            out, err = await injector.communicate()
+    except TimeoutError:
+        raise OperationFailed(
+            f"QEMU (pid {process.pid}) could not be stopped to {verb} the interposer within "
+            f"{_INJECT_S:g} s: its main thread hangs in the kernel",
+            remedy="look at its process state (`ps`); it goes on by itself",
+        ) from None
+    finally:
+        if injector.returncode is None:  # QEMU goes on by itself, see `hijack`
+            injector.kill()
+            await injector.wait()
+    return injector.returncode, out, err
 
 
 def _answers(state: State | None) -> int:
