@@ -40,6 +40,7 @@ _HEAD = struct.Struct("<15I4x10Q")
 _WANT_AT, _STRICT_AT, _ARMED_AT = 8, 12, 16
 _VCPU = struct.Struct("<4IQ40x")
 _VCPU_AT = 192
+_NEW = struct.Struct("<I")
 _NEXT = struct.Struct("<Q")
 _NEXT_AT = _VCPU_AT + _VCPUS * _VCPU.size
 _EVENT = struct.Struct("<6Q4IiI")
@@ -305,9 +306,14 @@ def _event(fields: list[int]) -> Event | None:
 
 
 def open_channel(process: Process) -> Channel | None:
-    """The channel of the interposer in a QEMU; None when it has none.
+    """The channel of the interposer in a QEMU; None when it has none, or is making it.
 
     Raises PermissionError when that cannot be seen, FileNotFoundError when QEMU has ended.
     """
     found = open_memfd(process, NAME)
-    return Channel(found[1]) if found is not None else None
+    if found is None:
+        return None
+    if os.pread(found[1], _NEW.size, 0) in (b"", bytes(_NEW.size)):
+        os.close(found[1])
+        return None
+    return Channel(found[1])

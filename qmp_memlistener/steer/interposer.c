@@ -1079,7 +1079,7 @@ static _Bool open_channel(void) {
     }
     chan = p; /* the descriptor stays: the agent finds it by its name */
     chan->size = sizeof *chan;
-    chan->magic = CHANNEL_MAGIC;
+    __atomic_store_n(&chan->magic, CHANNEL_MAGIC, __ATOMIC_RELEASE); /* now it is one */
     pthread_atfork(NULL, NULL, in_child);
     return 1;
 }
