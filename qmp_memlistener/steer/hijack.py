@@ -26,7 +26,15 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-__all__ = ["GLIBC", "Call", "HijackRefused", "MappedRange", "call", "find_restorer", "mappings"]
+__all__ = [
+    "GLIBC",
+    "HijackedCall",
+    "HijackRefused",
+    "MappedRange",
+    "call",
+    "find_restorer",
+    "mappings",
+]
 
 GLIBC = "/libc.so.6"
 """How the path of the C library ends that has what is called here."""
@@ -77,7 +85,7 @@ class HijackRefused(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class HijackedCall:
     """A function at an address.  Strings are put on the stack."""
 
     function: int
@@ -131,7 +139,9 @@ class _Iov(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("len", ctypes.c_size_t)]
 
 
-def call(pid: int, calls: Sequence[Call], *, restorer: int, ended: Callable[[], int | None]) -> int:
+def call(
+    pid: int, calls: Sequence[HijackedCall], *, restorer: int, ended: Callable[[], int | None]
+) -> int:
     """Make calls, one after the other.  `ended` says when they were over, None before.
 
     Returns how long the main thread did not do its own work, in ns; when it takes too long, how
@@ -148,7 +158,7 @@ def call(pid: int, calls: Sequence[Call], *, restorer: int, ended: Callable[[], 
     return (end if end is not None and began < end < now else now) - began
 
 
-def _begin(pid: int, calls: Sequence[Call], restorer: int) -> int:
+def _begin(pid: int, calls: Sequence[HijackedCall], restorer: int) -> int:
     """When the thread was stopped."""
     until = time.monotonic() + _CATCH_S
     guard = _Guard()
@@ -230,7 +240,9 @@ def _at_once() -> Iterator[None]:
         os.sched_setscheduler(0, *before)
 
 
-def _enter(pid: int, memory: int, regs: _Regs, calls: Sequence[Call], restorer: int) -> None:
+def _enter(
+    pid: int, memory: int, regs: _Regs, calls: Sequence[HijackedCall], restorer: int
+) -> None:
     mask = ctypes.c_uint64()
     _ptrace(_GETSIGMASK, pid, ctypes.sizeof(mask), ctypes.addressof(mask))
     if os.pread(memory, 2, regs.rip - 2) != _SYSCALL_BYTES:

@@ -21,7 +21,7 @@ from ..host.elf import read_elf
 from ..host.files import open_memfd
 from ..host.processes import Process, process_of
 from .channel import State, open_channel
-from .hijack import GLIBC, Call, HijackRefused, MappedRange, call, find_restorer, mappings
+from .hijack import GLIBC, HijackedCall, HijackRefused, MappedRange, call, find_restorer, mappings
 
 __all__ = ["main"]
 
@@ -81,7 +81,7 @@ class _Injection:
         while (found := open_memfd(self._process, _CODE)) is not None:
             number, handle = found
             os.close(handle)
-            self._call(Call(self._functions["close"], (number,)), ended=self._closed)
+            self._call(HijackedCall(self._functions["close"], (number,)), ended=self._closed)
 
     def _loaded(self) -> list[MappedRange]:
         return _object(self._pid, f"/memfd:{_CODE} (deleted)") or _object(
@@ -96,11 +96,11 @@ class _Injection:
             state = self._state()
             return state.answered_ns if state and state.answers != before else None
 
-        self._call(Call(function), ended=answered)
+        self._call(HijackedCall(function), ended=answered)
 
     def _load(self) -> None:
         """Our object, from a memfd of QEMU's: no file in its namespaces, no right of its user."""
-        make = Call(self._functions["memfd_create"], (_CODE.encode(), _MFD_FLAGS))
+        make = HijackedCall(self._functions["memfd_create"], (_CODE.encode(), _MFD_FLAGS))
         self._call(make, ended=self._made)
         found = open_memfd(self._process, _CODE)
         if found is None:
@@ -116,8 +116,8 @@ class _Injection:
             return state.answered_ns if state and state.answers != before else self._closed()
 
         self._call(
-            Call(self._functions["dlopen"], (path, _RTLD_NOW)),
-            Call(self._functions["close"], (number,)),
+            HijackedCall(self._functions["dlopen"], (path, _RTLD_NOW)),
+            HijackedCall(self._functions["close"], (number,)),
             ended=loaded,
         )
         if not self._loaded():
@@ -146,7 +146,7 @@ class _Injection:
     def _closed(self) -> int | None:
         return time.monotonic_ns() if self._made() is None else None
 
-    def _call(self, *calls: Call, ended: Callable[[], int | None]) -> None:
+    def _call(self, *calls: HijackedCall, ended: Callable[[], int | None]) -> None:
         self._stopped.append(call(self._pid, calls, restorer=self._restorer, ended=ended))
 
 
