@@ -61,7 +61,7 @@ class _Verbs(click.RichGroup):
 def cli() -> None:
     """Watch a running QEMU/KVM guest change its memory map.
 
-    TARGET is unix:PATH (or just a path), HOST:PORT, or pid:N.
+    TARGET is unix:PATH (or just a path), HOST:PORT, pid:N, name:GUEST or libvirt:DOMAIN.
     """
 
 

@@ -32,6 +32,10 @@ class NoLink:
         self._ended = False
 
     @property
+    def why_slow(self) -> str:
+        return ""
+
+    @property
     def is_running(self) -> bool:
         return self._handle >= 0 and not self._ended
 

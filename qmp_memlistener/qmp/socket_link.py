@@ -36,6 +36,10 @@ class SocketLink:
         self._client = TimedClient(on_event, on_end)
 
     @property
+    def why_slow(self) -> str:
+        return ""
+
+    @property
     def is_running(self) -> bool:
         return self._client.is_running
 
