@@ -73,12 +73,12 @@ def complete_target(
     return [target for target in found if target.startswith(incomplete)]
 
 
-def console(*, stderr: bool = False) -> Console:
+def console() -> Console:
     """A rich console; on anything but a terminal, lines are as long as they need to be."""
     from rich.console import Console
 
     wide = None if sys.stdout.isatty() else 1000
-    return Console(stderr=stderr, highlight=False, width=wide)
+    return Console(highlight=False, width=wide)
 
 
 def printable(text: str) -> str:

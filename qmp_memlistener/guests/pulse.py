@@ -1,9 +1,9 @@
 """The host's side of the pulse guest: heartbeats, gaps, the mailbox, toggles of a register.
 
-The guest (vm-images/pulse, layout in its README.md) beats on every CPU and obeys commands through
-RAM that QEMU shares (`pulse_memory` says how it is read).  `boot_args` starts it, `Pulse` reads and
-commands it.  Reading never disturbs the guest.  Times are ticks of the guest's TSC;
-`Pulse.calibrate` relates them to CLOCK_MONOTONIC.  Starting QEMU is `launch`'s business.
+The guest (vm-images/pulse, layout in its README.md) counts heartbeats on every CPU and obeys
+commands through RAM that QEMU shares (`pulse_memory` says how it is read).  `boot_args` starts it,
+`Pulse` reads and commands it.  Reading never disturbs the guest.  Times are ticks of the guest's
+TSC; `Pulse.calibrate` relates them to CLOCK_MONOTONIC.  Starting QEMU is `launch`'s business.
 """
 
 from __future__ import annotations
@@ -261,8 +261,8 @@ class Pulse(PulseMemory):
     ) -> Toggle:
         """Write `values` in turn, `count` times in all, with `period` between two writes.
 
-        Ticks are of the TSC, turns of CPU 0's loop (one beat each).  Returns at once; CPU 0 keeps
-        beating and obeying meanwhile.  OperationFailed while another toggle runs.
+        Ticks are of the TSC, turns of CPU 0's loop (one heartbeat each).  Returns at once; CPU 0
+        keeps beating and obeying meanwhile.  OperationFailed while another toggle runs.
         """
         for value in values:
             _check_value(value, width)
@@ -316,12 +316,13 @@ class Pulse(PulseMemory):
         return header is not None and header.ready
 
     async def _sample(self, cpu: int) -> tuple[int, int, int]:
-        """TSC, CLOCK_MONOTONIC and error of one beat: the beat that two looks enclose tightest.
+        """TSC, CLOCK_MONOTONIC and error of one heartbeat: the heartbeat that two looks enclose
+        tightest.
 
-        A beat reads the TSC and stores it some time later, but not before it has stored the one
-        before: the look that showed the last but one is what encloses it.  Looks in quick
-        succession see none while we have taken the vCPU's host CPU; then the beats during a short
-        sleep must do, with the larger error that this gives.
+        A heartbeat reads the TSC and stores it some time later, but not before it has stored the
+        one before: the look that showed the last but one is what encloses it.  Looks in quick
+        succession see none while we have taken the vCPU's host CPU; then the heartbeats during a
+        short sleep must do, with the larger error that this gives.
         """
         read, clock = self.tsc_reader(cpu), time.monotonic_ns
         best = (0, 0, 1 << 63)

@@ -123,7 +123,7 @@ class Sink(Protocol):
         """Windows, in any order; each once."""
 
     def carried_out(self, asked: list[Observation], windows: list[Observation]) -> None:
-        """What came of one transaction whose operations were issued in QEMU's stead.
+        """What came of one transaction whose operations were issued instead of QEMU's.
 
         `asked` are the operations of QEMU's: no stalls, but its log and other probes show them.
         """

@@ -34,7 +34,7 @@ class Stall(msgspec.Struct, eq=False, gc=False):
 
     `transition` is the transition that it is a part of, `line` what QEMU's log has of its ioctl,
     `commit` what it lies in; all where that is known for a fact.  `asked` is what QEMU asked for
-    when this was done in its stead, `told`: another stall tells of what was done instead.
+    when this was done instead, `superseded`: another stall reports what was done instead of it.
     """
 
     seen: Observation
@@ -47,7 +47,7 @@ class Stall(msgspec.Struct, eq=False, gc=False):
     cause: StallCause = _UNKNOWN
     incident: int = 0
     asked: tuple[Stall, ...] = ()
-    told: bool = False
+    superseded: bool = False
 
     @property
     def length_ns(self) -> int:
