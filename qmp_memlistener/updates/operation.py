@@ -49,9 +49,8 @@ from .model import (
     UpdatePlan,
     UpdateStep,
 )
-from .pause.guard import ResumeGuard
+from .pause.guard import ResumeGuard, refuse_if_migrating
 from .pause.guard_start import guard_targets
-from .pause.migrating import refuse_if_migrating
 from .pause.paused import run_paused
 from .phases import Marks, phases_of
 from .plans import plan_update
