@@ -12,6 +12,11 @@ have qemu-system-x86_64 || packages+=(qemu-system-x86)
 [ -e /usr/share/seabios/bios-256k.bin ] || [ -e /usr/share/qemu/bios-256k.bin ] || packages+=(seabios)
 have qemu-system-aarch64 || optional+=(qemu-system-arm)
 have as || optional+=(binutils)
+girepository() { have pkg-config && pkg-config --exists gobject-introspection-1.0; }
+girepository || optional+=(libgirepository1.0-dev pkg-config gcc) # PyGObject is built with it
+have dbus-run-session || optional+=(dbus-bin dbus-daemon)
+have gdbus || optional+=(libglib2.0-bin)
+have xmllint || optional+=(libxml2-utils)
 
 # libvirt, and what its Python module is built with
 libvirt=()
@@ -79,5 +84,13 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
             echo "tests of libvirt will be skipped: libvirt-python could not be built (it needs gcc and Python's headers)" >&2
     fi
     touch "$stamp"
+fi
+# the extra `glib`, without the cairo that PyGObject needs for drawing alone
+if girepository && ! .venv/bin/python -c 'import asyncio_glib, gi.events' 2>/dev/null; then
+    install() { PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+    install meson-python ninja setuptools &&
+        install --no-build-isolation --no-deps --config-settings=setup-args=-Dpycairo=disabled \
+            'PyGObject>=3.50,<3.52' asyncio-glib==0.1 ||
+        echo "tests of the GLib loop will be skipped: PyGObject could not be built" >&2
 fi
 tools/build_interposer.sh
