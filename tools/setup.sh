@@ -87,9 +87,9 @@ if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
 fi
 # the extra `glib`, without the cairo that PyGObject needs for drawing alone
 if girepository && ! .venv/bin/python -c 'import asyncio_glib, gi.events' 2>/dev/null; then
-    install() { PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
-    install meson-python ninja setuptools &&
-        install --no-build-isolation --no-deps --config-settings=setup-args=-Dpycairo=disabled \
+    into_venv() { PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+    into_venv meson-python ninja setuptools &&
+        into_venv --no-build-isolation --no-deps --config-settings=setup-args=-Dpycairo=disabled \
             'PyGObject>=3.50,<3.52' asyncio-glib==0.1 ||
         echo "tests of the GLib loop will be skipped: PyGObject could not be built" >&2
 fi
