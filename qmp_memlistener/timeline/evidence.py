@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from ..probes import Observation, StallKind
+from ..probes import HostWait, Observation, StallKind
 from ..records import CommandRecord, SlotOp, StallCause, StallCauseType
 
 __all__ = ["KEEP_NS", "LIMIT", "Evidence", "Stall", "overlap", "together", "witness"]
@@ -129,6 +129,7 @@ class Evidence:
     def __init__(self) -> None:
         self._windows: defaultdict[StallKind, dict[str, Spans[Stall]]] = defaultdict(dict)
         self._commands: Spans[CommandRecord] = Spans()
+        self._host_waits: defaultdict[str | None, Spans[HostWait]] = defaultdict(Spans)
 
     def add(self, stall: Stall) -> None:
         """Remember a window."""
@@ -142,6 +143,15 @@ class Evidence:
     def add_command(self, span: CommandRecord) -> None:
         """Remember a command."""
         self._commands.add(span.start_ns, span.end_ns, span)
+
+    def add_host_wait(self, wait: HostWait) -> None:
+        """Remember that a thread had to wait for a CPU."""
+        self._host_waits[wait.thread].add(wait.start_ns, wait.end_ns, wait)
+
+    def host_waits(self, thread: str | None, start_ns: int, end_ns: int) -> Iterator[HostWait]:
+        """What a thread waited for a CPU about `[start_ns, end_ns)`."""
+        spans = self._host_waits.get(thread)
+        return iter(()) if spans is None else spans.find(start_ns, end_ns)
 
     def overlapping(self, kind: StallKind, start_ns: int, end_ns: int) -> Iterator[Stall]:
         """Windows of one kind that share time with `[start_ns, end_ns)`."""
@@ -164,4 +174,6 @@ class Evidence:
         for of_kind in self._windows.values():
             for spans in of_kind.values():
                 spans.forget(before_ns)
+        for waits in self._host_waits.values():
+            waits.forget(before_ns)
         self._commands.forget(before_ns)

@@ -19,7 +19,7 @@ from operator import attrgetter
 import msgspec
 
 from ..memslots import OpKind
-from ..probes import Observation, StallKind
+from ..probes import HostWait, Observation, StallKind
 from ..records import (
     CommandRecord,
     GuestState,
@@ -107,6 +107,11 @@ class Timeline:
             self._wait(stall)
             if seen.kind is StallKind.SLOT_UPDATE and seen.update is not None:
                 self._pairing.ioctl(stall)
+
+    def host_waits(self, waits: Iterable[HostWait]) -> None:
+        """When threads had to wait for a CPU."""
+        for wait in waits:
+            self._evidence.add_host_wait(wait)
 
     def carried_out(self, asked: list[Observation], windows: list[Observation]) -> None:
         """What came of one transaction whose operations were issued instead of QEMU's."""
