@@ -7,8 +7,9 @@ count stays what it was, a thread that slept has slept on.  That proves more tha
 - A thread that slept before and after, and was given a CPU once in between, was awake in one piece,
   for just the time that its schedule says: even when no sample fell into it.
 - Two samples of a thread at work belong to one piece of work when it slept all the time between
-  them, or was awake all the time.  Else it may have rested in between: then only the longest
-  piece counts for `at_least_ns`, and all of it for `at_most_ns`.
+  them, or was awake all the time, or slept deep in a task at both and they are close.  Else it may
+  have rested in between: then only the longest piece counts for `at_least_ns`, and all of it for
+  `at_most_ns`.
 - What it waited for a CPU is the host scheduler's doing, exactly so long (`HostWait`).
 
 A main loop that goes round without ever resting looks as one that is busy with a single task.
@@ -74,6 +75,7 @@ class _Open:
     known_ns: int  # until when it is known to have gone on
     since_ns: int  # since when in one piece
     longest_ns: int = 0
+    deep: tuple[Sample, int] | None = None  # the last sample deep in a task, and since when
     seen: Counter[str | None] = field(default_factory=Counter)
 
     def extend(self, at_ns: int) -> None:
@@ -147,6 +149,8 @@ class Finder:
             start, base = self._since(last, sample, known), last.schedule
         self._open = _Open(start, base, sample, sample, sample.before_ns, sample.after_ns)
         self._open.seen[sample.what] += 1
+        if sample.deep:
+            self._open.deep = sample, self._open.since_ns
         return None
 
     def end(self, at_ns: int) -> Piece | None:
@@ -168,12 +172,17 @@ class Finder:
         return max(known_ns - max(0, waited), min(self._sure_ns, known_ns))
 
     def _go_on(self, opened: _Open, sample: Sample) -> None:
-        if _one_piece(opened.last, sample):
+        if opened.deep is not None and _one_task(opened.deep[0], sample):
+            opened.since_ns = min(opened.since_ns, opened.deep[1])
+            opened.extend(sample.before_ns)
+        elif _one_piece(opened.last, sample):
             opened.extend(sample.before_ns)
         else:
             opened.since_ns = sample.after_ns
             opened.known_ns = max(opened.known_ns, sample.before_ns)
         opened.last = sample
+        if sample.deep:
+            opened.deep = sample, opened.since_ns
         opened.seen[sample.what] += 1
 
     def _close(self, opened: _Open, sample: Sample) -> Piece | None:
@@ -218,10 +227,13 @@ def _one_piece(one: Sample, other: Sample) -> bool:
         return True
     if other.after_ns - one.before_ns > _JOIN_NS:
         return False
-    if one.deep and other.deep:
-        return True
     slept = other.after_ns - one.before_ns - awake
     return times <= 2 and slept * 10 <= (other.before_ns - one.after_ns) * 3
+
+
+def _one_task(one: Sample, other: Sample) -> bool:
+    """It slept within a task at both, so shortly after each other that it is taken for the same."""
+    return one.deep and other.deep and other.after_ns - one.before_ns <= _JOIN_NS
 
 
 def _told(
