@@ -77,7 +77,8 @@ class Context:
     `guest` is QEMU's process where it is visible, `pid` its id where that much is known.  `monitor`
     is the observer's connection, for short commands only.  `companions.ping` is a free monitor for
     pinging.  `untraced` is why trace lines are not seen, None when they are.
-    `named`: the user asked for this set of probes by name, so each does all it can.
+    `named`: the user asked for this set of probes by name, so each does all it can; `must_ping`:
+    a monitor for pinging was named.
     `max_share` bounds what one probe may take of a host CPU (None: no bound).  `must_see` are
     limits in ns: a window of that kind that is longer must not be missed, whatever it costs.
     """
@@ -89,6 +90,7 @@ class Context:
     companions: Companions
     untraced: TraceUnavailable | None
     named: bool = False
+    must_ping: bool = False
     max_share: float | None = None
     must_see: Mapping[StallKind, int] = field(default_factory=dict)
 

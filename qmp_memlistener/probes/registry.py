@@ -104,6 +104,8 @@ async def choose(context: Context, names: Sequence[str] | None) -> list[Choice]:
         found[name] = Choice(probe, verdict, wanted)
     if names is None:
         for name, better in _SPARE.items():
+            if name == "ping" and context.must_ping:
+                continue
             lacks = found[better].verdict.lacks & frozenset(found[name].info.measures)
             if found[better].verdict.usable and not lacks and found[name].verdict.usable:
                 verdict = Verdict.no(_BETTER[better], f"name it with --probes {name}")

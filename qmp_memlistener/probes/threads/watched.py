@@ -104,10 +104,10 @@ class Watched:
             activity, deep = self._by_state(), False
             what = _words(activity)
         if self._is_main:
-            if activity is Activity.RESTS and schedule.times != self._times:
+            if activity is Activity.AWAKE:
+                self.held = False
+            elif schedule.times != self._times:  # `syscall` shows the call it was stopped in
                 self.held = self._is_held()
-            elif activity is not Activity.RESTS:
-                self.held = activity is Activity.HELD
             self._times = schedule.times
         return (Activity.HELD, _HELD, True) if self.held else (activity, what, deep)
 
