@@ -66,6 +66,7 @@ async def hold(monitor: Monitor, way: str) -> tuple[int, int]:
             arguments = {"command-line": 'qemu-io slow "read 0 4k"'}
     reply = await monitor.timed(command, arguments, deadline=60)
     if way == "memory":
+        await asyncio.sleep(0.03)  # or both are one stall
         await monitor.execute("object-del", {"id": "m"}, deadline=60)
     return reply.t_start_ns, reply.t_end_ns
 
@@ -86,8 +87,8 @@ async def test_stalls_that_another_client_makes_are_bracketed(build: QemuBuild) 
         stall = recorder.between(start, end)[0]
         assert stall.kind is StallKind.MAIN_LOOP
         assert (stall.probe, stall.thread) == ("threads", "main")
-        # the client's round trip is longer than the stall in it; the next turn may follow at once
-        assert stall.at_least_ns <= end - start + 5 * MS, way
+        # the client's round trip is longer than the stall in it, but for what follows the answer
+        assert stall.at_least_ns <= end - start + patience(10 * MS), way
         assert stall.at_most_ns - stall.at_least_ns <= 0.5 * (end - start) + patience(20 * MS), way
         if way == "drive":
             assert stall.at_most_ns >= SLOW_READ_NS
