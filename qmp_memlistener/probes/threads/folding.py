@@ -32,7 +32,8 @@ WAIT_NS = 50_000
 """Shorter waits for a CPU play no part."""
 ACCOUNT_NS = 50_000
 """What a turn without work takes: to be woken, to look at events, to sleep again."""
-_JOIN_NS = 10_000_000
+_NEAR_NS = 3_000_000
+"""Two samples of one stall are as close as this, or as a twentieth of it."""
 _TURN_NS = 1_000_000
 
 LOOP_BUSY = frozenset(Activity) - {Activity.RESTS}
@@ -75,12 +76,22 @@ class _Open:
     known_ns: int  # until when it is known to have gone on
     since_ns: int  # since when in one piece
     longest_ns: int = 0
-    deep: tuple[Sample, int] | None = None  # the last sample deep in a task, and since when
+    deep_since_ns: int = 0  # the piece in which it was last seen deep in a task
+    deep_known_ns: int = -(1 << 62)
     seen: Counter[str | None] = field(default_factory=Counter)
+
+    def note(self, sample: Sample) -> None:
+        """The latest sample of it."""
+        self.last = sample
+        self.seen[sample.what] += 1
+        if sample.deep:
+            self.deep_since_ns, self.deep_known_ns = self.since_ns, self.known_ns
 
     def extend(self, at_ns: int) -> None:
         """It went on until then, in one piece."""
         self.known_ns = max(self.known_ns, at_ns)
+        if self.last.deep:
+            self.deep_known_ns = self.known_ns
         self.longest_ns = max(self.longest_ns, self.known_ns - self.since_ns)
 
 
@@ -148,9 +159,7 @@ class Finder:
         else:
             start, base = self._since(last, sample, known), last.schedule
         self._open = _Open(start, base, sample, sample, sample.before_ns, sample.after_ns)
-        self._open.seen[sample.what] += 1
-        if sample.deep:
-            self._open.deep = sample, self._open.since_ns
+        self._open.note(sample)
         return None
 
     def end(self, at_ns: int) -> Piece | None:
@@ -172,18 +181,17 @@ class Finder:
         return max(known_ns - max(0, waited), min(self._sure_ns, known_ns))
 
     def _go_on(self, opened: _Open, sample: Sample) -> None:
-        if opened.deep is not None and _one_task(opened.deep[0], sample):
-            opened.since_ns = min(opened.since_ns, opened.deep[1])
+        near = max(_NEAR_NS, (sample.before_ns - opened.first.after_ns) // 20)
+        if sample.deep and sample.after_ns - opened.deep_known_ns <= near:
+            # it slept in a task at both, so shortly after each other that they are taken for one
+            opened.since_ns = min(opened.since_ns, opened.deep_since_ns)
             opened.extend(sample.before_ns)
-        elif _one_piece(opened.last, sample):
+        elif _one_piece(opened.last, sample, opened.known_ns, near):
             opened.extend(sample.before_ns)
         else:
             opened.since_ns = sample.after_ns
             opened.known_ns = max(opened.known_ns, sample.before_ns)
-        opened.last = sample
-        if sample.deep:
-            opened.deep = sample, opened.since_ns
-        opened.seen[sample.what] += 1
+        opened.note(sample)
 
     def _close(self, opened: _Open, sample: Sample) -> Piece | None:
         self._open = None
@@ -202,7 +210,7 @@ class Finder:
         ends = sample.after_ns - opened.start_ns - span
         slept = sample.after_ns - opened.start_ns - awake
         if slept <= ends + span // 10 and times <= 2 + span // _TURN_NS:
-            return span
+            return min(span, awake)
         return awake // max(1, times) - ACCOUNT_NS
 
     def _between(self, last: Sample, sample: Sample, known_ns: int) -> Piece | None:
@@ -220,20 +228,15 @@ def _awake(before: Schedule, after: Schedule) -> tuple[int, int]:
     return max(0, cpu), after.times - before.times
 
 
-def _one_piece(one: Sample, other: Sample) -> bool:
-    """Between two samples at work there was no rest."""
+def _one_piece(one: Sample, other: Sample, known_ns: int, near_ns: int) -> bool:
+    """Between two samples at work there was no rest; the first still held at `known_ns`."""
     awake, times = _awake(one.schedule, other.schedule)
     if times == 0:
         return True
-    if other.after_ns - one.before_ns > _JOIN_NS:
+    if other.after_ns - known_ns > near_ns:
         return False
-    slept = other.after_ns - one.before_ns - awake
-    return times <= 2 and slept * 10 <= (other.before_ns - one.after_ns) * 3
-
-
-def _one_task(one: Sample, other: Sample) -> bool:
-    """It slept within a task at both, so shortly after each other that it is taken for the same."""
-    return one.deep and other.deep and other.after_ns - one.before_ns <= _JOIN_NS
+    slept = other.after_ns - known_ns - awake
+    return times <= 2 and slept * 10 <= (other.before_ns - known_ns) * 3
 
 
 def _told(
