@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from ..model import HostWait
 from .states import Activity, Schedule
 
-__all__ = ["LOOP_BUSY", "RESOLUTION_NS", "Finder", "Piece", "Sample", "VCPU_BUSY"]
+__all__ = ["LOOP_BUSY", "RESOLUTION_NS", "Finder", "Busy", "Sample", "VCPU_BUSY"]
 
 RESOLUTION_NS = 2_000_000
 PROVEN_NS = 500_000
@@ -53,7 +53,7 @@ class Sample:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Busy:
     """A window: inside `[start_ns, end_ns)`, how long is bracketed; `what` it was doing.
 
     `over` is False when it went on at `end_ns`.
@@ -137,7 +137,7 @@ class Finder:
         start = max(self._last.before_ns, self._known_ns) - waited
         return HostWait(start, sample.after_ns, waited, times)
 
-    def take(self, sample: Sample) -> Piece | None:
+    def take(self, sample: Sample) -> Busy | None:
         """The next sample; gives the window that is over by it, if it is worth telling."""
         last, self._last = self._last, sample
         known = self._known_ns
@@ -162,7 +162,7 @@ class Finder:
         self._open.note(sample)
         return None
 
-    def end(self, at_ns: int) -> Piece | None:
+    def end(self, at_ns: int) -> Busy | None:
         """No more samples come; what goes on is told as far as it is known."""
         opened, self._open = self._open, None
         if opened is None:
@@ -193,7 +193,7 @@ class Finder:
             opened.known_ns = max(opened.known_ns, sample.before_ns)
         opened.note(sample)
 
-    def _close(self, opened: _Open, sample: Sample) -> Piece | None:
+    def _close(self, opened: _Open, sample: Sample) -> Busy | None:
         self._open = None
         self._sure_ns = sample.before_ns
         at_least = opened.longest_ns
@@ -213,7 +213,7 @@ class Finder:
             return min(span, awake)
         return awake // max(1, times) - ACCOUNT_NS
 
-    def _between(self, last: Sample, sample: Sample, known_ns: int) -> Piece | None:
+    def _between(self, last: Sample, sample: Sample, known_ns: int) -> Busy | None:
         """It rested at both, and may have worked in between."""
         awake, times = _awake(last.schedule, sample.schedule)
         if times < 1 or awake // times < RESOLUTION_NS // 2:
@@ -241,11 +241,11 @@ def _one_piece(one: Sample, other: Sample, known_ns: int, near_ns: int) -> bool:
 
 def _told(
     start_ns: int, end_ns: int, at_least_ns: int, seen: Counter[str | None], *, over: bool
-) -> Piece | None:
+) -> Busy | None:
     """The window, when it is worth telling."""
     at_most = end_ns - start_ns
     at_least = min(max(0, at_least_ns), at_most)
     if at_least < PROVEN_NS or (at_least + at_most) < RESOLUTION_NS:
         return None
     what = seen.most_common(1)[0][0] if seen else None
-    return Piece(start_ns, end_ns, at_least, at_most, what, over)
+    return Busy(start_ns, end_ns, at_least, at_most, what, over)

@@ -7,7 +7,7 @@ import time
 import msgspec
 
 from ..model import HostWait, Observation, StallKind
-from .folding import LOOP_BUSY, RESOLUTION_NS, VCPU_BUSY, Finder, Piece, Sample
+from .folding import LOOP_BUSY, RESOLUTION_NS, VCPU_BUSY, Finder, Busy, Sample
 from .states import (
     Activity,
     LoopClassifier,
@@ -146,10 +146,10 @@ class Watched:
         length = wait.end_ns - wait.start_ns
         at_least = max(0, each - _SLACK_NS)
         at_most = min(length, wait.waited_ns + _SLACK_NS)
-        piece = Piece(wait.start_ns, wait.end_ns, min(at_least, at_most), at_most, _NO_CPU, True)
+        piece = Busy(wait.start_ns, wait.end_ns, min(at_least, at_most), at_most, _NO_CPU, True)
         return [self._observation(piece)]
 
-    def _observation(self, piece: Piece) -> Observation:
+    def _observation(self, piece: Busy) -> Observation:
         kind = StallKind.MAIN_LOOP if self._is_main else StallKind.VCPU_GAP
         return Observation(
             kind=kind,

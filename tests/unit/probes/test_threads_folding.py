@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.probes.threads.folding import LOOP_BUSY, VCPU_BUSY, Finder, Piece, Sample
+from qmp_memlistener.probes.threads.folding import LOOP_BUSY, VCPU_BUSY, Finder, Busy, Sample
 from qmp_memlistener.probes.threads.rhythm import Rhythm
 from qmp_memlistener.probes.threads.states import Activity, Schedule
 
@@ -46,7 +46,7 @@ class Life:
         return activity, Schedule(cpu, waited, times)
 
 
-def look(life: Life, times: list[int], busy: frozenset[Activity] = LOOP_BUSY) -> list[Piece]:
+def look(life: Life, times: list[int], busy: frozenset[Activity] = LOOP_BUSY) -> list[Busy]:
     """Look at these times, each for 20 us, as `Watched` does."""
     finder = Finder(busy)
     found = []
@@ -67,7 +67,7 @@ def every(ms: float, until: int, start: int = 0) -> list[int]:
     return list(range(start, until, int(ms * MS)))
 
 
-def only(found: list[Piece]) -> Piece:
+def only(found: list[Busy]) -> Busy:
     (piece,) = found
     assert piece.over
     return piece
