@@ -7,7 +7,7 @@ import time
 import msgspec
 
 from ..model import HostWait, Observation, StallKind
-from .folding import LOOP_BUSY, RESOLUTION_NS, VCPU_BUSY, Finder, Busy, Sample
+from .folding import LOOP_BUSY, RESOLUTION_NS, VCPU_BUSY, Busy, Finder, Sample
 from .states import (
     Activity,
     LoopClassifier,

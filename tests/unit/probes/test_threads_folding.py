@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmp_memlistener.probes.threads.folding import LOOP_BUSY, VCPU_BUSY, Finder, Busy, Sample
+from qmp_memlistener.probes.threads.folding import LOOP_BUSY, VCPU_BUSY, Busy, Finder, Sample
 from qmp_memlistener.probes.threads.rhythm import Rhythm
 from qmp_memlistener.probes.threads.states import Activity, Schedule
 
