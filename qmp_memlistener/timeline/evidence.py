@@ -82,6 +82,9 @@ class Spans(Generic[T]):
     def __init__(self) -> None:
         self._orders: dict[int, tuple[list[int], list[tuple[int, T]]]] = {}
 
+    def __bool__(self) -> bool:
+        return bool(self._orders)
+
     def add(self, start_ns: int, end_ns: int, what: T) -> None:
         """Remember one; the earliest of its order go when there are too many."""
         order = (max(0, end_ns - start_ns).bit_length() + 1) & ~1

@@ -210,9 +210,10 @@ class Issued:
         Those that other probes saw of what was asked for are `superseded`.
         """
         ready = list(ready)
-        for stall in ready:
-            if stall.seen.kind is StallKind.SLOT_UPDATE and stall.seen.probe != INTERPOSER:
-                self._look_up(stall)
+        if self._asked:  # a guest that is not steered pays nothing
+            for stall in ready:
+                if stall.seen.kind is StallKind.SLOT_UPDATE and stall.seen.probe != INTERPOSER:
+                    self._look_up(stall)
         for stall in ready:
             if stall.asked:
                 known = {a.transition for a in stall.asked if a.transition is not None}
