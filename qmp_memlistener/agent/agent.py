@@ -249,6 +249,9 @@ class Agent:
         observer's own when there is no other.
         """
         free = self.companions.operations
+        if self.monitor.abilities.manager:
+            yield self.monitor  # its manager carries changes out
+            return
         if self.operations is not self.monitor or free is None:
             yield self.operations
             return

@@ -156,6 +156,22 @@ class Monitor:
         except TimeoutError:
             raise self._too_slow(commands, deadline) from None
 
+    async def manage(self, command: Command, *, deadline: float) -> Reply | CommandFailed:
+        """Have who manages the guest carry out a change (`links.Link.manage`).
+
+        Raises DeadlineExceeded, TargetLost.
+        """
+        if not self.is_connected:
+            raise self._lost_error()
+        try:
+            async with asyncio.timeout(deadline), self._in_band:
+                return await self._link.manage(command)
+        except TimeoutError:
+            raise self._too_slow([command], deadline) from None
+        except ConnectionError:
+            await self._await_reaper()
+            raise self._lost_error() from None
+
     def events(self, *, limit: int = 4096) -> EventStream:
         """A new stream of the events from now on; see `EventStream`."""
         stream = EventStream(limit, self._streams.remove)

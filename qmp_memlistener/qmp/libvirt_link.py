@@ -26,6 +26,9 @@ __all__ = ["LibvirtLink"]
 _OPEN_S = 5.0
 """Connecting may start libvirtd (socket activation), and asks it several things."""
 _CLOSE_S = 1.0
+_Function = Callable[
+    [LibvirtSession, Sequence[Command], threading.Event], list[Reply | CommandFailed]
+]
 
 
 class LibvirtLink:
@@ -104,11 +107,19 @@ class LibvirtLink:
             raise ConnectionError("the session has ended")
         return await self._run(commands)
 
-    async def _run(self, commands: Sequence[Command]) -> list[Reply | CommandFailed]:
+    async def manage(self, command: Command) -> Reply | CommandFailed:
+        if not self._running:
+            raise ConnectionError("the session has ended")
+        (reply,) = await self._run([command], _change)
+        return reply
+
+    async def _run(
+        self, commands: Sequence[Command], function: _Function | None = None
+    ) -> list[Reply | CommandFailed]:
         while self._call is not None and not self._call.done():
             await asyncio.wait([self._call])  # of one that was given up
         enough = threading.Event()
-        call = asyncio.ensure_future(in_thread(_send, self._session, commands, enough))
+        call = asyncio.ensure_future(in_thread(function or _send, self._session, commands, enough))
         self._call = call
         try:
             return await asyncio.shield(call)
@@ -177,6 +188,21 @@ def _send(
         start = time.monotonic_ns()
         text = session.command(json.dumps(message), () if command.fd is None else (command.fd,))
         replies.append(_reply(command, text, start, time.monotonic_ns()))
+    return replies
+
+
+def _change(
+    session: LibvirtSession, commands: Sequence[Command], _enough: threading.Event
+) -> list[Reply | CommandFailed]:
+    """In a thread: changes that are libvirt's own."""
+    replies: list[Reply | CommandFailed] = []
+    for command in commands:
+        start = time.monotonic_ns()
+        refused = session.change(command.name, command.arguments or {})
+        if refused is not None:
+            replies.append(CommandFailed(command.name, "libvirt", refused))
+        else:
+            replies.append(Reply({}, start, time.monotonic_ns()))
     return replies
 
 

@@ -15,10 +15,11 @@ import functools
 import importlib
 import importlib.util
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import ModuleType
 from typing import Any, TypeAlias
+from xml.etree import ElementTree as ET
 
 from ..errors import (
     DeadlineExceeded,
@@ -223,6 +224,28 @@ class LibvirtSession:
         except self._libvirt.libvirtError as error:
             raise self._typed(error, "run a monitor command") from error
 
+    def change(self, name: str, arguments: Mapping[str, object]) -> str | None:
+        """A change of the domain's devices (`links.Link.manage`); why libvirt refused it, or None.
+
+        Raises TargetError.
+        """
+        domain, live = self._domain, self._libvirt.VIR_DOMAIN_AFFECT_LIVE
+        try:
+            if name == "attach-device":
+                domain.attachDeviceFlags(arguments["xml"], live)
+            elif name == "detach-device":
+                domain.detachDeviceAlias(arguments["alias"], live)
+            elif name == "update-memory-device":
+                changed = _requesting(domain.XMLDesc(0), arguments["alias"], arguments["bytes"])
+                domain.updateDeviceFlags(changed, live)
+            else:
+                raise AssertionError(name)
+        except self._libvirt.libvirtError as error:
+            if domain.isActive() and self._connection.isAlive():
+                return str(error)
+            raise self._typed(error, f"do {name}") from error
+        return None
+
     def close(self) -> None:
         """Say no more, and hang up.  From any thread; blocks as long as libvirt does."""
         self._closed = True
@@ -269,3 +292,14 @@ class LibvirtSession:
             f"libvirt:{target.domain}?connect=URI names another",
         }
         return TargetUnreachable(message, remedy=remedies.get(code))
+
+
+def _requesting(xml: str, alias: object, size: object) -> str:
+    """The virtio-mem device of a domain with another size requested, as XML."""
+    for memory in ET.fromstring(xml).iterfind("./devices/memory"):
+        name, requested = memory.find("alias"), memory.find("target/requested")
+        if name is not None and name.get("name") == alias and requested is not None:
+            requested.set("unit", "B")
+            requested.text = str(size)
+            return ET.tostring(memory, encoding="unicode")
+    raise TargetUnreachable(f"the domain has no virtio-mem device {alias}")

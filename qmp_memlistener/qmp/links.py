@@ -128,6 +128,13 @@ class Link(Protocol):
         it returns at once.  Raises ConnectionError when the session has ended, TargetError.
         """
 
+    async def manage(self, command: Command) -> Reply | CommandFailed:
+        """Have the manager carry out a change that is a command to itself, not to QEMU; only where
+        `Abilities.manager` names one.
+
+        `attach-device` {xml}, `detach-device` {alias}, `update-memory-device` {alias, bytes}.
+        """
+
     async def end(self) -> None:
         """End the session; raises the TargetError that ended it, if one did.  Called once."""
 
