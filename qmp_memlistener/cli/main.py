@@ -32,6 +32,7 @@ VERBS = {
     "report": "report",
     "plan": "plan",
     "lab": "lab",
+    "dbus-serve": "dbus_serve",
     "demo": "demo",
 }
 
