@@ -9,6 +9,8 @@ from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterator
 from functools import cache
+from heapq import heappop, heappush
+from itertools import count
 from operator import itemgetter
 from typing import Generic, TypeVar
 
@@ -17,10 +19,24 @@ import msgspec
 from ..probes import HostWait, Observation, StallKind
 from ..records import CommandRecord, SlotOp, StallCause, StallCauseType
 
-__all__ = ["KEEP_NS", "LIMIT", "Evidence", "Stall", "overlap", "together", "witness"]
+__all__ = [
+    "KEEP_NS",
+    "LIMIT",
+    "STEP",
+    "TRACE",
+    "Evidence",
+    "Stall",
+    "Undecided",
+    "overlap",
+    "together",
+    "witness",
+]
 
 KEEP_NS = 30_000_000_000
 """A window that ended longer ago than this plays no part in deciding another."""
+TRACE = "trace"
+STEP = 500
+"""About so many are decided by one call."""
 LIMIT = 8192
 """Nor do others than about the latest so many of its kind and order of length."""
 
@@ -124,6 +140,56 @@ class Spans(Generic[T]):
                 del self._orders[order]
             elif gone:
                 del starts[:gone], spans[:gone]
+
+
+class Undecided:
+    """Windows that are not decided yet; `more` can be taken at once than the last call gave."""
+
+    def __init__(self) -> None:
+        self.more = False
+        self._order = count()
+        self._waiting: list[tuple[int, int, Stall]] = []  # a heap: what ended first comes first
+        self._commits: Spans[Stall] = Spans()
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, stall: Stall) -> None:
+        """One more."""
+        seen = stall.seen
+        heappush(self._waiting, (seen.end_ns, next(self._order), stall))
+        # The BQL admits one commit at a time; windows of lines are as wide as these may be late.
+        if seen.kind is StallKind.COMMIT and seen.probe != TRACE:
+            self._commits.add(seen.start_ns, seen.end_ns, stall)
+
+    def median_ns(self) -> int:
+        """By when half of them had ended."""
+        return sorted(end for end, _, _ in self._waiting)[len(self._waiting) // 2]
+
+    def take(self, horizon: int) -> tuple[list[Stall], int]:
+        """The windows that ended by then, or the first of them, and by when those ended.
+
+        A commit and what lies in it come together: each says of the other what it belongs to.
+        """
+        ready: list[Stall] = []
+        self.more = False
+        reached = 0
+        horizon = self._uncut(horizon)
+        while self._waiting and self._waiting[0][0] <= horizon:
+            end_ns = self._waiting[0][0]
+            if len(ready) >= STEP and end_ns > reached and self._uncut(reached) == reached:
+                self.more = True
+                horizon = reached
+                break
+            reached, _, stall = heappop(self._waiting)
+            ready.append(stall)
+        self._commits.forget(horizon)
+        return ready, horizon
+
+    def _uncut(self, t_ns: int) -> int:
+        """That time, or when the commit began that lasted beyond it."""
+        cut = (c.seen.start_ns for c in self._commits.find(t_ns, t_ns + 1) if c.seen.end_ns > t_ns)
+        return min(t_ns, min(cut, default=t_ns))
 
 
 class Evidence:

@@ -17,7 +17,7 @@ import msgspec
 from ..memslots import OpKind
 from ..probes import Observation, StallKind
 from ..records import SlotOp
-from .evidence import KEEP_NS, Evidence, Spans, Stall, overlap, together, witness
+from .evidence import KEEP_NS, TRACE, Evidence, Spans, Stall, overlap, together, witness
 from .windows import missing_window
 
 __all__ = ["INTERPOSER", "LIMIT", "SLACK_NS", "Issued", "Pairing", "TracedOp", "Updates", "merge"]
@@ -25,7 +25,6 @@ __all__ = ["INTERPOSER", "LIMIT", "SLACK_NS", "Issued", "Pairing", "TracedOp", "
 LIMIT = 16384
 """So many of either side wait for the other at most: it may be absent altogether."""
 
-TRACE = "trace"
 INTERPOSER = "interposer"
 
 SLACK_NS = 1_000_000_000

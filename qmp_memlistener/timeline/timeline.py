@@ -12,7 +12,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right
 from collections import defaultdict, deque
 from collections.abc import Iterable
-from heapq import heappop, heappush
 from itertools import count
 from operator import attrgetter
 
@@ -32,18 +31,15 @@ from ..records import (
     TransitionRecord,
 )
 from .causes import DirtyLogging, decide
-from .evidence import KEEP_NS, Evidence, Stall, overlap, together, witness
+from .evidence import KEEP_NS, TRACE, Evidence, Stall, Undecided, overlap, together, witness
 from .pairing import INTERPOSER, Issued, Pairing, TracedOp, Updates, merge
 from .windows import Timed, missing_window, trace_windows
 
 __all__ = ["BACKLOG", "PATIENCE_NS", "Timeline"]
 
 PATIENCE_NS = 3_000_000_000
-TRACE = "trace"
 BACKLOG = 50_000
 """So many windows wait to be decided at most, and so many transitions."""
-STEP = 500
-"""About so many are decided by one call."""
 _LIMIT = 8192
 _END = 1 << 62
 
@@ -69,8 +65,7 @@ class Timeline:
     def __init__(self, *, stamp_bound_ns: int) -> None:
         self._stamp_bound_ns = stamp_bound_ns
         self._reached: dict[str, int] = {}
-        self._open: list[tuple[int, int, Stall]] = []  # a heap: what ended first comes first
-        self._order = count()
+        self._open = Undecided()
         self._evidence = Evidence()
         self._logging = DirtyLogging()
         self._pairing = Pairing()
@@ -83,8 +78,6 @@ class Timeline:
         self._incident_of: dict[int, int] = {}
         self._next_incident = count(1)
         self._records: list[Record] = []
-        self.more = False
-        """After `release` or `finish`: more is decided than was handed out."""
 
     # -- what goes in ------------------------------------------------------------------------
 
@@ -104,7 +97,7 @@ class Timeline:
         """Windows that a probe saw."""
         for seen in sorted(observations, key=attrgetter("start_ns")):
             stall = Stall(seen, witness(seen.probe))
-            self._wait(stall)
+            self._open.add(stall)
             if seen.kind is StallKind.SLOT_UPDATE and seen.update is not None:
                 self._pairing.ioctl(stall)
 
@@ -117,7 +110,7 @@ class Timeline:
         """What came of one transaction whose operations were issued instead of QEMU's."""
         traced = TRACE in self._reached
         for stall in self._issued.carried_out(asked, windows, self._sizes, traced=traced):
-            self._wait(stall)
+            self._open.add(stall)
 
     def command(self, span: CommandRecord) -> None:
         """A command that was seen."""
@@ -162,6 +155,11 @@ class Timeline:
     # -- what comes out ----------------------------------------------------------------------
 
     @property
+    def more(self) -> bool:
+        """After `release` or `finish`: more is decided than was handed out."""
+        return self._open.more
+
+    @property
     def pending(self) -> bool:
         """Something has come in that is not handed out yet."""
         return bool(self._open or self._records or self._transitions)
@@ -178,7 +176,7 @@ class Timeline:
         """
         horizon = max(min(self._reached.values(), default=now_ns), now_ns - PATIENCE_NS)
         if len(self._open) > BACKLOG:
-            horizon = max(horizon, sorted(end for end, _, _ in self._open)[len(self._open) // 2])
+            horizon = max(horizon, self._open.median_ns())
         if len(self._transitions) > BACKLOG:
             horizon = max(horizon, self._transitions[len(self._transitions) // 2].t_ns)
         return self._release(horizon)
@@ -203,7 +201,7 @@ class Timeline:
         self._pairing.pair()
         self._issued.pair()
         self._from_trace(horizon)
-        ready, horizon = self._take(horizon)
+        ready, horizon = self._open.take(horizon)
         self._issued.know(ready)
         by_kind: dict[StallKind, list[Stall]] = {kind: [] for kind in _ORDER}
         for stall in sorted(ready, key=_start):
@@ -229,23 +227,6 @@ class Timeline:
         while len(self._incident_of) > _LIMIT:
             del self._incident_of[next(iter(self._incident_of))]
         return records
-
-    def _wait(self, stall: Stall) -> None:
-        heappush(self._open, (stall.seen.end_ns, next(self._order), stall))
-
-    def _take(self, horizon: int) -> tuple[list[Stall], int]:
-        """The windows that ended by then, or the first of them, and by when those ended."""
-        ready: list[Stall] = []
-        waiting = self._open
-        self.more = False
-        reached = 0
-        while waiting and waiting[0][0] <= horizon:
-            if len(ready) >= STEP and waiting[0][0] > reached:
-                self.more = True
-                return ready, reached
-            reached, _, stall = heappop(waiting)
-            ready.append(stall)
-        return ready, horizon
 
     def _decide(self, stall: Stall) -> None:
         partner = decide(stall, self._evidence)
@@ -275,7 +256,7 @@ class Timeline:
                 windows = trace_windows(transition.t_ns, lines, self._stamp_bound_ns)
                 for i, seen in enumerate(windows):
                     if i >= len(ops) or ops[i].ioctl is None:
-                        self._wait(Stall(seen, witness(TRACE), transition=transition.seq))
+                        self._open.add(Stall(seen, witness(TRACE), transition=transition.seq))
             elif not ops and transition.merged == 1:
                 self._silent.append(transition)
 

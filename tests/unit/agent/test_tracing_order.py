@@ -22,7 +22,7 @@ from qmp_memlistener.qmp.trace_records import (
     HmpCommand,
     TraceRecord,
 )
-from qmp_memlistener.timeline import timeline
+from qmp_memlistener.timeline import evidence
 from qmp_memlistener.topology import MemoryMap
 from qmp_memlistener.tracking import Tracker
 from tests.support.trees import Mr, info_mtree
@@ -162,4 +162,4 @@ async def test_what_a_snapshot_without_an_answer_covers_is_waited_for(fails: boo
 
 def test_when_there_is_too_much_of_everything_transitions_come_first() -> None:
     """A turn of the log's makes more than a turn of an inbox or of the timeline takes."""
-    assert 4 * max(delivery._TURN, timeline.STEP) <= tracing._SLICE
+    assert 4 * max(delivery._TURN, evidence.STEP) <= tracing._SLICE

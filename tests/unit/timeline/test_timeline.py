@@ -16,8 +16,10 @@ from qmp_memlistener.records import (
     SlotOp,
     StallCause,
     StallCauseType,
+    StallRecord,
 )
 from qmp_memlistener.timeline import Timeline
+from qmp_memlistener.timeline.evidence import STEP
 from tests.support.records import transition
 from tests.unit.timeline.timeline_support import (
     BOUND,
@@ -53,6 +55,41 @@ def test_gap_operations_and_commit_of_one_toggle_are_one_incident() -> None:
     assert gap.cause is not None
     assert gap.cause.explained_ns == MS
     assert gap.during == [4]
+
+
+def test_a_commit_is_decided_together_with_what_lies_in_it() -> None:
+    """Whichever moment of it the other probes have got to."""
+    for reached in range(0, 1_100_000, 50_000):
+        timeline = new()
+        for probe in ("uprobes", "trace"):
+            timeline.expect(probe, 0)
+        toggle(timeline, 1, 10 * MS)
+        timeline.advance("uprobes", 20 * MS)
+        timeline.advance("trace", 10 * MS + reached)
+        records = timeline.release(11 * MS)
+        records += timeline.finish()
+        assert [s.cause for s in stalls(records) if s.cause is None or s.cause.ref != 1] == []
+        assert len({s.incident for s in stalls(records)}) == 1
+        assert {"trace", "uprobes"} <= set(only(records, StallKind.COMMIT).witnesses)
+
+
+@pytest.mark.parametrize("before", range(5))
+def test_many_that_are_decided_in_turns_are_whole_as_well(before: int) -> None:
+    timeline = new()
+    pauses = [window(StallKind.VCPU_PAUSE, n * MS, (n + 1) * MS) for n in range(before)]
+    timeline.observe(pauses)  # a turn ends at another of the windows of a toggle
+    for i in range(STEP):
+        toggle(timeline, i + 1, 10 * MS * (i + 1))
+    turns = [timeline.finish() for _ in range(10)]
+    assert sum(map(bool, turns)) > 2
+    records: list[Record] = [
+        record
+        for turn in turns
+        for record in turn
+        if isinstance(record, StallRecord) and record.kind is not StallKind.VCPU_PAUSE
+    ]
+    assert {s.cause and s.cause.type for s in stalls(records)} == {"transition"}
+    assert len({s.incident for s in stalls(records)}) == STEP
 
 
 def test_a_line_that_may_be_late_makes_a_window_that_wide() -> None:
