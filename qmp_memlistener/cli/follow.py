@@ -19,9 +19,9 @@ from ..records import (
     MirrorRecord,
     Record,
     SlotOp,
+    Tally,
     TransitionRecord,
 )
-from ..reports.summary import Tally
 from ..text import quoted
 from ..waits import waiting
 from .common import READER_GONE, duration, print_json, say, terminal_shape

@@ -14,6 +14,7 @@ from .measured import (
     StallRecord,
     StallStatistics,
     SummaryRecord,
+    Tally,
     Violation,
 )
 from .mirrored import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
@@ -61,6 +62,7 @@ __all__ = [
     "GuestReset",
     "Violation",
     "SummaryRecord",
+    "Tally",
     "StallStatistics",
     "MirrorRecord",
     "MirrorDifference",

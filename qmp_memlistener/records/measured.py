@@ -1,13 +1,15 @@
-"""What probes measured: stall windows, commands, counters, and the summary at the end.
+"""What probes measured: stall windows, commands, counters, the summary at the end, and a count.
 
 Lines of `watch --json` and of a recording beside those of `records`.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import msgspec
 
-from .records import OpenEnum, Record
+from .records import Lost, OpenEnum, Reconciled, Record, SlotOp, TransitionRecord
 
 __all__ = [
     "CommandRecord",
@@ -23,6 +25,7 @@ __all__ = [
     "StallRecord",
     "StallStatistics",
     "SummaryRecord",
+    "Tally",
     "Violation",
 ]
 
@@ -259,3 +262,44 @@ class SummaryRecord(Record, frozen=True, kw_only=True, tag="summary"):
     stalls: int
     statistics: list[StallStatistics]
     probes: list[ProbeState] = msgspec.field(default_factory=list)
+
+
+@dataclass
+class Tally:
+    """`compared`: traced slots were compared with predicted ones, which differed `differences`
+    times.  `probes` are those that were named, in their last state."""
+
+    transitions: int = 0
+    slot_ops: int = 0
+    stalls: int = 0
+    violations: int = 0
+    possible_violations: int = 0
+    failures: int = 0
+    lost: int = 0
+    compared: bool = False
+    differences: int = 0
+    probes: dict[str, ProbeState] = field(default_factory=dict)
+
+    def note(self, record: Record) -> None:
+        """Count one more."""
+        if isinstance(record, StallRecord):  # most are
+            self.stalls += 1
+            return
+        match record:
+            case TransitionRecord():
+                self.transitions += 1
+            case SlotOp():
+                self.slot_ops += 1
+            case Violation():
+                self.violations += 1
+            case PossibleViolation():
+                self.possible_violations += 1
+            case GuestFailure():
+                self.failures += 1
+            case Reconciled():
+                self.compared = True
+                self.differences += not record.equal
+            case ProbesRecord():
+                record.add_to(self.probes)
+            case Lost():
+                self.lost += 1

@@ -19,6 +19,7 @@ from ..records import (
     StallRecord,
     SteeringRecord,
     SummaryRecord,
+    Tally,
     TransitionRecord,
     Violation,
 )
@@ -26,7 +27,7 @@ from ..text import count_text
 from ..timeline.summary import Statistics
 from .lengths import duration_text
 from .stalls import measured_lines
-from .summary import Tally, histogram_lines, summary_lines
+from .summary import histogram_lines, summary_lines
 from .terminal import Narrator
 
 __all__ = ["Contents"]

@@ -1,4 +1,4 @@
-"""What records add up to: counts, a table of stalls by kind and cause, histograms of their lengths.
+"""The summary of stalls: a table by kind and cause, and histograms of their lengths.
 
 Nothing is printed here.
 """
@@ -9,29 +9,18 @@ import textwrap
 from bisect import bisect_left, bisect_right
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 
 from ..records import (
-    GuestFailure,
-    Lost,
-    PossibleViolation,
-    ProbesRecord,
     ProbeState,
-    Reconciled,
-    Record,
-    SlotOp,
     StallKind,
-    StallRecord,
     StallStatistics,
     SummaryRecord,
-    TransitionRecord,
-    Violation,
 )
 from ..text import count_text
 from ..timeline.summary import BOUNDS_NS
 from .lengths import KIND_ORDER, duration_text, kind_text, span_text
 
-__all__ = ["Tally", "histogram_lines", "probes_lines", "summary_lines"]
+__all__ = ["histogram_lines", "probes_lines", "summary_lines"]
 
 
 _BARS = "▏▎▍▌▋▊▉█"
@@ -240,47 +229,3 @@ def _bound_text(ns: int) -> str:
         if ns and ns % unit == 0:
             return f"{ns // unit} {name}"
     return f"{ns} ns"
-
-
-# -- counts ------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tally:
-    """`compared`: traced slots were compared with predicted ones, which differed `differences`
-    times.  `probes` are those that were named, in their last state."""
-
-    transitions: int = 0
-    slot_ops: int = 0
-    stalls: int = 0
-    violations: int = 0
-    possible_violations: int = 0
-    failures: int = 0
-    lost: int = 0
-    compared: bool = False
-    differences: int = 0
-    probes: dict[str, ProbeState] = field(default_factory=dict)
-
-    def note(self, record: Record) -> None:
-        """Count one more."""
-        if isinstance(record, StallRecord):  # most are
-            self.stalls += 1
-            return
-        match record:
-            case TransitionRecord():
-                self.transitions += 1
-            case SlotOp():
-                self.slot_ops += 1
-            case Violation():
-                self.violations += 1
-            case PossibleViolation():
-                self.possible_violations += 1
-            case GuestFailure():
-                self.failures += 1
-            case Reconciled():
-                self.compared = True
-                self.differences += not record.equal
-            case ProbesRecord():
-                record.add_to(self.probes)
-            case Lost():
-                self.lost += 1

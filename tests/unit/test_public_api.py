@@ -65,6 +65,18 @@ def test_the_library_never_loads_the_command_line() -> None:
     assert loaded_by("from qmp_memlistener import Agent, attach, MemoryListener", names) == set()
 
 
+def test_a_verb_loads_what_it_needs_when_it_runs() -> None:
+    """So that `--help` is quick."""
+    statement = (
+        "import pkgutil, importlib, qmp_memlistener.cli as cli\n"
+        "for m in pkgutil.iter_modules(cli.__path__, 'qmp_memlistener.cli.'):\n"
+        "    importlib.import_module(m.name)"
+    )
+    packages = ("agent", "kvmlab", "mirror", "qmp", "reports", "updates")
+    names = ("qemu.qmp", *(f"qmp_memlistener.{package}" for package in packages))
+    assert loaded_by(statement, names) == set()
+
+
 @pytest.mark.parametrize("name", qmp_memlistener.__all__)
 def test_every_public_name_resolves(name: str) -> None:
     value = getattr(qmp_memlistener, name)
