@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import rich_click as click
 
-from .common import json_option, print_json, print_table, run_async, say, target_argument
+from .common import json_option, print_json, print_table, run_async, say
 
 
 @click.command("doctor")
-@target_argument(required=False)
+@click.argument("target", required=False)
 @click.option("--clean", is_flag=True, help="Take away what crashed agents of yours left in "
               "running guests, and nothing else.")  # fmt: skip
 @json_option

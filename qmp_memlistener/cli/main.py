@@ -30,9 +30,9 @@ VERBS = {
     "steer": "steer",
     "run": "run",
     "report": "report",
+    "export": "export",
     "plan": "plan",
     "lab": "lab",
-    "dbus-serve": "dbus_serve",
     "demo": "demo",
 }
 
@@ -62,7 +62,7 @@ class _Verbs(click.RichGroup):
 def cli() -> None:
     """Watch a running QEMU/KVM guest change its memory map.
 
-    TARGET is unix:PATH (or just a path), HOST:PORT, pid:N, name:GUEST or libvirt:DOMAIN.
+    TARGET is unix:PATH (or just a path), HOST:PORT, or pid:N.
     """
 
 

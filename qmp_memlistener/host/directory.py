@@ -125,8 +125,8 @@ class StateDirectory:
         except OSError:
             return []
 
-    def read(self, name: str) -> bytes | None:
-        """What a file says; None when there is no regular file of the owner's of at most LONGEST.
+    def read(self, name: str, *, limit: int = LONGEST) -> bytes | None:
+        """What a file says; None when there is no regular file of the owner's of at most `limit`.
 
         Raises OSError when it cannot be read now.
         """
@@ -135,9 +135,9 @@ class StateDirectory:
         except (FileNotFoundError, files.NotRegular, PermissionError):
             return None
         try:
-            if os.fstat(handle).st_size > LONGEST:
+            if os.fstat(handle).st_size > limit:
                 return None
-            return b"".join(files.pieces(handle, LONGEST))
+            return b"".join(files.pieces(handle, limit))
         finally:
             os.close(handle)
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from .model import (
     Context,
-    HostWait,
     Observation,
     Probe,
     ProbeInfo,
@@ -22,6 +21,5 @@ __all__ = [
     "Context",
     "Sink",
     "Observation",
-    "HostWait",
     "ProbeUnavailable",
 ]

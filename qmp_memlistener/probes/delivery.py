@@ -28,8 +28,9 @@ P = ParamSpec("P")
 class Inbox:
     """Calls for one event loop; `post` is for other threads."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop, *, limit: int = LIMIT) -> None:
         self._loop = loop
+        self._limit = limit
         self._lock = threading.Lock()
         self._calls: deque[tuple[int, Callable[[], None]]] = deque()
         self._weight = 0
@@ -38,7 +39,7 @@ class Inbox:
     @property
     def full(self) -> bool:
         """The loop has not taken what it was given."""
-        return self._weight >= LIMIT
+        return self._weight >= self._limit
 
     def post(
         self, weight: int, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs

@@ -117,7 +117,7 @@ class HmpCommand(msgspec.Struct, frozen=True, gc=False):
     """`handle_hmp_command`: a human-monitor command is about to run.
 
     `marker` is the number of a marker that `trace_control` sent: everything QEMU logged before
-    it precedes it.
+    it stands before it.
     """
 
     t_ns: int

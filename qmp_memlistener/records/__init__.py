@@ -18,7 +18,7 @@ from .measured import (
     Violation,
 )
 from .mirrored import LabMirror, MemoryShown, MirrorDifference, MirrorRecord, MirrorTimes
-from .recording import Recording, RecordingWriter, is_recording
+from .recording import RECORD_TYPES, Recording, RecordingWriter, is_recording
 from .records import (
     SCHEMA,
     Cause,
@@ -44,6 +44,7 @@ __all__ = [
     "Recording",
     "RecordingWriter",
     "is_recording",
+    "RECORD_TYPES",
     "Record",
     "Header",
     "MapRecord",

@@ -57,8 +57,7 @@ class StallCauseType(OpenEnum):
 
     TRANSITION: its `seq`.  SLOT_OP: slot operations without a transition, such as dirty logging;
     `"AS:SLOT"` or words.  COMMAND: the name of a command.  AGENT: that of a command of ours.
-    STOP: the status in which the guest was stopped, None when it is not known.  SCHEDULER: the
-    host gave the thread no CPU; None.  UNKNOWN: None.
+    STOP: the status in which the guest was stopped, None when it is not known.  UNKNOWN: None.
     """
 
     TRANSITION = "transition"
@@ -66,7 +65,6 @@ class StallCauseType(OpenEnum):
     COMMAND = "command"
     AGENT = "agent"
     STOP = "stop"
-    SCHEDULER = "scheduler"
     UNKNOWN = "unknown"
 
 

@@ -11,8 +11,8 @@ LINE_LIMIT bytes long: the map of 100,000 ranges takes some 15 MB.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from typing import BinaryIO, Self
+from collections.abc import Iterator, Mapping, Sequence
+from typing import BinaryIO, Self, TypeVar
 
 import msgspec
 
@@ -22,16 +22,22 @@ from ..text import json_bytes
 from . import measured, mirrored, records
 from .records import SCHEMA, Header, Record
 
-__all__ = ["LINE_LIMIT", "Recording", "RecordingWriter", "is_recording"]
+__all__ = ["LINE_LIMIT", "RECORD_TYPES", "Recording", "RecordingWriter", "is_recording"]
 
 LINE_LIMIT = 32 << 20
 
-_TYPES: dict[str, type[Record]] = {
+T = TypeVar("T")
+
+RECORD_TYPES: dict[str, type[Record]] = {
     str(cls.__struct_config__.tag): cls
     for module in (records, measured, mirrored)
     for cls in vars(module).values()
     if isinstance(cls, type) and issubclass(cls, Record) and cls is not Record
 }
+
+
+_TAG_FIRST = b'{"type":"'
+"""How every line begins that we write."""
 
 
 class _Tag(msgspec.Struct):
@@ -58,7 +64,7 @@ class Recording:
         self.truncated = False
         self._line_no = 0
         self._position = 0
-        self._decoders = {t: msgspec.json.Decoder(cls) for t, cls in _TYPES.items()}
+        self._decoders = {t: msgspec.json.Decoder(cls) for t, cls in RECORD_TYPES.items()}
         self._peek = msgspec.json.Decoder(_Tag)
         first = next(iter(self), None)
         if not isinstance(first, Header):
@@ -75,9 +81,28 @@ class Recording:
 
     def __iter__(self) -> Iterator[Record]:
         with open_input(self.path, skip=self._position) as file:
-            yield from self._read(file)
+            for line in self._lines(file):
+                self._position += len(line)
+                record = self._decode(line, self._decoders)
+                if record is not None:
+                    yield record
 
-    def _read(self, file: BinaryIO) -> Iterator[Record]:
+    def read_as(
+        self, decoders: Mapping[str, msgspec.json.Decoder[T]]
+    ) -> Iterator[tuple[int, bytes, T]]:
+        """Records of some types from the first line on, each by a decoder of one's own.
+
+        Yields the number of the line, the line, and what the decoder of its type makes of it.
+        Each call begins anew.
+        """
+        self._line_no = self.skipped = 0
+        with open_input(self.path) as file:
+            for line in self._lines(file):
+                found = self._decode(line, decoders)
+                if found is not None:
+                    yield self._line_no, line, found
+
+    def _lines(self, file: BinaryIO) -> Iterator[bytes]:
         self.truncated = False
         while line := file.readline(LINE_LIMIT + 1):
             if len(line) > LINE_LIMIT:
@@ -87,26 +112,35 @@ class Recording:
                 self.truncated = True
                 return
             self._line_no += 1
-            self._position += len(line)
-            record = self._decode(line)
-            if record is not None:
-                yield record
+            yield line
 
-    def _decode(self, line: bytes) -> Record | None:
-        try:
-            tag = self._peek.decode(line).type
-        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise self._bad(f"not JSON ({exc})") from None
-        decoder = self._decoders.get(tag) if tag is not None else None
-        if decoder is None:
+    def _decode(self, line: bytes, decoders: Mapping[str, msgspec.json.Decoder[T]]) -> T | None:
+        tag: str | None = None
+        if line.startswith(_TAG_FIRST):
+            end = line.find(b'"', len(_TAG_FIRST))
+            tag = line[len(_TAG_FIRST) : end].decode("utf-8", "replace")
+        if tag not in RECORD_TYPES:  # not as we write it: the whole line is looked through
+            try:
+                tag = self._peek.decode(line).type
+            except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+                raise self._bad(f"not JSON ({exc})") from None
+        if tag not in RECORD_TYPES:
             if self._line_no == 1:
                 raise self._bad("no record of a known type")
             self.skipped += 1
             return None
+        decoder = decoders.get(tag)
+        if decoder is None:
+            return None
         try:
             return decoder.decode(line)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
-            raise self._bad(str(exc)) from None
+            why = str(exc)
+        try:
+            self._peek.decode(line)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
+            why = f"not JSON ({exc})"
+        raise self._bad(why)
 
     def _bad(self, why: str) -> RecordingError:
         return RecordingError(

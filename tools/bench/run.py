@@ -28,6 +28,7 @@ BENCHES = {
     "topology": "reading maps and their differences",
     "plan": "plans and slot tables",
     "trace": "decoding trace logs",
+    "export": "recordings to Perfetto, CSV, Parquet, OpenMetrics",
     "burst": "a map that changes without a pause",
     "startup": "start-up of the command line",
     "snapshot": "what a snapshot costs a guest",

@@ -23,7 +23,7 @@ import qmp_memlistener.cli
 from qmp_memlistener.cli.common import print_error, print_json, print_table, printable, say
 from qmp_memlistener.errors import OperationFailed
 from qmp_memlistener.records import Header, Record, RecordingWriter
-from qmp_memlistener.records.recording import _TYPES
+from qmp_memlistener.records.recording import RECORD_TYPES
 from qmp_memlistener.records.records import OpenEnum
 from qmp_memlistener.reports.terminal import Narrator
 from tests.support.records import HEADER
@@ -167,7 +167,7 @@ def struct_of(kind: type[msgspec.Struct], depth: int = 0) -> st.SearchStrategy[A
     return st.builds(kind, **fields)
 
 
-RECORDS = sorted((t for t in _TYPES.values() if t is not Header), key=lambda t: t.__name__)
+RECORDS = sorted((t for t in RECORD_TYPES.values() if t is not Header), key=lambda t: t.__name__)
 
 
 @pytest.mark.parametrize("kind", RECORDS, ids=lambda t: t.__name__)
