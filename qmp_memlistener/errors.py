@@ -27,6 +27,7 @@ the class.  Exit codes are part of the command-line contract (README, "Exit code
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from enum import StrEnum
 
 from .text import quoted
@@ -82,6 +83,13 @@ class CommandFailed(OperationFailed):
         self.command = command
         self.error_class = error_class
         self.desc = desc
+
+    @classmethod
+    def of(cls, command: str, error: Mapping[str, object]) -> CommandFailed:
+        """From the `error` of a reply."""
+        kind = str(error.get("class", "GenericError"))
+        remedy = "this QEMU does not have that command" if kind == "CommandNotFound" else None
+        return cls(command, kind, str(error.get("desc", "")), remedy=remedy)
 
 
 class CommandNotAllowed(OperationFailed):

@@ -12,6 +12,19 @@ have qemu-system-x86_64 || packages+=(qemu-system-x86)
 [ -e /usr/share/seabios/bios-256k.bin ] || [ -e /usr/share/qemu/bios-256k.bin ] || packages+=(seabios)
 have qemu-system-aarch64 || optional+=(qemu-system-arm)
 have as || optional+=(binutils)
+girepository() { have pkg-config && pkg-config --exists gobject-introspection-1.0; }
+girepository || optional+=(libgirepository1.0-dev pkg-config gcc) # PyGObject is built with it
+have dbus-run-session || optional+=(dbus-bin dbus-daemon)
+have gdbus || optional+=(libglib2.0-bin)
+have xmllint || optional+=(libxml2-utils)
+
+# libvirt, and what its Python module is built with
+libvirt=()
+[ -e /usr/sbin/libvirtd ] || libvirt+=(libvirt-daemon-system libvirt-daemon-driver-qemu)
+have virsh || libvirt+=(libvirt-clients)
+have pkg-config && pkg-config --exists libvirt || libvirt+=(libvirt-dev pkg-config)
+have cc || libvirt+=(gcc libc6-dev)
+libvirt_missing="tests of libvirt will be skipped without: libvirt-python and ${libvirt[*]}"
 
 python=""
 for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
@@ -21,6 +34,11 @@ for candidate in "${PYTHON:-}" python3 python3.13 python3.12 python3.11; do
     fi
 done
 [ -n "$python" ] || packages+=(python3 python3-venv)
+
+install() {
+    log=$(mktemp)
+    { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "$@"; } >"$log" 2>&1
+}
 
 if [ "$(id -u)" = 0 ] && have apt-get; then
     packages+=("${optional[@]}")
@@ -34,8 +52,7 @@ if [ ${#packages[@]} -gt 0 ]; then
     fi
     if [ "$(id -u)" = 0 ] && have apt-get; then
         echo "installing: ${packages[*]}" >&2
-        log=$(mktemp)
-        if ! { apt-get update && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends "${packages[@]}"; } >"$log" 2>&1; then
+        if ! install "${packages[@]}"; then
             tail -n 20 "$log" >&2
             echo "apt-get could not install: ${packages[*]}" >&2
             exit 4
@@ -49,11 +66,31 @@ if [ ${#packages[@]} -gt 0 ]; then
     [ -n "$python" ] || python=python3
 fi
 [ "${1:-}" = --check ] && exit 0
+if [ ${#libvirt[@]} -gt 0 ]; then
+    if [ "$(id -u)" = 0 ] && have apt-get; then
+        echo "installing: ${libvirt[*]}" >&2
+        install "${libvirt[@]}" || echo "$libvirt_missing" >&2
+    else
+        echo "$libvirt_missing" >&2
+    fi
+fi
 
 stamp=.venv/.installed
 if [ ! -e "$stamp" ] || [ pyproject.toml -nt "$stamp" ]; then
     [ -x .venv/bin/python ] || "$python" -m venv .venv
     .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+    if have pkg-config && pkg-config --exists libvirt; then
+        .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable '.[libvirt]' >/dev/null 2>&1 ||
+            echo "tests of libvirt will be skipped: libvirt-python could not be built (it needs gcc and Python's headers)" >&2
+    fi
     touch "$stamp"
+fi
+# the extra `glib`, without the cairo that PyGObject needs for drawing alone
+if girepository && ! .venv/bin/python -c 'import asyncio_glib, gi.events' 2>/dev/null; then
+    into_venv() { PATH="$PWD/.venv/bin:$PATH" .venv/bin/python -m pip install --quiet --disable-pip-version-check "$@"; }
+    into_venv meson-python ninja setuptools &&
+        into_venv --no-build-isolation --no-deps --config-settings=setup-args=-Dpycairo=disabled \
+            'PyGObject>=3.50,<3.52' asyncio-glib==0.1 ||
+        echo "tests of the GLib loop will be skipped: PyGObject could not be built" >&2
 fi
 tools/build_interposer.sh

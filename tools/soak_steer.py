@@ -1,7 +1,7 @@
 """The interposer on real guests for a long time.
 
     python -m tools.soak_steer cycles  [--count 200]    in and out again, on a guest under load
-    python -m tools.soak_steer kills   [--count 50]     kill -9 of the injector at random moments
+    python -m tools.soak_steer kills   [--count 50]     kill -9 of the injector before random steps
     python -m tools.soak_steer toggles [--count 20000]  each strategy, preloaded and injected
     python -m tools.soak_steer migrate [--count 20]     each strategy, and none
 
@@ -20,6 +20,7 @@ import asyncio
 import hashlib
 import os
 import random
+import signal
 import statistics
 import struct
 import sys
@@ -41,10 +42,18 @@ from qmp_memlistener.guests import (
 )
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Monitor, UnixTarget
-from qmp_memlistener.steer import OBJECT, Mode, release, state_of, steer
+from qmp_memlistener.steer import Mode, release, state_of, steer
 from qmp_memlistener.steer.hijack import mappings
 from tests.support.any_monitor import AnyMonitor
-from tests.support.steer import STEERED, Faults, build_writer, preloaded, racing, toggled
+from tests.support.steer import (
+    STEERED,
+    Faults,
+    build_writer,
+    injector_ended,
+    preloaded,
+    racing,
+    toggled,
+)
 
 __all__ = ["Cycles", "Print", "cycles", "kills", "migrate", "print_of"]
 
@@ -167,7 +176,8 @@ async def kills(count: int, seed: int = 1) -> list[str]:
         process = _process(guest)
         stop = await _begin_load(pulse)
         for n in range(count):
-            await _killed(process, "detach" if n % 2 else "attach", rng.random() * 0.012)
+            verb = "detach" if n % 2 else "attach"
+            await injector_ended(process, verb, rng.randrange(24), signal.SIGKILL)
             await pulse.wait_beats(2)
             if print_of(guest.pid).threads != before.threads:
                 wrong.append(f"kill {n}: threads")
@@ -185,21 +195,6 @@ async def kills(count: int, seed: int = 1) -> list[str]:
         if await toggled(guest, pulse, 20) != "survived":
             wrong.append("the guest does not run")
     return wrong
-
-
-async def _killed(process: Process, verb: str, after_s: float) -> None:
-    injector = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "qmp_memlistener.steer.injector"),
-        *(verb, process.key, str(OBJECT)),
-        stdout=asyncio.subprocess.DEVNULL,
-        stderr=asyncio.subprocess.DEVNULL,
-    )
-    while injector.returncode is None and not _traced_by(process.pid, injector.pid):  # noqa: ASYNC110
-        await asyncio.sleep(0)
-    await asyncio.sleep(after_s)
-    if injector.returncode is None:
-        injector.kill()
-    await injector.wait()
 
 
 # -- migration ------------------------------------------------------------------------------------
@@ -268,11 +263,6 @@ async def _migrated(monitor: Monitor, uri: str) -> None:
 def _different(one: Path, other: Path) -> int:
     a, b = one.read_bytes(), other.read_bytes()
     return sum(a[at : at + 4096] != b[at : at + 4096] for at in range(0, _MEMORY, 4096))
-
-
-def _traced_by(pid: int, tracer: int) -> bool:
-    with open(f"/proc/{pid}/status") as lines:
-        return f"TracerPid:\t{tracer}\n" in lines
 
 
 async def _toggles(mode: Mode, strict: bool, injected: bool, count: int) -> str:

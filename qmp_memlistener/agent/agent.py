@@ -64,7 +64,8 @@ def attach(
 ) -> Agent:
     """Attach to a running guest and follow its memory map: `async with attach(...) as agent`.
 
-    `target` is `unix:PATH`, a path, `HOST:PORT` or `pid:N`.  `trace=False` never touches trace
+    `target` is `unix:PATH`, a path, `HOST:PORT`, `pid:N`, `name:GUEST` or `libvirt:DOMAIN`
+    (`libvirt:DOMAIN?connect=URI`).  `trace=False` never touches trace
     events or the log.  `probes` names those that measure stalls: by default the best that work
     here, none with `()`; `max_overhead` bounds what each may take of a host CPU (0.02: 2 %);
     stalls longer than the limits (ns) in `must_see` are not to be missed, whatever that costs.
@@ -248,6 +249,9 @@ class Agent:
         observer's own when there is no other.
         """
         free = self.companions.operations
+        if self.monitor.abilities.manager:
+            yield self.monitor  # its manager carries changes out
+            return
         if self.operations is not self.monitor or free is None:
             yield self.operations
             return

@@ -11,7 +11,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AsyncExitStack, ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 from ..host.bounded import in_thread
@@ -283,6 +283,7 @@ class Opening:
             max_share=self._options.max_overhead,
             must_see=self._options.must_see,
         )
+        context = replace(context, must_ping=self._options.ping_monitor is not None)
         choices = await choose(context, self._options.probes)
         records = self._publisher.records
         measuring = Measuring(

@@ -29,9 +29,9 @@ from ..qmp import (
     find_owner,
     parse_target,
 )
-from ..qmp.dial import resolve
 from ..qmp.freeze import FreezeKey, check_not_frozen, freeze_key, hold_freeze
 from ..qmp.identity import GuestIdentity
+from ..qmp.resolving import resolve
 from ..updates.left_behind import REMEDY, confirmed, left_behind
 from ..updates.pause.guard_notes import take_notes
 
@@ -142,6 +142,8 @@ async def connect_monitors(
     remarks += companions.without
     if observer.identity.remark is not None:
         remarks.append(observer.identity.remark)
+    if observer.abilities.remark:
+        remarks.append(observer.abilities.remark)
     untried = allowed.untried(observer.version.release)
     if untried is not None:
         remarks.append(untried)

@@ -12,7 +12,7 @@ import msgspec
 
 from ..errors import MemListenerError
 from ..memslots import SlotTable
-from ..probes import Observation, Probe, StallKind
+from ..probes import HostWait, Observation, Probe, StallKind
 from ..probes.registry import Choice
 from ..records import (
     CommandRecord,
@@ -354,6 +354,9 @@ class Measuring:
 
     def observe(self, observations: list[Observation]) -> None:
         self._timeline.observe(observations)
+
+    def host_waits(self, waits: list[HostWait]) -> None:
+        self._timeline.host_waits(waits)
 
     def carried_out(self, asked: list[Observation], windows: list[Observation]) -> None:
         self._timeline.carried_out(asked, windows)

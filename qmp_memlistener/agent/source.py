@@ -40,7 +40,7 @@ MakeTracker = Callable[[dict[int, MemoryMap], int], Tracker]
 """Makes the tracker from the first snapshot and its time."""
 
 OwnCommand = Callable[[str, int, int], None]
-"""Told a command of ours that QEMU carried out: its name, when it began and when it was over."""
+"""Given a command of ours that QEMU carried out: its name, when it began and when it was over."""
 
 SNAPSHOT_DEADLINE_S = 10.0
 

@@ -233,8 +233,16 @@ class TraceSource:
             ) from None
         finally:
             del self._sync[number]
-        if self.tracker is not None and self.tracker.pending:
+        if self._unreported:
+            async with self._snapshot_lock:
+                pass  # one that is under way may cover it
+        if self._unreported:
             await self.snapshot()
+
+    @property
+    def _unreported(self) -> bool:
+        """A commit waits for a snapshot, or for the answer to one whose line has been read."""
+        return self.tracker is not None and self.tracker.unreported_ns is not None
 
     def _fold(self, line: TraceRecord) -> Record | None:
         tracker = self.tracker

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 __all__ = [
     "READER_GONE",
     "Interrupted",
+    "complete_target",
     "console",
     "duration",
     "json_option",
@@ -34,6 +35,7 @@ __all__ = [
     "read_text",
     "run_async",
     "say",
+    "target_argument",
     "terminal_shape",
 ]
 
@@ -51,12 +53,32 @@ def json_option(function: F) -> F:
     )(function)
 
 
-def console(*, stderr: bool = False) -> Console:
+def target_argument(*, required: bool = True) -> Callable[[F], F]:
+    """The TARGET of a verb; a shell completes it with the guests that run here."""
+    return click.argument("target", required=required, shell_complete=complete_target)
+
+
+def complete_target(
+    _context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[str]:
+    """What begins like that and leads to a running guest."""
+    from collections import Counter
+
+    from ..qmp import find_guests
+    from ..qmp.resolving import targets_of
+
+    guests = find_guests()
+    names = Counter(guest.name for guest in guests if guest.name)
+    found = (target for guest in guests for target in targets_of(guest, names))
+    return [target for target in found if target.startswith(incomplete)]
+
+
+def console() -> Console:
     """A rich console; on anything but a terminal, lines are as long as they need to be."""
     from rich.console import Console
 
     wide = None if sys.stdout.isatty() else 1000
-    return Console(stderr=stderr, highlight=False, width=wide)
+    return Console(highlight=False, width=wide)
 
 
 def printable(text: str) -> str:

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import rich_click as click
 
-from .common import Interrupted, duration, json_option, print_json, run_async, say
+from .common import Interrupted, duration, json_option, print_json, run_async, say, target_argument
 from .update_options import (
     Attaching,
     additions_options,
@@ -29,7 +29,7 @@ _GUEST_WINDOW_NS = 60_000_000_000
 
 
 @click.command("compare", context_settings={"ignore_unknown_options": True})
-@click.argument("target")
+@target_argument()
 @click.argument("intent", required=False)
 @additions_options
 @click.option("--transition", type=click.Choice(_TRANSITIONS), help="In place of INTENT: what the "

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import rich_click as click
 
-from .common import json_option, print_json, print_table, run_async, say
+from .common import json_option, print_json, print_table, run_async, say, target_argument
 
 
 @click.command("doctor")
-@click.argument("target", required=False)
+@target_argument(required=False)
 @click.option("--clean", is_flag=True, help="Take away what crashed agents of yours left in "
               "running guests, and nothing else.")  # fmt: skip
 @json_option

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import json_option
+from .common import json_option, target_argument
 from .update_options import (
     Attaching,
     additions_options,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command("hotplug")
-@click.argument("target")
+@target_argument()
 @additions_options
 @strategy_option
 @update_options

@@ -10,12 +10,14 @@ from .common import json_option, print_json, print_table, say
 @click.command("list")
 @json_option
 def command(as_json: bool) -> None:
-    """List running QEMUs on this host, their QMP monitors, and which of these are busy.
+    """List running QEMUs on this host, who owns them, their QMP monitors, and which are busy.
 
     Looks at /proc only: no monitor is connected to.
 
     Example: qmp-memlistener list
     """
+    from collections import Counter
+
     from ..agent.steered import strategy_text
     from ..host import bounded
     from ..qmp import find_guests
@@ -40,9 +42,10 @@ def command(as_json: bool) -> None:
         )
     }
     if as_json:
+        names = Counter(guest.name for guest in guests if guest.name)
         documents = [
             {
-                **guest_document(guest),
+                **guest_document(guest, names),
                 "notes": notes[guest.pid],
                 "strategy": strategies[guest.pid],
                 "frozen": holders[guest.pid],

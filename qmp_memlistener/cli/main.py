@@ -33,6 +33,7 @@ VERBS = {
     "export": "export",
     "plan": "plan",
     "lab": "lab",
+    "dbus-serve": "dbus_serve",
     "demo": "demo",
 }
 
@@ -62,7 +63,7 @@ class _Verbs(click.RichGroup):
 def cli() -> None:
     """Watch a running QEMU/KVM guest change its memory map.
 
-    TARGET is unix:PATH (or just a path), HOST:PORT, or pid:N.
+    TARGET is unix:PATH (or just a path), HOST:PORT, pid:N, name:GUEST or libvirt:DOMAIN.
     """
 
 

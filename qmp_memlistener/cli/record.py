@@ -5,12 +5,12 @@ from __future__ import annotations
 import rich_click as click
 
 from ..text import count_text
-from .common import json_option, print_json, run_async, say
+from .common import json_option, print_json, run_async, say, target_argument
 from .follow import FollowOptions, follow, follow_options
 
 
 @click.command("record")
-@click.argument("target")
+@target_argument()
 @click.option("-o", "--output", required=True, metavar="FILE", help="The recording, a new file.")
 @follow_options
 @json_option
@@ -19,7 +19,7 @@ def command(target: str, output: str, options: FollowOptions, as_json: bool) -> 
 
     The file can be read while it grows; a line cut off by a crash is no error.
 
-    TARGET is unix:PATH, HOST:PORT or pid:N.
+    TARGET is unix:PATH, HOST:PORT, pid:N, name:GUEST or libvirt:DOMAIN.
 
     Example: qmp-memlistener record /run/vm.qmp -o boot.jsonl --for 30s
     """

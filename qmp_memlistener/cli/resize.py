@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import json_option
+from .common import json_option, target_argument
 from .update_options import (
     Attaching,
     attach_options,
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 @click.command("resize", context_settings={"ignore_unknown_options": True})
-@click.argument("target")
+@target_argument()
 @click.argument("size", metavar="+SIZE|-SIZE|=SIZE")
 @strategy_option
 @update_options

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import InputError
-from .common import json_option, print_json, print_table, run_async, say
+from .common import json_option, print_json, print_table, run_async, say, target_argument
 
 if TYPE_CHECKING:
     from ..qmp import GuestFacts
@@ -21,7 +21,7 @@ LEAK = (
 
 
 @click.command("show")
-@click.argument("target", required=False)
+@target_argument(required=False)
 @click.option("--from", "file", metavar="FILE",
               help="Read saved `info mtree` output, a "
               "monitor session or a QMP reply with it; - is stdin.")  # fmt: skip
@@ -39,7 +39,7 @@ def command(
 ) -> None:
     """Show ranges, RAM blocks and holes.
 
-    TARGET is a running guest: unix:PATH, HOST:PORT or pid:N.
+    TARGET is a running guest: unix:PATH, HOST:PORT, pid:N, name:GUEST or libvirt:DOMAIN.
 
     Example: qmp-memlistener show /run/vm.qmp
     """

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import rich_click as click
 
 from ..errors import MemListenerError, MissingPrerequisite
-from .common import json_option, print_error, print_json, run_async, say
+from .common import json_option, print_error, print_json, run_async, say, target_argument
 
 if TYPE_CHECKING:
     from ..steer.steering import Steering
@@ -21,7 +21,7 @@ _RISK = (
 
 
 @click.command("steer")
-@click.argument("target")
+@target_argument()
 @click.option("--strategy", type=click.Choice(STRATEGIES), required=True,
               help="off takes it out again; observe only stamps the operations.")  # fmt: skip
 @click.option("--strict", is_flag=True, help="With hole: keep vCPUs out of KVM as well.")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import rich_click as click
 
-from .common import json_option
+from .common import json_option, target_argument
 from .update_options import (
     Attaching,
     attach_options,
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @click.command("unplug")
-@click.argument("target")
+@target_argument()
 @click.argument("device", metavar="ID")
 @click.option("--backends", is_flag=True, help="Remove its backends as well: memory backend, "
               "netdev, block node.")  # fmt: skip

@@ -8,7 +8,7 @@ import rich_click as click
 
 from ..errors import OperationFailed
 from ..text import quoted
-from .common import duration, json_option, run_async, say
+from .common import duration, json_option, run_async, say, target_argument
 from .follow import FollowOptions, follow, follow_options
 from .watch_mirror import MirrorOptions, mirror_options
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 @click.command("watch")
-@click.argument("target")
+@target_argument()
 @click.option("--max-stall", "max_stalls", multiple=True, metavar="KIND=DURATION",
               help="Exit 1 when a stall of this kind was longer, such as main_loop=5ms; may be "
               "given several times.")  # fmt: skip
@@ -46,7 +46,7 @@ def command(
 
     With --mirror, slots of our own follow the guest's map; their report comes before the summary.
 
-    TARGET is unix:PATH, HOST:PORT or pid:N.
+    TARGET is unix:PATH, HOST:PORT, pid:N, name:GUEST or libvirt:DOMAIN.
 
     Example: qmp-memlistener watch /run/vm.qmp --max-stall main_loop=5ms --for 60s
     """

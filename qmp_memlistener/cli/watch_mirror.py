@@ -151,7 +151,7 @@ class WatchedMirror:
         self._hurry()
 
     def note(self) -> Note:
-        """That it follows, to be told when it has begun."""
+        """That it follows, to be reported when it has begun."""
         from ..records import Note
 
         held = len(list(self._backend.slots()))

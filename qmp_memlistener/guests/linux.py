@@ -113,7 +113,7 @@ class LinuxSpec:
     firmware gives a port a window too small for a device with a BAR above 1 MiB, and Linux finds no
     room for it.  On pc devices go to `pci.0`.  `virtio_mem`, when not 0, is the size of
     a virtio-mem device `vmem0`, of which the guest has nothing at first.  The pulse program
-    starts with `pulse_us` microseconds between two beats, or not at all when that is None; its
+    starts with `pulse_us` microseconds between two heartbeats, or not at all when that is None; its
     memory is an ivshmem-plain device `pulse0` in any case.  Of what the caller adds, `args`
     are options of QEMU and `kernel_args` of the kernel.
     """

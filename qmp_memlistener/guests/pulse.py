@@ -1,9 +1,9 @@
 """The host's side of the pulse guest: heartbeats, gaps, the mailbox, toggles of a register.
 
-The guest (vm-images/pulse, layout in its README.md) beats on every CPU and obeys commands through
-RAM that QEMU shares (`pulse_memory` says how it is read).  `boot_args` starts it, `Pulse` reads and
-commands it.  Reading never disturbs the guest.  Times are ticks of the guest's TSC;
-`Pulse.calibrate` relates them to CLOCK_MONOTONIC.  Starting QEMU is `launch`'s business.
+The guest (vm-images/pulse, layout in its README.md) counts heartbeats on every CPU and obeys
+commands through RAM that QEMU shares (`pulse_memory` says how it is read).  `boot_args` starts it,
+`Pulse` reads and commands it.  Reading never disturbs the guest.  Times are ticks of the guest's
+TSC; `Pulse.calibrate` relates them to CLOCK_MONOTONIC.  Starting QEMU is `launch`'s business.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ _POLL = 0.0005  # seconds between looks at the mailbox; a spinning guest has no 
 
 _GOOD_SAMPLE_NS = 40_000  # calibration tries again for a tighter sample than this,
 _SAMPLE_ROUNDS = 50  # but not for ever
+_NO_BEATS_NS = 5_000_000_000  # a busy host may not run a vCPU for a while
 
 _COMMANDS = {value: name[4:] for name, value in vars(layout).items() if name.startswith("CMD_")}
 _REFUSALS = {
@@ -261,8 +262,8 @@ class Pulse(PulseMemory):
     ) -> Toggle:
         """Write `values` in turn, `count` times in all, with `period` between two writes.
 
-        Ticks are of the TSC, turns of CPU 0's loop (one beat each).  Returns at once; CPU 0 keeps
-        beating and obeying meanwhile.  OperationFailed while another toggle runs.
+        Ticks are of the TSC, turns of CPU 0's loop (one heartbeat each).  Returns at once; CPU 0
+        keeps beating and obeying meanwhile.  OperationFailed while another toggle runs.
         """
         for value in values:
             _check_value(value, width)
@@ -316,18 +317,21 @@ class Pulse(PulseMemory):
         return header is not None and header.ready
 
     async def _sample(self, cpu: int) -> tuple[int, int, int]:
-        """TSC, CLOCK_MONOTONIC and error of one beat: the beat that two looks enclose tightest.
+        """TSC, CLOCK_MONOTONIC and error of one heartbeat: the heartbeat that two looks enclose
+        tightest.
 
-        A beat reads the TSC and stores it some time later, but not before it has stored the one
-        before: the look that showed the last but one is what encloses it.  Looks in quick
-        succession see none while we have taken the vCPU's host CPU; then the beats during a short
-        sleep must do, with the larger error that this gives.
+        A heartbeat reads the TSC and stores it some time later, but not before it has stored the
+        one before: the look that showed the last but one is what encloses it.  Looks in quick
+        succession see none while we have taken the vCPU's host CPU; then the heartbeats during a
+        short sleep must do, with the larger error that this gives.
         """
         read, clock = self.tsc_reader(cpu), time.monotonic_ns
         best = (0, 0, 1 << 63)
         shown, last = clock(), read()  # when the latest look at `last` began
         not_yet: int | None = None
-        for _ in range(_SAMPLE_ROUNDS):
+        rounds, until = 0, shown + _NO_BEATS_NS
+        while rounds < _SAMPLE_ROUNDS or not best[0]:
+            rounds += 1
             for _ in range(200):
                 began, tsc, now = clock(), read(), clock()
                 if tsc > last:
@@ -337,9 +341,9 @@ class Pulse(PulseMemory):
                 shown, last = began, tsc
             if best[2] < _GOOD_SAMPLE_NS:
                 break
+            if not best[0] and shown > until:
+                raise OperationFailed(f"CPU {cpu} of the pulse guest makes no heartbeats")
             await asyncio.sleep(0.001)
-        if not best[0]:
-            raise OperationFailed(f"CPU {cpu} of the pulse guest makes no heartbeats")
         return best
 
 

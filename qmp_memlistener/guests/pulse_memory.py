@@ -84,7 +84,7 @@ class CpuState:
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
-    """Beats since boot, and gaps between two beats since `reset_tsc`.  Gaps are ticks.
+    """Heartbeats since boot, and gaps between two heartbeats since `reset_tsc`.  Gaps are ticks.
 
     `gaps` counts those above `threshold`; `max_gap` (which ended at `max_gap_tsc`) counts all.
     """
@@ -101,7 +101,7 @@ class Heartbeat:
 
 @dataclass(frozen=True, slots=True)
 class Gap:
-    """No beat in `[end_tsc - ticks, end_tsc)`; the one that ended it was number `count`."""
+    """No heartbeat in `[end_tsc - ticks, end_tsc)`; the one that ended it was number `count`."""
 
     end_tsc: int
     ticks: int
@@ -242,7 +242,7 @@ class PulseMemory:
         return tuple(found)
 
     def tsc_reader(self, cpu: int) -> Callable[[], int]:
-        """Reads the TSC of the CPU's latest beat, as quickly as can be.
+        """Reads the TSC of the CPU's latest heartbeat, as quickly as can be.
 
         Once the CPU has moved its data elsewhere, what it reads changes no more.
         """
@@ -285,7 +285,8 @@ class PulseMemory:
             max_gap=max_gap,
             max_gap_tsc=max_gap_tsc,
             threshold=threshold,
-            gaps=self._get64(at + layout.HB_GAPS),  # later than the beat: it counts all before that
+            # later than the heartbeat: it counts all before that
+            gaps=self._get64(at + layout.HB_GAPS),
             reset_tsc=reset_tsc,
             state=state,
         )

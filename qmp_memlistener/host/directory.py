@@ -125,8 +125,8 @@ class StateDirectory:
         except OSError:
             return []
 
-    def read(self, name: str, *, limit: int = LONGEST) -> bytes | None:
-        """What a file says; None when there is no regular file of the owner's of at most `limit`.
+    def read(self, name: str) -> bytes | None:
+        """What a file says; None when there is no regular file of the owner's of at most LONGEST.
 
         Raises OSError when it cannot be read now.
         """
@@ -135,9 +135,9 @@ class StateDirectory:
         except (FileNotFoundError, files.NotRegular, PermissionError):
             return None
         try:
-            if os.fstat(handle).st_size > limit:
+            if os.fstat(handle).st_size > LONGEST:
                 return None
-            return b"".join(files.pieces(handle, limit))
+            return b"".join(files.pieces(handle, LONGEST))
         finally:
             os.close(handle)
 

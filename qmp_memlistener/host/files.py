@@ -101,9 +101,9 @@ def open_foreign(
         os.close(handle)
 
 
-def stat_foreign(path: str, *, dir_fd: int | None = None, follow: bool = False) -> os.stat_result:
+def stat_foreign(path: str, *, follow: bool = False) -> os.stat_result:
     """What is at `path`, of whatever kind; nothing is opened.  Raises OSError."""
-    handle = locate(path, dir_fd, follow)
+    handle = locate(path, follow=follow)
     try:
         return os.fstat(handle)
     finally:
@@ -124,15 +124,13 @@ def locate(path: str, dir_fd: int | None = None, follow: bool = False) -> int:
     return os.open(path, flags, dir_fd=dir_fd)
 
 
-def open_in_root(
-    process: Process, path: str, flags: int = os.O_PATH, *, follow: bool = False
-) -> int:
+def open_in_root(process: Process, path: str, flags: int = os.O_PATH) -> int:
     """What `process` has at the absolute `path`, resolved in its root and without links.
 
     `flags` is O_PATH, for what may be anything, or has O_DIRECTORY.  Raises OSError, and
     ProcessLookupError when it is no longer that process.
     """
-    handle = _open_root(process.pid, path, flags, follow)
+    handle = _open_root(process.pid, path, flags, follow=False)
     if not process.is_alive():
         os.close(handle)
         raise ProcessLookupError(errno.ESRCH, f"pid {process.pid} is another process now")

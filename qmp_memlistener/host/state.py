@@ -7,9 +7,9 @@ A user's state lies in a directory that only that user writes to, 0755:
     /tmp/qmp-memlistener-UID[.RANDOM]       when nothing can be written in /dev/shm
 
 Which one is used depends on what is there, never on the environment, so that the next run finds
-what this one left.  *All* directories of a user are searched, also those that earlier versions made
-below /run/user/UID and $XDG_RUNTIME_DIR.  Their owner counts and not their name: a directory that
-belongs to another user, or that others may write to, is not ours, and a link is no directory.
+what this one left.  *All* directories of a user are searched.  Their owner counts and not their
+name: a directory that belongs to another user, or that others may write to, is not ours, and a link
+is no directory.
 
 What is kept there, each in a form of its own (`directory` has the files, locks and their threats):
 
@@ -44,7 +44,6 @@ __all__ = [
 
 SHM = "/dev/shm"
 FALLBACK = "/tmp"
-RUNTIME = "/run/user"
 
 _NAME = "qmp-memlistener"
 _ATTEMPTS = 16
@@ -85,17 +84,14 @@ def directories(uid: int | None = None) -> list[StateDirectory]:
     """All directories with state of a user (ours), the likeliest first."""
     owner = os.geteuid() if uid is None else uid
     plain = f"{_NAME}-{owner}"
-    places = [(SHM, plain), (FALLBACK, plain), (f"{RUNTIME}/{owner}", _NAME)]
-    if uid is None and (runtime := os.environ.get("XDG_RUNTIME_DIR")):
-        places.append((runtime, _NAME))
     found: list[StateDirectory] = []
-    for base, name in places:
+    for base in dict.fromkeys((SHM, FALLBACK)):
         try:
             handle = os.open(base, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
         except OSError:
             continue
         try:
-            found += _named(handle, base, name, {owner})
+            found += _named(handle, base, plain, {owner})
         finally:
             os.close(handle)
     unique = {os.fstat(d.handle)[1:3]: d for d in reversed(found)}

@@ -245,7 +245,7 @@ _TRACE = Identity(
 
 
 def identify(head: bytes) -> Identity | None:
-    """What a file that begins with `head` is; None when nobody knows."""
+    """What a file that begins with `head` is; None when that is unknown."""
     if not head.strip():
         return Identity("empty", "give the file that has something in it")
     if b'"type":"header"' in head[:4096].partition(b"\n")[0]:
@@ -289,7 +289,7 @@ def identify_file(path: str) -> Identity | None:
 def refusal(path: str, *wanted: str, otherwise: InputError) -> InputError:
     """An error that says what `path` is, not `wanted`.
 
-    `otherwise` when nobody knows, or when the text is what was wanted but of no use.
+    `otherwise` when that is unknown, or when the text is what was wanted but of no use.
     """
     identity = identify_file(path)
     if identity is None or identity.what in ("empty", *wanted):

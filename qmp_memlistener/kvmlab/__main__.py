@@ -13,6 +13,7 @@ from collections.abc import Sequence
 import msgspec
 
 from ..errors import MemListenerError
+from ..text import json_bytes
 from .programs import GuestKind
 from .race import RaceOptions, none_ran, race_document, run_race
 
@@ -40,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         report = run_race(RaceOptions(**{k: given[k] for k in given if k not in ("verb", "json")}))
     except MemListenerError as exc:
         return _tell(exc)
-    sys.stdout.write(msgspec.json.encode(race_document(report)).decode() + "\n")
+    sys.stdout.write(json_bytes(race_document(report)).decode() + "\n")
     problem = none_ran((r.name, r.skipped) for r in report.results)
     return 0 if problem is None else _tell(problem)
 

@@ -264,10 +264,10 @@ def repeated_plans(
 def keeps_bitmap(kvm: Kvm, strategy: LabStrategy) -> bool:
     """Every dirty bit of RAM that stays is in KVM's bitmaps after a punch.
 
-    A guest writes every page of a logged slot, then only beats elsewhere: a bit outside the hole
-    that is gone after the punch was lost by the update.  Logs are not fetched on the way, whatever
-    the strategy does otherwise: that saves bits from being lost, it does not keep them.  Raises
-    OperationFailed.
+    A guest writes every page of a logged slot, then only counts heartbeats elsewhere: a bit outside
+    the hole that is gone after the punch was lost by the update.  Logs are not fetched on the way,
+    whatever the strategy does otherwise: that saves bits from being lost, it does not keep them.
+    Raises OperationFailed.
     """
     layout = Layout(size=_BITMAP_SIZE, logged=True)
     still = replace(strategy, sync=False)

@@ -21,7 +21,7 @@ from .strategies import HoleKind
 from .userfault import Userfault
 from .vm import FetchedLog, Log, SlotRefused, ring_log
 
-__all__ = ["ExecutionResult", "Executor", "nothing"]
+__all__ = ["NO_SLOT", "ExecutionResult", "Executor", "nothing"]
 
 
 @dataclass(slots=True)
@@ -238,7 +238,7 @@ def _about(plan: Plan) -> list[Slot]:
     for op in plan.ops:
         which = (op.as_id, op.slot)
         if op.slot < 0:
-            out.append(_NOWHERE)
+            out.append(NO_SLOT)
             continue
         if op.op is OpKind.ADD:
             new = plan.after.get(*which)
@@ -248,7 +248,8 @@ def _about(plan: Plan) -> list[Slot]:
     return out
 
 
-_NOWHERE = Slot(0, -1, 0, 0)
+NO_SLOT = Slot(0, -1, 0, 0)
+"""What an operation is about that has no slot, such as a pause."""
 
 
 class _Gap:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from ..errors import MissingPrerequisite, OperationFailed
+from ..text import count_text
 from .abi import Cap
 from .programs import GAP, Private
 from .system import Closing
@@ -219,7 +220,8 @@ class Machine(Closing):
                 return
             if time.monotonic() > deadline:
                 raise OperationFailed(
-                    f"vCPU {waiting[0]} made no {beats} beats within {_DEADLINE_S:g} s",
+                    f"vCPU {waiting[0]} did not make {count_text(beats, 'heartbeat')} within "
+                    f"{_DEADLINE_S:g} s",
                     remedy="use fewer vCPUs, or a host with less load",
                 )
             time.sleep(_LOOK_S)

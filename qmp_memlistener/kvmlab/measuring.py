@@ -98,7 +98,7 @@ def measure(
     ids_changed: bool = False,
     unless: Callable[[int], bool] = lambda _vcpu: False,
 ) -> tuple[Update, ExecutionResult]:
-    """Let the vCPUs beat, `act`, let them beat again; those that died go on afterwards.
+    """Let the vCPUs run, `act`, let them run again; those that died go on afterwards.
 
     `unless` is true of a vCPU that waits at a hole and cannot beat.  Raises OperationFailed.
     """

@@ -47,7 +47,7 @@ MAX_ADDRESSES = _TABLE_BYTES // 8 - 1
 class GuestKind(StrEnum):
     """What a guest does, and so what it notices.
 
-    gap        only beats: what stops a vCPU
+    gap        only counts heartbeats: what stops a vCPU
     data       reads and writes words of RAM that stays
     writer     sweeps all RAM that stays with a generation number a page: dirty logs
     code       runs code that lies in the slot
@@ -174,7 +174,7 @@ class Private:
         from its next pass on (`Report.table_in_use`).  Raises InputError for too many.
         """
         assert 0 not in addresses, "0 ends a table"
-        assert addresses, "a pass without a word to touch makes no beat"
+        assert addresses, "a pass without a word to touch makes no heartbeat"
         if len(addresses) > MAX_ADDRESSES:
             raise InputError(
                 f"{len(addresses)} addresses for a vCPU, there is room for {MAX_ADDRESSES}",

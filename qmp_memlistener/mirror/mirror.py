@@ -55,7 +55,7 @@ _PLANS = {
     Strategy.PAUSE: PlanStrategy.PAUSE,
     Strategy.HOLE: PlanStrategy.HOLE,
 }
-_NOT_TOLD = "no map was received yet"
+_NO_MAP = "no map was received yet"
 _NOTES = 100
 _EMPTY = FlatView(())
 
@@ -94,7 +94,7 @@ class Mirror(MemoryListener):
         self._lock = asyncio.Lock()
         self._view = _EMPTY  # the map it shows
         self._latest: FlatView | None = None  # the last one that came
-        self._why_not: str | None = _NOT_TOLD
+        self._why_not: str | None = _NO_MAP
         self._stuck = False  # what the backend holds is not known
         self._suspended = False  # pauses are, while a migration has the guest
         self._open = False  # inside a transition
@@ -112,7 +112,7 @@ class Mirror(MemoryListener):
         return self._why_not is None
 
     @property
-    def told(self) -> int:
+    def received(self) -> int:
         """How many maps came so far, the present one perhaps not yet shown."""
         return self._counts["transitions"]
 
@@ -210,7 +210,7 @@ class Mirror(MemoryListener):
         async with self._lock:
             view = _known(_view(source)) if source is not None else self._latest
             if view is None:
-                raise OperationFailed(_NOT_TOLD, remedy="register the mirror, or give a map")
+                raise OperationFailed(_NO_MAP, remedy="register the mirror, or give a map")
             self._stuck = True
             await self._guarded(view)
 
@@ -246,7 +246,7 @@ class Mirror(MemoryListener):
         self._view = view
         self._why_not = None
         self._stuck = False
-        if was is not None and was is not _NOT_TOLD:
+        if was is not None and was is not _NO_MAP:
             self.remark("in step again")
         if self._writer.operations != before:
             now = time.monotonic_ns()

@@ -98,10 +98,10 @@ async def check_guest(mirror: Mirror, agent: GuestToMirror) -> tuple[MirrorDiffe
     """
     for _ in range(_ATTEMPTS):
         await agent.settle(listeners_s=_BEHIND_S)
-        told = mirror.told
+        received = mirror.received
         fresh = read_map((await take_snapshot(agent.monitor)).text)
         await agent.settle(listeners_s=_BEHIND_S)
-        if mirror.told == told:
+        if mirror.received == received:
             return await mirror.check(fresh)
     raise OperationFailed(
         f"the guest's map changed during each of {_ATTEMPTS} snapshots: nothing was compared",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from .model import (
     Context,
+    HostWait,
     Observation,
     Probe,
     ProbeInfo,
@@ -21,5 +22,6 @@ __all__ = [
     "Context",
     "Sink",
     "Observation",
+    "HostWait",
     "ProbeUnavailable",
 ]

@@ -28,9 +28,8 @@ P = ParamSpec("P")
 class Inbox:
     """Calls for one event loop; `post` is for other threads."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, *, limit: int = LIMIT) -> None:
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
-        self._limit = limit
         self._lock = threading.Lock()
         self._calls: deque[tuple[int, Callable[[], None]]] = deque()
         self._weight = 0
@@ -39,7 +38,7 @@ class Inbox:
     @property
     def full(self) -> bool:
         """The loop has not taken what it was given."""
-        return self._weight >= self._limit
+        return self._weight >= LIMIT
 
     def post(
         self, weight: int, function: Callable[P, None], *args: P.args, **kwargs: P.kwargs

@@ -17,15 +17,13 @@ import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 
-import msgspec
-
 from ..errors import MemListenerError, ProtocolViolation
 from ..host import notes
 from ..host.directory import HeldFile
 from ..host.processes import Process
 from ..qmp import Monitor, hmp, hmp_timed
 from ..records import MeasurementRecord
-from ..text import quoted
+from ..text import json_bytes, quoted
 from .delivery import Progress
 from .lockprofile_text import Profile, Waits, difference, read_profile
 from .model import Context, Observation, ProbeInfo, ProbeUnavailable, Sink, StallKind, Verdict
@@ -69,7 +67,7 @@ def note_profiler(process: Process) -> HeldFile | None:
     if held is None:
         return None
     try:
-        held.write(msgspec.json.encode(ProfilerNote.about(process)))
+        held.write(json_bytes(ProfilerNote.about(process)))
     except OSError:
         held.close()
         raise

@@ -24,6 +24,7 @@ __all__ = [
     "Verdict",
     "Context",
     "Observation",
+    "HostWait",
     "Sink",
     "Probe",
     "ProbeUnavailable",
@@ -53,11 +54,16 @@ class ProbeInfo:
 
 @dataclass(frozen=True, slots=True)
 class Verdict:
-    """Whether a probe can work for a guest; if not, why and what to do about it."""
+    """Whether a probe can work for a guest; if not, why and what to do about it.
+
+    `lacks` are kinds that it declares and cannot measure for this guest, though it works;
+    `reason` and `remedy` then say why.
+    """
 
     usable: bool
     reason: str | None = None
     remedy: str | None = None
+    lacks: frozenset[StallKind] = frozenset()
 
     @classmethod
     def no(cls, reason: str, remedy: str | None = None) -> Verdict:
@@ -71,7 +77,8 @@ class Context:
     `guest` is QEMU's process where it is visible, `pid` its id where that much is known.  `monitor`
     is the observer's connection, for short commands only.  `companions.ping` is a free monitor for
     pinging.  `untraced` is why trace lines are not seen, None when they are.
-    `named`: the user asked for this set of probes by name, so each does all it can.
+    `named`: the user asked for this set of probes by name, so each does all it can; `must_ping`:
+    a monitor for pinging was named.
     `max_share` bounds what one probe may take of a host CPU (None: no bound).  `must_see` are
     limits in ns: a window of that kind that is longer must not be missed, whatever it costs.
     """
@@ -83,6 +90,7 @@ class Context:
     companions: Companions
     untraced: TraceUnavailable | None
     named: bool = False
+    must_ping: bool = False
     max_share: float | None = None
     must_see: Mapping[StallKind, int] = field(default_factory=dict)
 
@@ -116,14 +124,31 @@ class Observation(msgspec.Struct, frozen=True, gc=False):
             raise ValueError(f"not a window: {self}")
 
 
+class HostWait(msgspec.Struct, frozen=True, gc=False):
+    """Inside `[start_ns, end_ns)` a thread was ready to run for `waited_ns` and had no CPU.
+
+    Of so many `times`; once is one wait of just that length.  That is the host's scheduler's doing:
+    others had the CPUs, or a quota was used up.  `thread` is named as in observations.
+    """
+
+    start_ns: int
+    end_ns: int
+    waited_ns: int
+    times: int
+    thread: str | None = None
+
+
 class Sink(Protocol):
     """Where a probe delivers; every method is called in the event loop's thread."""
 
     def observe(self, observations: list[Observation]) -> None:
         """Windows, in any order; each once."""
 
+    def host_waits(self, waits: list[HostWait]) -> None:
+        """When threads had to wait for a CPU: no stalls, but what may have made some."""
+
     def carried_out(self, asked: list[Observation], windows: list[Observation]) -> None:
-        """What came of one transaction whose operations were issued in QEMU's stead.
+        """What came of one transaction whose operations were issued instead of QEMU's.
 
         `asked` are the operations of QEMU's: no stalls, but its log and other probes show them.
         """

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import select
 import socket
 import threading
@@ -93,9 +94,11 @@ class PingLink:
             raise ProtocolViolation(f"{self.target} does not greet as QMP does")
         self.oob = "oob" in offered
         wanted = ["oob"] if self.oob else []
-        command = {"execute": _NEGOTIATE, "arguments": {"enable": wanted}}
+        number = secrets.token_hex(8)
+        command = {"execute": _NEGOTIATE, "arguments": {"enable": wanted}, "id": number}
         self._send(json.dumps(command).encode())
-        answer = self._message(_ANSWER_S)
+        # what comes before it is for the client before us (`dial.answered`)
+        answer = self._message(_ANSWER_S, number)
         if answer is None:
             raise DeadlineExceeded(
                 f"{self.target} did not answer qmp_capabilities within {_ANSWER_S:g} s",
@@ -233,14 +236,16 @@ class PingLink:
             found.append(message)
         return found
 
-    def _message(self, seconds: float) -> dict[str, object] | None:
-        """The next message that is no event; None when none comes in time."""
+    def _message(self, seconds: float, number: str | None = None) -> dict[str, object] | None:
+        """The next message that is no event, and has that id; None when none comes in time."""
         until = time.monotonic_ns() + int(seconds * 1e9)
         while True:
             if self._stopping:
                 raise Stopped
             if self._receive():
                 found = [m for m in self._messages() if "event" not in m]
+                if number is not None:
+                    found = [m for m in found if m.get("id") == number]
                 if found:
                     return found[0]
             left = until - time.monotonic_ns()

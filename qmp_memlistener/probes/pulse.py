@@ -178,7 +178,7 @@ class PulseProbe:
         return _GAPS_S if now - self._gaps_ns < _GAPS_LAST_NS else _IDLE_S
 
     def _flushed(self, now_ns: int, final: bool) -> list[_Flush]:
-        """The flushes that need wait no longer; then everything before them counts as told."""
+        """The flushes that need wait no longer; then everything before them counts as reported."""
         done: list[_Flush] = []
         with self._lock:
             waiting, self._flushes = self._flushes, []
@@ -193,7 +193,7 @@ class PulseProbe:
     def _post(self, weight: int, call: Callable[P, None], *args: P.args, **kw: P.kwargs) -> None:
         assert self._inbox is not None
         if not self._inbox.post(weight, call, *args, **kw):
-            self._stopping = True  # the loop is closed: nobody is there to be told
+            self._stopping = True  # the loop is closed: there is nobody to report to
 
     # -- the event loop's thread -------------------------------------------------------------
 
@@ -208,7 +208,7 @@ class PulseProbe:
             sink.lost(_NAME, f"gaps of CPU {cpu} that were overwritten before we read them", count)
         if news.gaps:
             sink.observe(news.gaps)
-        # without a clock for the guest's beats no gap has a time yet
+        # without a clock for the guest's heartbeats no gap has a time yet
         sink.measures(_NAME, self.info.measures if news.tells else ())
         sink.advance(_NAME, complete_ns)
         for flush in flushed:

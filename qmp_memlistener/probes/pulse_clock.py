@@ -1,9 +1,10 @@
 """A guest's TSC against CLOCK_MONOTONIC, from looks at its beats.  Pure: no guest, no clock.
 
-`BeatSampler` turns looks into anchors: between which two moments a beat read the TSC.  `BeatClock`
-lays a line through them and maps TSC values, always as the two bounds between which the moment
-lies.  Only the latest anchors count, so a line that bends slowly is followed; where it breaks (the
-machine stood still under TCG, somebody set the TSC) a new line begins and the step is reported.
+`BeatSampler` turns looks into anchors: between which two moments a heartbeat read the TSC.
+`BeatClock` lays a line through them and maps TSC values, always as the two bounds between which the
+moment lies.  Only the latest anchors count, so a line that bends slowly is followed; where it
+breaks (the machine stood still under TCG, somebody set the TSC) a new line begins and the step is
+reported.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ class Bounds:
 
 @dataclass(frozen=True, slots=True)
 class Anchor:
-    """A beat whose TSC was read within `at`."""
+    """A heartbeat whose TSC was read within `at`."""
 
     tsc: int
     at: Bounds
@@ -67,9 +68,9 @@ class GapWindow:
 class BeatSampler:
     """Makes anchors of looks at a CPU's last TSC.
 
-    A beat reads the TSC and stores it later, how much later depends on the host.  So that it was
-    stored after some moment does not tell that it was read after it; but it was read after the
-    beat before was stored.  Hence an anchor needs two changes.
+    A heartbeat reads the TSC and stores it later, how much later depends on the host.  So that it
+    was stored after some moment does not tell that it was read after it; but it was read after the
+    heartbeat before was stored.  Hence an anchor needs two changes.
     """
 
     def __init__(self) -> None:

@@ -28,7 +28,7 @@ _GOOD_NS = 40_000  # and of one that is not to be improved upon
 # the gaps that are looked for, and only when one is needed badly not much less
 _SERIES_NS = 100_000
 _LONG_SERIES_NS = 300_000
-_PATIENCE_NS = 5_000_000_000  # gaps whose time cannot be told by then are given up
+_PATIENCE_NS = 5_000_000_000  # gaps whose time is unknown by then are given up
 _STEPS_EVERY_NS = 10_000_000_000  # between two notes that the TSC left its line
 
 
@@ -36,9 +36,9 @@ _STEPS_EVERY_NS = 10_000_000_000  # between two notes that the TSC left its line
 class News:
     """What a poll found.
 
-    `complete_ns`: every gap that ended before has been told.  `fresh` is how many new gaps the
+    `complete_ns`: every gap that ended before has been reported.  `fresh` is how many new gaps the
     fullest ring held, `lost` how many by CPU were overwritten or have no time.  `tells`: the times
-    of gaps can be told.
+    of gaps is known.
     """
 
     gaps: list[Observation] = field(default_factory=list)
@@ -73,7 +73,7 @@ class _Cpu:
 
     @property
     def beat_ticks(self) -> int:
-        """What a beat usually takes."""
+        """What a heartbeat usually takes."""
         return round(median(self._beat_ticks)) if self._beat_ticks else 0
 
     def look(self, news: News) -> Heartbeat | None:
@@ -154,7 +154,7 @@ class GuestFollower:
         self._wide_ns = 0  # and one that was not
         self._steps: list[int] = []
         self._steps_said_ns = -_STEPS_EVERY_NS
-        self._best = 0  # the CPU whose beats were seen last in a series
+        self._best = 0  # the CPU whose heartbeats were seen last in a series
         self._thresholds: dict[int, int] = {}
 
     def poll(self, *, final: bool = False) -> News:
@@ -251,7 +251,7 @@ class GuestFollower:
     def _set_back(self, cpu: _Cpu, news: News) -> None:
         """A CPU's TSC began anew, as at a reset under TCG: so do, or did, those of the others.
 
-        What is pending is told by the clock as it was.
+        What is pending is dated by the clock as it was.
         """
         if cpu.tsc_epoch == self._tsc_epoch:
             for any_cpu in self._cpus:
@@ -261,7 +261,7 @@ class GuestFollower:
         cpu.tsc_epoch = self._tsc_epoch
 
     def _map(self, cpu: _Cpu, final: bool, news: News) -> None:
-        """Turn pending gaps into observations, once a beat after them has its time."""
+        """Turn pending gaps into observations, once a heartbeat after them has its time."""
         clock, pending = self._clock, cpu.pending
         now = time.monotonic_ns()
         while pending:
@@ -291,7 +291,7 @@ class GuestFollower:
             )
 
     def _complete(self, start_ns: int, last: dict[int, int]) -> int:
-        """Up to when everything is told: each CPU's last beat, silent ones aside."""
+        """Up to when everything is reported: each CPU's last heartbeat, silent ones aside."""
         complete = start_ns
         for cpu in self._cpus:
             if start_ns - cpu.beaten_ns > SILENT_NS:

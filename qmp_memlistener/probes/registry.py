@@ -18,13 +18,19 @@ PROBES = {
     "trace": ("trace", "TraceProbe"),
     "interposer": ("interposer", "InterposerProbe"),
     "pulse": ("pulse", "PulseProbe"),
+    "threads": ("threads", "ThreadsProbe"),
     "ping": ("ping", "PingProbe"),
     "kvmstats": ("kvmstats", "KvmStatsProbe"),
     "lockprofile": ("lockprofile", "LockProfileProbe"),
     "uprobes": ("uprobes", "UprobesProbe"),
 }
-_SPARE = {"lockprofile": "uprobes"}
-"""A probe that is left out by default when a better one works."""
+_SPARE = {"lockprofile": "uprobes", "ping": "threads"}
+"""A probe that is left out by default when a better one works, for all that it measures."""
+
+_BETTER = {
+    "uprobes": "uprobes sees more",
+    "threads": "threads sees the same and costs QEMU nothing",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +104,10 @@ async def choose(context: Context, names: Sequence[str] | None) -> list[Choice]:
         found[name] = Choice(probe, verdict, wanted)
     if names is None:
         for name, better in _SPARE.items():
-            if found[better].verdict.usable and found[name].verdict.usable:
-                verdict = Verdict.no(f"{better} sees more", f"name it with --probes {name}")
+            if name == "ping" and context.must_ping:
+                continue
+            lacks = found[better].verdict.lacks & frozenset(found[name].info.measures)
+            if found[better].verdict.usable and not lacks and found[name].verdict.usable:
+                verdict = Verdict.no(_BETTER[better], f"name it with --probes {name}")
                 found[name] = Choice(found[name].probe, verdict)
     return list(found.values())

@@ -23,10 +23,13 @@ from .hmp import (
 )
 from .identity import Companions, companions_of, find_owner
 from .links import Abilities
+from .owners import Manager, Owner
 from .sockets import MonitorState
 from .targets import (
     TARGET_FORMS,
     Address,
+    LibvirtTarget,
+    NameTarget,
     PidTarget,
     SocketTarget,
     Target,
@@ -66,11 +69,15 @@ __all__ = [
     "UnixTarget",
     "TcpTarget",
     "PidTarget",
+    "NameTarget",
+    "LibvirtTarget",
     "TARGET_FORMS",
     "find_guests",
     "find_guest",
     "Guest",
     "GuestMonitor",
+    "Owner",
+    "Manager",
     "MonitorMode",
     "MonitorState",
     "CommandLine",

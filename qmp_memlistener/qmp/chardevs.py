@@ -59,9 +59,9 @@ def options_text(options: Mapping[str, str]) -> str:
     return ",".join(f"{key}={value.replace(',', ',,')}" for key, value in options.items())
 
 
-def is_on(options: Mapping[str, str], key: str, default: str = "off") -> bool:
+def is_on(options: Mapping[str, str], key: str) -> bool:
     """A boolean option, as qapi_bool_parse (qapi/qapi-util.c) reads it."""
-    return options.get(key, default) in ("on", "yes", "true", "y")
+    return options.get(key) in ("on", "yes", "true", "y")
 
 
 @dataclass(frozen=True, slots=True)

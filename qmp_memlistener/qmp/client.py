@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import secrets
 import socket
 import time
 from collections.abc import Callable, Sequence
@@ -39,6 +40,9 @@ READ_LIMIT = 32 * 1024 * 1024
 VALUES_LIMIT = 2_000_000
 # QEMU's own events have some hundred bytes.
 EVENT_LIMIT = 1024 * 1024
+_NEGOTIATE = "qmp_capabilities"
+# One command at a time is executed, so one stale answer is what there can be.
+_STALE_ANSWERS = 16
 
 
 class _Demote(logging.Filter):
@@ -71,6 +75,7 @@ class TimedClient(QMPClient):
         self._received_ns: dict[object, int] = {}
         self._inbound_ns = 0
         self._inbound_size = 0
+        self._negotiation: str | None = None
 
     async def open(self, sock: socket.socket) -> None:
         """Start a session on a connected socket.  Raises ConnectError, EOFError, OSError."""
@@ -149,9 +154,23 @@ class TimedClient(QMPClient):
             self._writer.transport.abort()
 
     def _cb_outbound(self, msg: Message) -> Message:
+        if msg.get("execute") == _NEGOTIATE:
+            # what comes before its answer is for the client before us (`dial.answered`)
+            msg["id"] = self._negotiation = secrets.token_hex(8)
         return msg
 
     async def _do_recv(self) -> Message:
+        for _ in range(_STALE_ANSWERS):
+            message = await self._next_message()
+            if self._negotiation is None or "event" in message:
+                return message
+            refused = "error" in message and "id" not in message
+            if refused or message.get("id") == self._negotiation:
+                self._negotiation = None
+                return message
+        raise ProtocolError(f"{_STALE_ANSWERS} answers, and none to {_NEGOTIATE}")
+
+    async def _next_message(self) -> Message:
         line = await self._readline()
         self._inbound_size = len(line)
         values = line.count(b",") + line.count(b"[") + line.count(b"{")
@@ -189,6 +208,4 @@ def _result(
     error = message["error"]
     if not isinstance(error, dict):
         raise ProtocolError("an error that is no object")
-    kind, text = str(error.get("class", "GenericError")), str(error.get("desc", ""))
-    remedy = "this QEMU does not have that command" if kind == "CommandNotFound" else None
-    return CommandFailed(command.name, kind, text, remedy=remedy)
+    return CommandFailed.of(command.name, error)

@@ -67,8 +67,9 @@ class CommandLine:
     """What was understood.  `accels` in order of preference, empty when not given.
 
     `guest_files` are paths that character devices write to, `guest_on_stdout` says that one writes
-    to standard output: what comes out of them is the guest's choice.  `unread` are files for
-    -readconfig whose content is not known here.
+    to standard output: what comes out of them is the guest's choice.  `stdout_unused`: for certain
+    nothing of the guest's is shown there.  `unread` are files for -readconfig whose content is not
+    known here.
     """
 
     binary: str
@@ -83,6 +84,7 @@ class CommandLine:
     daemonize: bool
     guest_files: tuple[str, ...] = ()
     guest_on_stdout: bool = False
+    stdout_unused: bool = False
     unread: tuple[str, ...] = ()
 
     @property
@@ -127,9 +129,10 @@ def parse_arguments(
     chardevs = dict(
         found for found in map(chardev_of_options, values.get("chardev", ())) if found is not None
     )
+    outputs = [*chardevs.values(), *_legacy_outputs(values)]
+    on_stdout = "nographic" in values or any(c.writes_stdout for c in outputs)
     name = _last(values, "name")
     machine, accels = _machine(values)
-    outputs = [*chardevs.values(), *_legacy_outputs(values)]
     message = parse_options(_last(values, "msg") or "", "timestamp")
     return CommandLine(
         binary=binary,
@@ -143,7 +146,11 @@ def parse_arguments(
         timestamps=is_on(message, "timestamp"),
         daemonize="daemonize" in values,
         guest_files=tuple(dict.fromkeys(f for c in outputs for f in c.files)),
-        guest_on_stdout="nographic" in values or any(c.writes_stdout for c in outputs),
+        guest_on_stdout=on_stdout,
+        # without -nodefaults, and with other displays, QEMU puts things there that nobody named
+        stdout_unused=not (on_stdout or unread)
+        and "nodefaults" in values
+        and values.get("display", [])[-1:] == ["none"],
         unread=unread,
     )
 
@@ -176,9 +183,9 @@ def program_index(argv: Sequence[str]) -> int | None:
     return None
 
 
-_FLAGS = frozenset(("enable-kvm", "daemonize", "nographic"))
+_FLAGS = frozenset(("enable-kvm", "daemonize", "nographic", "nodefaults"))
 _WITH_VALUE = frozenset(
-    {"qmp", "qmp-pretty", "monitor", "mon", "chardev", "accel", "machine", "M"}
+    {"qmp", "qmp-pretty", "monitor", "mon", "chardev", "accel", "machine", "M", "display"}
     | {"serial", "parallel", "debugcon", "name", "D", "d", "trace", "msg", "readconfig"}
     # not wanted, but what follows them is no option whatever it looks like
     | {"append", "kernel", "initrd", "dtb", "device", "drive", "object", "m", "cpu", "smp"}

@@ -18,13 +18,14 @@ from typing import Self
 from ..errors import CommandFailed, DeadlineExceeded, TargetError, TargetLost, WrongGuest
 from ..waits import waiting
 from . import allowed
-from .dial import resolve
 from .events import EventStream, MonitorEvent, decode_event
 from .identity import ASKED, GuestIdentity, same_answers
+from .libvirt_link import LibvirtLink
 from .links import Abilities, Command, Link, QemuVersion, Reply
 from .no_link import NoLink
+from .resolving import resolve
 from .socket_link import SocketLink
-from .targets import Address, PidTarget, Target
+from .targets import Address, LibvirtTarget, PidTarget, Target
 
 __all__ = ["CONNECT_DEADLINE", "Command", "Monitor", "QemuVersion", "Reply"]
 
@@ -69,11 +70,11 @@ class Monitor:
     ) -> Monitor:
         """Connect and negotiate, within `deadline` seconds.
 
-        A `pid:N` target means the first of that QEMU's monitors that is free.  Raises WrongGuest
-        when another guest answers than `meant` (without: whoever does is meant from then on),
-        TargetUnreachable, MonitorBusy, ProtocolViolation, DeadlineExceeded or TargetLost (the
-        peer hung up before it greeted).  `permits` are what the user asked for although it does
-        harm.
+        A `pid:N` or `name:GUEST` target means the first of that QEMU's monitors that is free, or
+        libvirt.  Raises WrongGuest when another guest answers than `meant` (without: whoever does
+        is meant from then on), TargetUnreachable, MonitorBusy, ProtocolViolation, DeadlineExceeded
+        or TargetLost (the peer hung up before it greeted), MissingPrerequisite without libvirt's
+        module.  `permits` are what the user asked for although it does harm.
         """
         permits = frozenset(permits)
         with waiting(f"for {target} to answer"):
@@ -155,6 +156,22 @@ class Monitor:
         except TimeoutError:
             raise self._too_slow(commands, deadline) from None
 
+    async def manage(self, command: Command, *, deadline: float) -> Reply | CommandFailed:
+        """Have who manages the guest carry out a change (`links.Link.manage`).
+
+        Raises DeadlineExceeded, TargetLost.
+        """
+        if not self.is_connected:
+            raise self._lost_error()
+        try:
+            async with asyncio.timeout(deadline), self._in_band:
+                return await self._link.manage(command)
+        except TimeoutError:
+            raise self._too_slow([command], deadline) from None
+        except ConnectionError:
+            await self._await_reaper()
+            raise self._lost_error() from None
+
     def events(self, *, limit: int = 4096) -> EventStream:
         """A new stream of the events from now on; see `EventStream`."""
         stream = EventStream(limit, self._streams.remove)
@@ -191,6 +208,8 @@ class Monitor:
 
         if isinstance(self.target, PidTarget):
             return NoLink(self.target, on_end)
+        if isinstance(self.target, LibvirtTarget):
+            return LibvirtLink(self.target, self._on_event, on_end)
         return SocketLink(self.target, self._on_event, on_end)
 
     async def _open(self, deadline: float) -> None:
@@ -241,7 +260,8 @@ class Monitor:
         names = ", ".join(c.name for c in commands)
         return DeadlineExceeded(
             f"{self.target} did not answer {names} within {deadline:g} s",
-            remedy="QEMU's main loop is stalled, or the process is stopped; it may still do it",
+            remedy="QEMU's main loop is stalled, or the process is stopped; it may still do it"
+            + self._link.why_slow,
         )
 
     def _lost_error(self) -> TargetError:

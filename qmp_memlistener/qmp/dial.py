@@ -15,63 +15,20 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 
-from ..errors import DeadlineExceeded, MonitorBusy, TargetError, TargetUnreachable, WrongGuest
+from ..errors import DeadlineExceeded, MonitorBusy, TargetError, TargetUnreachable
 from ..host.bounded import in_thread
 from ..host.files import locate
 from ..host.processes import Process
-from .discovery import find_guest
 from .identity import GuestIdentity, identify_peer, peer_pid
-from .sockets import MonitorState, listener_state, listening_pids, unix_sockets
-from .targets import (
-    PidTarget,
-    SocketTarget,
-    Target,
-    TcpTarget,
-    UnixTarget,
-)
+from .sockets import listener_state, listening_pids, unix_sockets
+from .targets import SocketTarget, Target, TcpTarget, UnixTarget
 
-__all__ = ["Answered", "answered", "dial", "no_answer", "resolve"]
+__all__ = ["Answered", "answered", "busy", "dial", "no_answer", "stopped"]
 
 # How long a monitor may take to greet before the kernel is asked whether it serves another.
 _PATIENCE = 0.4
-
-
-async def resolve(
-    target: Target, meant: GuestIdentity | None = None
-) -> tuple[tuple[SocketTarget, ...], GuestIdentity | None]:
-    """The sockets that `target` stands for, and the guest that is meant by it: for `pid:N` the free
-    QMP monitors of that QEMU, and itself; for an address `meant`, None when whoever answers is.
-
-    Raises TargetUnreachable, MonitorBusy, and WrongGuest when `pid:N` is no longer `meant`.
-    """
-    if not isinstance(target, PidTarget):
-        return (target,), meant
-    guest = await in_thread(find_guest, target.pid)
-    if guest is None:
-        raise TargetUnreachable(
-            f"{target} is no running QEMU", remedy="`qmp-memlistener list` shows those on this host"
-        )
-    found = GuestIdentity.of(guest.process)
-    if meant is not None and found != meant:
-        raise WrongGuest(f"{target} is {found} now, and not the one that was meant: it has ended")
-    free = guest.free_targets()
-    if free:
-        return free, found
-    if any(m.state is MonitorState.BUSY for m in guest.qmp_monitors):
-        raise await in_thread(_stopped, target, [guest.pid]) or _busy(target)
-    reasons = [f"{m.label}: {m.why}" for m in guest.qmp_monitors if m.why]
-    if not guest.visible:
-        raise TargetUnreachable(
-            f"{target} belongs to user id {guest.process.uid}, and "
-            + ("; ".join(reasons) or "we have no permission to see its monitors"),
-            remedy="use the user that runs QEMU, or root; or name the monitor's socket",
-        )
-    why = "no QMP monitor" if not guest.qmp_monitors else "no QMP monitor that can be reached"
-    hints = "; ".join([*reasons, *guest.notes])
-    raise TargetUnreachable(
-        f"{target} has {why}" + (f" ({hints})" if hints else ""),
-        remedy="start QEMU with -qmp unix:PATH,server=on,wait=off",
-    )
+# An answer that is longer than this, and not for us, is taken for no QMP.
+_STALE_MAX = 1 << 20
 
 
 async def dial(target: SocketTarget) -> socket.socket:
@@ -147,6 +104,10 @@ class Answered:
 async def answered(target: SocketTarget, meant: GuestIdentity | None, deadline: float) -> Answered:
     """Connect, wait for the greeting, see who sent it; nothing is sent.
 
+    Answers to the client before us are dropped: QEMU sends the answer to a command that it was
+    still executing when its client left to the next one (measured on 7.2, 10.0 and 11.1: in up to
+    1 of 130 connections right after another, before the greeting or after it).
+
     Raises WrongGuest when that is not the guest `meant`, TargetUnreachable, MonitorBusy,
     DeadlineExceeded, TargetLost.
     """
@@ -156,6 +117,8 @@ async def answered(target: SocketTarget, meant: GuestIdentity | None, deadline: 
             sock = await dial(target)
             async with explain_silence(target, sock, limit):
                 await _readable(sock)
+                while _drop_stale_answer(sock):
+                    await _readable(sock)
             return Answered(sock, await identify_peer(sock, target, meant))
     except TimeoutError:
         error = no_answer(target, deadline, connected=sock is not None)
@@ -177,6 +140,18 @@ async def _readable(sock: socket.socket) -> None:
         await ready.wait()
     finally:
         loop.remove_reader(sock)
+
+
+def _drop_stale_answer(sock: socket.socket) -> bool:
+    """Take one complete line from the socket if it is an answer to a command."""
+    try:
+        line, ended, _ = sock.recv(_STALE_MAX, socket.MSG_PEEK).partition(b"\n")
+        if not ended or not line.startswith((b'{"return"', b'{"error"')):
+            return False
+        sock.recv(len(line) + 1)
+    except OSError:
+        return False  # the session says what is wrong
+    return True
 
 
 @asynccontextmanager
@@ -235,9 +210,9 @@ def _reasons(
     """Why there is no greeting, as far as the kernel shows it: what is so, and what is so if it
     does not change until the deadline, since QEMU may just be slow."""
     pid = peer_pid(sock)
-    stopped = _stopped(target, listening_pids(target, pid))
-    if stopped is not None:
-        return stopped, None
+    halted = stopped(target, listening_pids(target, pid))
+    if halted is not None:
+        return halted, None
     state = listener_state(target, pid=pid)
     if state is None or not state.listening:
         return None, None
@@ -247,20 +222,21 @@ def _reasons(
             remedy="QEMU hangs, or this is no QMP monitor",
         )
     if state.accepted:
-        return _busy(target), None
+        return busy(target), None
     return None, _hangs(target)
 
 
 def _why_backlog(target: UnixTarget) -> TargetError:
     """Why no more connections fit: another client is served, or none is any more."""
-    stopped = _stopped(target, listening_pids(target))
-    if stopped is not None:
-        return stopped
+    halted = stopped(target, listening_pids(target))
+    if halted is not None:
+        return halted
     state = listener_state(target)
-    return _hangs(target) if state is not None and not state.accepted else _busy(target)
+    return _hangs(target) if state is not None and not state.accepted else busy(target)
 
 
-def _stopped(target: Target, pids: Sequence[int]) -> DeadlineExceeded | None:
+def stopped(target: Target, pids: Sequence[int]) -> DeadlineExceeded | None:
+    """The error when one of these processes is stopped."""
     for pid in pids:
         process = Process.read(pid)
         if process is not None and process.is_stopped():
@@ -285,7 +261,8 @@ def _hangs(target: Target) -> DeadlineExceeded:
     )
 
 
-def _busy(target: Target) -> MonitorBusy:
+def busy(target: Target) -> MonitorBusy:
+    """The error for a monitor that serves another client."""
     return MonitorBusy(
         f"{target} serves another client; a QMP monitor serves one at a time",
         remedy="disconnect the other client, or give QEMU another -qmp monitor and name that",

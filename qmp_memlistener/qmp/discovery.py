@@ -7,27 +7,19 @@ as another user is seen by its command line; what only its owner or root may rea
 Where a monitor's socket is for *us* is found by the socket, not by its name: the name was bound in
 a directory, a root (-chroot) and a mount namespace that QEMU may have left since, and another
 process may have bound it again.  A path counts when it leads to the inode that QEMU listens on.
-
-Whether a process is a QEMU, and of which version, its binary's text decides.  A process calls
-itself what it likes, and so do those who package QEMU (`qemu-acme-system-x86_64`,
-`.qemu-system-x86_64-wrapped`, `qemu-kvm`).  The text that `-version` prints is in every system
-emulator and in nothing else: it is looked for, the file is never run.  Only the binaries of
-processes that something hints at are read, each once.
 """
 
 from __future__ import annotations
 
 import os
-import re
-from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 
 from ..host import bounded
-from ..host.files import find_text, may_write, open_foreign, pieces, stat_foreign
+from ..host.files import may_write, open_foreign, pieces, stat_foreign
 from ..host.processes import (
     Process,
     Sketch,
-    path_seen_by,
     paths_seen_by,
     process_ids,
     socket_inodes,
@@ -37,11 +29,11 @@ from .cmdline import (
     CommandLine,
     MonitorMode,
     MonitorSpec,
-    has_qemu_options,
     is_qemu_name,
     parse_arguments,
-    program_index,
 )
+from .emulator import emulator_of
+from .owners import Owner, owners_of
 from .sockets import (
     MonitorState,
     UnixSocket,
@@ -52,7 +44,7 @@ from .sockets import (
 )
 from .targets import SocketTarget, TcpTarget, UnixTarget
 
-__all__ = ["Guest", "GuestMonitor", "emulator_of", "find_guest", "find_guests"]
+__all__ = ["Guest", "GuestMonitor", "find_guest", "find_guests"]
 
 _CONFIG_LONGEST = 1 << 20
 _CLOCK_SLACK_S = 2.0
@@ -60,14 +52,6 @@ _SOFT_S, _HARD_S = 0.1, 3.0
 """How long a process may take before the others go on without waiting, and in all."""
 _ASKED_FOR_S = 10.0
 _NO_PERMISSION = "no permission"
-
-# version() in softmmu/vl.c and system/vl.c prints this, joined by the compiler into one literal.
-_VERSION_TEXT = b"QEMU emulator version "
-_LONGEST_VERSION = 16
-_VERSION = re.compile(rb"QEMU emulator version (\d+\.\d+\.\d+)")
-_MOST_SEARCHED = 256
-_searched: dict[tuple[int, ...], bytes] = {}
-"""What was found in a file, by its device, inode and times."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,7 +79,8 @@ class Guest:
     """A running QEMU system emulator.
 
     `accel` None: not known.  `visible`: we may look into the process, so that what is not found
-    there is not there.  `trouble` says why next to nothing is known.
+    there is not there.  `trouble` says why next to nothing is known.  `owners`: who manages the
+    guest, the nearest first; empty when nobody is seen to.
     """
 
     process: Process
@@ -107,6 +92,7 @@ class Guest:
     monitors: tuple[GuestMonitor, ...]
     visible: bool = True
     trouble: str = ""
+    owners: tuple[Owner, ...] = ()
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -119,6 +105,11 @@ class Guest:
     @property
     def pid(self) -> int:
         return self.process.pid
+
+    @property
+    def uuid(self) -> str | None:
+        """The UUID on its command line."""
+        return next((v for o, v in pairwise(self.process.argv) if o in ("-uuid", "--uuid")), None)
 
     @property
     def qmp_monitors(self) -> tuple[GuestMonitor, ...]:
@@ -202,6 +193,7 @@ def _find(pid: int, diag: dict[int, UnixSocket] | None, *, asked_for: bool) -> G
         accel=_accel(process, command_line),
         monitors=tuple(_monitor(spec, sockets) for spec in command_line.monitors),
         visible=inodes is not None,
+        owners=owners_of(process),
     )
 
 
@@ -327,72 +319,3 @@ def _config_text(process: Process, path: str) -> str | None:
         finally:
             os.close(handle)
     return None
-
-
-# -- the emulator's binary ----------------------------------------------------------------
-
-
-def emulator_of(process: Process, *, asked_for: bool) -> tuple[int, str | None] | None:
-    """Where in its `argv` the emulator is named and its version, None when it is no QEMU.
-
-    The version is None when the binary does not show it.  Without `asked_for` a process that
-    nothing hints at is not looked into.
-    """
-    argv = process.argv
-    at = program_index(argv)
-    if at is None:
-        return None
-    named = is_qemu_name(argv[at])
-    names = os.path.basename(argv[at]) + os.path.basename(process.exe or "")
-    hinted = named or has_qemu_options(argv[at + 1 :]) or "qemu" in names
-    if not (hinted or asked_for):
-        return None
-    read = False
-    for path in _binaries(process, argv[at], through_loader=at > 0):
-        text = _version_text(path)
-        if text is None:
-            continue
-        read = True
-        if text:
-            match = _VERSION.match(text)
-            return at, match[1].decode() if match is not None else None
-    if process.exe is None:
-        # of another user: there is nothing but the name to go by
-        return (at, None) if named else None
-    return (at, None) if is_qemu_name(process.exe) or (named and at > 0 and not read) else None
-
-
-def _binaries(process: Process, binary: str, *, through_loader: bool) -> Iterator[str]:
-    """Files that may be the emulator: what the kernel runs, or what its loader was given."""
-    if not through_loader:
-        yield f"/proc/{process.pid}/exe"
-        if process.exe is not None:
-            return
-    if "/" in binary:
-        path = path_seen_by(process, binary)
-        if path is not None:
-            yield path
-    else:
-        yield from (f"{d}/{binary}" for d in ("/usr/bin", "/usr/local/bin"))
-
-
-def _version_text(path: str) -> bytes | None:
-    """The version as the binary has it, b"" when it has none, None when it cannot be read."""
-    try:
-        # a link may be what it was started by; where its own executable is known that is read
-        handle = open_foreign(path, follow=True)
-    except (OSError, ValueError):
-        return None
-    try:
-        status = os.fstat(handle)
-        file = (status.st_dev, status.st_ino, status.st_mtime_ns, status.st_ctime_ns)
-        if file not in _searched:
-            found = find_text(handle, _VERSION_TEXT, extra=_LONGEST_VERSION) or b""
-            if len(_searched) >= _MOST_SEARCHED:
-                _searched.clear()
-            _searched[file] = found
-        return _searched[file]
-    except OSError:
-        return None
-    finally:
-        os.close(handle)

@@ -54,7 +54,7 @@ from ..host.files import open_in_root
 from ..host.processes import Process
 from ..text import json_bytes
 from .discovery import Guest
-from .targets import PidTarget, Target, UnixTarget
+from .targets import PidTarget, Target, TcpTarget, UnixTarget
 
 __all__ = [
     "Freeze",
@@ -142,6 +142,8 @@ def freeze_key(target: Target, guest: Guest | None) -> FreezeKey:
                 name = f"unix-{status.st_dev:x}-{status.st_ino:x}"
                 return FreezeKey(str(target), name, status.st_uid)
         return FreezeKey(str(target), f"unix-{_digest(target.path)}", None)
+    if not isinstance(target, TcpTarget):
+        return FreezeKey(str(target), f"named-{_digest(str(target))}", None)
     try:
         host = ipaddress.ip_address(target.host).compressed
     except ValueError:

@@ -36,6 +36,7 @@ _PLAIN = re.compile(r"[A-Za-z0-9_./:=,+@%][A-Za-z0-9_./:=,+@%-]*")
 _ESCAPES = str.maketrans({"\\": "\\\\", '"': '\\"', "\n": "\\n", "\r": "\\r"})
 # char buf[1024] in monitor_parse_arguments(); one byte ends the string.
 _MAX_BYTES = 1023
+_SAMPLES = 7
 
 _ERROR = re.compile(
     r"""\A\s*(?:
@@ -170,10 +171,10 @@ class Snapshot:
         return self.t_end_ns - self.t_start_ns
 
 
-async def measure_idle(monitor: Monitor, *, samples: int = 7) -> IdleRoundTrip:
+async def measure_idle(monitor: Monitor) -> IdleRoundTrip:
     """The median round trip of `query-name`, an in-band command that takes no time in QEMU."""
-    durations = [(await monitor.timed("query-name")).duration_ns for _ in range(samples)]
-    return IdleRoundTrip(int(statistics.median(durations)), samples)
+    durations = [(await monitor.timed("query-name")).duration_ns for _ in range(_SAMPLES)]
+    return IdleRoundTrip(int(statistics.median(durations)), _SAMPLES)
 
 
 async def take_snapshot(

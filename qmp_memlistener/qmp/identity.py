@@ -34,8 +34,9 @@ from ..host.bounded import in_thread
 from ..host.processes import Process, socket_inodes
 from ..text import quoted
 from .discovery import Guest, find_guest, find_guests
+from .owners import Manager
 from .sockets import listening_pids, tcp_peer_inode, unix_sockets
-from .targets import Address, PidTarget, SocketTarget, same_socket
+from .targets import Address, LibvirtTarget, PidTarget, SocketTarget, same_socket
 
 __all__ = [
     "ASKED",
@@ -44,6 +45,7 @@ __all__ = [
     "companions_of",
     "find_owner",
     "identify_peer",
+    "is_domain",
     "peer_pid",
     "same_answers",
     "wrong_guest",
@@ -284,6 +286,9 @@ def find_owner(target: Address, identity: GuestIdentity | None) -> Guest | None:
         return guest if same else None
     if isinstance(target, PidTarget):
         return find_guest(target.pid)
+    if isinstance(target, LibvirtTarget):
+        domains = [g for g in find_guests() if is_domain(g, target)]
+        return domains[0] if len(domains) == 1 else None
     holders = listening_pids(target)
     found = map(find_guest, holders) if holders else iter(find_guests())
     for guest in found:
@@ -292,6 +297,15 @@ def find_owner(target: Address, identity: GuestIdentity | None) -> Guest | None:
         ):
             return guest
     return None
+
+
+def is_domain(guest: Guest, target: LibvirtTarget) -> bool:
+    """The guest looks like this domain, which is named by name or UUID."""
+    named = target.domain in (guest.name, guest.uuid)
+    return named and any(
+        o.manager is Manager.LIBVIRT and (None in (target.uri, o.uri) or o.has_driver(target.uri))
+        for o in guest.owners
+    )
 
 
 def companions_of(

@@ -85,6 +85,7 @@ class Abilities:
     `direct`: the monitor is ours alone, so that a command takes as long as QEMU takes, and round
     trips say something about QEMU.  `manager` names who owns the guest and must be asked for
     changes of its devices and its run state, "" when these go to QEMU.
+    `remark`: what using the link means for the guest, for the user.
     """
 
     asks: bool = False
@@ -92,6 +93,7 @@ class Abilities:
     descriptors: bool = False
     direct: bool = False
     manager: str = ""
+    remark: str = ""
 
 
 class Link(Protocol):
@@ -107,6 +109,9 @@ class Link(Protocol):
     def version(self) -> QemuVersion: ...
     @property
     def is_running(self) -> bool: ...
+    @property
+    def why_slow(self) -> str:
+        """What else may hold up an answer than QEMU, for the user; "" when nothing else does."""
 
     async def open(self, meant: GuestIdentity | None, deadline: float) -> GuestIdentity:
         """Begin the session within `deadline` seconds; returns who answers.
@@ -121,6 +126,13 @@ class Link(Protocol):
 
         The caller sees to the deadline, and that only one in-band call is under way.  Cancelled,
         it returns at once.  Raises ConnectionError when the session has ended, TargetError.
+        """
+
+    async def manage(self, command: Command) -> Reply | CommandFailed:
+        """Have the manager carry out a change that is a command to itself, not to QEMU; only where
+        `Abilities.manager` names one.
+
+        `attach-device` {xml}, `detach-device` {alias}, `update-memory-device` {alias, bytes}.
         """
 
     async def end(self) -> None:

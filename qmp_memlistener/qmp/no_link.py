@@ -32,6 +32,10 @@ class NoLink:
         self._ended = False
 
     @property
+    def why_slow(self) -> str:
+        return ""
+
+    @property
     def is_running(self) -> bool:
         return self._handle >= 0 and not self._ended
 
@@ -74,6 +78,9 @@ class NoLink:
             f"{self._target} cannot be asked {names}: no QMP monitor of it is free",
             remedy="start QEMU with -qmp unix:PATH,server=on,wait=off",
         )
+
+    async def manage(self, command: Command) -> Reply | CommandFailed:
+        raise NotImplementedError(f"nobody manages {self._target}: {command.name}")
 
     async def end(self) -> None:
         gone = self._ended or Process.read(self._target.pid) is None

@@ -36,6 +36,10 @@ class SocketLink:
         self._client = TimedClient(on_event, on_end)
 
     @property
+    def why_slow(self) -> str:
+        return ""
+
+    @property
     def is_running(self) -> bool:
         return self._client.is_running
 
@@ -85,6 +89,9 @@ class SocketLink:
             raise ConnectionError(str(error)) from error
         except QMPError as error:
             raise _session_error(self._target, error) from error
+
+    async def manage(self, command: Command) -> Reply | CommandFailed:
+        raise NotImplementedError(f"nobody manages {self._target}: {command.name}")
 
     async def end(self) -> None:
         try:

@@ -6,6 +6,9 @@ Accepted forms::
     PATH        the same, when the text contains a `/` or names something that exists
     HOST:PORT   a TCP monitor; `[V6]:PORT` for a literal IPv6 address, `tcp:` may stand in front
     pid:N       the QEMU with that process id; one of its free monitors is used
+    name:GUEST  the same, by the guest's name (-name)
+    libvirt:DOMAIN, libvirt:DOMAIN?connect=URI
+                a domain of libvirt's, by name or UUID; without URI, libvirt's own default
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ from ..text import quoted
 __all__ = [
     "TARGET_FORMS",
     "Address",
+    "LibvirtTarget",
+    "NameTarget",
     "PidTarget",
     "SocketTarget",
     "Target",
@@ -30,10 +35,14 @@ __all__ = [
     "same_socket",
 ]
 
-TARGET_FORMS = "unix:PATH, a path, HOST:PORT, [V6]:PORT or pid:N"
+TARGET_FORMS = (
+    "unix:PATH, a path, HOST:PORT, [V6]:PORT, pid:N, name:GUEST or libvirt:DOMAIN[?connect=URI]"
+)
 
 # The kernel's own ceiling for process ids (PID_MAX_LIMIT, include/linux/threads.h).
 _PID_MAX = 1 << 22
+
+_CONNECT = "?connect="
 
 _HOST_PORT = re.compile(r"(?:\[([^\[\]\s]+)\]|([^\[\]:/\s]*)):([0-9]{1,5})")
 
@@ -73,9 +82,30 @@ class PidTarget:
         return f"pid:{self.pid}"
 
 
+@dataclass(frozen=True, slots=True)
+class NameTarget:
+    """A QEMU by the guest's name."""
+
+    name: str
+
+    def __str__(self) -> str:
+        return f"name:{self.name}"
+
+
+@dataclass(frozen=True, slots=True)
+class LibvirtTarget:
+    """A domain by name or UUID; `uri` None is libvirt's default (virConnectOpen(3))."""
+
+    domain: str
+    uri: str | None = None
+
+    def __str__(self) -> str:
+        return f"libvirt:{self.domain}" + (f"{_CONNECT}{self.uri}" if self.uri is not None else "")
+
+
 SocketTarget = UnixTarget | TcpTarget
-Target = UnixTarget | TcpTarget | PidTarget
-Address = SocketTarget | PidTarget
+Target = UnixTarget | TcpTarget | PidTarget | NameTarget | LibvirtTarget
+Address = SocketTarget | PidTarget | LibvirtTarget
 """What a connection can be made to; a process is one to which there is no monitor."""
 
 
@@ -93,6 +123,12 @@ def parse_target(text: str) -> Target:
         return UnixTarget(path)
     if text.startswith("pid:"):
         return _pid(text)
+    if text.startswith("name:"):
+        if text == "name:":
+            raise _not_a_target(text, "the name is empty")
+        return NameTarget(text.removeprefix("name:"))
+    if text.startswith("libvirt:"):
+        return _libvirt(text)
     if text.startswith("tcp:"):
         return _tcp(text, text.removeprefix("tcp:"))
     if "/" in text:
@@ -136,6 +172,15 @@ def _pid(text: str) -> PidTarget:
     if not (digits.isascii() and digits.isdigit()) or not 0 < int(digits[:9]) <= _PID_MAX:
         raise _not_a_target(text, "it is not a process id")
     return PidTarget(int(digits))
+
+
+def _libvirt(text: str) -> LibvirtTarget:
+    domain, connect, uri = text.removeprefix("libvirt:").partition(_CONNECT)
+    if not domain:
+        raise _not_a_target(text, "the domain is empty")
+    if connect and not uri:
+        raise _not_a_target(text, "the URI is empty")
+    return LibvirtTarget(domain, uri if connect else None)
 
 
 def _tcp(text: str, address: str) -> TcpTarget:

@@ -24,7 +24,7 @@ from typing import Self
 
 import msgspec
 
-from ..errors import TargetError, TargetUnreachable, TraceReason, TraceUnavailable
+from ..errors import TargetError, TraceReason, TraceUnavailable
 from ..host.bounded import in_thread
 from .connection import Monitor
 from .discovery import Guest, find_guest
@@ -187,8 +187,6 @@ class TraceSession:
         if not free and await guest.process.has_ended():
             place.clear()
             return Restored()
-        if not free:
-            raise TargetUnreachable(f"no monitor of QEMU (pid {guest.pid}) is free")
         meant = GuestIdentity.of(guest.process)
         async with await Monitor.connect(PidTarget(guest.pid), meant=meant) as monitor:
             return await _leave(monitor, place, guest, note, others)

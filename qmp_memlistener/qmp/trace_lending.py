@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import secrets
 import struct
 from collections.abc import AsyncIterator, Sequence
@@ -25,18 +24,15 @@ from contextlib import asynccontextmanager
 
 from ..errors import CommandFailed, TraceReason, TraceUnavailable
 from ..host.bounded import in_thread
-from ..host.files import open_in_root
 from ..host.processes import Process
 from .connection import Command, Monitor
 
-__all__ = ["open_to_qemu", "remove_foreign_log"]
+__all__ = ["open_to_qemu"]
 
 # POSIX ACL extended attribute, version 2 (include/uapi/linux/posix_acl{,_xattr}.h).
 _ACL_NAME = "system.posix_acl_access"
 _USER_OBJ, _USER, _GROUP_OBJ, _MASK, _OTHER = 0x01, 0x02, 0x04, 0x10, 0x20
 _NO_ID = 0xFFFFFFFF
-
-_LOG_OF_OLD = re.compile(r"/proc/[0-9]+/root(/dev/shm)/(qmp-memlistener-[0-9]+-[0-9]+-[0-9]+\.log)")
 
 
 @asynccontextmanager
@@ -72,26 +68,6 @@ async def open_to_qemu(
     finally:
         with contextlib.suppress(CommandFailed):
             await monitor.execute("closefd", {"fdname": name})
-
-
-def remove_foreign_log(process: Process, path: str) -> None:
-    """Remove the log that an earlier version made in the /dev/shm that a QEMU sees.
-
-    Any other path is left alone: the log in our directory goes with that.
-    """
-    match = _LOG_OF_OLD.fullmatch(path)
-    if match is None:
-        return
-    try:
-        directory = open_in_root(process, match[1], os.O_PATH | os.O_DIRECTORY)
-    except OSError:
-        return
-    try:
-        os.unlink(match[2], dir_fd=directory)
-    except OSError:
-        pass
-    finally:
-        os.close(directory)
 
 
 def _number_of(process: Process, handle: int) -> int | None:

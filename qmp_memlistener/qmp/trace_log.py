@@ -17,7 +17,8 @@ Who else writes to the log?  Its lines would be taken for QEMU's own.  The threa
 in place where QEMU has one (`-D FILE`, a stderr that is a file).  If the guest's console goes to
 the same file (`-serial file:x -D x`, `-serial stdio >x 2>&1`), the guest writes trace lines of its
 choice: slot operations that never were.  So does any other process that has the file open, and
-passes on what a guest says.  Such a file is refused, with the way out (`check_writers`).  Who
+passes on what a guest says.  A standard output that nothing of the guest's can reach is no writer
+(libvirt makes one file of both).  Such a file is refused, with the way out (`check_writers`).  Who
 started QEMU may have kept the file open, other than as its own output: that is only said.
 
 Files are identified by device and inode, not by name: by the descriptors that QEMU and the others
@@ -163,7 +164,7 @@ def check_writers(
     if descriptors is None:
         why = _by_command_line(log, process, command_line, chardevs)
     else:
-        why = _by_descriptors(log, process, command_line, descriptors)
+        why = _by_descriptors(log, process, command_line, descriptors, chardevs)
     if why is not None:
         raise TraceUnavailable(
             TraceReason.LOG_OF_GUEST,
@@ -192,6 +193,7 @@ def _by_descriptors(
     process: Process,
     command_line: CommandLine,
     descriptors: Collection[FileDescriptor],
+    chardevs: Collection[str],
 ) -> str | None:
     """The log is stderr, or what fopen() made: inheritable.  All else is QEMU's use of the file.
 
@@ -200,9 +202,10 @@ def _by_descriptors(
     mine = [
         f for f in descriptors if (f.device, f.inode) == (log.device, log.inode) and f.is_writable
     ]
-    if any(f.number == 1 for f in mine):
+    unused = command_line.stdout_unused and not any(c.startswith("stdio") for c in chardevs)
+    if any(f.number == 1 for f in mine) and not unused:
         return "it is its standard output as well"
-    others = [f for f in mine if f.number != 2]
+    others = [f for f in mine if f.number not in (1, 2)]
     if any(f.flags & os.O_CLOEXEC for f in others):
         return "a character or block device of the guest is the same file"
     named = command_line.log_file is not None and _is(

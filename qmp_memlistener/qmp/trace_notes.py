@@ -225,7 +225,7 @@ class Place:
             handles.append(self._base.attend(f"{self.key}.live"))
             # Locked before it can be seen: whoever finds it unlocked may take it for a dead one's.
             try_lock(handle)
-            write_all(handle, msgspec.json.encode(_LeaseDocument(os.getpid(), sorted(events))))
+            write_all(handle, json_bytes(_LeaseDocument(os.getpid(), sorted(events))))
             lease = Lease(directory, name, tuple(handles))
             lease.set_position(offset)
             directory.rename(f"{name}.new", name)

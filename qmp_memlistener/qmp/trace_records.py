@@ -117,7 +117,7 @@ class HmpCommand(msgspec.Struct, frozen=True, gc=False):
     """`handle_hmp_command`: a human-monitor command is about to run.
 
     `marker` is the number of a marker that `trace_control` sent: everything QEMU logged before
-    it stands before it.
+    it precedes it.
     """
 
     t_ns: int

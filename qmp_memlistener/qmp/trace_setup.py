@@ -22,7 +22,7 @@ from ..host.processes import Process
 from .connection import Command, Monitor
 from .discovery import Guest
 from .hmp import hmp
-from .trace_lending import open_to_qemu, remove_foreign_log
+from .trace_lending import open_to_qemu
 from .trace_lines import new_marker
 from .trace_log import LogFile, check_writers, find_log_files, restore_target
 from .trace_notes import Place, Redirection, TraceNote
@@ -291,7 +291,6 @@ async def undo(monitor: Monitor, place: Place, guest: Guest, note: TraceNote) ->
             where = await _restore_log(monitor, guest, log, remarks)
         else:
             remarks.append("another client has redirected QEMU's log since: it is left as it is")
-        remove_foreign_log(guest.process, log.path)
     place.clear()
     return Restored(tuple(n for n in disabled if n not in refused), where, tuple(remarks))
 

@@ -57,7 +57,8 @@ class StallCauseType(OpenEnum):
 
     TRANSITION: its `seq`.  SLOT_OP: slot operations without a transition, such as dirty logging;
     `"AS:SLOT"` or words.  COMMAND: the name of a command.  AGENT: that of a command of ours.
-    STOP: the status in which the guest was stopped, None when it is not known.  UNKNOWN: None.
+    STOP: the status in which the guest was stopped, None when it is not known.  SCHEDULER: the
+    host gave the thread no CPU; None.  UNKNOWN: None.
     """
 
     TRANSITION = "transition"
@@ -65,6 +66,7 @@ class StallCauseType(OpenEnum):
     COMMAND = "command"
     AGENT = "agent"
     STOP = "stop"
+    SCHEDULER = "scheduler"
     UNKNOWN = "unknown"
 
 

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from ..kvmlab.measuring import Totals
 from ..kvmlab.race import RaceReport, StrategyResult
 from ..kvmlab.replay.run import ReplayReport
+from ..text import count_text
 from .terminal import size_text
 
 __all__ = ["Table", "race_lines", "replay_lines", "strategy_lines"]
@@ -22,9 +23,9 @@ def race_lines(report: RaceReport) -> Iterator[str]:
     layout = o.layout()
     low, _ = layout.hole
     yield from textwrap.wrap(
-        f"{_count(o.updates, 'punch or fill', 'punches and fills')} of a hole of "
+        f"{count_text(o.updates, 'punch or fill', 'punches and fills')} of a hole of "
         f"{size_text(o.hole_size)} at {low:#x}, in a slot of {size_text(o.slot_size)}"
-        f"{', dirty logging on' if layout.logged else ''}; {_count(o.vcpus, 'vCPU', 'vCPUs')}, "
+        f"{', dirty logging on' if layout.logged else ''}; {count_text(o.vcpus, 'vCPU')}, "
         f"guest {o.guest.value}; {report.host['kvm']} KVM of Linux {report.host['kernel']}",
         _WIDTH,
     )
@@ -102,7 +103,7 @@ def replay_lines(report: ReplayReport) -> Iterator[str]:
     of = f" of QEMU {report.qemu_version}" if report.qemu_version else ""
     yield from textwrap.wrap(
         f"{report.kind} {report.source}{of}, on {report.host['kvm']} KVM of Linux "
-        f"{report.host['kernel']}, {_count(report.options.vcpus, 'vCPU', 'vCPUs')}",
+        f"{report.host['kernel']}, {count_text(report.options.vcpus, 'vCPU')}",
         _WIDTH,
         break_on_hyphens=False,
     )
@@ -146,10 +147,6 @@ def strategy_lines(found: Sequence[tuple[str, str, str | None]]) -> Iterator[str
 
 def _indented(text: str) -> list[str]:
     return textwrap.wrap(text, _WIDTH, initial_indent="    ", subsequent_indent="    ")
-
-
-def _count(n: int, one: str, many: str) -> str:
-    return f"{n:,} {one if n == 1 else many}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,7 +25,7 @@ _KINDS = {
 }
 KIND_ORDER = {kind: i for i, kind in enumerate(_KINDS)}
 
-# (from here on, unit, its name): what is shorter than 0.1 of a unit is told in the one below
+# (from here on, unit, its name): what is shorter than 0.1 of a unit is shown in the one below
 _UNITS = (
     (600 * 10**9, 60 * 10**9, "min"),
     (10**9, 10**9, "s"),

@@ -36,6 +36,7 @@ _CAUSES = {
     StallCauseType.COMMAND: "command ",
     StallCauseType.AGENT: "agent: ",
     StallCauseType.STOP: "guest stopped: ",
+    StallCauseType.SCHEDULER: "no host CPU for it",
 }
 
 

@@ -34,7 +34,7 @@ def summary_lines(
     summary: SummaryRecord, *, width: int = 80, unicode: bool = True, charts: bool = True
 ) -> Iterator[str]:
     """A table by kind and cause, and below it, with `charts`, histograms on one logarithmic axis.
-    Where bounds are more than 10 % apart both are told: `2.1-105 ms`.
+    Where bounds are more than 10 % apart both are shown: `2.1-105 ms`.
 
     Lines are at most `width` long, down to 48 columns: the narrower, the fewer columns has the
     table, and where the histograms find no room they are left out.  `unicode` says that the output

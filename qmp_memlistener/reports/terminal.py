@@ -32,7 +32,8 @@ from .stalls import measured_lines
 __all__ = ["Narrator", "cause_text", "flags_text", "size_text"]
 
 MINOR_NS = 5_000_000
-"""Shorter stalls of unknown cause, and shorter commands, have no line of their own."""
+"""Shorter stalls that nobody made in QEMU, and shorter commands, have no line of their own."""
+_MINOR = (StallCauseType.UNKNOWN, StallCauseType.SCHEDULER)
 _INDENT = " " * 12
 
 
@@ -169,9 +170,9 @@ class Narrator:
 
 
 def _is_minor(stall: StallRecord) -> bool:
-    """A short stall that nothing explains."""
-    unknown = stall.cause is None or stall.cause.type is StallCauseType.UNKNOWN
-    return unknown and stall.at_most_ns < MINOR_NS
+    """A short stall that nothing explains, or the host's load."""
+    minor = stall.cause is None or stall.cause.type in _MINOR
+    return minor and stall.at_most_ns < MINOR_NS
 
 
 def _time_of(record: Record) -> int:

@@ -32,14 +32,15 @@ __all__ = [
 ]
 
 NAME = "qmp-memlistener-steer"
-_MAGIC = 0x6C6D7131
+_MAGIC = 0x6C6D7132
 _RING = 16384
 _UNWRITTEN_NS = 1_000_000_000
 _VCPUS = 1024
-_HEAD = struct.Struct("<15I4x9Q")
+_HEAD = struct.Struct("<15I4x10Q")
 _WANT_AT, _STRICT_AT, _ARMED_AT = 8, 12, 16
 _VCPU = struct.Struct("<4IQ40x")
 _VCPU_AT = 192
+_NEW = struct.Struct("<I")
 _NEXT = struct.Struct("<Q")
 _NEXT_AT = _VCPU_AT + _VCPUS * _VCPU.size
 _EVENT = struct.Struct("<6Q4IiI")
@@ -150,6 +151,7 @@ class State:
     gave_up: int
     translated: int
     saved: int
+    answered_ns: int
 
 
 class Channel:
@@ -304,9 +306,14 @@ def _event(fields: list[int]) -> Event | None:
 
 
 def open_channel(process: Process) -> Channel | None:
-    """The channel of the interposer in a QEMU; None when it has none.
+    """The channel of the interposer in a QEMU; None when it has none, or is making it.
 
     Raises PermissionError when that cannot be seen, FileNotFoundError when QEMU has ended.
     """
     found = open_memfd(process, NAME)
-    return Channel(found[1]) if found is not None else None
+    if found is None:
+        return None
+    if os.pread(found[1], _NEW.size, 0) in (b"", bytes(_NEW.size)):
+        os.close(found[1])
+        return None
+    return Channel(found[1])

@@ -1,15 +1,18 @@
-"""The main thread of a running QEMU made to call a function of its own process, by ptrace.
+"""The main thread of a running QEMU made to call functions of its own process, by ptrace.
 
-The thread is taken only while it waits in `ppoll` in its main loop: there it holds no lock, and not
-the BQL.  All other threads run on.  The call returns into `rt_sigreturn`, with a frame that holds
-every register of before, and the `ppoll` begins anew.  So QEMU goes on by itself when this process
-ends in the middle of a call, and a call that takes long ends without us.
+The thread is taken only while it waits in `ppoll` in its main loop: there it holds no lock but, in
+a nested loop of the block layer, the BQL, which nothing that is called here takes.  All other
+threads run on.  It is held only while its registers and its stack are written, which a timer of the
+kernel bounds: who holds it for longer is killed, and with its tracer gone the thread runs on.  The
+calls are made without a tracer.  Each returns into `rt_sigreturn`, with a frame that holds the
+registers of the next one, and the last with those of before, so that the `ppoll` begins anew.  So
+QEMU goes on by itself whenever this process ends.
 
 ptrace is refused to a process that is QEMU's parent and waits for it, so this runs in a process of
 its own (see `injector`).  x86-64 and glibc only.
 
-Sources: Linux ptrace(2), sigreturn(2), arch/x86/kernel/signal_64.c (rt_sigreturn; `ss_flags` that
-are invalid leave the alternate stack as it is); glibc's __restore_rt.
+Sources: Linux ptrace(2), sigreturn(2), timer_create(2), arch/x86/kernel/signal_64.c (rt_sigreturn;
+`ss_flags` that are invalid leave the alternate stack as it is); glibc's __restore_rt.
 """
 
 from __future__ import annotations
@@ -19,25 +22,35 @@ import os
 import signal
 import struct
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
-__all__ = ["GLIBC", "HijackRefused", "MappedRange", "call", "find_restorer", "mappings"]
+__all__ = [
+    "GLIBC",
+    "HijackedCall",
+    "HijackRefused",
+    "MappedRange",
+    "call",
+    "find_restorer",
+    "mappings",
+]
 
 GLIBC = "/libc.so.6"
 """How the path of the C library ends that has what is called here."""
 
-_SEIZE, _INTERRUPT, _DETACH, _CONT, _SYSCALL = 0x4206, 0x4207, 17, 7, 24
+_SEIZE, _INTERRUPT, _DETACH, _CONT = 0x4206, 0x4207, 17, 7
 _GETREGSET, _SETREGSET, _GETSIGMASK = 0x4204, 0x4205, 0x420A
-_O_TRACESYSGOOD = 1
 _NT_PRSTATUS = 1
 _EVENT_STOP = 128
 _WALL = 0x40000000
-_PPOLL, _RT_SIGRETURN = 271, 15
+_PPOLL = 271
 _SYSCALL_BYTES = b"\x0f\x05"
 _RESTORE_RT = b"\x48\xc7\xc0\x0f\x00\x00\x00\x0f\x05"  # mov $15, %rax; syscall
-_CATCH_S = 1.0
-"""For the main thread to be in ppoll."""
+_CATCH_S = 5.0
+"""For the main thread to be in ppoll; it runs meanwhile."""
+_HOLD_S = 0.05
+"""For what is written while it is held."""
 _CALL_S = 1.0
 _STEP_S = 0.001
 _RED_ZONE = 128
@@ -69,6 +82,14 @@ _NAMES = (
 
 class HijackRefused(Exception):
     """Nothing was called; the thread runs as before."""
+
+
+@dataclass(frozen=True, slots=True)
+class HijackedCall:
+    """A function at an address.  Strings are put on the stack."""
+
+    function: int
+    arguments: tuple[int | bytes, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,66 +139,135 @@ class _Iov(ctypes.Structure):
     _fields_ = [("base", ctypes.c_void_p), ("len", ctypes.c_size_t)]
 
 
-def call(pid: int, function: int, *arguments: int | bytes, restorer: int) -> int:
-    """Call a function at an address.  Strings are put on the stack.  Its result is not known.
+def call(
+    pid: int, calls: Sequence[HijackedCall], *, restorer: int, ended: Callable[[], int | None]
+) -> int:
+    """Make calls, one after the other.  `ended` says when they were over, None before.
 
-    Returns how long the main thread did not do its own work, in ns.  Raises HijackRefused when
-    it could not be caught in ppoll, OSError as ptrace does.
+    Returns how long the main thread did not do its own work, in ns; when it takes too long, how
+    long it has not so far.  Raises HijackRefused when it could not be caught in ppoll, OSError as
+    ptrace does.
     """
-    _ptrace(_SEIZE, pid, 0, _O_TRACESYSGOOD)
-    try:
-        began, regs = _catch(pid)
-        _enter(pid, regs, function, arguments, restorer)
-        _run_to_sigreturn(pid)
-        return time.monotonic_ns() - began
-    finally:
-        _let_go(pid)
+    with _at_once():
+        began = _begin(pid, calls, restorer)
+        until, step = time.monotonic() + _CALL_S, _STEP_S / 4
+        while (end := ended()) is None and time.monotonic() < until:
+            time.sleep(step)
+            step = min(step * 1.5, 5 * _STEP_S)
+    now = time.monotonic_ns()
+    return (end if end is not None and began < end < now else now) - began
 
 
-def _catch(pid: int) -> tuple[int, _Regs]:
+def _begin(pid: int, calls: Sequence[HijackedCall], restorer: int) -> int:
+    """When the thread was stopped."""
     until = time.monotonic() + _CATCH_S
-    while True:
-        began = time.monotonic_ns()
+    guard = _Guard()
+    with (
+        open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory,
+        open(f"/proc/{pid}/syscall", "rb", buffering=0) as syscall,
+    ):
+        while True:
+            # not stopped in vain: it may wait for the BQL
+            if os.pread(syscall.fileno(), 4, 0) == b"%d " % _PPOLL:
+                began = time.monotonic_ns()
+                with _held(pid, guard, until) as regs:
+                    # no signal mask of its own: none has to be put back when the calls return
+                    if regs.orig_rax == _PPOLL and regs.r10 == 0:
+                        _enter(pid, memory.fileno(), regs, calls, restorer)
+                        return began
+            if time.monotonic() > until:
+                raise HijackRefused(
+                    f"its main thread was not in ppoll within {_CATCH_S:g} s: it is busy or hangs"
+                )
+            time.sleep(_STEP_S)
+
+
+@contextmanager
+def _held(pid: int, guard: _Guard, until: float) -> Iterator[_Regs]:
+    """The registers of the thread, which stands meanwhile."""
+    _ptrace(_SEIZE, pid)
+    try:
         _ptrace(_INTERRUPT, pid)
-        _wait_stop(pid)
-        regs = _registers(pid)
-        # no signal mask of its own: none has to be put back when the call returns
-        if regs.orig_rax == _PPOLL and regs.r10 == 0:
-            return began, regs
-        if time.monotonic() > until:
-            raise HijackRefused(
-                f"its main thread was not in ppoll within {_CATCH_S:g} s: it is busy or hangs"
-            )
-        _ptrace(_CONT, pid)
-        time.sleep(_STEP_S)
+        _wait_stop(pid, guard, until)
+        yield _registers(pid)
+    finally:
+        with suppress(OSError):  # one that is not stopped is let go when this process ends
+            _ptrace(_DETACH, pid)
+        guard.disarm()
+
+
+class _Guard:
+    """Ends this process when it is not disarmed in time, even if it is stopped or does not run."""
+
+    class _Event(ctypes.Structure):
+        _fields_ = [
+            ("value", ctypes.c_uint64),
+            ("signal", ctypes.c_int),
+            ("notify", ctypes.c_int),  # 0: SIGEV_SIGNAL
+            ("pad", ctypes.c_char * 48),
+        ]
+
+    def __init__(self) -> None:
+        self._timer = ctypes.c_void_p()
+        event = self._Event(signal=signal.SIGKILL)
+        clock = time.CLOCK_MONOTONIC
+        if _libc.timer_create(clock, ctypes.byref(event), ctypes.byref(self._timer)):
+            raise HijackRefused("this host has no timer left for the helper")
+
+    def arm(self) -> None:
+        self._set(int(_HOLD_S * 1e9))
+
+    def disarm(self) -> None:
+        self._set(0)
+
+    def _set(self, ns: int) -> None:
+        when = (ctypes.c_long * 4)(0, 0, 0, ns)
+        _libc.timer_settime(self._timer, 0, when, None)
+
+
+@contextmanager
+def _at_once() -> Iterator[None]:
+    """Before what else runs on the host, where that is allowed."""
+    before = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+    except OSError:
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, *before)
 
 
 def _enter(
-    pid: int, regs: _Regs, function: int, arguments: tuple[int | bytes, ...], restorer: int
+    pid: int, memory: int, regs: _Regs, calls: Sequence[HijackedCall], restorer: int
 ) -> None:
     mask = ctypes.c_uint64()
     _ptrace(_GETSIGMASK, pid, ctypes.sizeof(mask), ctypes.addressof(mask))
-    with open(f"/proc/{pid}/mem", "r+b", buffering=0) as memory:
-        fd = memory.fileno()
-        if os.pread(fd, 2, regs.rip - 2) != _SYSCALL_BYTES:
-            raise HijackRefused("its main thread waits in no system call that could begin anew")
-        top = regs.rsp - _RED_ZONE
+    if os.pread(memory, 2, regs.rip - 2) != _SYSCALL_BYTES:
+        raise HijackRefused("its main thread waits in no system call that could begin anew")
+    after = _Regs.from_buffer_copy(regs)
+    after.rip -= len(_SYSCALL_BYTES)
+    after.rax = _PPOLL
+    top = regs.rsp - _RED_ZONE
+    for each in reversed(calls):  # a call's frame is above what the call itself has on the stack
         values = []
-        for argument in arguments:
+        for argument in each.arguments:
             if isinstance(argument, bytes):
                 top -= len(argument) + 1
-                os.pwrite(fd, argument + b"\0", top)
+                os.pwrite(memory, argument + b"\0", top)
                 argument = top
             values.append(argument)
-        frame = _frame(regs, mask.value, restorer)
-        at = ((top - len(frame)) & ~15) - 8  # as at the entry of a function
-        os.pwrite(fd, frame, at)
-    entered = _Regs.from_buffer_copy(regs)
-    for name, value in zip(("rdi", "rsi", "rdx", "rcx"), values, strict=False):
-        setattr(entered, name, value)
-    entered.rip, entered.rsp, entered.rax = function, at, 0
-    entered.orig_rax = 2**64 - 1  # no system call that the kernel would begin anew
-    _set_registers(pid, entered)
+        frame = _frame(after, mask.value, restorer)
+        top = ((top - len(frame)) & ~15) - 8  # as at the entry of a function
+        os.pwrite(memory, frame, top)
+        after = _Regs.from_buffer_copy(regs)
+        for name, value in zip(("rdi", "rsi", "rdx", "rcx"), values, strict=False):
+            setattr(after, name, value)
+        after.rip, after.rsp, after.rax = each.function, top, 0
+    after.orig_rax = 2**64 - 1  # no system call that the kernel would begin anew
+    _set_registers(pid, after)
 
 
 def _frame(regs: _Regs, mask: int, restorer: int) -> bytes:
@@ -186,13 +276,10 @@ def _frame(regs: _Regs, mask: int, restorer: int) -> bytes:
         *("r8", "r9", "r10", "r11", "r12", "r13", "r14", "r15", "rdi", "rsi", "rbp", "rbx", "rdx"),
         *("rax", "rcx", "rsp", "rip", "eflags"),
     )
-    values = {name: getattr(regs, name) for name in order}
-    values["rip"] -= len(_SYSCALL_BYTES)
-    values["rax"] = _PPOLL
     flags = 0x6  # UC_SIGCONTEXT_SS, UC_STRICT_RESTORE_SS
     untouched = 0x77  # ss_flags that sigaltstack(2) refuses
     context = struct.pack("<QQQIIQ", flags, 0, 0, untouched, 0, 0)
-    context += struct.pack("<18Q", *(values[name] for name in order))
+    context += struct.pack("<18Q", *(getattr(regs, name) for name in order))
     context += struct.pack("<4H", regs.cs, 0, 0, regs.ss)
     context += struct.pack("<4Q", 0, 0, 0, 0)  # err, trapno, oldmask, cr2
     context += struct.pack("<9Q", *([0] * 9))  # no floating-point state: a system call keeps none
@@ -200,54 +287,19 @@ def _frame(regs: _Regs, mask: int, restorer: int) -> bytes:
     return struct.pack("<Q", restorer) + context + bytes(128)  # siginfo
 
 
-def _run_to_sigreturn(pid: int) -> None:
-    """Until the frame is about to be put back, or it takes too long."""
-    until = time.monotonic() + _CALL_S
-    signal_to_pass = 0
-    while True:
-        _ptrace(_SYSCALL, pid, 0, signal_to_pass)
-        status = _wait(pid, until)
-        if status is None:
-            _ptrace(_INTERRUPT, pid)
-            _wait_stop(pid)
-            return  # it ends without us
-        number = os.WSTOPSIG(status)
-        signal_to_pass = 0
-        if number == signal.SIGTRAP | 0x80:
-            if _registers(pid).orig_rax == _RT_SIGRETURN:
-                return
-        elif status >> 16 != _EVENT_STOP and number != signal.SIGTRAP:
-            signal_to_pass = number
-
-
-def _let_go(pid: int) -> None:
-    try:
-        _ptrace(_DETACH, pid)
-    except OSError:  # it runs: ptrace(2) wants it stopped
-        _ptrace(_INTERRUPT, pid)
-        _wait_stop(pid)
-        _ptrace(_DETACH, pid)
-
-
-def _wait_stop(pid: int) -> None:
-    while True:
-        _, status = os.waitpid(pid, _WALL)
-        if not os.WIFSTOPPED(status):
-            raise HijackRefused(f"QEMU (pid {pid}) has ended")
-        if status >> 16 == _EVENT_STOP:
-            return
-        _ptrace(_CONT, pid, 0, os.WSTOPSIG(status))  # a signal of somebody else's: pass it on
-
-
-def _wait(pid: int, until: float) -> int | None:
+def _wait_stop(pid: int, guard: _Guard, until: float) -> None:
     while time.monotonic() < until:
+        guard.arm()  # from now on it may stand
         found, status = os.waitpid(pid, _WALL | os.WNOHANG)
-        if found:
-            if not os.WIFSTOPPED(status):
-                raise HijackRefused(f"QEMU (pid {pid}) has ended")
-            return status
-        time.sleep(0.0001)
-    return None
+        if not found:
+            time.sleep(_STEP_S / 10)
+        elif not os.WIFSTOPPED(status):
+            raise HijackRefused(f"QEMU (pid {pid}) has ended")
+        elif status >> 16 == _EVENT_STOP:
+            return
+        else:
+            _ptrace(_CONT, pid, 0, os.WSTOPSIG(status))  # a signal of somebody else's: pass it on
+    raise HijackRefused(f"its main thread did not stop within {_CATCH_S:g} s: it hangs")
 
 
 def _registers(pid: int) -> _Regs:

@@ -2,8 +2,8 @@
 
 KEY is `Process.key`.  A process of its own: whoever started QEMU and waits for it may not trace it.
 It writes one JSON document: `{"stopped_ns": [...], "error": str | null}`, how long QEMU's main loop
-was stopped for each call, and why nothing was done.  The answers of attach and detach are in the
-channel.
+did not do its own work, each time, and why nothing was done.  The answers of attach and detach are
+in the channel.  It is killed when it holds QEMU for too long (see `hijack`), and then writes none.
 """
 
 from __future__ import annotations
@@ -12,13 +12,16 @@ import json
 import os
 import signal
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 from ..errors import MissingPrerequisite
 from ..host.elf import read_elf
 from ..host.files import open_memfd
 from ..host.processes import Process, process_of
-from .hijack import GLIBC, HijackRefused, MappedRange, call, find_restorer, mappings
+from .channel import State, open_channel
+from .hijack import GLIBC, HijackedCall, HijackRefused, MappedRange, call, find_restorer, mappings
 
 __all__ = ["main"]
 
@@ -63,14 +66,12 @@ class _Injection:
         self._restorer = find_restorer(self._pid, libc)
 
     def run(self, verb: str) -> None:
-        name = f"qmp_memlistener_{verb}"
         self._tidy()
         ours = self._loaded()
-        if not ours:
-            if verb == "detach":
-                return
-            ours = self._load()
-        self._call(_addresses(str(self._code), ours, (name,))[name])
+        if ours:
+            self._ask(ours, f"qmp_memlistener_{verb}")
+        elif verb == "attach":
+            self._load()  # which attaches it
 
     def _tidy(self) -> None:
         """Close the memfd that an injector left which was killed.
@@ -80,33 +81,73 @@ class _Injection:
         while (found := open_memfd(self._process, _CODE)) is not None:
             number, handle = found
             os.close(handle)
-            self._call(self._functions["close"], number)
+            self._call(HijackedCall(self._functions["close"], (number,)), ended=self._closed)
 
     def _loaded(self) -> list[MappedRange]:
         return _object(self._pid, f"/memfd:{_CODE} (deleted)") or _object(
             self._pid, f"/{self._code.name}"
         )
 
-    def _load(self) -> list[MappedRange]:
+    def _ask(self, ours: list[MappedRange], name: str) -> None:
+        function = _addresses(str(self._code), ours, (name,))[name]
+        before = self._answers()
+
+        def answered() -> int | None:
+            state = self._state()
+            return state.answered_ns if state and state.answers != before else None
+
+        self._call(HijackedCall(function), ended=answered)
+
+    def _load(self) -> None:
         """Our object, from a memfd of QEMU's: no file in its namespaces, no right of its user."""
-        self._call(self._functions["memfd_create"], _CODE.encode(), _MFD_FLAGS)
+        make = HijackedCall(self._functions["memfd_create"], (_CODE.encode(), _MFD_FLAGS))
+        self._call(make, ended=self._made)
         found = open_memfd(self._process, _CODE)
         if found is None:
             raise HijackRefused("it could not make a memfd (a seccomp filter of its own?)")
         number, handle = found
         with open(handle, "wb", closefd=True) as file:
             file.write(self._code.read_bytes())
-        self._call(self._functions["dlopen"], f"/proc/self/fd/{number}".encode(), _RTLD_NOW)
-        self._call(self._functions["close"], number)
-        ours = self._loaded()
-        if not ours:
+        path = f"/proc/self/fd/{number}".encode()
+        before = self._answers()
+
+        def loaded() -> int | None:
+            state = self._state()
+            return state.answered_ns if state and state.answers != before else self._closed()
+
+        self._call(
+            HijackedCall(self._functions["dlopen"], (path, _RTLD_NOW)),
+            HijackedCall(self._functions["close"], (number,)),
+            ended=loaded,
+        )
+        if not self._loaded():
             raise HijackRefused(
                 "its dynamic linker did not load the object (another libc, or no /proc)"
             )
-        return ours
 
-    def _call(self, function: int, *arguments: int | bytes) -> None:
-        self._stopped.append(call(self._pid, function, *arguments, restorer=self._restorer))
+    def _state(self) -> State | None:
+        channel = open_channel(self._process)
+        if channel is None:
+            return None
+        with channel:
+            return channel.state()
+
+    def _answers(self) -> int:
+        state = self._state()
+        return state.answers if state else 0
+
+    def _made(self) -> int | None:
+        found = open_memfd(self._process, _CODE)
+        if found is None:
+            return None
+        os.close(found[1])
+        return time.monotonic_ns()
+
+    def _closed(self) -> int | None:
+        return time.monotonic_ns() if self._made() is None else None
+
+    def _call(self, *calls: HijackedCall, ended: Callable[[], int | None]) -> None:
+        self._stopped.append(call(self._pid, calls, restorer=self._restorer, ended=ended))
 
 
 def _object(pid: int, suffix: str) -> list[MappedRange]:

@@ -19,8 +19,8 @@
  * Rules
  *  1. It fails open.  Whatever it does not expect, KVM has QEMU's own slots and QEMU's operations go
  *     to KVM as if this were not here; the reason is in the channel, the mode is observe.
- *  2. Nobody waits for long: PARK_NS for vCPUs to leave KVM_RUN, RUN_NS before KVM_RUN, CLOSE_NS to
- *     detach.  Time in which QEMU itself is stopped (SIGSTOP, a debugger) does not count.
+ *  2. Nobody waits for long: PARK_NS for vCPUs to leave KVM_RUN, RUN_NS before KVM_RUN, twice CLOSE_NS
+ *     to detach.  Time in which QEMU itself is stopped (SIGSTOP, a debugger) does not count.
  *  3. On the way into KVM_RUN nothing is allocated, and no lock is waited for but by a vCPU's first.
  *  4. A bit of a dirty log is never lost: what KVM would forget with a slot is given to QEMU's own
  *     bitmap, while no vCPU runs.  What cannot be read counts as dirty.
@@ -65,8 +65,8 @@
 #define MAX_OPS 1024
 #define PARK_NS 500000000ull /* for all vCPUs to leave KVM_RUN */
 #define RUN_NS 2000000000ull /* a vCPU is kept out of KVM_RUN */
+#define CLOSE_NS 10000000ull /* detach waits, and QEMU's main loop: for the lock, for vCPUs to leave */
 #endif
-#define CLOSE_NS 80000000ull /* detach waits for the end of a transaction */
 #define STEP_NS 1000000ull   /* all waits look again after this */
 #define PAGE 4096ull
 #define likely(x) __builtin_expect(!!(x), 1)
@@ -94,7 +94,6 @@ static int vm_fd = -1;
 static int rings;          /* dirty rings are in use: 0 not known, 1 no, 2 yes */
 static _Bool region2_used; /* whose slots are not understood */
 static _Bool is_open;      /* a transaction is */
-static _Atomic _Bool leaving; /* detach waits: none is opened any more */
 static _Bool waits;        /* its operations do */
 static _Bool is_parked;    /* by it */
 static uint32_t opened_mode, park_stopped;
@@ -182,10 +181,9 @@ static void let_run(void) {
     futex(&chan->parked, FUTEX_WAKE, INT_MAX, 0);
 }
 
-/* Keep all vCPUs but this thread's out of KVM_RUN; false when one does not leave it. */
-static _Bool park(void) {
+/* Keep all vCPUs but this thread's out of KVM_RUN; false when one does not leave it in time. */
+static _Bool park_within(uint64_t left) {
     uint32_t n = atomic_load(&chan->vcpus);
-    uint64_t left = PARK_NS;
 
     if (is_parked)
         return 1;
@@ -213,6 +211,8 @@ static _Bool park(void) {
     is_parked = 1;
     return 1;
 }
+
+static _Bool park(void) { return park_within(PARK_NS); }
 
 static void unpark(void) {
     if (!is_parked)
@@ -559,7 +559,7 @@ static _Bool may_lose(void) {
 
 /* KVM's slots become QEMU's again, while no vCPU runs, or all the same when it `must` be.  False when
  * they did not: pieces stay, which together are QEMU's slots as well. */
-static _Bool restore(_Bool must) {
+static _Bool restore(_Bool must, uint64_t within) {
     _Bool held = is_parked, any = 0;
 
     EACH(k, &pieces)
@@ -568,7 +568,7 @@ static _Bool restore(_Bool must) {
         any |= !is_whole(v);
     if (!any)
         return 1;
-    if ((may_lose() || !park()) && !must)
+    if ((may_lose() || !park_within(within)) && !must)
         return 0;
     _Bool whole = !settle(1);
     if (!whole && settle(0))
@@ -581,7 +581,7 @@ static _Bool restore(_Bool must) {
 /* Rule 1.  The agent may want another mode again, when it has read why. */
 static void give_up(uint32_t why) {
     if (why != NOT_STOPPED) /* then it would be waited for once more */
-        restore(1);
+        restore(1, PARK_NS);
     chan->gave_up++;
     atomic_store(&chan->want, OBSERVE);
     set_mode(OBSERVE, why);
@@ -618,7 +618,7 @@ static int carry_out(const Region *op) {
         if (!rc)
             v->flags = op->flags;
     } else { /* moved, which no QEMU does */
-        restore(1);
+        restore(1, PARK_NS);
         Region *k = find(&pieces, v->slot);
         rc = give(&r);
         if (!rc && k)
@@ -797,13 +797,13 @@ static void take_mode(void) {
         give_up(why);
     else if (want == mode)
         return;
-    else if (want == OFF || want > HOLE || (want > OBSERVE && !atomic_load(&chan->armed)))
+    else if (want > HOLE || (want > OBSERVE && !atomic_load(&chan->armed)))
         give_up(NOT_READY);
     else if (want > OBSERVE && region2_used)
         give_up(REGION2_USED);
     else if (want == HOLE && vm_fd >= 0 && has_rings())
         give_up(DIRTY_RINGS);
-    else if (mode == HOLE && !restore(0))
+    else if (mode == HOLE && !restore(0, PARK_NS))
         give_up(NOT_STOPPED);
     else
         set_mode(want, NONE);
@@ -835,8 +835,7 @@ static int set_region(int fd, Region *op) {
         return next_ioctl(fd, KVM_SET_USER_MEMORY_REGION, op);
     }
     take_mode();
-    if (!is_open && !op->memory_size && atomic_load(&chan->mode) != OFF &&
-        !atomic_load(&leaving)) {
+    if (!is_open && !op->memory_size && atomic_load(&chan->mode) != OFF) {
         open_transaction();
         opened_ns = t;
     }
@@ -1080,7 +1079,7 @@ static _Bool open_channel(void) {
     }
     chan = p; /* the descriptor stays: the agent finds it by its name */
     chan->size = sizeof *chan;
-    chan->magic = CHANNEL_MAGIC;
+    __atomic_store_n(&chan->magic, CHANNEL_MAGIC, __ATOMIC_RELEASE); /* now it is one */
     pthread_atfork(NULL, NULL, in_child);
     return 1;
 }
@@ -1119,24 +1118,20 @@ static int attach(void) {
     return DONE;
 }
 
-/* KVM's slots become QEMU's, and the imports what they were.  BUSY when a transaction is open. */
+/* KVM's slots become QEMU's, and the imports what they were.  BUSY when a transaction is open: when
+ * the agent wants OFF before, none is. */
 static int detach(void) {
+    struct timespec until;
+
     if (!atomic_load(&chan->hooked))
         return DONE;
-    atomic_store(&leaving, 1);
-    for (uint64_t left = CLOSE_NS;; left = wait_step(&chan->hooked, 1, left)) {
-        if (!left) {
-            atomic_store(&leaving, 0);
-            return BUSY;
-        }
-        if (pthread_mutex_trylock(&lock))
-            continue;
-        if (!is_open)
-            break;
-        pthread_mutex_unlock(&lock);
-    }
-    atomic_store(&leaving, 0);
-    _Bool restored = restore(0);
+    clock_gettime(CLOCK_MONOTONIC, &until);
+    until.tv_nsec += CLOSE_NS;
+    until.tv_sec += until.tv_nsec / 1000000000;
+    until.tv_nsec %= 1000000000;
+    if (pthread_mutex_clocklock(&lock, CLOCK_MONOTONIC, &until))
+        return BUSY;
+    _Bool restored = !is_open && restore(0, CLOSE_NS);
     if (restored) {
         atomic_store(&chan->want, OFF);
         set_mode(OFF, NONE);
@@ -1154,6 +1149,7 @@ static int answer(int (*what)(void)) {
         return NO_CHANNEL;
     int found = what();
     atomic_store(&chan->answer, found);
+    chan->answered_ns = now();
     atomic_fetch_add(&chan->answers, 1);
     return found;
 }
@@ -1161,13 +1157,17 @@ static int answer(int (*what)(void)) {
 PUBLIC int qmp_memlistener_attach(void) { return answer(attach); }
 PUBLIC int qmp_memlistener_detach(void) { return answer(detach); }
 
-/* `qmp-memlistener run`: by LD_PRELOAD, before there are vCPUs. */
-__attribute__((constructor)) static void preloaded(void) {
+/* Preloaded by `qmp-memlistener run`, before there are vCPUs; or loaded into a QEMU that runs, which
+ * has its kvm_state: then the agent arms it. */
+__attribute__((constructor)) static void loaded(void) {
     const char *mode = getenv("QMP_MEMLISTENER_STEER");
+    void *const *kvm = dlsym(RTLD_DEFAULT, "kvm_state");
 
-    if (!mode || !dlsym(RTLD_DEFAULT, "kvm_state"))
-        return;
+    if (mode && !kvm)
+        return; /* another program that QEMU has started */
     int found = qmp_memlistener_attach();
+    if (!mode || *kvm)
+        return;
     if (found) {
         fprintf(stderr, "qmp-memlistener: no strategy can be applied here (%d)\n", found);
         return;

@@ -12,10 +12,11 @@
 #include <stdint.h>
 
 #define CHANNEL_NAME "qmp-memlistener-steer"
-#define CHANNEL_MAGIC 0x6c6d7131u /* "1qml": changes with the layout */
+#define CHANNEL_MAGIC 0x6c6d7132u /* "2qml": changes with the layout */
 #define RING 16384u               /* a power of two */
 #define MAX_VCPUS 1024u
 
+/* OFF while it is hooked: no transaction is opened, so that it can be taken out. */
 enum mode { OFF, OBSERVE, PAUSE, INHIBIT, HOLE };
 
 /* Why the mode is OBSERVE although the agent wants more; 0 when nothing is wrong. */
@@ -71,6 +72,7 @@ struct channel {
     _Atomic uint32_t answers, answer; /* of attach and detach: how many, and the last one */
     _Atomic uint32_t epoch, pad;      /* the number of this attach */
     uint64_t transactions, parks, park_ns, park_max_ns, splits, kept, gave_up, translated, saved;
+    uint64_t answered_ns; /* the last answer */
     struct vcpu vcpu[MAX_VCPUS];
     _Atomic uint64_t head __attribute__((aligned(64))); /* the number of the next event */
     struct event ring[RING];

@@ -41,6 +41,7 @@ _TAKE_S = 1.0
 _STEP_S = 0.002
 _INJECT_S = 20.0
 _DETACH_S = 15.0
+_TRIES = 3
 _BUSY = 5
 _SYS_TGKILL = 234
 _SYS_IOCTL = 16
@@ -50,7 +51,7 @@ _ANSWERS = {
     2: "it is no QEMU with KVM, or does not export the functions that tell who holds the BQL",
     3: "QEMU's program does not import what is to be redirected",
     4: "QEMU's import table cannot be written",
-    _BUSY: "a transition has been under way for 80 ms, or a vCPU cannot be kept out of KVM_RUN",
+    _BUSY: "transitions follow one another, or a vCPU cannot be kept out of KVM_RUN",
 }
 _LOCKED = ("bql_locked", "qemu_mutex_iothread_locked")  # before 9.0 it had the second name
 _LATER = "no vCPU runs: it takes effect at the next transition"
@@ -153,10 +154,10 @@ async def steer(process: Process, wanted: Mode, *, strict: bool = False) -> Stee
     Raises OperationFailed when it could not be brought in, TargetLost when QEMU has ended.  QEMU
     runs as before then.  When it cannot be armed the mode stays `observe`, and `reason` says why.
     """
-    before = _mode(await in_thread(state_of, process))
-    stopped = 0
-    if before is Mode.OFF:
-        stopped = await _inject(process, "attach")
+    before = await in_thread(state_of, process)
+    stopped: list[int] = []
+    if before is None or not before.hooked:
+        await _inject(process, "attach", stopped)
     channel = await in_thread(open_channel, process)
     if channel is None:
         raise OperationFailed(f"the interposer is not in QEMU (pid {process.pid})")
@@ -170,7 +171,7 @@ async def steer(process: Process, wanted: Mode, *, strict: bool = False) -> Stee
         now = await _taken(process, channel, wanted)
         if now.mode is not wanted:
             reason = _LATER if now.want is wanted else now.refusal.words
-        return _steering(before, now, stopped, start, reason)
+        return _steering(_mode(before), now, stopped, start, reason)
 
 
 async def release(process: Process) -> Steering:
@@ -182,43 +183,47 @@ async def release(process: Process) -> Steering:
     channel = await in_thread(open_channel, process)
     if channel is None:
         raise TargetLost(f"QEMU (pid {process.pid}) has ended")
+    stopped: list[int] = []
     with channel:
         try:
             # slots that were split are put back by a vCPU, and the main loop runs on
-            channel.want(Mode.OBSERVE)
-            observing = await _taken(process, channel, Mode.OBSERVE)
-            stuck = observing.refusal is Refusal.NOT_STOPPED
-            if stuck and observing.gave_up != start.gave_up:
+            channel.want(Mode.OFF)
+            now = await _taken(process, channel, Mode.OFF)
+            if now.refusal is Refusal.NOT_STOPPED and now.gave_up != start.gave_up:
                 raise OperationFailed(
-                    f"QEMU (pid {process.pid}) was left as it was: {observing.refusal.words}"
+                    f"QEMU (pid {process.pid}) was left as it was: {now.refusal.words}"
                 )
-            stopped = await _detach(process)
+            await _detach(process, stopped)
         except OperationFailed:
             channel.want(start.mode, strict=start.strict)
             raise
-    now = await in_thread(state_of, process)
-    if now is None:
+    left = await in_thread(state_of, process)
+    if left is None:
         raise TargetLost(f"QEMU (pid {process.pid}) has ended")
-    return _steering(start.mode, now, stopped, start, None)
+    return _steering(start.mode, left, stopped, start, None)
 
 
-async def _detach(process: Process) -> int:
-    """As `_inject`; once more when it was busy, which it is for the length of a transition."""
+async def _detach(process: Process, stopped: list[int]) -> None:
+    """As `_inject`; once more when it was busy: no vCPU took the mode before."""
     until = time.monotonic() + _DETACH_S
     while True:
         try:
-            return await _inject(process, "detach")
+            await _inject(process, "detach", stopped)
         except OperationFailed:
             state = await in_thread(state_of, process)
             if state is None or state.answer != _BUSY or time.monotonic() > until:
                 raise
+        else:
+            return
 
 
-def _steering(before: Mode, now: State, stopped: int, start: State, reason: str | None) -> Steering:
+def _steering(
+    before: Mode, now: State, stopped: list[int], start: State, reason: str | None
+) -> Steering:
     return Steering(
         before,
         now.mode,
-        stopped,
+        sum(stopped),
         now.transactions - start.transactions,
         now.parks - start.parks,
         now.gave_up - start.gave_up,
@@ -230,9 +235,45 @@ def _mode(state: State | None) -> Mode:
     return state.mode if state is not None and state.hooked else Mode.OFF
 
 
-async def _inject(process: Process, verb: str) -> int:
-    """How long QEMU's main loop was stopped, in ns."""
+async def _inject(process: Process, verb: str, stopped: list[int]) -> None:
+    """`stopped` is told how long QEMU's main loop was so, in ns."""
     answers = _answers(await in_thread(state_of, process))
+    for _ in range(_TRIES):
+        code, out, err = await _injector(process, verb)
+        if code != -signal.SIGKILL:  # its own bound, see `hijack`
+            break
+        if _answers(await in_thread(state_of, process)) != answers:
+            out = b'{"stopped_ns": [], "error": null}'  # it had come so far
+            break
+    else:
+        raise OperationFailed(
+            f"QEMU (pid {process.pid}) goes on: what was to {verb} the interposer was ended each "
+            "time, because it had no processor for 50 ms while QEMU's main thread stood",
+            remedy="try again when the host is less busy",
+        )
+    try:
+        told = json.loads(out)
+    except ValueError:
+        raise OperationFailed(
+            f"the injector failed: {err.decode(errors='replace').strip()[-300:]}"
+        ) from None
+    stopped += told["stopped_ns"]
+    if told["error"] is not None:
+        if not process.is_alive():
+            raise TargetLost(f"QEMU (pid {process.pid}) has ended")
+        raise OperationFailed(f"QEMU (pid {process.pid}) was left alone: {told['error']}")
+    state = await in_thread(state_of, process)
+    if state is None or state.answers == answers:
+        raise OperationFailed(
+            f"QEMU (pid {process.pid}) did not answer the {verb} within its time; it goes on"
+        )
+    if state.answer:
+        why = _ANSWERS.get(state.answer, f"answer {state.answer}")
+        raise OperationFailed(f"QEMU (pid {process.pid}) was left as it was: {why}")
+
+
+async def _injector(process: Process, verb: str) -> tuple[int | None, bytes, bytes]:
+    """How it ended, and what it wrote."""
     injector = await asyncio.create_subprocess_exec(
         *(sys.executable, "-m", "qmp_memlistener.steer.injector", verb, process.key, str(OBJECT)),
         stdout=asyncio.subprocess.PIPE,
@@ -252,25 +293,7 @@ async def _inject(process: Process, verb: str) -> int:
         if injector.returncode is None:  # QEMU goes on by itself, see `hijack`
             injector.kill()
             await injector.wait()
-    try:
-        told = json.loads(out)
-    except ValueError:
-        raise OperationFailed(
-            f"the injector failed: {err.decode(errors='replace').strip()[-300:]}"
-        ) from None
-    if told["error"] is not None:
-        if not process.is_alive():
-            raise TargetLost(f"QEMU (pid {process.pid}) has ended")
-        raise OperationFailed(f"QEMU (pid {process.pid}) was left alone: {told['error']}")
-    state = await in_thread(state_of, process)
-    if state is None or state.answers == answers:
-        raise OperationFailed(
-            f"QEMU (pid {process.pid}) did not answer the {verb} within its time; it goes on"
-        )
-    if state.answer:
-        why = _ANSWERS.get(state.answer, f"answer {state.answer}")
-        raise OperationFailed(f"QEMU (pid {process.pid}) was left as it was: {why}")
-    return sum(told["stopped_ns"])
+    return injector.returncode, out, err
 
 
 def _answers(state: State | None) -> int:

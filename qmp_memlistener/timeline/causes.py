@@ -11,6 +11,9 @@ least half of the stall.  That two things happened at the same time is not enoug
   BQL, or while any thread holds the BQL (util/main-loop.c: it takes it before it dispatches).
 - A vCPU does not run the guest while its own thread commits, holds or waits for the BQL, nor while
   vCPUs are paused or kept out of ioctls (accel/accel-blocker.c waits until all have left).
+- The host's scheduler is the cause where nothing of these is and the thread had no CPU for half of
+  the stall.  Not where a transition was under way that this very thread may have made: a thread
+  that works in the kernel loses its CPU there, too.
 """
 
 from __future__ import annotations
@@ -35,6 +38,8 @@ _BEGINS = ("setup", "active")
 _LOG_DIRTY = 1
 _GLOBAL = 2
 _KEPT = 64
+_WAIT_SLACK_NS = 100_000
+"""A gap is longer than the wait for a CPU that made it, as well as its length is known."""
 
 
 def decide(stall: Stall, evidence: Evidence) -> Stall | None:
@@ -131,11 +136,14 @@ def _main_loop(stall: Stall, evidence: Evidence) -> Stall | None:
     waits = (
         w for w in evidence.overlapping(StallKind.BQL_WAIT, start, end) if w.seen.thread == MAIN
     )
-    return (
+    found = (
         _by_windows(stall, holds)
         or _by_windows(stall, waits)
         or _by_windows(stall, evidence.overlapping(StallKind.COMMIT, start, end))
     )
+    if found is None:
+        _by_host(stall, evidence)
+    return found
 
 
 def _gap(stall: Stall, evidence: Evidence) -> Stall | None:
@@ -158,7 +166,29 @@ def _gap(stall: Stall, evidence: Evidence) -> Stall | None:
         for w in evidence.overlapping(kind, start, end)
         if kind not in own or w.seen.thread == seen.thread
     )
-    return _by_windows(stall, blockers)
+    found = _by_windows(stall, blockers)
+    if found is None:
+        _by_host(stall, evidence)
+    return found
+
+
+def _by_host(stall: Stall, evidence: Evidence) -> None:
+    """Set the cause when the host gave the thread no CPU for half of the stall."""
+    seen = stall.seen
+    start, end = seen.start_ns, seen.end_ns
+    for kind in (StallKind.SLOT_UPDATE, StallKind.MISSING):
+        if any(w.seen.tid is None for w in evidence.overlapping(kind, start, end)):
+            return  # who made that change is not known
+    explained = 0
+    for wait in evidence.host_waits(seen.thread, start, end):
+        if wait.times > 1 or wait.waited_ns <= seen.at_most_ns + _WAIT_SLACK_NS:
+            shared = overlap(start, end, wait.start_ns, wait.end_ns)
+            explained += min(wait.waited_ns, shared)
+    if explained >= SHARE * stall.length_ns:
+        stall.cause = StallCause(
+            StallCauseType.SCHEDULER, None, min(explained, max(1, seen.at_most_ns))
+        )
+        stall.witnesses = together(stall.witnesses, witness("threads"))
 
 
 def _by_command(stall: Stall, evidence: Evidence) -> bool:

@@ -16,7 +16,7 @@ from typing import Generic, TypeVar
 
 import msgspec
 
-from ..probes import Observation, StallKind
+from ..probes import HostWait, Observation, StallKind
 from ..records import CommandRecord, SlotOp, StallCause, StallCauseType
 
 __all__ = [
@@ -50,7 +50,7 @@ class Stall(msgspec.Struct, eq=False, gc=False):
 
     `transition` is the transition that it is a part of, `line` what QEMU's log has of its ioctl,
     `commit` what it lies in; all where that is known for a fact.  `asked` is what QEMU asked for
-    when this was done in its stead, `told`: another stall tells of what was done instead.
+    when this was done instead, `superseded`: another stall reports what was done instead of it.
     """
 
     seen: Observation
@@ -63,7 +63,7 @@ class Stall(msgspec.Struct, eq=False, gc=False):
     cause: StallCause = _UNKNOWN
     incident: int = 0
     asked: tuple[Stall, ...] = ()
-    told: bool = False
+    superseded: bool = False
 
     @property
     def length_ns(self) -> int:
@@ -97,6 +97,9 @@ class Spans(Generic[T]):
 
     def __init__(self) -> None:
         self._orders: dict[int, tuple[list[int], list[tuple[int, T]]]] = {}
+
+    def __bool__(self) -> bool:
+        return bool(self._orders)
 
     def add(self, start_ns: int, end_ns: int, what: T) -> None:
         """Remember one; the earliest of its order go when there are too many."""
@@ -195,6 +198,7 @@ class Evidence:
     def __init__(self) -> None:
         self._windows: defaultdict[StallKind, dict[str, Spans[Stall]]] = defaultdict(dict)
         self._commands: Spans[CommandRecord] = Spans()
+        self._host_waits: defaultdict[str | None, Spans[HostWait]] = defaultdict(Spans)
 
     def add(self, stall: Stall) -> None:
         """Remember a window."""
@@ -208,6 +212,15 @@ class Evidence:
     def add_command(self, span: CommandRecord) -> None:
         """Remember a command."""
         self._commands.add(span.start_ns, span.end_ns, span)
+
+    def add_host_wait(self, wait: HostWait) -> None:
+        """Remember that a thread had to wait for a CPU."""
+        self._host_waits[wait.thread].add(wait.start_ns, wait.end_ns, wait)
+
+    def host_waits(self, thread: str | None, start_ns: int, end_ns: int) -> Iterator[HostWait]:
+        """What a thread waited for a CPU about `[start_ns, end_ns)`."""
+        spans = self._host_waits.get(thread)
+        return iter(()) if spans is None else spans.find(start_ns, end_ns)
 
     def overlapping(self, kind: StallKind, start_ns: int, end_ns: int) -> Iterator[Stall]:
         """Windows of one kind that share time with `[start_ns, end_ns)`."""
@@ -230,4 +243,6 @@ class Evidence:
         for of_kind in self._windows.values():
             for spans in of_kind.values():
                 spans.forget(before_ns)
+        for waits in self._host_waits.values():
+            waits.forget(before_ns)
         self._commands.forget(before_ns)

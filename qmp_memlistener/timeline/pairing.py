@@ -64,7 +64,7 @@ class Pairing:
         self._new_ioctls.append(stall)
 
     def traced(self, traced: TracedOp) -> None:
-        """A line told of one."""
+        """A line shows one."""
         self._make_room()
         self._latest_ns = max(self._latest_ns, traced.op.t_ns)
         self._new_ops.append(traced)
@@ -153,10 +153,10 @@ class Pairing:
 
 
 class Issued:
-    """What the interposer issued in QEMU's stead, and what QEMU had asked for.
+    """What the interposer issued instead of QEMU, and what QEMU had asked for.
 
     Its log and other probes show what was asked for, at that time: these belong to what was issued,
-    and are not told for themselves.
+    and are not reported by themselves.
     """
 
     def __init__(self) -> None:
@@ -192,7 +192,7 @@ class Issued:
         return [Stall(seen, witness(seen.probe), asked=stalls) for seen in found]
 
     def traced(self, traced: TracedOp) -> None:
-        """A line told of something that was asked for."""
+        """A line shows an operation that was asked for."""
         self._pairing.traced(traced)
 
     def clear(self) -> None:
@@ -204,11 +204,15 @@ class Issued:
         self._pairing.pair()
 
     def know(self, ready: Iterable[Stall]) -> None:
-        """Tell these what they are parts of; those that others saw of what was asked are `told`."""
+        """Find what these are parts of.
+
+        Those that other probes saw of what was asked for are `superseded`.
+        """
         ready = list(ready)
-        for stall in ready:
-            if stall.seen.kind is StallKind.SLOT_UPDATE and stall.seen.probe != INTERPOSER:
-                self._look_up(stall)
+        if self._asked:  # a guest that is not steered pays nothing
+            for stall in ready:
+                if stall.seen.kind is StallKind.SLOT_UPDATE and stall.seen.probe != INTERPOSER:
+                    self._look_up(stall)
         for stall in ready:
             if stall.asked:
                 known = {a.transition for a in stall.asked if a.transition is not None}
@@ -223,7 +227,7 @@ class Issued:
             same_thread = seen.tid in (None, asked.seen.tid)
             if same_thread and _key(asked) == _key(stall):
                 asked.witnesses = together(asked.witnesses, stall.witnesses)
-                stall.told = True
+                stall.superseded = True
                 return
 
     def forget(self, before_ns: int) -> None:
@@ -259,7 +263,7 @@ def merge(stalls: list[Stall], evidence: Evidence) -> list[Stall]:
     kept: list[Stall] = []
     several = len({stall.seen.probe for stall in stalls}) > 1
     for stall in stalls:
-        if any(twins(told, stall) for told in evidence.seen_by_others(stall)):
+        if any(twins(other, stall) for other in evidence.seen_by_others(stall)):
             continue
         twin = None
         if several:

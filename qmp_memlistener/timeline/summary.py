@@ -144,7 +144,7 @@ class _Lengths:
         if self.folded or len(self.pending) > EXACT:
             self.fold()
 
-    def told(self) -> _Told:
+    def percentiles(self) -> _Percentiles:
         if self.folded:
             self.fold()
             total, longest, histogram = self.total, self.longest, self.histogram
@@ -158,10 +158,10 @@ class _Lengths:
         p50, p90, p99 = (min(p, longest) for p in _percentiles(steps, self.count, (50, 90, 99)))
         used = [i for i, n in enumerate(histogram) if n]
         span = slice(used[0], used[-1] + 1)
-        return _Told(total, p50, p90, p99, longest, list(BOUNDS_NS[span]), histogram[span])
+        return _Percentiles(total, p50, p90, p99, longest, list(BOUNDS_NS[span]), histogram[span])
 
 
-class _Told(NamedTuple):
+class _Percentiles(NamedTuple):
     total: int
     p50: int
     p90: int
@@ -188,7 +188,7 @@ class _Series:
         self.most.merge(other.most)
 
     def statistics(self, kind: StallKind, cause: StallCauseType) -> StallStatistics:
-        most, least = self.most.told(), self.least.told()
+        most, least = self.most.percentiles(), self.least.percentiles()
         return StallStatistics(
             kind=kind,
             cause=cause,

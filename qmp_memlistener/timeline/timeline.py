@@ -18,7 +18,7 @@ from operator import attrgetter
 import msgspec
 
 from ..memslots import OpKind
-from ..probes import Observation, StallKind
+from ..probes import HostWait, Observation, StallKind
 from ..records import (
     CommandRecord,
     GuestState,
@@ -101,8 +101,13 @@ class Timeline:
             if seen.kind is StallKind.SLOT_UPDATE and seen.update is not None:
                 self._pairing.ioctl(stall)
 
+    def host_waits(self, waits: Iterable[HostWait]) -> None:
+        """When threads had to wait for a CPU."""
+        for wait in waits:
+            self._evidence.add_host_wait(wait)
+
     def carried_out(self, asked: list[Observation], windows: list[Observation]) -> None:
-        """What came of one transaction whose operations were issued in QEMU's stead."""
+        """What came of one transaction whose operations were issued instead of QEMU's."""
         traced = TRACE in self._reached
         for stall in self._issued.carried_out(asked, windows, self._sizes, traced=traced):
             self._open.add(stall)
@@ -210,7 +215,7 @@ class Timeline:
                 self._know_commits(stalls, updates, horizon)
             elif kind is StallKind.MISSING:
                 stalls = stalls + self._missing(by_kind[StallKind.COMMIT], updates)
-            for stall in merge([s for s in stalls if not s.told], self._evidence):
+            for stall in merge([s for s in stalls if not s.superseded], self._evidence):
                 self._decide(stall)
                 decided.append(stall)
         decided.sort(key=_start)
@@ -303,7 +308,7 @@ class Timeline:
         for commit in commits:
             timed: list[Timed] = []
             mine = updates.inside(commit)
-            if any(update.told for update in mine):
+            if any(update.superseded for update in mine):
                 continue  # what was asked for is not what was done
             for update in mine:
                 op = update.line or update.seen.update

@@ -28,7 +28,7 @@ Ids = dict[int, frozenset[int]]
 
 @dataclass(slots=True)
 class _Space:
-    there: dict[int, LiveSlot] = field(default_factory=dict)  # of the map, ids not told, by gpa
+    there: dict[int, LiveSlot] = field(default_factory=dict)  # of the map, ids unknown, by gpa
     ever: list[Range] = field(default_factory=list)  # where a slot has been
     used: set[int] = field(default_factory=set)
     named: set[int] = field(default_factory=set)  # used, or asked for in vain

@@ -36,7 +36,7 @@ __all__ = [
     "Upwards",
     "map_record",
     "predicted_records",
-    "told_again",
+    "repeated_record",
     "traced_records",
     "transition_record",
 ]
@@ -233,12 +233,12 @@ def transition_record(
     )
 
 
-def told_again(
-    told: TransitionRecord, seq: int, commit: Commit, *, merged: int, slot_ops: int
+def repeated_record(
+    earlier: TransitionRecord, seq: int, commit: Commit, *, merged: int, slot_ops: int
 ) -> TransitionRecord:
     """The same transition as one before it, and nothing else is known of its cause."""
     return replace(
-        told,
+        earlier,
         seq=seq,
         t_ns=commit.t_ns,
         late_ns=commit.late_ns,

@@ -19,18 +19,18 @@ from ..memslots.intervals import join
 from ..memslots.slots import LAST_SLOT
 from ..records import SlotOp
 from .live_slots import LiveSlot
-from .replaying import Told
+from .replaying import BackedOp
 
 __all__ = ["counts_from_zero", "guess_ids", "guess_sizes", "log_switches"]
 
 _DEFAULT_SIZE = 2 << 20  # of a slot that is deleted and never seen again: nothing tells
 
 
-def _done(commits: list[list[Told]]) -> Iterator[SlotOp]:
+def _done(commits: list[list[BackedOp]]) -> Iterator[SlotOp]:
     return (op for commit in commits for op, _ in commit if op.ret == 0)
 
 
-def counts_from_zero(commits: list[list[Told]]) -> bool:
+def counts_from_zero(commits: list[list[BackedOp]]) -> bool:
     """The log begins with the guest: ids are 0, 1, 2, … and the first slot is not logged."""
     free: dict[int, int] = {}
     for op in _done(commits):
@@ -43,7 +43,7 @@ def counts_from_zero(commits: list[list[Told]]) -> bool:
     return bool(free)
 
 
-def log_switches(commits: list[list[Told]], *, marked: bool) -> list[LiveSlot]:
+def log_switches(commits: list[list[BackedOp]], *, marked: bool) -> list[LiveSlot]:
     """Slots from before whose logging begins or ends, although that looks as if they were added.
 
     A migration goes through the slots upwards in address and changes the flags of each.  A commit's
@@ -93,7 +93,7 @@ def log_switches(commits: list[list[Told]], *, marked: bool) -> list[LiveSlot]:
 def guess_sizes(
     found: dict[tuple[int, int], LiveSlot],
     unsized: Mapping[tuple[int, int], tuple[int, int]],
-    commits: list[list[Told]],
+    commits: list[list[BackedOp]],
 ) -> None:
     """Sizes for slots that only a delete shows, from what comes in their place.
 

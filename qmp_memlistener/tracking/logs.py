@@ -20,7 +20,7 @@ from ..text import quoted
 from .commits import Commit, CommitGrouper
 from .guesses import counts_from_zero, log_switches
 from .live_slots import LiveSlot, LiveSlots
-from .replaying import FileKind, Remarks, Told, Traced
+from .replaying import BackedOp, FileKind, Remarks, Traced
 
 __all__ = ["read_log"]
 
@@ -62,10 +62,10 @@ def read_log(path: str) -> Traced:
         order = Order.V8_0
     elif commits and order is Order.V7_2:
         reader.remarks.add("its lines are those of QEMU 7.2 to 9.0; 7.2 is assumed")
-    told = _told(commits)
-    if not counts_from_zero(told):
-        told = _told(reader.commits(order, log_switches(told, marked=reader.marked)))
-    return Traced(FileKind.LOG, None, order, told, (), {}, reader.remarks)
+    ops = _backed(commits)
+    if not counts_from_zero(ops):
+        ops = _backed(reader.commits(order, log_switches(ops, marked=reader.marked)))
+    return Traced(FileKind.LOG, None, order, ops, (), {}, reader.remarks)
 
 
 class _Reader:
@@ -81,38 +81,38 @@ class _Reader:
         self._events: list[SlotOp | tuple[int, int] | None] = []
 
     def line(self, number: int, line: bytes) -> None:
-        told = read_trace_line(line, cut=not line.endswith(b"\n"))
-        if told is None:
+        parsed = read_trace_line(line, cut=not line.endswith(b"\n"))
+        if parsed is None:
             return
-        if told.event == "slot":
-            self._operation(number, line, told)
-        elif told.event == "flatview_new":
+        if parsed.event == "slot":
+            self._operation(number, line, parsed)
+        elif parsed.event == "flatview_new":
             self.marked = True
-            self._events.append((number, told.root))
+            self._events.append((number, parsed.root))
         elif self._events and self._events[-1] is not None:
             self._events.append(None)
 
-    def _operation(self, number: int, line: bytes, told: TraceLine) -> None:
-        if not told.usable:
+    def _operation(self, number: int, line: bytes, parsed: TraceLine) -> None:
+        if not parsed.usable:
             self.remarks.add("a slot operation cannot be read and is left out", number)
             if self.unreadable is None:
                 self.unreadable = number, line.strip()[-_SHOWN:].decode("utf-8", "replace")
             return
         self.found = True
-        self.split |= told.split
-        if told.pid is not None:
-            self.pids.add(told.pid)
+        self.split |= parsed.split
+        if parsed.pid is not None:
+            self.pids.add(parsed.pid)
         self._events.append(
             SlotOp(
                 t_ns=number,
-                as_id=told.as_id,
-                slot=told.slot,
-                op=OpKind.ADD if told.size else OpKind.DELETE,
-                gpa=told.gpa,
-                size=told.size,
-                flags=told.flags,
-                ret=told.ret,
-                hva=told.ua,
+                as_id=parsed.as_id,
+                slot=parsed.slot,
+                op=OpKind.ADD if parsed.size else OpKind.DELETE,
+                gpa=parsed.gpa,
+                size=parsed.size,
+                flags=parsed.flags,
+                ret=parsed.ret,
+                hva=parsed.ua,
             )
         )
 
@@ -133,7 +133,7 @@ class _Reader:
         return [commit for commit in grouper.take() if commit.ops]
 
 
-def _told(commits: Iterable[Commit]) -> list[list[Told]]:
+def _backed(commits: Iterable[Commit]) -> list[list[BackedOp]]:
     return [[(op, None) for op in commit.ops] for commit in commits]
 
 

@@ -23,7 +23,7 @@ __all__ = [
     "FileKind",
     "Remarks",
     "ReplayStep",
-    "Told",
+    "BackedOp",
     "Traced",
     "possible",
     "read_recording",
@@ -33,7 +33,7 @@ __all__ = [
 PAGE = 4096
 """What gpa, size and host address of a slot are multiples of: the smallest page KVM knows."""
 
-Told = tuple[SlotOp, Backing | None]
+BackedOp = tuple[SlotOp, Backing | None]
 """An operation, and what the map has at its range."""
 
 
@@ -80,13 +80,13 @@ class Traced:
     """A file's operations, commit by commit.
 
     `slots` are those that a recording's first map implies; the ids
-    are not told.  `spans` has the size of RAM blocks by name and owner, as far as a map shows them.
+    are unknown.  `spans` has the size of RAM blocks by name and owner, as far as a map shows them.
     """
 
     kind: FileKind
     qemu_version: str | None
     order: Order
-    commits: list[list[Told]]
+    commits: list[list[BackedOp]]
     slots: tuple[LiveSlot, ...]
     spans: Mapping[tuple[str, str | None], int]
     remarks: Remarks
@@ -158,7 +158,7 @@ class _Reader:
     """
 
     def __init__(self, rules: Rules, order: Order, remarks: Remarks) -> None:
-        self.commits: list[list[Told]] = []
+        self.commits: list[list[BackedOp]] = []
         self.slots: tuple[LiveSlot, ...] | None = None
         self.spans: dict[tuple[str, str | None], int] = {}
         self._rules = rules

@@ -37,7 +37,7 @@ from .commits import (
     CommitGrouper,
     map_record,
     predicted_records,
-    told_again,
+    repeated_record,
     traced_records,
     transition_record,
 )
@@ -46,8 +46,8 @@ from .live_slots import LiveSlots, SlotMaps
 __all__ = ["Maps", "Tracker"]
 
 MEMORY = 0  # KVM's address-space id of `memory`
-_KNOWN = 16  # transitions told before
-_CAUSES = 32  # of commits that are told as one
+_KNOWN = 16  # transitions reported before
+_CAUSES = 32  # of commits that are reported as one
 
 Maps = Mapping[int, MemoryMap]
 
@@ -74,7 +74,7 @@ class Tracker:
         self._marked: tuple[list[Commit], LiveSlots] | None = None
         self._relieved = False
         self._slot_maps = SlotMaps(self._live)
-        self._told: dict[tuple[int, Detail], tuple[Transition, TransitionRecord]] = {}
+        self._earlier: dict[tuple[int, Detail], tuple[Transition, TransitionRecord]] = {}
         self._reported: list[str] | None = None  # nothing was compared yet
         self._records: list[Record] = []
         self._changes: list[Change] = []
@@ -148,7 +148,7 @@ class Tracker:
     def relieve(self, limit: int) -> None:
         """When more than `limit` commits wait for a snapshot: report what the lines tell of most.
 
-        What is told of a commit is then as if it were one of several between two snapshots.
+        What is reported of a commit is then as if it were one of several between two snapshots.
         """
         if self.commits.count <= limit or self._marked is not None:
             return
@@ -238,10 +238,10 @@ class Tracker:
         *,
         alone: bool,
     ) -> None:
-        told = [c for c in pending if c.changes_slots or c.moves_bar]
+        shown = [c for c in pending if c.changes_slots or c.moves_bar]
         silent = [c for c in pending if not c.changes_slots and not c.moves_bar]
         for commit in pending:
-            if told and commit is told[-1]:
+            if shown and commit is shown[-1]:
                 transition = _diff(self.map, maps[MEMORY])
                 if alone and not transition and not commit.changes_slots:
                     self.elsewhere += 1  # a BAR behind a closed bridge window
@@ -252,7 +252,7 @@ class Tracker:
                 self._report(transition, commit, detail, merged=merged)
             else:
                 self._report_lines(commit)
-        if not told:
+        if not shown:
             transition = _diff(self.map, maps[MEMORY])
             if transition:
                 last = pending[-1] if pending else Commit(t_ns)
@@ -353,16 +353,16 @@ class Tracker:
     def _transition(
         self, transition: Transition, commit: Commit, detail: Detail, merged: int, ops: int
     ) -> TransitionRecord:
-        known = self._told.get((id(transition), detail))  # which is kept for its id
+        known = self._earlier.get((id(transition), detail))  # which is kept for its id
         if known is not None and not commit.causes:
-            return told_again(known[1], self.seq, commit, merged=merged, slot_ops=ops)
+            return repeated_record(known[1], self.seq, commit, merged=merged, slot_ops=ops)
         record = transition_record(
             self.seq, transition, commit, detail, merged=merged, slot_ops=ops
         )
         if not commit.causes:
-            if len(self._told) >= _KNOWN:
-                self._told.clear()
-            self._told[id(transition), detail] = (transition, record)
+            if len(self._earlier) >= _KNOWN:
+                self._earlier.clear()
+            self._earlier[id(transition), detail] = (transition, record)
         return record
 
     def _report_ops(self, commit: Commit, seq: int | None) -> None:

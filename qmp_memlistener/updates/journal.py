@@ -35,9 +35,10 @@ from ..qmp import Command, Monitor
 from ..qmp.guest import count_ram_blocks, read_backends, read_migration
 from ..qmp.guest_devices import PERIPHERAL, read_children
 from ..qmp.identity import GuestIdentity
+from ..text import json_bytes
 from .guest_view import backends_of, read_ids
 from .model import Addition, Role, UpdatePlan, UpdateStep, Value
-from .pause.migrating import WAIT
+from .pause.guard import WAIT
 
 __all__ = [
     "Journal",
@@ -316,7 +317,7 @@ def _write(guest: GuestIdentity, plan: UpdatePlan) -> HeldFile | None:
     try:
         held = notes.hold(notes.new_name(process.key, _WHAT))
         if held is not None:
-            held.write(msgspec.json.encode(note))
+            held.write(json_bytes(note))
     except (MissingPrerequisite, OSError):
         return None
     return held

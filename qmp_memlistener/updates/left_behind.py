@@ -16,8 +16,8 @@ from ..qmp.guest import LOOK, GuestLook, look
 from ..qmp.identity import GuestIdentity
 from .journal import MadeNote, left_made, remove, still_there
 from .model import removal
+from .pause.guard import has_guest
 from .pause.guard_notes import GuardNote, unfinished
-from .pause.migrating import has_guest
 
 __all__ = ["REMEDY", "LeftBehind", "confirmed", "left_behind", "take_away"]
 

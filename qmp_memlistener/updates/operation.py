@@ -38,6 +38,7 @@ from ..records import Header, ProbeState, Record, SlotOp, StallRecord, Transitio
 from .guest_response import GuestAnswer, GuestResponse
 from .guest_view import Seen, look_at, read_facts, read_guest
 from .journal import Journal, count_memory_backends, noted, remove, wait_freed
+from .managed import managed, send
 from .model import (
     Awaited,
     GuestStates,
@@ -45,13 +46,13 @@ from .model import (
     Outcome,
     Plug,
     Result,
+    Role,
     Strategy,
     UpdatePlan,
     UpdateStep,
 )
-from .pause.guard import ResumeGuard
+from .pause.guard import ResumeGuard, refuse_if_migrating
 from .pause.guard_start import guard_targets
-from .pause.migrating import refuse_if_migrating
 from .pause.paused import run_paused
 from .phases import Marks, phases_of
 from .plans import plan_update
@@ -165,6 +166,8 @@ class _Operation:
             self._windows = await read_windows(monitor)
         facts = await read_facts(monitor, intent)
         plan = plan_update(intent, self._strategy, view, facts)
+        taken = facts.ids(Role.DEVICE)
+        plan = managed(plan, self._strategy, monitor, self._host.companions, taken)
         self._devices = plan.devices
         return plan
 
@@ -292,7 +295,7 @@ class _Operation:
             self._migrated = run.migrated
         else:
             sending()
-            replies = await ops.pipeline(commands, deadline=UPDATE_DEADLINE)
+            replies = await send(ops, commands, UPDATE_DEADLINE)
         answered = [r for r in replies if isinstance(r, Reply)]
         if answered:
             self._marks.sent = answered[0].t_start_ns

@@ -15,7 +15,7 @@ from ..qmp import Monitor, read_facts
 from ..records import Mode
 from ..steer import Steering, judge, release, steer
 from ..text import quoted
-from .pause.migrating import refuse_if_migrating
+from .pause.guard import refuse_if_migrating
 
 __all__ = ["process_of_monitor", "steer_guest", "steered_process"]
 

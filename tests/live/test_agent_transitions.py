@@ -23,6 +23,7 @@ from qmp_memlistener.memslots import ADDRESS_SPACES
 from qmp_memlistener.records import GuestState, SlotOp, TransitionRecord
 from qmp_memlistener.topology import Hole, Kind, Transition, read_maps
 from qmp_memlistener.tracking import Tracker
+from tests.support.host import patience
 from tests.support.leftovers import enabled_events, flush_rcu, live_views
 from tests.support.live import (
     QEMUS,
@@ -316,7 +317,7 @@ async def test_a_boot_through_the_bios_is_followed(
         await monitor.execute("cont")
         assert guest.ram is not None
         with Pulse(guest.ram) as pulse:
-            await pulse.wait_ready()
+            await pulse.wait_ready(timeout=patience(30.0))
         await agent.settle()
         shown = agent.map.view.lookup(0xF0000)
         assert shown is not None

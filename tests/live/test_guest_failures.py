@@ -27,6 +27,7 @@ from qmp_memlistener.guests import (
     launch,
 )
 from qmp_memlistener.records import GuestFailure, GuestReset, Record
+from tests.support.host import patience
 from tests.support.live import QEMUS, Seen, Vm, booted, cases, qmp, skip_without_kvm
 from tests.support.qtest import QTest
 
@@ -233,7 +234,7 @@ async def test_a_reboot_is_no_failure(build: QemuBuild, accel: str) -> None:
     async with launch(spec.on(build)) as guest:
         assert guest.ram is not None
         with Pulse(guest.ram) as pulse:
-            first = await pulse.wait_ready()
+            first = await pulse.wait_ready(timeout=patience(30.0))
             async with (
                 attach(f"unix:{guest.monitors[0]}") as agent,
                 watched(agent, guest.pid) as found,

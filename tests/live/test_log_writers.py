@@ -75,6 +75,22 @@ async def test_a_console_on_the_standard_output_that_is_the_log(tmp_path: Path) 
         await qemu_with_stdio.__aexit__(None, None, None)
 
 
+async def test_a_standard_output_that_nothing_of_the_guest_reaches(tmp_path: Path) -> None:
+    """As libvirt starts it: one file for both."""
+    with writing(tmp_path / "log") as log:
+        script = ("sh", "-c", 'exec "$@" >&2', "sh")
+        plain = running(QEMUS[0], tmp_path, stderr=log, prefix=script)
+        qemu = await plain.__aenter__()
+    try:
+        async with (
+            await AnyMonitor.connect(qemu.a) as monitor,
+            await start_tracing(monitor) as session,
+        ):
+            assert session.in_place
+    finally:
+        await plain.__aexit__(None, None, None)
+
+
 async def test_a_console_that_is_plugged_in_later(tmp_path: Path) -> None:
     log = tmp_path / "log"
     async with running(QEMUS[0], tmp_path, "-D", "log", "-d", "guest_errors") as qemu:

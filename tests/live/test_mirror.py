@@ -267,7 +267,7 @@ async def test_a_guest_that_is_killed_leaves_a_mirror_that_says_so(
         assert isinstance(await asyncio.wait_for(m.agent.wait_lost(), 10), TargetLost)
         toggling.cancel()
         async with asyncio.timeout(10):
-            while m.mirror.told < 1 + len(seen.transitions):  # noqa: ASYNC110 (nobody tells)
+            while m.mirror.received < 1 + len(seen.transitions):  # noqa: ASYNC110 (nobody tells)
                 await asyncio.sleep(0.005)
         # QEMU may have died between two operations: then the last map lacks what it had deleted
         assert await m.mirror.check(m.agent.map) == ()

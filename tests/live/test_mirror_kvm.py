@@ -34,6 +34,7 @@ from qmp_memlistener.mirror.mirror import Mirror
 from qmp_memlistener.qmp import Monitor, take_snapshot
 from qmp_memlistener.topology import read_map
 from qmp_memlistener.updates.model import Strategy
+from tests.support.host import patience
 from tests.support.live import (
     QEMUS,
     Seen,
@@ -245,7 +246,7 @@ async def test_a_boot_through_the_bios_and_a_reset_are_followed(
                 m = Mirrored(agent, monitor, mirror, lab)
                 await m.in_step()
                 await monitor.execute("cont")
-                await pulse.wait_ready()
+                await pulse.wait_ready(timeout=patience(30.0))
                 await m.in_step()
                 booted_once = mirror.report()
                 assert booted_once.holes_unmarked >= 1

@@ -329,3 +329,24 @@ async def test_out_of_band_overtakes(tmp_path: Path) -> None:
         await asyncio.sleep(0)
         fast = await monitor.timed("query-yank", oob=True)
         assert fast.t_end_ns < (await slow).t_end_ns
+
+
+@pytest.mark.asyncio
+@builds()
+async def test_what_qemu_still_answers_to_the_client_before_is_not_for_us(
+    build: QemuBuild, tmp_path: Path
+) -> None:
+    target = UnixTarget(f"{tmp_path}/a")
+    async with running(build, tmp_path):
+        for turn in range(600):
+            async with await Monitor.connect(target, deadline=patience(10)) as monitor:
+                assert await monitor.execute("query-name") == {}
+            with socket.socket(socket.AF_UNIX) as hasty:
+                hasty.connect(target.path)
+                with hasty.makefile("rb") as answers:
+                    while not answers.readline().startswith(b'{"QMP"'):
+                        pass
+                    hasty.sendall(b'{"execute":"qmp_capabilities","id":%d}' % turn)
+                    while b'"id": %d' % turn not in answers.readline():
+                        pass
+                    hasty.sendall(b'{"execute":"query-status"}')

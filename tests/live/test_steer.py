@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -33,7 +32,16 @@ from qmp_memlistener.steer.channel import number_of
 from qmp_memlistener.steer.hijack import mappings
 from tests.support.host import patience
 from tests.support.live import QEMUS, builds, skip_without_kvm
-from tests.support.steer import NEEDS, STEERED, TOGGLES, racing, state, steer, toggled
+from tests.support.steer import (
+    NEEDS,
+    STEERED,
+    TOGGLES,
+    injector_ended,
+    racing,
+    state,
+    steer,
+    toggled,
+)
 from tests.support.verbs import run_verb
 
 pytestmark = NEEDS
@@ -150,7 +158,7 @@ async def test_interrupted_it_is_done_and_says_so() -> None:
         async with asyncio.timeout(patience(20)):
             _, err = await verb.communicate()
         now = state(guest)
-        assert verb.returncode == 130
+        assert verb.returncode == 130, err.decode()
         assert f"off -> {now.mode.name.lower()}".encode() in err
         assert now.mode is Mode.INHIBIT
 
@@ -196,25 +204,13 @@ async def test_each_operation_is_stamped_by_its_thread() -> None:
 
 @pytest.mark.asyncio
 async def test_an_injector_that_is_killed_leaves_qemu_running() -> None:
-    """At any moment of it: the frame on QEMU's stack puts its registers back."""
-    rng = random.Random(7)
+    """Before any of its steps: the frame on QEMU's stack puts its registers back."""
     async with racing(High.DATA) as (guest, pulse):
         process = Process.read(guest.pid)
         assert process is not None
-        for turn in range(8):
-            verb = "detach" if turn % 2 else "attach"
-            injector = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-m", "qmp_memlistener.steer.injector"),
-                *(verb, process.key, str(OBJECT)),
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=asyncio.subprocess.DEVNULL,
-            )
-            while not _tracer(guest.pid) and injector.returncode is None:  # noqa: ASYNC110 (no event)
-                await asyncio.sleep(0)
-            await asyncio.sleep(rng.random() * 0.01)
-            if injector.returncode is None:
-                injector.kill()
-            await injector.wait()
+        for step in (0, 2, 3, 5, 8, 12, 16, 19):
+            verb = "detach" if step % 2 else "attach"
+            await injector_ended(process, verb, step, signal.SIGKILL)
             async with await Monitor.connect(UnixTarget(str(guest.monitors[1]))) as monitor:
                 await monitor.execute("query-status")
         for strategy in ("inhibit", "off"):
@@ -223,9 +219,18 @@ async def test_an_injector_that_is_killed_leaves_qemu_running() -> None:
         assert await toggled(guest, pulse, 10) == "survived"
 
 
-def _tracer(pid: int) -> int:
-    status = Path(f"/proc/{pid}/status").read_text()
-    return int(status.partition("TracerPid:")[2].split()[0])
+@pytest.mark.asyncio
+async def test_an_injector_that_does_not_run_any_more_holds_qemu_for_no_longer() -> None:
+    """It is stopped while QEMU's main thread is: a timer of the kernel's ends it."""
+    async with racing(High.DATA) as (guest, pulse):
+        process = Process.read(guest.pid)
+        assert process is not None
+        ended = await injector_ended(process, "attach", 3, signal.SIGSTOP)
+        assert ended == -signal.SIGKILL
+        async with await Monitor.connect(UnixTarget(str(guest.monitors[1]))) as monitor:
+            await monitor.execute("query-status")
+        assert (await steer(guest, "inhibit")).code == 0
+        assert await toggled(guest, pulse, 10) == "survived"
 
 
 @pytest.mark.asyncio

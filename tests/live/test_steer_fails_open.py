@@ -178,7 +178,8 @@ async def test_more_slots_or_operations_than_there_is_room_for(
         OBJECT.with_name("interposer.c"),
         tmp_path,
         *(f"-DMAX_SLOTS={slots}", f"-DMAX_OPS={ops}"),
-        *("-DPARK_NS=500000000ull", "-DRUN_NS=2000000000ull", "-fvisibility=hidden"),
+        *("-DPARK_NS=500000000ull", "-DRUN_NS=2000000000ull", "-DCLOSE_NS=10000000ull"),
+        "-fvisibility=hidden",
     )
     async with racing(High.DATA, env=preloaded(Mode.HOLE, interposer=small)) as (guest, pulse):
         assert await toggled(guest, pulse, 10) == "survived"

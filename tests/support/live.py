@@ -204,7 +204,7 @@ async def booted(
 @asynccontextmanager
 async def qmp(path: Path) -> AsyncIterator[Monitor]:
     """A connection of the test's own."""
-    async with await AnyMonitor.connect(UnixTarget(str(path))) as monitor:
+    async with await AnyMonitor.connect(UnixTarget(str(path)), deadline=patience(1.0)) as monitor:
         yield monitor
 
 

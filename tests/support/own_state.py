@@ -15,7 +15,6 @@ SCRIPT = """
 import os
 from qmp_memlistener.host import state
 state.SHM = state.FALLBACK = os.environ["STATE_OF_TEST"]
-state.RUNTIME = "/nowhere"
 """
 """How a child of the test begins, to see the same."""
 
@@ -26,6 +25,4 @@ def keep_state_in(
     """`fallback` stands for /tmp; the same directory, unless it is given."""
     monkeypatch.setattr(state, "SHM", str(path))
     monkeypatch.setattr(state, "FALLBACK", str(fallback or path))
-    monkeypatch.setattr(state, "RUNTIME", "/nowhere")
-    monkeypatch.delenv("XDG_RUNTIME_DIR", raising=False)
     monkeypatch.setitem(os.environ, "STATE_OF_TEST", str(path))

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from qmp_memlistener.errors import TraceReason, TraceUnavailable
 from qmp_memlistener.guests import LaunchedGuest
-from qmp_memlistener.probes import Context, Observation, Probe, StallKind
+from qmp_memlistener.probes import Context, HostWait, Observation, Probe, StallKind
 from qmp_memlistener.qmp import (
     Companions,
     GuestFacts,
@@ -35,6 +35,7 @@ class Recorder:
     def __init__(self) -> None:
         self.observations: list[Observation] = []
         self.asked: list[Observation] = []
+        self.waits: list[HostWait] = []
         self.changes: list[SteeringRecord] = []
         self.measurements: list[MeasurementRecord] = []
         self.notes: list[str] = []
@@ -46,6 +47,10 @@ class Recorder:
 
     def observe(self, observations: list[Observation]) -> None:
         self.observations += observations
+        self._news.set()
+
+    def host_waits(self, waits: list[HostWait]) -> None:
+        self.waits += waits
         self._news.set()
 
     def carried_out(self, asked: list[Observation], windows: list[Observation]) -> None:

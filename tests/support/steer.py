@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import os
+import signal
 import struct
 import subprocess
+import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -29,6 +31,7 @@ from qmp_memlistener.qmp import Monitor, UnixTarget
 from qmp_memlistener.records import Mode
 from qmp_memlistener.steer import OBJECT, State, state_of
 from qmp_memlistener.steer.channel import number_of
+from tests.support.host import patience
 from tests.support.live import QEMUS, skip_without_kvm
 from tests.support.verbs import Ran, run_verb
 
@@ -40,6 +43,7 @@ __all__ = [
     "boots",
     "build_shared",
     "build_writer",
+    "injector_ended",
     "preloaded",
     "racing",
     "state",
@@ -150,6 +154,38 @@ def state(guest: LaunchedGuest) -> State:
 async def steer(guest: LaunchedGuest, *options: str, monitor: int = 0) -> Ran:
     target = f"unix:{guest.monitors[monitor]}"
     return await run_verb("steer", target, "--json", "--strategy", *options)
+
+
+async def injector_ended(process: Process, verb: str, step: int, how: signal.Signals) -> int:
+    """An injector that gets a signal before its `step`-th step with QEMU: how it ended."""
+    injector = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", _ENDED, str(step), str(int(how)), verb, process.key, str(OBJECT)),
+        stdout=asyncio.subprocess.DEVNULL,
+    )
+    try:
+        async with asyncio.timeout(patience(20)):
+            return await injector.wait()
+    finally:
+        if injector.returncode is None:
+            injector.kill()
+            await injector.wait()
+
+
+_ENDED = """
+import os, sys
+from qmp_memlistener.steer import hijack, injector
+left, how = int(sys.argv.pop(1)), int(sys.argv.pop(1))
+def counted(step):
+    def counting(*arguments):
+        global left
+        left -= 1
+        if left == -1:
+            os.kill(os.getpid(), how)
+        return step(*arguments)
+    return counting
+hijack._ptrace, os.pwrite = counted(hijack._ptrace), counted(os.pwrite)
+sys.exit(injector.main())
+"""
 
 
 class Faults:

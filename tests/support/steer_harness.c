@@ -26,6 +26,7 @@
 #define MAX_OPS 16
 #define PARK_NS 40000000ull
 #define RUN_NS 2000000000ull
+#define CLOSE_NS 40000000ull
 static void *fake_dlsym(void *handle, const char *name);
 static void fake_abort(void);
 #define dlsym fake_dlsym
@@ -554,9 +555,12 @@ static void come_in(void) {
     atomic_store(&chan->armed, 1);
 }
 
-static void go_out(void) {
+/* `asked`: as the agent does it, so that no transaction is opened any more. */
+static void go_out(_Bool asked) {
     int left = 0;
 
+    if (asked)
+        atomic_store(&chan->want, OFF);
     while (!ended && qmp_memlistener_detach() && ++left < 50)
         ;
     if (left == 50)
@@ -667,7 +671,7 @@ static void step(uint32_t word) {
         break;
     case 12:
         atomic_store(&chan->strict, word >> 8 & 1);
-        atomic_store(&chan->want, OBSERVE + (word >> 4) % 4);
+        atomic_store(&chan->want, (word >> 4) % 5);
         break;
     case 13: /* KVM refuses one */
         if ((word >> 4 & 3) == 0) {
@@ -684,7 +688,7 @@ static void step(uint32_t word) {
         if ((word >> 4 & 31) == 0 && !hold_vcpu) {
             use_region2 = 1;
         } else if ((word >> 4 & 3) == 1 && !hold_vcpu && !use_region2 && has_set_dirty) {
-            go_out(); /* and in again: what it knew of slots is gone */
+            go_out(word >> 9 & 1); /* and in again: what it knew of slots is gone */
             if (!ended)
                 come_in();
         }
@@ -703,7 +707,7 @@ static void finish(void) {
     pthread_mutex_lock(&kvm);
     fail_in = 0;
     pthread_mutex_unlock(&kvm);
-    go_out();
+    go_out(1);
     if (ended || with_rings)
         return;
     for (int i = 0; i < IDS; i++)
@@ -773,9 +777,9 @@ int main(int argc, char **argv) {
         if (!is_wrong())
             finish();
         else
-            ended = 1, go_out();
+            ended = 1, go_out(0);
         if (ended && atomic_load(&chan->hooked))
-            go_out();
+            go_out(0);
         pthread_mutex_lock(&words);
         printf("%s%s\n", wrong[0] ? "WRONG: " : "ok", wrong);
         pthread_mutex_unlock(&words);

@@ -106,7 +106,7 @@ def test_files_that_a_page_names_exist(page: Path) -> None:
 
 def test_every_verb_is_in_the_readme() -> None:
     rows = re.findall(r"^\| (`[^|]+`) \|", PAGES[0].read_text(), re.MULTILINE)
-    assert {name for row in rows for name in re.findall(r"`(\w+)`", row)} == set(VERBS)
+    assert {name for row in rows for name in re.findall(r"`([\w-]+)`", row)} == set(VERBS)
 
 
 def test_the_layers_are_those_that_lint_checks() -> None:

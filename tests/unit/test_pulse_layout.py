@@ -167,6 +167,20 @@ async def test_a_silent_guest_is_a_missed_deadline(pulse: Pulse) -> None:
 
 
 @pytest.mark.asyncio
+async def test_a_vcpu_that_the_host_does_not_run_for_a_while_can_be_calibrated(
+    ram: Path, pulse: Pulse
+) -> None:
+    calibrating = asyncio.create_task(pulse.calibrate(0.01))
+    await asyncio.sleep(0.3)
+    beat = 0
+    while not calibrating.done():
+        beat += 1
+        put(ram, BLOCK0 + layout.HB_LAST_TSC, "<Q", 1_000_000 * beat)
+        await asyncio.sleep(0)
+    assert (await calibrating).ticks_per_second > 0
+
+
+@pytest.mark.asyncio
 async def test_a_refusal_names_command_and_reason(ram: Path, pulse: Pulse) -> None:
     task = asyncio.create_task(pulse.map_bar(PciAddress(0, 5), 2, 0xFE000000))
     await asyncio.sleep(0)

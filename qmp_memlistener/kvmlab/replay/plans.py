@@ -33,6 +33,7 @@ from ...memslots import (
 from ...memslots.intervals import join
 from ...memslots.ops import BATCH_BEGIN, BATCH_COMMIT, PARK, UNPARK
 from ...topology import FlatRange, FlatView
+from ..executor import NO_SLOT
 from ..strategies import LabStrategy
 from .transitions import AppliedOp, ReplayInput, ReplayTransition
 
@@ -49,14 +50,12 @@ _FENCE = {
 class Planned:
     """A strategy's plan for one transition.
 
-    `slots` and `expected` go with the plan's operations when it repeats recorded ones: the slots
-    that they are about, and what KVM answered then.  Otherwise they are None, and KVM should refuse
-    nothing.
+    `recorded` are the operations that it repeats, in the plan's order, with the slot that each is
+    about and what KVM answered then.  None: the plan is its own, and KVM should refuse nothing.
     """
 
     plan: Plan
-    slots: tuple[Slot, ...] | None = None
-    expected: tuple[int, ...] | None = None
+    recorded: tuple[AppliedOp, ...] | None = None
 
 
 def plans_for(
@@ -95,26 +94,23 @@ def slots_for(strategy: LabStrategy, source: ReplayInput) -> int:
 
 
 def _recorded(strategy: LabStrategy, t: ReplayTransition, rules: Rules) -> Planned:
-    ops: tuple[Op, ...] = t.ops
-    slots, expected = t.slots, t.rets
+    recorded = t.applied
     fence = _FENCE.get(strategy.plan)
-    if fence is not None and ops:
-        no_slot = Slot(0, -1, 0, 0)
-        ops = (fence[0], *ops, fence[1])
-        slots, expected = (no_slot, *slots, no_slot), (0, *expected, 0)
-    good = [op for op, ret in zip(ops, expected, strict=True) if ret == 0]
+    if fence is not None and recorded:
+        recorded = (AppliedOp(fence[0], NO_SLOT), *recorded, AppliedOp(fence[1], NO_SLOT))
+    good = [a.op for a in recorded if a.ret == 0]
     overlap = strategy.order is Order.V8_0 and _overlaps(good)
     done = Plan(
         strategy.plan,
         rules,
-        ops,
+        tuple(a.op for a in recorded),
         t.before,
         t.after,
         expose(good, t.before, t.after),
         fence is not None,
         (0,) if overlap else (),
     )
-    return Planned(done, slots, expected)
+    return Planned(done, recorded)
 
 
 def _overlaps(ops: Iterable[Op]) -> bool:

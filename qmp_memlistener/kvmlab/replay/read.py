@@ -34,9 +34,9 @@ from ...topology import FlatView
 from ...tracking.beginning import beginning
 from ...tracking.logs import read_log
 from ...tracking.replaying import (
+    BackedOp,
     FileKind,
     ReplayStep,
-    Told,
     Traced,
     possible,
     read_recording,
@@ -239,7 +239,7 @@ class _Fold:
                 before, had_log = after, has_log
 
     def _parts(
-        self, commit: Iterable[Told], before: SlotTable, *, cut: bool
+        self, commit: Iterable[BackedOp], before: SlotTable, *, cut: bool
     ) -> Iterator[tuple[list[AppliedOp], SlotTable]]:
         """What a commit did, and the slots after it; `cut` in two where a deletion is missing that
         would go back."""

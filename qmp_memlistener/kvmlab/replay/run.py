@@ -242,9 +242,11 @@ class _Player(Closing):
 
     def _carry_out(self, planned: Planned) -> ExecutionResult:
         assert self._executor is not None, "begun"
-        executed = self._executor.carry_out(planned.plan, planned.slots)
-        if planned.slots is None:
-            executed.check(planned.plan.ops)
+        recorded = planned.recorded
+        if recorded is not None:
+            return self._executor.carry_out(planned.plan, [a.slot for a in recorded])
+        executed = self._executor.carry_out(planned.plan)
+        executed.check(planned.plan.ops)
         return executed
 
     def close(self) -> None:
@@ -267,9 +269,10 @@ class _Chunks(dict[BlockName, HostMemory]):
 
 def _mismatches(planned: Planned, executed: ExecutionResult) -> int:
     """Operations that KVM answered otherwise than it did when they were recorded."""
-    if planned.expected is None:
+    recorded = planned.recorded
+    if recorded is None:
         return sum(bool(result) for result in executed.results.values())
-    return sum(result != planned.expected[i] for i, result in executed.results.items())
+    return sum(result != recorded[i].ret for i, result in executed.results.items())
 
 
 def _ends(source: ReplayInput) -> list[int]:

@@ -19,7 +19,7 @@ from ...memslots import ADDRESS_SPACES, READONLY, LogChange, Op, OpKind, Rules, 
 from ...memslots.slots import Backing
 from ...topology import FlatRange, FlatView, Kind
 from ...tracking.live_slots import LiveSlot
-from ...tracking.replaying import FileKind, Told
+from ...tracking.replaying import BackedOp, FileKind
 
 __all__ = ["AppliedOp", "HostBlock", "ReplayInput", "ReplayTransition", "back"]
 
@@ -77,7 +77,7 @@ class _Shown:
 
 def back(
     slots: Sequence[LiveSlot],
-    commits: Iterable[Iterable[Told]],
+    commits: Iterable[Iterable[BackedOp]],
     spans: Mapping[tuple[str, str | None], int],
 ) -> tuple[tuple[HostBlock, ...], list[Backing | None]]:
     """The blocks in the order in which slots show them; what is behind each of `slots`, then behind

@@ -51,7 +51,7 @@ class ThreadProbes:
     ring: Ring
     groups: dict[Group, list[int]] = field(default_factory=dict)
     lost: int = 0
-    """Records of these events lost that the ring has told of."""
+    """Records of these events lost that the ring has reported."""
     ended: bool = False
     calls: re.Pattern[bytes] | None = None
     """What finds runs of short commits in the ring."""
@@ -61,7 +61,7 @@ class ThreadProbes:
         return [self.owner, *(fd for fds in self.groups.values() for fd in fds)]
 
     def untold(self) -> int:
-        """Records lost that the ring has not told of: it does so with the next record only."""
+        """Records lost that the ring has not reported: it does so with the next record only."""
         return max(0, sum(map(lost_of, self.descriptors[1:])) - self.lost)
 
 

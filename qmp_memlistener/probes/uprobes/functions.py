@@ -120,7 +120,7 @@ ROLES: Mapping[Func, RoleInfo] = MappingProxyType(
 SYMBOLS = tuple(dict.fromkeys(s for info in ROLES.values() for s in info.symbols))
 """Every name that any version has for them."""
 
-# Without one of these roles the kind cannot be told.  A hold is known only if every release is
+# Without one of these roles the kind cannot be reported.  A hold is known only if every release is
 # seen, so the waits belong to it; the mutex tells which waits concern the BQL.
 _BQL = (Func.BQL_LOCK, Func.BQL_UNLOCK, Func.COND_WAIT, Func.COND_TIMEDWAIT, Func.MUTEX_LOCK)
 _NEEDED: Mapping[StallKind, tuple[Func, ...]] = MappingProxyType(

@@ -1,4 +1,4 @@
-"""From windows to observations: names, call sites, and what is too short to be told.
+"""From windows to observations: names, call sites, and what is too short to be reported.
 
 Called in the reader's thread.  When to look and where to deliver is `probe`'s business.
 
@@ -23,10 +23,10 @@ from .calls import CommandSpan, Site, Window
 __all__ = ["FLOOR_NS", "Observer", "QUERY_FLOOR_NS", "Strings", "ThreadNames"]
 
 FLOOR_NS = 100_000
-"""Shorter waits, holds and commits without slot updates are counted, not told."""
+"""Shorter waits, holds and commits without slot updates are counted, not reported."""
 
 QUERY_FLOOR_NS = 1_000_000
-"""Shorter commands that only ask (query-*) are not told: somebody may ask all the time."""
+"""Shorter commands that only ask (query-*) are not reported: a client may ask all the time."""
 
 _EVERYBODY = (StallKind.VCPU_INHIBIT, StallKind.VCPU_PAUSE)
 """All vCPUs stall in these, whichever thread brought it about."""
@@ -50,12 +50,12 @@ class Observer:
     _short: dict[StallKind, _Short] = field(default_factory=lambda: {k: _Short() for k in _FLOORED})
 
     def observe(self, windows: list[Window], strings: Strings) -> list[Observation]:
-        """The windows that are worth telling; commits inside others never are."""
+        """The windows that are reported; commits inside others never are."""
         return [self._observation(w, strings) for w in windows if not w.inner and self._long(w)]
 
     @property
     def floor_ns(self) -> int:
-        """Shorter commits without slot updates are not told."""
+        """Shorter commits without slot updates are not reported."""
         return min(FLOOR_NS, self.must_see.get(StallKind.COMMIT, FLOOR_NS))
 
     def add_short_commits(self, count: int, total_ns: int) -> None:
@@ -65,7 +65,7 @@ class Observer:
         short.total_ns += total_ns
 
     def commands(self, commands: list[CommandSpan], strings: Strings) -> list[CommandRecord]:
-        """The commands that are worth telling, and whose name can be read."""
+        """The commands that are reported: those whose name can be read."""
         found = []
         for command in commands:
             name = strings.command(command.info) if command.info else "hmp"
@@ -80,7 +80,7 @@ class Observer:
         return found
 
     def counts(self) -> dict[str, int | float | str]:
-        """How many windows of each kind were not told, and their time in all."""
+        """How many windows of each kind were not reported, and their time in all."""
         values: dict[str, int | float | str] = {}
         for kind, short in self._short.items():
             values[f"short_{kind}"] = short.count

@@ -263,7 +263,7 @@ class UprobesProbe:
             self._stopping = asyncio.create_task(self.stop(), name="uprobes stop")
 
     def _measure(self, reader: UprobeReader) -> None:
-        """What was too short to be told, and what looking cost."""
+        """What was too short to be reported, and what looking cost."""
         now = time.monotonic_ns()
         values = self._observer.counts()
         values["hits"] = self._hits

@@ -20,12 +20,11 @@ from operator import itemgetter
 
 from ..model import StallKind
 from .attach import Attachment, thread_ids
-from .calibrate import measure_hit
 from .calls import CommandSpan, Window
 from .decode import Hit
 from .functions import Func, Group, kinds_of, missing_kinds
 from .observing import Strings
-from .perf import Architecture, allow_descriptors
+from .perf import Architecture, allow_descriptors, measure_hit
 from .program import Program, examine, explain
 from .release import opening, release
 from .windows import Windows
@@ -87,7 +86,6 @@ class UprobeReader:
         deliver: Callable[[Batch], None],
         *,
         ring_bytes: int | None = None,
-        period: float = PERIOD,
         floor_ns: int = 0,
     ) -> None:
         self.pid = pid
@@ -96,7 +94,6 @@ class UprobeReader:
         """What one hit costs the probed thread at most, in ns."""
         self._deliver = deliver
         self._ring_bytes = ring_bytes
-        self._period = period
         self._floor_ns = floor_ns
         self._busy_ns = time.monotonic_ns()
         self._requests: deque[tuple[Callable[[], None], Future[None]]] = deque()
@@ -221,7 +218,7 @@ class UprobeReader:
         try:
             while not self._stopping:
                 calm = self._round_ns - self._busy_ns > _CALM_NS
-                self._wake.wait(self._period * (_CALM_FACTOR if calm else 1))
+                self._wake.wait(PERIOD * (_CALM_FACTOR if calm else 1))
                 self._wake.clear()
                 self._answer()
                 self._round()

@@ -1,14 +1,14 @@
 """Hits in, windows out: the state of every thread and of the pause.
 
 Pure: no clock, no process.  Hits come in the order of each thread; across threads the order matters
-only for counting hand-offs of the BQL.  A window is told only if its beginning and its end were
+only for counting hand-offs of the BQL.  A window is reported only if its beginning and its end were
 seen and nothing in between was lost.
 
 What makes a window of BQL_HOLD sound: in 7.2 to 11.1 the lock is a static variable of cpus.c; it is
 taken by bql_lock_impl only, and released by bql_unlock and by waits on a condition variable with
 the lock as their mutex only (cpus.c, and do_run_on_cpu of cpus-common.c, which is handed it).  All
 of them are probed.  Which waits are with that lock is known by its address, which qemu_mutex_lock
-is given inside bql_lock_impl.  Until that is known every wait of a thread ends its hold untold.
+is given inside bql_lock_impl.  Until that is known every wait of a thread ends its hold unreported.
 """
 
 from __future__ import annotations
@@ -18,10 +18,9 @@ from collections.abc import Callable
 
 from ...memslots import OpKind
 from ...records import SlotOp, StallKind
-from .calls import Call, CommandSpan, Site, Span, Thread, Window
+from .calls import Call, Commands, CommandSpan, Pauses, Site, Span, Thread, Window
 from .decode import Hit
 from .functions import Func
-from .main_thread import Commands, Pauses
 
 __all__ = ["SLOT_IOCTLS", "Windows"]
 
@@ -113,7 +112,7 @@ class Windows:
         self._pauses.known |= running
 
     def finish(self, now_ns: int) -> None:
-        """Nothing more is coming: tell of a pause that has not ended."""
+        """Nothing more is coming: report a pause that has not ended."""
         self._tell(self._pauses.finish(now_ns))
 
     def take(self) -> tuple[list[Window], list[CommandSpan]]:
@@ -123,7 +122,7 @@ class Windows:
         return found
 
     def take_short(self) -> tuple[int, int]:
-        """How many short commits were not told since the last call, and their ns in all."""
+        """How many short commits were not reported since the last call, and their ns in all."""
         found = self._short, self._short_ns
         self._short = self._short_ns = 0
         return found

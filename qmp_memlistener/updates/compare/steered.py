@@ -33,7 +33,7 @@ from ...records import ProbeState, Record, SlotOp, StallRecord
 from ...steer import Channel, EventKind, Mode, judge, open_channel, release, state_of, steer
 from ..model import Phase, PhaseName, Result
 from ..operation import Host
-from ..pause.migrating import refuse_if_migrating
+from ..pause.guard import refuse_if_migrating
 from ..steered import steered_process
 from .guest import NotPutBack
 from .rounds import CompareOptions, Comparison, compare_rounds

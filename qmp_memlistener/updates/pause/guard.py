@@ -2,7 +2,10 @@
 
 `ResumeGuard.start` takes a free monitor of the guest and gives it to a process of its own
 (`guard_process`; the rules are in `promise`).  `arm` comes before every `stop`, `release` when the
-guest runs again.  How a guest is paused between the two is in `pause`.
+guest runs again.  How a guest is paused between the two is in `paused`.
+
+A guest that a migration has is not paused (`refuse_if_migrating`).  Why, and what follows from it,
+is in `promise`.
 """
 
 from __future__ import annotations
@@ -22,16 +25,26 @@ from typing import Self
 
 import msgspec
 
-from ...errors import OperationFailed, TargetError
+from ...errors import GuestMigrating, OperationFailed, TargetError
 from ...host.bounded import in_thread
-from ...qmp import SocketTarget, find_owner
+from ...qmp import Monitor, SocketTarget, find_owner
 from ...qmp.freeze import freeze_key
+from ...qmp.guest import GuestLook, look
 from ...qmp.identity import GuestIdentity, same_answers
 from .guard_notes import new_note
 from .guard_start import greeted, no_monitor, spawned
-from .migrating import check_not_migrating
+from .promise import TAKEN, is_migrating
 
-__all__ = ["ResumeGuard", "Settled"]
+__all__ = [
+    "RAN_TWICE",
+    "ResumeGuard",
+    "Settled",
+    "WAIT",
+    "check_not_migrating",
+    "has_guest",
+    "refuse_if_migrating",
+]
+
 
 MAX_PAUSE_S = 2.0
 _CONNECT_S = 1.0
@@ -334,3 +347,40 @@ def _reaped(process: subprocess.Popen[bytes], deadline: float) -> bool:
     except subprocess.TimeoutExpired:
         return False
     return True
+
+
+# -- migrations ----------------------------------------------------------------------------------
+
+
+RAN_TWICE = (
+    "a migration completed before our `cont`, and the guest was stopped here again; if it is "
+    "paused at the destination, it stays so until `cont` is sent there"
+)
+WAIT = "wait until it is over, or cancel it"
+_WHY = {
+    "inmigrate": ("it waits for an incoming migration", WAIT),
+    "finish-migrate": ("it is being migrated", WAIT),
+    "postmigrate": ("it has been migrated away", "name the QEMU that it was migrated to"),
+}
+
+
+def has_guest(seen: GuestLook) -> bool:
+    """A migration has the guest: it would not have been paused."""
+    return is_migrating(seen.migration) or seen.status in TAKEN
+
+
+def check_not_migrating(status: str, migration: str, done: str = "it was not paused") -> None:
+    """Raises GuestMigrating, `done` says what was not."""
+    if is_migrating(migration):
+        why, remedy = f"a migration is under way ({migration})", WAIT
+    elif status in TAKEN:
+        why, remedy = f"the guest is in the state {status}: {_WHY[status][0]}", _WHY[status][1]
+    else:
+        return
+    raise GuestMigrating(f"{why}; {done}", remedy=remedy)
+
+
+async def refuse_if_migrating(monitor: Monitor, done: str, *, deadline: float = 10.0) -> None:
+    """Raises GuestMigrating, and as `Monitor.pipeline`."""
+    seen = await look(monitor, deadline=deadline)
+    check_not_migrating(seen.status, seen.migration, done)

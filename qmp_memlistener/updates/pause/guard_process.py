@@ -59,6 +59,8 @@ class Guard:
     ) -> None:
         self._control = control
         self._monitor = monitor
+        # the id of our commands: other answers are for the client before us (`dial.answered`)
+        self._number = int.from_bytes(os.urandom(4), "big")
         self._agent = int(str(settings["agent"]))
         commands = settings["commands"]
         self._commands = frozenset(commands) if isinstance(commands, list) else frozenset()
@@ -154,7 +156,9 @@ class Guard:
             if command.decode() not in self._commands:
                 raise RuntimeError(f"{command.decode()} is not among the commands that it may send")
         try:
-            self._monitor.sendall(b"".join(b'{"execute":"%s"}\n' % c for c in commands))
+            self._monitor.sendall(
+                b"".join(b'{"execute":"%s","id":%d}\n' % (c, self._number) for c in commands)
+            )
         except OSError:
             self._qemu_is_gone = True
         self._answers = []
@@ -168,7 +172,7 @@ class Guard:
     def _on_qemu(self, message: dict[str, object]) -> None:
         if "event" in message:
             self._on_event(str(message["event"]), message)
-        elif self._on_its_way is not None:
+        elif self._on_its_way is not None and message.get("id") == self._number:
             self._answers.append(message)
             (due, sent) = self._on_its_way
             if len(self._answers) == len(self._commands_of(due)):

@@ -21,10 +21,19 @@ from ...errors import (
     WrongGuest,
 )
 from ...host.bounded import in_thread
-from ...qmp import Address, Companions, SocketTarget, find_guest, parse_target
+from ...qmp import (
+    Address,
+    Companions,
+    SocketTarget,
+    TcpTarget,
+    UnixTarget,
+    find_guest,
+    parse_target,
+)
 from ...qmp.allowed import names
-from ...qmp.dial import answered, resolve
+from ...qmp.dial import answered
 from ...qmp.identity import ASKED, GuestIdentity
+from ...qmp.resolving import resolve
 from ..model import UpdateRefused
 from .guard_notes import NoteForm
 
@@ -42,7 +51,14 @@ async def guard_targets(
     Raises UpdateRefused when there is none: without a guard nothing is paused.
     """
     if named is not None:
-        return list((await resolve(parse_target(named)))[0])
+        addresses, _ = await resolve(parse_target(named))
+        sockets = [a for a in addresses if isinstance(a, UnixTarget | TcpTarget)]
+        if not sockets:
+            raise UpdateRefused(
+                f"{named} is no socket of QEMU's own, which the guard needs; nothing was touched",
+                remedy=_REMEDY,
+            )
+        return sockets
     known = companions.guest
     guest = await in_thread(find_guest, known.process.pid) if known is not None else None
     free = [t for t in guest.free_targets() if t != used] if guest is not None else []

@@ -44,8 +44,7 @@ from ...errors import (
 from ...qmp import Command, Monitor, Reply
 from ...qmp.guest import LOOK, GuestLook, look
 from ...qmp.identity import wrong_guest
-from .guard import ResumeGuard, Settled
-from .migrating import has_guest, refuse_if_migrating
+from .guard import ResumeGuard, Settled, has_guest, refuse_if_migrating
 from .promise import LOOK_EVERY_NS
 from .resuming import End, StopAndResume, lost, stop_again
 

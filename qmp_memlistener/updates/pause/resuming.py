@@ -8,8 +8,7 @@ from typing import Self
 from ...errors import CommandFailed, GuestMigrating, ProtocolViolation, TargetError, TargetLost
 from ...qmp import Monitor, MonitorEvent
 from ...qmp.guest import GuestLook, look
-from .guard import ResumeGuard, Settled
-from .migrating import RAN_TWICE
+from .guard import RAN_TWICE, ResumeGuard, Settled
 from .promise import MIGRATED
 
 __all__ = ["End", "StopAndResume", "lost", "stop_again"]

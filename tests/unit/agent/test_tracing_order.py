@@ -60,6 +60,13 @@ class Qemu:
         self.asked = asyncio.Semaphore(0)
         self.behind: list[TraceRecord] = []
         self.lost_behind: str | None = None
+        self.answers = asyncio.Event()
+        self.answers.set()
+
+    async def marker(self) -> int:
+        """As a `TraceSession` does it."""
+        await self._log.write(HmpCommand(1, "print 0x7", 7))
+        return 7
 
     async def pipeline(self, commands: Sequence[Command], *, deadline: float) -> list[Reply]:
         assert deadline > 0
@@ -71,6 +78,7 @@ class Qemu:
         if behind or lost:
             await self._log.write(*behind, lost=lost)
         self.asked.release()
+        await self.answers.wait()
         root = Mr("system", 1 << 64, container=True)
         root.add(Mr("pc.ram", 1 << 20, "ram"), 0)
         return [Reply("", 1, 2), Reply(info_mtree({"memory": root}), 2, 3)]
@@ -98,7 +106,7 @@ def source_of(log: Log, qemu: Qemu) -> TraceSource:
 
     return TraceSource(
         cast(Monitor, qemu),
-        cast(TraceSession, None),
+        cast(TraceSession, qemu),
         cast(TraceTail, log),
         lambda _: None,
         tracker,
@@ -120,6 +128,36 @@ async def test_lines_lost_while_a_snapshot_is_under_way_need_another() -> None:
     qemu = Qemu(log)
     qemu.lost_behind = "the log was cut"
     await asked_again(qemu, source_of(log, qemu))
+
+
+@pytest.mark.parametrize("fails", [False, True])
+@pytest.mark.asyncio
+async def test_what_a_snapshot_without_an_answer_covers_is_waited_for(fails: bool) -> None:
+    """Its place in the log has been read, and its text has not come yet."""
+    log = Log()
+    qemu = Qemu(log)
+    source = source_of(log, qemu)
+    reading = asyncio.create_task(source.read())
+    try:
+        await source.snapshot()
+        assert await qemu.asked.acquire()
+        await log.write(REBUILT)
+        qemu.answers.clear()
+        taking = asyncio.create_task(source.snapshot())
+        assert await qemu.asked.acquire()
+        settling = asyncio.create_task(source.settle())
+        done, _ = await asyncio.wait([settling], timeout=0.1)
+        assert not done
+        if fails:
+            taking.cancel()  # as at its deadline
+        qemu.answers.set()
+        async with asyncio.timeout(2):
+            await settling
+        assert source.tracker is not None
+        assert source.tracker.unreported_ns is None
+        assert source.snapshots == 2
+    finally:
+        reading.cancel()
 
 
 def test_when_there_is_too_much_of_everything_transitions_come_first() -> None:

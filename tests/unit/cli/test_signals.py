@@ -8,10 +8,12 @@ import select
 import signal
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from qmp_memlistener.waits import waiting, waits
+from tests.support.host import patience
 
 _PRELUDE = """
 import asyncio, os, signal, sys, time
@@ -172,6 +174,12 @@ except s.Interrupted:
 """
 
 
+def stuck_in_a_pipe(pid: int) -> bool:
+    """Its main thread waits in a write.  A full pipe does not tell: it is full before that one
+    writes more."""
+    return "pipe_write" in Path(f"/proc/{pid}/wchan").read_text()
+
+
 @pytest.mark.asyncio
 async def test_a_write_that_nobody_reads_does_not_keep_it() -> None:
     unread, out = os.pipe()
@@ -179,14 +187,15 @@ async def test_a_write_that_nobody_reads_does_not_keep_it() -> None:
         *(sys.executable, "-c", _PRELUDE + STUCK), stdout=out, stderr=asyncio.subprocess.PIPE
     )
     try:
-        async with asyncio.timeout(30):
-            while select.select([], [out], [], 0)[1]:  # noqa: ASYNC110 (a pipe that becomes full)
+        async with asyncio.timeout(patience(30)):
+            while not stuck_in_a_pipe(process.pid):  # noqa: ASYNC110 (nothing tells)
                 await asyncio.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         assert process.stderr is not None
-        async with asyncio.timeout(10):
-            assert await process.stderr.readuntil(b"put back")
+        async with asyncio.timeout(patience(10)):
+            assert await process.stderr.readuntil(b"put back") == b"put back"
             assert await process.wait() == 130
+        assert select.select([], [out], [], 0)[1] == [], "nobody has read"
     finally:
         if process.returncode is None:
             process.kill()

@@ -47,19 +47,6 @@ def test_the_environment_decides_nothing(tmp_path: Path, monkeypatch: pytest.Mon
         assert os.listdir(tmp_path / name) == []
 
 
-def test_what_an_earlier_version_left_is_found(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    runtime = tmp_path / "runtime"
-    (runtime / "qmp-memlistener").mkdir(parents=True)
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
-    (found,) = directories()
-    assert found.path == str(runtime / "qmp-memlistener")
-    monkeypatch.setenv("XDG_RUNTIME_DIR", state.SHM)  # the same one twice
-    own_directory()
-    assert len(directories()) == len({d.path for d in directories()})
-
-
 @needs_root
 @pytest.mark.parametrize("squat", SQUATS)
 def test_somebody_else_has_the_name(shm: Path, squat: Callable[[Path], None]) -> None:

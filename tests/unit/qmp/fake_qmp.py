@@ -12,7 +12,7 @@ from pathlib import Path
 from qmp_memlistener.qmp import UnixTarget
 from qmp_memlistener.qmp.identity import ASKED
 
-__all__ = ["GREETING", "Serve", "message", "negotiated", "replying", "serving", "within"]
+__all__ = ["GREETING", "Serve", "message", "negotiated", "replying", "request", "serving", "within"]
 
 GREETING: dict[str, object] = {
     "QMP": {
@@ -61,11 +61,17 @@ async def within(seconds: float) -> AsyncIterator[None]:
 async def negotiated(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
     """Greets, accepts the capabilities, and says who it is: we are no QEMU, and so are asked."""
     writer.write(message(GREETING))
-    await reader.readuntil(b"}}")
-    writer.write(b'{"return": {}}\n')
-    for _ in ASKED:
-        asked = json.loads(await reader.readuntil(b"}"))
+    for _ in ("qmp_capabilities", *ASKED):
+        asked = json.loads(await request(reader))
         writer.write(message({"return": {}, "id": asked["id"]}))
+
+
+async def request(reader: asyncio.StreamReader) -> bytes:
+    """The next object; a client sends no line ends."""
+    text = await reader.readuntil(b"}")
+    while text.count(b"{") != text.count(b"}"):
+        text += await reader.readuntil(b"}")
+    return text
 
 
 def replying(*replies: bytes, greeting: bytes = message(GREETING)) -> Serve:
@@ -75,10 +81,7 @@ def replying(*replies: bytes, greeting: bytes = message(GREETING)) -> Serve:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(greeting)
         for reply in (good, *[good] * len(ASKED), *replies):
-            request = await reader.readuntil(b"}")
-            while request.count(b"{") != request.count(b"}"):
-                request += await reader.readuntil(b"}")
-            exec_id = json.dumps(json.loads(request).get("id")).encode()
+            exec_id = json.dumps(json.loads(await request(reader)).get("id")).encode()
             writer.write(reply.replace(b"ID", exec_id))
             await writer.drain()
         await reader.read()

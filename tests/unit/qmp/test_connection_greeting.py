@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 from pathlib import Path
 
@@ -16,7 +17,8 @@ from qmp_memlistener.errors import (
     TargetUnreachable,
 )
 from qmp_memlistener.qmp import Monitor, TcpTarget, UnixTarget, dial
-from tests.unit.qmp.fake_qmp import GREETING, message, replying, serving, within
+from qmp_memlistener.qmp.identity import ASKED
+from tests.unit.qmp.fake_qmp import GREETING, message, replying, request, serving, within
 
 GARBAGE = [
     b"SSH-2.0-OpenSSH_9.2\r\n",
@@ -32,7 +34,6 @@ GARBAGE = [
     b'{"QMP": {"version": {}, "capabilities": []}}\n',
     b'{"QMP": {"version": {"qemu": [1]}, "capabilities": []}}\n',
     b'{"QMP": {"version": {"qemu": {"major": "x", "minor": 1, "micro": 1}}, "capabilities": 1}}\n',
-    b'{"return": {}}\n',
     b'{"event": "STOP"}\n',
     b"[" * 5000 + b"\n",
 ]
@@ -46,6 +47,47 @@ async def test_garbage_instead_of_a_greeting(tmp_path: Path, greeting: bytes) ->
             await Monitor.connect(target)
     assert error.value.exit_code == 3
     assert str(target) in error.value.message
+
+
+# QEMU 7.2, 10.0 and 11.1 send the answer to the last command of the client before to the next one
+STALE = b'{"return": {"status": "running"}, "id": "__qmp#00001"}\r\n'
+
+
+@pytest.mark.asyncio
+@pytest.mark.parametrize("before", [0, 1, 2])
+@pytest.mark.parametrize("after", [b"", STALE, b'{"return": {"enabled": true}}\r\n'])
+async def test_answers_to_the_client_before_are_dropped(
+    tmp_path: Path, before: int, after: bytes
+) -> None:
+    async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        for _ in range(before):
+            writer.write(STALE)
+            await writer.drain()
+        writer.write(message(GREETING))
+        for answer in (after, *[b""] * len(ASKED), b""):
+            asked = json.loads(await request(reader))
+            writer.write(answer + message({"return": {"of": asked["execute"]}, "id": asked["id"]}))
+        await reader.read()
+
+    async with (
+        serving(tmp_path, serve) as target,
+        within(2),
+        await Monitor.connect(target) as monitor,
+    ):
+        assert await monitor.execute("query-status") == {"of": "query-status"}
+
+
+@pytest.mark.asyncio
+async def test_answers_without_end_are_not_waited_for(tmp_path: Path) -> None:
+    async def serve(_: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(message(GREETING))
+        while True:
+            writer.write(STALE)
+            await writer.drain()
+
+    async with serving(tmp_path, serve) as target, within(2):
+        with pytest.raises(ProtocolViolation):
+            await Monitor.connect(target)
 
 
 @pytest.mark.asyncio
@@ -95,13 +137,19 @@ async def test_a_hang_up_during_the_greeting(tmp_path: Path, sent: int) -> None:
 
 @pytest.mark.asyncio
 @pytest.mark.parametrize(
-    "answer", [b'{"error": {"class": "X", "desc": "no"}}\n', b'{"event": "STOP"}\n', b"[]\n"]
+    "answer",
+    [
+        b'{"error": {"class": "X", "desc": "no"}}\n',
+        b'{"error": {"class": "X", "desc": "no"}, "id": ID}\n',
+        b'{"event": "STOP"}\n',
+        b"[]\n",
+    ],
 )
 async def test_negotiation_that_fails(tmp_path: Path, answer: bytes) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(message(GREETING))
-        await reader.readuntil(b"}")
-        writer.write(answer)
+        number = json.dumps(json.loads(await request(reader))["id"]).encode()
+        writer.write(answer.replace(b"ID", number))
         await reader.read()
 
     async with serving(tmp_path, serve) as target, within(2):
@@ -184,8 +232,8 @@ async def test_busy_is_told_from_the_kernels_table(tmp_path: Path) -> None:
 async def test_a_hang_up_right_after_the_negotiation(tmp_path: Path) -> None:
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(message(GREETING))
-        await reader.readuntil(b"}}")
-        writer.write(b'{"return": {}}\n')
+        number = json.loads(await request(reader))["id"]
+        writer.write(message({"return": {}, "id": number}))
         writer.close()
 
     async with serving(tmp_path, serve) as target, within(2):

@@ -14,7 +14,7 @@ from qmp_memlistener.errors import WrongGuest
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Monitor
 from qmp_memlistener.qmp.identity import ASKED, GuestIdentity
-from tests.unit.qmp.fake_qmp import GREETING, message, replying, serving
+from tests.unit.qmp.fake_qmp import GREETING, message, replying, request, serving
 
 EMPTY: dict[str, object] = {name: {} for name in ASKED}
 
@@ -61,10 +61,8 @@ async def test_who_is_no_qemu_is_asked_and_must_say_the_same_again(tmp_path: Pat
 
     async def serve(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         writer.write(message(GREETING))
-        await reader.readuntil(b"}}")
-        writer.write(b'{"return": {}}\n')
-        for name in ASKED:
-            asked = json.loads(await reader.readuntil(b"}"))
+        for name in ("qmp_capabilities", *ASKED):
+            asked = json.loads(await request(reader))
             assert asked["execute"] == name
             value = {"UUID": next(uuids)} if name == "query-uuid" else {"name": "vm"}
             writer.write(message({"return": value, "id": asked["id"]}))

@@ -13,7 +13,7 @@ import pytest
 from qmp_memlistener.agent.monitors import rules_of
 from qmp_memlistener.host.files import find_text, open_foreign
 from qmp_memlistener.host.processes import Process
-from qmp_memlistener.qmp.discovery import emulator_of
+from qmp_memlistener.qmp.emulator import emulator_of
 
 TEXT = b"QEMU emulator version 9.8.7 (test)"
 

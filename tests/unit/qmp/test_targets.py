@@ -9,7 +9,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmp_memlistener.errors import InputError
-from qmp_memlistener.qmp import PidTarget, Target, TcpTarget, UnixTarget, parse_target
+from qmp_memlistener.qmp import (
+    LibvirtTarget,
+    NameTarget,
+    PidTarget,
+    Target,
+    TcpTarget,
+    UnixTarget,
+    parse_target,
+)
 
 
 @pytest.mark.parametrize(
@@ -28,6 +36,14 @@ from qmp_memlistener.qmp import PidTarget, Target, TcpTarget, UnixTarget, parse_
         ("[fe80::1%eth0]:1", TcpTarget("fe80::1%eth0", 1)),
         ("pid:1", PidTarget(1)),
         ("pid:4194304", PidTarget(4194304)),
+        ("name:web 1", NameTarget("web 1")),
+        ("name:a/b:1", NameTarget("a/b:1")),
+        ("libvirt:web1", LibvirtTarget("web1")),
+        ("libvirt:a?b", LibvirtTarget("a?b")),
+        (
+            "libvirt:web1?connect=qemu:///embed?root=/r",
+            LibvirtTarget("web1", "qemu:///embed?root=/r"),
+        ),
     ],
 )
 def test_accepted_forms(text: str, target: Target) -> None:
@@ -49,7 +65,17 @@ def test_a_bare_name_is_a_path_when_it_exists(
     "text",
     [
         *("", "unix:", "unix:@", "pid:", "pid:0", "pid:-1", "pid:x", "pid:99999999999", "pid:٣"),
-        *("host:0", "host:65536", "host:port", "tcp:host", "::1:4444x", "libvirt:vm", "a b:1"),
+        *(
+            "host:0",
+            "host:65536",
+            "host:port",
+            "tcp:host",
+            "::1:4444x",
+            "name:",
+            "libvirt:",
+            "libvirt:vm?connect=",
+            "a b:1",
+        ),
         *("no-such-file", "a/b\0c", "/run/x\ny"),
         *("bad..host:12", ".:5", f"{'x' * 70}:12", "tcp:bad..host:12"),
     ],
@@ -58,7 +84,7 @@ def test_everything_else_is_refused_with_the_accepted_forms(text: str) -> None:
     with pytest.raises(InputError) as refused:
         parse_target(text)
     assert refused.value.exit_code == 2
-    for form in ("unix:PATH", "HOST:PORT", "pid:N"):
+    for form in ("unix:PATH", "HOST:PORT", "pid:N", "name:GUEST", "libvirt:DOMAIN"):
         assert form in (refused.value.remedy or "")
 
 

@@ -8,7 +8,8 @@ import struct
 import pytest
 
 from qmp_memlistener.errors import OperationFailed
-from qmp_memlistener.steer import Channel, EventKind, Mode
+from qmp_memlistener.host.processes import Process
+from qmp_memlistener.steer import Channel, EventKind, Mode, open_channel
 from qmp_memlistener.steer import channel as layout
 from tests.support.ring import event, ring
 
@@ -100,6 +101,24 @@ def test_a_channel_that_is_cut_short() -> None:
         for ask in (channel.state, channel.skip, channel.read_events):
             with pytest.raises(OperationFailed, match="cut short"):
                 ask()
+
+
+def test_a_channel_that_is_being_made_is_none_yet() -> None:
+    """QEMU makes the memfd, gives it a size, and writes the magic number last."""
+    process = Process.read(os.getpid())
+    assert process is not None
+    fd = os.memfd_create(layout.NAME, os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
+    try:
+        assert open_channel(process) is None
+        os.ftruncate(fd, layout._SIZE)
+        assert open_channel(process) is None
+        os.pwrite(fd, struct.pack("<II", layout._MAGIC, layout._SIZE), 0)
+        channel = open_channel(process)
+        assert channel is not None
+        with channel:
+            assert channel.state().mode is Mode.OFF
+    finally:
+        os.close(fd)
 
 
 def test_the_modes_are_written_by_their_numbers() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from qmp_memlistener.probes import StallKind
+from qmp_memlistener.probes import HostWait, StallKind
 from qmp_memlistener.records import (
     CommandRecord,
     GuestState,
@@ -204,3 +204,66 @@ def test_who_asked_for_dirty_logging_is_said_where_it_was_seen(
     records = timeline.finish()
     assert only(records, StallKind.COMMIT).cause == StallCause(StallCauseType.SLOT_OP, why, MS)
     assert {s.cause.ref for s in stalls(records, StallKind.SLOT_UPDATE) if s.cause} == {why}
+
+
+def host_wait(start: int, end: int, waited: int, thread: str = "CPU 0") -> HostWait:
+    return HostWait(start, end, waited, 1, thread)
+
+
+def test_a_gap_in_which_the_vcpu_had_no_cpu_is_the_schedulers() -> None:
+    timeline = new()
+    timeline.host_waits([host_wait(10 * MS, 15 * MS, 3 * MS)])
+    timeline.observe([window(StallKind.VCPU_GAP, 11 * MS, 15 * MS, "pulse", tid=None)])
+    gap = only(timeline.finish(), StallKind.VCPU_GAP)
+    assert gap.cause == StallCause(StallCauseType.SCHEDULER, None, 3 * MS)
+    assert gap.witnesses == ["pulse", "threads"]
+
+
+def test_a_main_loop_without_a_cpu_stalls_because_of_the_scheduler() -> None:
+    timeline = new()
+    timeline.host_waits([host_wait(10 * MS, 15 * MS, 3 * MS, "main")])
+    timeline.observe(
+        [window(StallKind.MAIN_LOOP, 10 * MS, 15 * MS, "threads", thread="main", at_least=3 * MS)]
+    )
+    stall = only(timeline.finish(), StallKind.MAIN_LOOP)
+    assert stall.cause is not None
+    assert stall.cause.type is StallCauseType.SCHEDULER
+
+
+@pytest.mark.parametrize(
+    "wait",
+    [
+        host_wait(10 * MS, 15 * MS, MS),  # too little of it
+        host_wait(10 * MS, 15 * MS, 5 * MS),  # longer than the gap: it was at another time
+        host_wait(20 * MS, 25 * MS, 4 * MS),
+        host_wait(10 * MS, 15 * MS, 4 * MS, "CPU 1"),
+    ],
+)
+def test_other_waits_for_a_cpu_explain_nothing(wait: HostWait) -> None:
+    timeline = new()
+    timeline.host_waits([wait])
+    timeline.observe([window(StallKind.VCPU_GAP, 11 * MS, 15 * MS, "pulse", tid=None)])
+    assert only(timeline.finish(), StallKind.VCPU_GAP).cause == UNKNOWN
+
+
+def test_a_transitions_gap_is_its_own_however_long_the_vcpu_had_no_cpu() -> None:
+    timeline = new()
+    timeline.host_waits([host_wait(9 * MS, 12 * MS, MS)])
+    toggle(timeline, 1, 10 * MS)
+    gap = only(timeline.finish(), StallKind.VCPU_GAP)
+    assert gap.cause is not None
+    assert gap.cause.type is StallCauseType.TRANSITION
+
+
+def test_a_gap_about_a_change_that_only_the_log_tells_of_is_not_the_schedulers() -> None:
+    """Who made it is not known: it may have been this very vCPU."""
+    timeline = new()
+    timeline.expect("trace", 0)
+    timeline.host_waits([host_wait(9 * MS, 14 * MS, 3 * MS)])
+    timeline.observe([window(StallKind.VCPU_GAP, 10 * MS, 14 * MS, "pulse", tid=None)])
+    timeline.record(transition(1, 10 * MS + 250_000, 2))
+    timeline.record(slot_op(1, 10 * MS + 480_000, "delete"))
+    timeline.record(slot_op(1, 10 * MS + 680_000, "add"))
+    gap = only(timeline.finish(), StallKind.VCPU_GAP)
+    assert gap.cause == UNKNOWN
+    assert gap.during == [1]

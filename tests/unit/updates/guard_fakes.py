@@ -43,9 +43,14 @@ class FakeQemu:
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self._clients.append(writer)
         try:
+            # as QEMU does at times: answers that are for the client before
+            stale = {"return": {"status": "shutdown", "running": False}, "id": 5}
+            self._send(writer, stale)
             self._send(writer, GREETING)
             async for message in _messages(reader):
                 await self.open.wait()
+                if message["execute"] == "qmp_capabilities":
+                    self._send(writer, stale)
                 number = {"id": message["id"]} if "id" in message else {}
                 answer = {**self._run(str(message["execute"])), **number}
                 if message["execute"] == self.late:

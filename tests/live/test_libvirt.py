@@ -1,0 +1,112 @@
+"""Guests of libvirt's: watched through it, and as they were afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+from collections.abc import Iterator
+
+import pytest
+
+from qmp_memlistener import attach
+from qmp_memlistener.errors import TargetUnreachable
+from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, Pulse
+from qmp_memlistener.qmp import Manager, Monitor, find_guest, parse_target
+from tests.support.libvirt import Libvirtd, domain_xml, libvirtd, needs_libvirt
+from tests.support.live import Seen, why_no_kvm
+from tests.support.verbs import started_verb
+
+pytestmark = [pytest.mark.qemu, needs_libvirt, pytest.mark.asyncio]
+
+NAME = "pulse one"
+
+
+@pytest.fixture(scope="module")
+def daemon() -> Iterator[Libvirtd]:
+    with libvirtd() as daemon:
+        accel = "qemu" if why_no_kvm("/usr/bin/qemu-system-x86_64") else "kvm"
+        daemon.create(domain_xml(NAME, accel=accel))
+        yield daemon
+
+
+def agrees(daemon: Libvirtd) -> None:
+    """What virsh says of a domain that was not changed."""
+    assert daemon.virsh("domstate", NAME) == "running"
+    status = json.loads(daemon.virsh("qemu-monitor-command", NAME, '{"execute":"query-status"}'))
+    assert status["return"]["status"] == "running"
+
+
+async def test_every_transition_that_the_guest_makes_is_seen(daemon: Libvirtd) -> None:
+    seen = Seen()
+    xml = daemon.virsh("dumpxml", NAME)
+    async with attach(daemon.target(NAME), probes=(), on_record=seen) as agent:
+        assert agent.source == "trace", agent.remarks
+        assert any("tainted" in remark for remark in agent.remarks)
+        assert agent.header.pid == daemon.qemu_pid(NAME)
+        with Pulse(daemon.ram(NAME)) as pulse:
+            await pulse.wait_ready()
+            toggle = await pulse.toggle(
+                HOST_BRIDGE, I440FX.pam, (PAM_RAM << 4, 0), 200, period=0, unit="ticks"
+            )
+            assert await toggle.wait() == 200
+        await asyncio.to_thread(agrees, daemon)
+        await agent.settle()
+        assert sum(t.merged for t in seen.transitions) == 200
+    assert agent.unrestored == []
+    agrees(daemon)
+    assert daemon.virsh("dumpxml", NAME) == xml
+
+
+def traced(daemon: Libvirtd) -> bool:
+    """The event that tracing switches on is on, as virsh sees it."""
+    command = '{"execute":"trace-event-get-state","arguments":{"name":"kvm_set_user_memory"}}'
+    answer = json.loads(daemon.virsh("qemu-monitor-command", NAME, command))
+    return [event["state"] for event in answer["return"]] == ["enabled"]
+
+
+async def test_the_domain_is_found_by_its_process_and_its_name(daemon: Libvirtd) -> None:
+    found = await asyncio.to_thread(find_guest, daemon.qemu_pid(NAME))
+    assert found is not None
+    assert [(o.manager, o.name, o.uri) for o in found.owners] == [
+        (Manager.LIBVIRT, NAME, "qemu:///system")
+    ]
+    async with await Monitor.connect(parse_target(daemon.target(NAME))) as monitor:
+        assert monitor.identity.pid == found.pid
+        assert monitor.abilities.asks
+        assert monitor.abilities.descriptors
+        assert not monitor.abilities.direct
+    by_uuid = daemon.target(daemon.virsh("domuuid", NAME))
+    async with await Monitor.connect(parse_target(by_uuid)) as monitor:
+        assert monitor.identity.pid == found.pid
+
+
+async def test_a_domain_that_is_not_there(daemon: Libvirtd) -> None:
+    with pytest.raises(TargetUnreachable, match="no domain"):
+        await Monitor.connect(parse_target(daemon.target("nobody")))
+
+
+async def test_what_a_killed_agent_left_is_put_back_by_the_next(daemon: Libvirtd) -> None:
+    async with started_verb("watch", daemon.target(NAME), "--probes", "trace") as killed:
+        await killed.ready()
+        assert await asyncio.to_thread(traced, daemon)
+        await killed.signalled(signal.SIGKILL)
+    assert await asyncio.to_thread(traced, daemon)
+    await asyncio.to_thread(agrees, daemon)
+    async with attach(daemon.target(NAME), probes=()) as agent:
+        assert agent.source == "trace"
+    assert not await asyncio.to_thread(traced, daemon)
+
+
+@pytest.mark.full
+async def test_libvirtd_is_restarted_meanwhile(daemon: Libvirtd) -> None:
+    async with started_verb("watch", daemon.target(NAME), "--probes", "trace") as watch:
+        await watch.ready()
+        await daemon.restart()
+        ran = await watch.end(30)
+    assert ran.code == 3
+    assert "the connection to libvirt broke" in ran.err
+    await asyncio.to_thread(agrees, daemon)
+    async with attach(daemon.target(NAME), probes=()) as agent:
+        assert agent.source == "trace"
+    assert not await asyncio.to_thread(traced, daemon)
