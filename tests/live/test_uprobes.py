@@ -113,6 +113,8 @@ async def test_pauses_and_who_took_the_lock_meanwhile(build: QemuBuild) -> None:
         for on in (False, True):
             if on:
                 await probe.burst(True)
+                # the kernel may be slow to open what looks at the BQL
+                await seen.wait_for(lambda: StallKind.BQL_HOLD in seen.measured["uprobes"], 30)
             asked = time.monotonic_ns()
             await monitor.execute("stop")
             stopped = time.monotonic_ns()

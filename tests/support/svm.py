@@ -46,6 +46,8 @@ _KERNEL_ARGS = (
     "noreplace-smp",
     # Half of the detours that they add are emulated one instruction at a time.
     "mitigations=off",
+    # A busy host may not run the vCPU for as long as Linux waits for a tick.
+    "no_timer_check",
     # The emulated TSC is the host's, and the other clocks are slow to read.
     "tsc=reliable",
 )
