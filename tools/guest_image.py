@@ -33,8 +33,8 @@ __all__ = ["RELEASES", "Kind", "Made", "main"]
 RELEASES: Mapping[str, Release] = {
     "6.1": Release("6.1", "bookworm", "bookworm"),
     "6.12": Release("6.12", "bookworm-backports", "bookworm"),
+    "6.1-arm64": Release("6.1-arm64", "bookworm", "bookworm", "arm64"),
 }
-KERNEL = "linux-image-cloud-amd64"
 BUSYBOX = "busybox-static"
 
 
@@ -59,16 +59,17 @@ class Kind:
     `variable` overrides, and the description's.  Beside the kernel and busybox it needs `packages`,
     all of the base suite.  `keep(root, parts)` takes from the packages unpacked in `root` what an
     image is made of, beside the kernel, and returns the versions of what it got elsewhere; when
-    `kept` changes, packages are fetched again.  `make(parts, scratch)` is called for each build; an
-    image is built again when `sources`, the init script among them, or `settings` change.  Both may
-    raise Unavailable and Broken.
+    `kept` changes, packages are fetched again.  `make(release, parts, scratch)` is called
+    for each build; an image is built again when `sources`, the init script among them, or
+    `settings` change.  Both may raise Unavailable and Broken.
     """
 
     name: str
     variable: str
     modules: tuple[str, ...]
     init: Path
-    make: Callable[[Path, Path], Made]
+    make: Callable[[Release, Path, Path], Made]
+    architectures: tuple[str, ...] = ("amd64",)
     sources: tuple[Path, ...] = ()
     settings: str = ""
     packages: tuple[str, ...] = ()
@@ -78,6 +79,11 @@ class Kind:
     def cache_dir(self) -> Path:
         """Where images are kept: what the variable says, else in the user's cache directory."""
         return releases.cache_dir(self.variable, self.name)
+
+    @property
+    def releases(self) -> Mapping[str, Release]:
+        """Those that there are images of."""
+        return {n: r for n, r in RELEASES.items() if r.architecture in self.architectures}
 
     @property
     def wanted(self) -> list[str]:
@@ -96,15 +102,17 @@ class Kind:
 # Parts, out of Debian packages.
 
 
-def choose(apt: Apt, kind: Kind, label: str) -> tuple[str, dict[str, str]]:
+def choose(apt: Apt, kind: Kind, release: Release) -> tuple[str, dict[str, str]]:
     """The kernel's package, and the versions of all packages.  Raises Unavailable and Broken."""
-    offered = apt.versions(KERNEL)
-    exact = next((v for v in offered if v.startswith(f"{label}.")), None)
+    newest, series = f"linux-image-cloud-{release.architecture}", release.series
+    offered = apt.versions(newest)
+    exact = next((v for v in offered if v.startswith(f"{series}.")), None)
     if exact is None:
-        raise Unavailable(f"the archive has no kernel {label}, only {', '.join(offered) or 'none'}")
-    kernel = apt.depends(f"{KERNEL}={exact}")
+        has = ", ".join(offered) or "none"
+        raise Unavailable(f"the archive has no kernel {series}, only {has}")
+    kernel = apt.depends(f"{newest}={exact}")
     if len(kernel) != 1:
-        raise Broken(f"{KERNEL} {exact} depends on {kernel}, not on one kernel")
+        raise Broken(f"{newest} {exact} depends on {kernel}, not on one kernel")
     chosen = {kernel[0]: exact}
     for name in (BUSYBOX, *kind.packages):
         versions = apt.versions(name)
@@ -119,9 +127,11 @@ def fetch(kind: Kind, release: Release, parts: Path, scratch: Path) -> None:
     label = release.label
     archive = machine_archive([r.base for r in RELEASES.values()])
     say(label, f"reading the lists of {release.suite}")
-    apt = Apt(scratch / "apt", archive, release.suite, release.base)
+    apt = Apt(
+        *(scratch / "apt", archive, release.suite, release.base), architecture=release.architecture
+    )
     apt.update()
-    kernel, packages = choose(apt, kind, label)
+    kernel, packages = choose(apt, kind, release)
     say(label, "downloading " + ", ".join(f"{n} {v}" for n, v in packages.items()))
     root = scratch / "root"
     for deb in apt.fetch([f"{name}={version}" for name, version in packages.items()]):
@@ -210,7 +220,7 @@ def build(kind: Kind, release: Release, top: Path) -> None:
         assert known is not None
         order = known["modules"]
         assert isinstance(order, list)
-        made = kind.make(parts, scratch)
+        made = kind.make(release, parts, scratch)
         files = {"vmlinuz": (parts / "vmlinuz").read_bytes()}
         files["initramfs"] = initramfs(kind, parts, order, made.entries)
         image = {
@@ -232,18 +242,19 @@ def build(kind: Kind, release: Release, top: Path) -> None:
 
 def main(kind: Kind, description: str, argv: Sequence[str] | None = None) -> int:
     """The command line of a build script; returns its exit code."""
+    known = kind.releases
     parser = argparse.ArgumentParser(
         prog="build.py",
         description=description,
         epilog=f"example: python vm-images/{kind.name}/build.py 6.1",
     )
-    parser.add_argument("label", nargs="*", help=f"of {', '.join(RELEASES)} (default: 6.1)")
+    parser.add_argument("label", nargs="*", help=f"of {', '.join(known)} (default: 6.1)")
     parser.add_argument("--list", action="store_true", help="say what is there and change nothing")
     parser.add_argument("--dir", type=Path, default=None, help=f"default: {kind.cache_dir()}")
     args = parser.parse_args(argv)
     for label in args.label:
-        if label not in RELEASES:
-            parser.error(f"unknown kernel {label}, known: {', '.join(RELEASES)}")
+        if label not in known:
+            parser.error(f"unknown kernel {label}, known: {', '.join(known)}")
     top: Path = (args.dir or kind.cache_dir()).absolute()
 
     def there(label: str) -> str | None:
@@ -256,7 +267,7 @@ def main(kind: Kind, description: str, argv: Sequence[str] | None = None) -> int
         return there(label) if good else None
 
     if args.list:
-        return releases.show(RELEASES, top, there)
+        return releases.show(known, top, there)
     return releases.make(
-        args.label or ["6.1"], top, up_to_date, lambda label: build(kind, RELEASES[label], top)
+        args.label or ["6.1"], top, up_to_date, lambda label: build(kind, known[label], top)
     )

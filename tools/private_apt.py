@@ -156,10 +156,19 @@ def machine_archive(bases: Sequence[str]) -> Archive:
 class Apt:
     """apt-get and apt-cache over two suites, with state that lives in `home` alone.
 
-    `suite` and `base` may be the same one.
+    `suite` and `base` may be the same one.  Packages are those of `architecture`, None: the
+    machine's own.
     """
 
-    def __init__(self, home: Path, archive: Archive, suite: str, base: str) -> None:
+    def __init__(
+        self,
+        home: Path,
+        archive: Archive,
+        suite: str,
+        base: str,
+        *,
+        architecture: str | None = None,
+    ) -> None:
         self._suite = suite
         self.archives = home / "cache" / "archives"
         for name in ("lists/partial", "cache/archives/partial", "parts", "log"):
@@ -175,7 +184,7 @@ class Apt:
         text = "".join(f"{name}: {value}\n" for name, value in stanza.items())
         (home / "parts" / "debian.sources").write_text(text)
         conf = home / "apt.conf"
-        conf.write_text("\n".join([*_inherited(), *_private(home)]) + "\n")
+        conf.write_text("\n".join([*_inherited(), *_private(home, architecture)]) + "\n")
         self._env = {"APT_CONFIG": str(conf), "DEBIAN_FRONTEND": "noninteractive"}
 
     def update(self) -> None:
@@ -228,8 +237,8 @@ def _inherited() -> Iterator[str]:
             yield line
 
 
-def _private(home: Path) -> Iterator[str]:
-    """Settings that keep apt inside `home`."""
+def _private(home: Path, architecture: str | None) -> Iterator[str]:
+    """Settings that keep apt inside `home`, and to one architecture."""
     null = "/dev/null"
     values = {
         "Dir::Etc::main": null,
@@ -252,4 +261,7 @@ def _private(home: Path) -> Iterator[str]:
         "APT::Sandbox::User": "root",
         "Debug::NoLocking": "true",
     }
-    return (f'{name} "{value}";' for name, value in values.items())
+    yield from (f'{name} "{value}";' for name, value in values.items())
+    if architecture is not None:
+        yield f'APT::Architecture "{architecture}";'
+        yield f'APT::Architectures {{ "{architecture}"; }};'

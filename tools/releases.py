@@ -31,11 +31,19 @@ class Broken(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Release:
-    """A version and the Debian suites that carry it and what it needs."""
+    """A version and the Debian suites that carry it and what it needs.
+
+    `series` are the first two numbers of the version, `architecture` is Debian's name for it.
+    """
 
     label: str
     suite: str
     base: str
+    architecture: str = "amd64"
+
+    @property
+    def series(self) -> str:
+        return self.label.partition("-")[0]
 
 
 def say(label: str, text: str) -> None:

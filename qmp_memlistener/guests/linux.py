@@ -12,11 +12,11 @@ import re
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Self
 
-from ..errors import DeadlineExceeded, TargetError, TargetLost
+from ..errors import DeadlineExceeded, MissingPrerequisite, TargetError, TargetLost
 from . import layout
 from .images import Description, Images
 from .launch import GuestSpec, LaunchedGuest, launch, sized_file
@@ -28,8 +28,9 @@ BOOT_TIMEOUT = 90.0
 DEFAULT_LABEL = "6.1"
 
 _IMAGES = Images("linux", "Linux guest", "QMP_MEMLISTENER_LINUX")
+ARM64_LABEL = "6.1-arm64"
+
 _KERNEL_ARGS = (
-    "console=ttyS0",
     "loglevel=4",
     "panic=-1",
     "preempt=full",
@@ -39,6 +40,8 @@ _KERNEL_ARGS = (
 # stored (case 0x1c7 in target/i386/tcg/translate.c), and an interrupt right after it saves them.
 # Linux 6.12 dies of that at boot or soon after.  Without cx16 Linux does not use the instruction.
 _TCG_CPU = "qemu64,-cx16"
+# the default of `virt` has 32 bits; `max` spends its time on pointer authentication
+_ARM64_CPU = "cortex-a57"
 
 
 class _Description(Description):
@@ -107,15 +110,17 @@ class LinuxImage:
 class LinuxSpec:
     """The machine of a Linux guest; sizes are bytes.
 
-    `machine` is `pc` or `q35`, options included; NVDIMMs are enabled on both.  There is room for
-    `slots` DIMMs and NVDIMMs and for `hotplug_memory` in them and in virtio-mem together.  On q35
+    `machine` is `pc`, `q35` or (aarch64) `virt`, options included; NVDIMMs are enabled on all.
+    There is room for `slots` DIMMs and NVDIMMs and for `hotplug_memory` in them and in virtio-mem
+    together.  On q35
     there are `ports` empty root ports `rp0`, `rp1`, …, each with `port_options`; without any, the
     firmware gives a port a window too small for a device with a BAR above 1 MiB, and Linux finds no
-    room for it.  On pc devices go to `pci.0`.  `virtio_mem`, when not 0, is the size of
-    a virtio-mem device `vmem0`, of which the guest has nothing at first.  The pulse program
-    starts with `pulse_us` microseconds between two heartbeats, or not at all when that is None; its
-    memory is an ivshmem-plain device `pulse0` in any case.  Of what the caller adds, `args`
-    are options of QEMU and `kernel_args` of the kernel.
+    room for it.  On pc devices go to `pci.0`.  `virt` has root ports as q35 has; without firmware
+    there is no ACPI, and so no hotplug of DIMMs: memory is plugged as virtio-mem.
+    `virtio_mem`, when not 0, is the size of a virtio-mem device `vmem0`, of which the guest has
+    nothing at first.  The pulse program starts with `pulse_us` microseconds between two heartbeats,
+    or not at all when that is None; its memory is an ivshmem-plain device `pulse0` in any case.  Of
+    what the caller adds, `args` are options of QEMU and `kernel_args` of the kernel.
     """
 
     machine: str = "q35"
@@ -131,6 +136,15 @@ class LinuxSpec:
     pulse_us: int | None = 1000
     args: tuple[str, ...] = ()
     kernel_args: tuple[str, ...] = ()
+
+    @property
+    def is_arm64(self) -> bool:
+        return self.machine.split(",")[0].startswith("virt")
+
+    @property
+    def has_ports(self) -> bool:
+        """Devices are plugged into root ports."""
+        return self.is_arm64 or self.machine.startswith("q35")
 
 
 class SerialPort(asyncio.Protocol):
@@ -276,8 +290,10 @@ async def boot_linux(
             monitors=spec.monitors,
             args=tuple(_arguments(image, spec, socket, log, page)),
         )
+        if spec.is_arm64:
+            machine = replace(machine, binary="qemu-system-aarch64")
         if build is not None:
-            machine = machine.on(build)
+            machine = machine.on(_for(spec, build))
         async with port(socket) as agent, launch(machine) as guest:
             linux = LinuxGuest(spec, image, guest, page, agent, log)
             try:
@@ -296,26 +312,46 @@ def _arguments(
 ) -> Iterator[str]:
     pulse = () if spec.pulse_us is None else (f"guest.pulse={spec.pulse_us}",)
     yield from ("-kernel", str(image.kernel), "-initrd", str(image.initramfs))
-    yield from ("-append", " ".join((*_KERNEL_ARGS, *pulse, *spec.kernel_args)))
+    ports = ("console=ttyAMA0", "guest.agent=ttyS0") if spec.is_arm64 else ("console=ttyS0",)
+    yield from ("-append", " ".join((*ports, *_KERNEL_ARGS, *pulse, *spec.kernel_args)))
     if spec.slots:
         most = spec.memory + spec.hotplug_memory
         yield from ("-m", f"slots={spec.slots},maxmem={most}B")
     # The first serial port is the kernel's, the second one the agent's.
     yield from ("-chardev", f"file,id=log,path={_quoted(log)}", "-serial", "chardev:log")
-    yield from ("-chardev", f"socket,id=agent,path={_quoted(socket)}", "-serial", "chardev:agent")
+    yield from ("-chardev", f"socket,id=agent,path={_quoted(socket)}")
+    # `virt` has one port; a PCI card is the second.
+    second = (
+        ("-device", "pci-serial,chardev=agent") if spec.is_arm64 else ("-serial", "chardev:agent")
+    )
+    yield from second
     backend = f"memory-backend-file,id=pulse,share=on,mem-path={_quoted(page)}"
     yield from ("-object", f"{backend},size={layout.RAM_NEEDED}")
     yield from ("-device", "ivshmem-plain,memdev=pulse,id=pulse0")
     if spec.virtio_mem:
         yield from ("-object", f"memory-backend-ram,id=vmem0-ram,size={spec.virtio_mem}")
         yield from ("-device", "virtio-mem-pci,id=vmem0,memdev=vmem0-ram,requested-size=0")
-    if spec.machine.startswith("q35"):
+    if spec.has_ports:
         options = f",{spec.port_options}" if spec.port_options else ""
         for n in range(spec.ports):
             yield from ("-device", f"pcie-root-port,id=rp{n},chassis={n + 1}{options}")
-    if spec.accel.startswith("tcg"):
+    if spec.is_arm64:
+        yield from ("-cpu", _ARM64_CPU)
+    elif spec.accel.startswith("tcg"):
         yield from ("-cpu", _TCG_CPU)
     yield from spec.args
+
+
+def _for(spec: LinuxSpec, build: QemuBuild) -> QemuBuild:
+    """The emulator of this build for the guest's architecture.  Raises MissingPrerequisite."""
+    if not spec.is_arm64:
+        return build
+    if build.aarch64_binary is None:
+        raise MissingPrerequisite(
+            f"there is no qemu-system-aarch64 {build.version}",
+            remedy="install the Debian package qemu-system-arm, or run `make qemus`",
+        )
+    return replace(build, binary=build.aarch64_binary)
 
 
 def _quoted(path: Path) -> str:

@@ -1,7 +1,8 @@
 """The part of KVM's ABI that the lab uses and that is the same on every architecture.
 
 Structures, ioctl numbers, capabilities, exit reasons and flags of Linux' include/uapi/linux/kvm.h;
-those of x86 are in `x86`.  Numbers of ioctls follow from the structures, as in the kernel's macros.
+those of x86 are in `x86`, those of arm64 in `arm64`.  Numbers of ioctls follow from the structures,
+as in the kernel's macros.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ MEMORY_ATTRIBUTE_PRIVATE = 1 << 3
 DIRTY_GFN_DIRTY = 1
 DIRTY_GFN_RESET = 2
 DIRTY_LOG_PAGE_OFFSET = 64
-"""Where in a vCPU's mapping its dirty ring begins, in pages (x86 and arm64)."""
+"""Where in a vCPU's mapping its dirty ring begins, in pages; on arm64 since Linux 6.2."""
 
 
 class Cap(IntEnum):

@@ -1,7 +1,8 @@
 """x86-64: vCPU state, and how a vCPU is put into long mode to run one of the lab's programs.
 
 Structures of arch/x86/include/uapi/asm/kvm.h.  Another architecture needs a module like this one:
-`set_up_vm`, `set_up_vcpu`, `start`, the page tables of `Tables`, and programs for `programs`.
+`set_up_vm`, `set_up_vcpu`, `start`, page tables, and programs for `programs`.  `arm64` has the
+first part of that.
 """
 
 from __future__ import annotations

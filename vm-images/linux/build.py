@@ -3,6 +3,7 @@
 
     $ python vm-images/linux/build.py            # 6.1
     $ python vm-images/linux/build.py 6.12
+    $ python vm-images/linux/build.py 6.1-arm64      # for qemu-system-aarch64
     $ python vm-images/linux/build.py --list
 
 A kernel, busybox, the modules of MODULES, the scripts beside this file, and the pulse program where
@@ -30,6 +31,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from tools.cpio import Entry  # noqa: E402 - needs the path
 from tools.guest_image import Kind, Made, main  # noqa: E402
 from tools.private_apt import Unavailable, run  # noqa: E402
+from tools.releases import Release  # noqa: E402
 
 __all__ = ["LINUX", "MODULES"]
 
@@ -71,9 +73,12 @@ def pulse_program(scratch: Path) -> tuple[bytes, str | None]:
     return program.read_bytes(), None
 
 
-def make(_parts: Path, scratch: Path) -> Made:
+def make(release: Release, _parts: Path, scratch: Path) -> Made:
     entries = [Entry(f"bin/{name}", 0o100755, (HERE / name).read_bytes()) for name in SCRIPTS]
-    program, why = pulse_program(scratch)
+    if release.architecture == "amd64":
+        program, why = pulse_program(scratch)
+    else:
+        program, why = b"", "the pulse program is for x86-64"  # rdtsc, and its system calls
     if program:
         entries.append(Entry("bin/pulse-beat", 0o100755, program))
     remarks = [] if why is None else [f"without pulse: {why}"]
@@ -86,6 +91,7 @@ LINUX = Kind(
     modules=MODULES,
     init=HERE / "init",
     make=make,
+    architectures=("amd64", "arm64"),
     sources=(Path(__file__), LAYOUT, PROGRAM, *(HERE / name for name in SCRIPTS)),
     settings=repr((C_FLAGS, compiler())),
 )

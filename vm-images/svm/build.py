@@ -35,7 +35,7 @@ sys.path.insert(0, str(HERE.parents[1]))
 from tools.cpio import Entry  # noqa: E402 - needs the path
 from tools.guest_image import Kind, Made, main  # noqa: E402
 from tools.private_apt import Unavailable, run  # noqa: E402
-from tools.releases import Broken  # noqa: E402
+from tools.releases import Broken, Release  # noqa: E402
 
 __all__ = ["MODULES", "SVM"]
 
@@ -156,7 +156,7 @@ def keep(root: Path, parts: Path) -> Mapping[str, str]:
 # For each build.
 
 
-def make(parts: Path, _scratch: Path) -> Made:
+def make(_release: Release, parts: Path, _scratch: Path) -> Made:
     root = parts / "root"
     entries = [
         Entry(str(path.relative_to(root)), 0o100755, path.read_bytes())
