@@ -12,11 +12,16 @@ have qemu-system-x86_64 || packages+=(qemu-system-x86)
 [ -e /usr/share/seabios/bios-256k.bin ] || [ -e /usr/share/qemu/bios-256k.bin ] || packages+=(seabios)
 have qemu-system-aarch64 || optional+=(qemu-system-arm)
 have as || optional+=(binutils)
+
+# D-Bus and GLib (PyGObject is built with libgirepository), and arm64's headers to compare numbers with
+extras=()
 girepository() { have pkg-config && pkg-config --exists gobject-introspection-1.0; }
-girepository || optional+=(libgirepository1.0-dev pkg-config gcc) # PyGObject is built with it
-have dbus-run-session || optional+=(dbus-bin dbus-daemon)
-have gdbus || optional+=(libglib2.0-bin)
-have xmllint || optional+=(libxml2-utils)
+girepository || extras+=(libgirepository1.0-dev pkg-config gcc libc6-dev)
+have dbus-run-session || extras+=(dbus-bin dbus-daemon)
+have gdbus || extras+=(libglib2.0-bin)
+have xmllint || extras+=(libxml2-utils)
+[ -e /usr/aarch64-linux-gnu/include/linux/kvm.h ] || extras+=(linux-libc-dev-arm64-cross)
+extras_missing="tests of D-Bus, GLib and arm64 will be skipped without: ${extras[*]}"
 
 # libvirt, and what its Python module is built with
 libvirt=()
@@ -66,6 +71,14 @@ if [ ${#packages[@]} -gt 0 ]; then
     [ -n "$python" ] || python=python3
 fi
 [ "${1:-}" = --check ] && exit 0
+if [ ${#extras[@]} -gt 0 ]; then
+    if [ "$(id -u)" = 0 ] && have apt-get; then
+        echo "installing: ${extras[*]}" >&2
+        install "${extras[@]}" || echo "$extras_missing" >&2
+    else
+        echo "$extras_missing" >&2
+    fi
+fi
 if [ ${#libvirt[@]} -gt 0 ]; then
     if [ "$(id -u)" = 0 ] && have apt-get; then
         echo "installing: ${libvirt[*]}" >&2
