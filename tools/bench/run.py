@@ -35,6 +35,7 @@ BENCHES = {
     "latency": "from QEMU's log line to the subscriber",
     "attach": "one attachment after another",
     "idle": "an attached agent with nothing to do",
+    "threads": "what sampling its threads costs QEMU, beside pings",
     "toggle": "what a PAM toggle costs on each QEMU",
     "steer": "what a PAM toggle costs the other vCPU under each strategy of the interposer",
     "strategies": "what more memory costs a guest under each strategy",
