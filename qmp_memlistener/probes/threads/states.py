@@ -143,8 +143,8 @@ class LoopClassifier:
 
 
 _FRAMES = 512
-"""The loop's own wait for the BQL is within 112 bytes of its ppoll; a task takes 848 or more (seen on
-QEMU 7.2, 10.0 and 11.1)."""
+"""The loop's own wait for the BQL is within 112 bytes of its ppoll; a task takes 848 or more
+(seen on QEMU 7.2, 10.0 and 11.1)."""
 
 
 def vcpu_activity(sleep: Sleep | None, calls: Calls) -> Activity:
