@@ -99,6 +99,7 @@ async def _shares(
     main, whole = main_thread_ns(guest.pid) - main, cpu_ns(guest.pid) - whole
     own, beats = cpu_ns(pid) - own, pulse.heartbeat(0).count - beats
     took = time.monotonic_ns() - start
+    main = max(main, took // 100_000)  # a main loop that did nothing at all is no ratio's base
     return main * 100 / took, whole * 100 / took, beats * 1e9 / took, own * 100 / took
 
 
