@@ -13,12 +13,25 @@ import json
 
 import msgspec
 
-__all__ = ["count_text", "json_bytes", "quoted", "valid_text"]
+__all__ = ["count_text", "json_bytes", "printable", "quoted", "valid_text"]
 
 
 def valid_text(text: str) -> str:
     """The text itself, if it is Unicode, or with escapes."""
     return text.encode("utf-8", "backslashreplace").decode()
+
+
+def printable(text: str) -> str:
+    """Text in which nothing acts on a terminal or makes it show something else.
+
+    Guests, QEMU, files and other users choose names.  Control characters, line ends, bidirectional
+    controls, invisible and unassigned characters become escapes, as Python writes them.
+    """
+    return text if text.isprintable() else "".join(map(_escaped, text))
+
+
+def _escaped(c: str) -> str:
+    return c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def quoted(value: object, limit: int = 120, *, only_ascii: bool = False) -> str:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import errno
 import json
+import os
 import re
 import shutil
 import sys
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Coroutine, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from types import TracebackType
 from typing import TYPE_CHECKING, TypeVar
 
 import rich_click as click
 
-from ..errors import InputError, MemListenerError
-from ..text import json_bytes, quoted
+from ..errors import InputError, MemListenerError, MissingPrerequisite, OperationFailed
+from ..text import json_bytes, printable, quoted, valid_text
 from .signals import Interrupted, signals
 
 if TYPE_CHECKING:
@@ -27,6 +29,8 @@ __all__ = [
     "console",
     "duration",
     "json_option",
+    "new_file",
+    "page_option",
     "print_error",
     "printable",
     "print_json",
@@ -73,25 +77,66 @@ def complete_target(
     return [target for target in found if target.startswith(incomplete)]
 
 
+def page_option(function: F) -> F:
+    """`-o`; the verb gets a path or None as `output`."""
+    return click.option(
+        "-o", "--output", type=click.Path(dir_okay=False), metavar="PAGE",
+        help="Write a page for a browser; a file that is there is not overwritten.",
+    )(function)  # fmt: skip
+
+
+@contextmanager
+def new_file(path: str | None) -> Iterator[Callable[[str], None]]:
+    """A function that writes the text of a new file, which only its owner may read.
+
+    The file is made at once, so that a path that is of no use is refused before the work, and is
+    gone again when nothing was written.  Without a path nothing is done.  Raises InputError,
+    MissingPrerequisite, OperationFailed.
+    """
+    if path is None:
+        yield lambda _text: None
+        return
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+    except FileExistsError:
+        raise InputError(f"{path} exists already", remedy="name a new file") from None
+    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+        raise InputError(
+            f"{path} cannot be created", remedy="name a file in an existing directory"
+        ) from None
+    except OSError as exc:
+        raise MissingPrerequisite(
+            f"{path} cannot be created: {exc.strerror}", remedy="choose a writable directory"
+        ) from exc
+    written = False
+
+    def write(text: str) -> None:
+        nonlocal written
+        data = valid_text(text).encode()
+        try:
+            while data:
+                data = data[os.write(fd, data) :]
+        except OSError as exc:
+            raise OperationFailed(
+                f"{path} cannot be written: {exc.strerror}", remedy="make room and try again"
+            ) from exc
+        written = True
+
+    try:
+        yield write
+    finally:
+        os.close(fd)
+        if not written:
+            with suppress(FileNotFoundError):
+                os.unlink(path)
+
+
 def console() -> Console:
     """A rich console; on anything but a terminal, lines are as long as they need to be."""
     from rich.console import Console
 
     wide = None if sys.stdout.isatty() else 1000
     return Console(highlight=False, width=wide)
-
-
-def printable(text: str) -> str:
-    """Text in which nothing acts on a terminal or makes it show something else.
-
-    Guests, QEMU, files and other users choose names.  Control characters, line ends, bidirectional
-    controls, invisible and unassigned characters become escapes, as Python writes them.
-    """
-    return text if text.isprintable() else "".join(map(_escaped, text))
-
-
-def _escaped(c: str) -> str:
-    return c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode("ascii")
 
 
 def say(*lines: str, err: bool = False) -> None:

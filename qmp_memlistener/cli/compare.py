@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, TypeVar
 
 import rich_click as click
 
-from .common import Interrupted, duration, json_option, print_json, run_async, say, target_argument
+from .common import (
+    Interrupted,
+    duration,
+    json_option,
+    new_file,
+    print_json,
+    run_async,
+    say,
+    target_argument,
+)
 from .update_options import (
     Attaching,
     additions_options,
@@ -47,6 +57,9 @@ _GUEST_WINDOW_NS = 60_000_000_000
               "a new one each time.")  # fmt: skip
 @update_options
 @attach_options
+@click.option("--full", is_flag=True, help="All tables, not only the answer.")
+@click.option("--page", "output", metavar="FILE", help="Write a page for a browser to this new "
+              "file, as -o does with a name that ends in .html.")  # fmt: skip
 @json_option
 def command(
     attaching: Attaching,
@@ -62,6 +75,8 @@ def command(
     window: int | None,
     seed: int | None,
     options: UpdateOptions,
+    full: bool,
+    output: str | None,
     as_json: bool,
 ) -> int:
     """Change a guest under several strategies, many times in random order, and compare the stalls.
@@ -73,6 +88,8 @@ def command(
 
     With --transition or --guest-made the strategies are applied inside QEMU (see `steer`) to what
     the guest itself does. QEMU is steered meanwhile only.
+
+    The report ends with what differs, by how much and how sure that is; --full and -o show it all.
 
     Exit code 1: no strategy is possible, or the guest could not be put back. 4: QEMU cannot be
     steered.
@@ -92,29 +109,37 @@ def command(
         )
     if window is not None and window <= 0:
         raise click.BadParameter("a window must be longer than 0", param_hint="'--window'")
+    if output is None and attaching.record is not None and attaching.record.endswith(".html"):
+        output, attaching = attaching.record, replace(attaching, record=None)
     chance = secrets.randbelow(1_000_000) if seed is None else seed
-    if transition is not None or guest_made is not None:
-        if objects or netdevs or blockdevs:
-            raise click.UsageError("backends go with an INTENT")
-        names = _strategies(strategies or "direct,pause,inhibit,hole", SteeredStrategy)
-        span = None if guest_made else (window or _UPDATE_WINDOW_NS) / 1e9
-        wanted = CompareOptions(repeat, span, chance, options)
-        patience = (window or _GUEST_WINDOW_NS) / 1e9
-        what = f"{guest_made} of the guest's transitions" if guest_made else f"{transition}"
-        found = run_async(
-            _compare_steered(attaching, transition, guest_made, patience, names, wanted), cancels=2
-        )
-    else:
-        change, what = _intent(intent or device or "", objects, netdevs, blockdevs)
-        ours = _strategies(strategies or "direct,pause,hole", Strategy)
-        wanted = CompareOptions(repeat, (window or _UPDATE_WINDOW_NS) / 1e9, chance, options)
-        found = run_async(_compare(attaching, change, ours, wanted), cancels=2)
+    with new_file(output) as write:
+        if transition is not None or guest_made is not None:
+            if objects or netdevs or blockdevs:
+                raise click.UsageError("backends go with an INTENT")
+            names = _strategies(strategies or "direct,pause,inhibit,hole", SteeredStrategy)
+            span = None if guest_made else (window or _UPDATE_WINDOW_NS) / 1e9
+            wanted = CompareOptions(repeat, span, chance, options)
+            patience = (window or _GUEST_WINDOW_NS) / 1e9
+            what = f"{guest_made} of the guest's transitions" if guest_made else f"{transition}"
+            found = run_async(
+                _compare_steered(attaching, transition, guest_made, patience, names, wanted),
+                cancels=2,
+            )
+        else:
+            change, what = _intent(intent or device or "", objects, netdevs, blockdevs)
+            ours = _strategies(strategies or "direct,pause,hole", Strategy)
+            wanted = CompareOptions(repeat, (window or _UPDATE_WINDOW_NS) / 1e9, chance, options)
+            found = run_async(_compare(attaching, change, ours, wanted), cancels=2)
+        if output is not None:
+            from ..page import comparison_page
+
+            write(comparison_page(found, what))
     if as_json:
         print_json(found)
     else:
         from ..reports.compare import comparison_lines
 
-        for line in comparison_lines(found, what):
+        for line in comparison_lines(found, what, full=full):
             say(line)
     if found.ended_early == INTERRUPTED:
         raise Interrupted

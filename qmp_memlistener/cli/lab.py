@@ -12,7 +12,7 @@ import rich_click as click
 
 from ..errors import MemListenerError
 from ..text import quoted
-from .common import json_option, print_error, print_json, say
+from .common import json_option, new_file, page_option, print_error, print_json, say
 
 __all__ = ["command", "progress_bar", "size"]
 
@@ -105,6 +105,8 @@ def progress_bar(what: str) -> Iterator[Callable[[int, int], None] | None]:
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N",
               help="Seed for the order of the strategies in each round.")  # fmt: skip
 @_device_option
+@click.option("--full", is_flag=True, help="All tables, not only the answer.")
+@page_option
 @json_option
 def race(
     strategies: tuple[str, ...],
@@ -121,6 +123,8 @@ def race(
     touch_hole: bool,
     seed: int,
     device: str,
+    full: bool,
+    output: str | None,
     as_json: bool,
 ) -> int:
     """Punch and fill a hole many times under each strategy, in turn, while vCPUs run.
@@ -148,14 +152,19 @@ def race(
         touch_hole=touch_hole,
         seed=seed,
     )
-    with progress_bar("racing") as progress:
-        report = run_race(options, device=device, progress=progress)
+    with new_file(output) as write:
+        with progress_bar("racing") as progress:
+            report = run_race(options, device=device, progress=progress)
+        if output is not None:
+            from ..page import race_page
+
+            write(race_page(report))
     if as_json:
         print_json(race_document(report))
     else:
         from ..reports.lab import race_lines
 
-        for line in race_lines(report):
+        for line in race_lines(report, full=full):
             say(line)
     return _exit_code(none_ran((r.name, r.skipped) for r in report.results))
 

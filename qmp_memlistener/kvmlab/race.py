@@ -14,6 +14,7 @@ from contextlib import ExitStack
 
 import msgspec
 
+from ..distribution import Distribution
 from ..errors import InputError, MissingPrerequisite
 from ..memslots import Rules
 from .abi import Cap
@@ -33,6 +34,7 @@ __all__ = [
     "host_facts",
     "none_ran",
     "race_document",
+    "race_of",
     "run_race",
 ]
 
@@ -248,3 +250,86 @@ def _entry(r: StrategyResult) -> dict[str, object]:
         **(measured if r.skipped is None else dict.fromkeys(measured)),
         "model": msgspec.to_builtins(r.model),
     }
+
+
+def race_of(document: bytes) -> RaceReport:
+    """The race that such a document tells of.  Raises msgspec.ValidationError or DecodeError.
+
+    How often slot ids changed is not in it, only whether.
+    """
+    found = msgspec.json.decode(document, type=_Document)
+    return RaceReport(
+        found.host,
+        found.options,
+        tuple(entry.result() for entry in found.strategies),
+        found.ram_lost_bytes,
+    )
+
+
+class _Us(msgspec.Struct, frozen=True):
+    p50: float | None = None
+    p90: float | None = None
+    p99: float | None = None
+    max: float | None = None
+
+    def times(self, n: int) -> Distribution:
+        if self.max is None:
+            return Distribution()
+        return Distribution(
+            n, *(round((t or 0) * 1000) for t in (self.p50, self.p90, self.p99, self.max))
+        )
+
+
+class _Deaths(msgspec.Struct, frozen=True):
+    internal_error: int = 0
+    shutdown: int = 0
+
+
+class _Competitor(msgspec.Struct, frozen=True, kw_only=True):
+    name: str
+    fidelity: str
+    model: Model
+    skipped: str | None = None
+    updates: int | None = None
+    updates_hit: int | None = None
+    spurious_exits: int | None = None
+    deaths: _Deaths | None = None
+    hole_exits: int | None = None
+    guest_gap_us: _Us | None = None
+    update_us: _Us | None = None
+    ioctl_us: _Us | None = None
+    missing_us: _Us | None = None
+    vcpu_stall_us: _Us | None = None
+    dirty_pages_changed: int | None = None
+    dirty_pages_lost: int | None = None
+    slot_ids_kept: bool | None = None
+    bitmap_kept: bool | None = None
+
+    def result(self) -> StrategyResult:
+        n, deaths = self.updates or 0, self.deaths or _Deaths()
+        totals = Totals(
+            updates=n,
+            hit=self.updates_hit or 0,
+            spurious=self.spurious_exits or 0,
+            hole=self.hole_exits or 0,
+            internal_errors=deaths.internal_error,
+            shutdowns=deaths.shutdown,
+            ids_changed=self.slot_ids_kept is False,
+            pages_changed=self.dirty_pages_changed or 0,
+            pages_lost=self.dirty_pages_lost or 0,
+            guest_gap=(self.guest_gap_us or _Us()).times(n),
+            update=(self.update_us or _Us()).times(n),
+            ioctl=(self.ioctl_us or _Us()).times(n),
+            missing=(self.missing_us or _Us()).times(n),
+            vcpu_stall=(self.vcpu_stall_us or _Us()).times(n),
+        )
+        return StrategyResult(
+            self.name, self.fidelity, self.model, self.skipped, totals, bool(self.bitmap_kept)
+        )
+
+
+class _Document(msgspec.Struct, frozen=True, kw_only=True):
+    host: dict[str, object]
+    options: RaceOptions
+    ram_lost_bytes: int
+    strategies: list[_Competitor]

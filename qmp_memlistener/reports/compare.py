@@ -17,18 +17,30 @@ from ..text import count_text
 from ..updates.compare import CONTROL, ORDER, Comparison
 from ..updates.compare.stats import Difference, Round, Summary
 from ..updates.model import Result
-from .lengths import duration_text, kind_text, span_text
+from .lengths import bracket_text, duration_text, kind_text, span_text
+from .stalls import stall_cause_text
 from .summary import probes_lines
 
-__all__ = ["comparison_lines"]
+__all__ = [
+    "answer_lines",
+    "comparison_answer",
+    "comparison_lines",
+    "comparison_tables",
+    "difference_text",
+]
+
+ANSWER_LINES = 10
 
 ENOUGH_FOR_P90 = 10
 ENOUGH_FOR_P99 = 100
 """With fewer rounds the percentile is the largest value, and says nothing of its own."""
 
 
-def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
-    """Lines of at most 80 columns; `what` says in words what was done in each round."""
+def comparison_lines(found: Comparison, what: str, *, full: bool = False) -> Iterator[str]:
+    """Lines of at most 80 columns; `what` says in words what was done in each round.
+
+    They end with the answer; the tables it comes from are there when the report is `full`.
+    """
     counts = Counter(r.strategy for r in found.rounds if r.outcome is Result.DONE)
     rounds = max(counts.values(), default=0)
     window = duration_text(found.window_ns)
@@ -53,14 +65,27 @@ def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
         yield from _folded(f"ended early: {found.ended_early}")
         if found.remedy:
             yield from _folded(f"  remedy: {found.remedy}")
-    if not found.summary:
-        yield "no stall was seen in any round" if counts else "nothing to compare"
-    if not counts:
-        return
+    if full and counts:
+        yield ""
+        yield from comparison_tables(found)
     yield ""
+    yield from answer_lines(comparison_answer(found))
+
+
+def answer_lines(answer: Sequence[str]) -> Iterator[str]:
+    """Sentences as at most ANSWER_LINES lines: the first ones, as far as there is room."""
+    room = ANSWER_LINES
+    for sentence in answer:
+        lines = list(_folded(sentence))
+        if len(lines) > room:
+            return
+        room -= len(lines)
+        yield from lines
+
+
+def comparison_tables(found: Comparison) -> Iterator[str]:
+    """What a round lost by kind of stall and strategy, and the differences, of 80 columns."""
     yield from _operations(found.rounds)
-    if not found.summary:
-        return
     kinds = {s.kind for s in found.summary}
     yield from _measured(found, "sum of a round's stalls of a kind", kinds)
     # one stall a round is all of it
@@ -71,6 +96,101 @@ def comparison_lines(found: Comparison, what: str) -> Iterator[str]:
         differences=[_of_longest_difference(d) for d in found.differences],
     )
     yield from _measured(single, "the longest stall of a round, where there were several", many)
+
+
+# -- the answer --------------------------------------------------------------------------------
+
+
+def comparison_answer(found: Comparison) -> list[str]:
+    """What differs, by how much and how sure that is: at most ten sentences, by importance."""
+    done = [r for r in found.rounds if r.outcome is Result.DONE]
+    names = sorted({r.strategy for r in done if r.strategy != CONTROL}, key=_rank)
+    if not names:
+        return ["Nothing can be compared: no round of a strategy was completed."]
+    if not found.summary:
+        return [f"No stall was seen in any round, under {' or '.join(names)}."]
+    told = list(_verdicts(found, names))
+    told += _worst(done, names)
+    told += _against_control(found, names)
+    fewest = min(sum(r.strategy == name for r in done) for name in names)
+    sure = f"Of medians at 95 %, from {count_text(fewest, 'round')} or more of each strategy"
+    told.append(f"{sure}; of 20 such intervals, one misses by chance.")
+    return told[:ANSWER_LINES]
+
+
+def _verdicts(found: Comparison, names: Sequence[str]) -> Iterator[str]:
+    """Of each two strategies: which lost more, in what, by how much."""
+    alike, few = [], []
+    for i, a in enumerate(names):
+        for b in names[i + 1 :]:
+            own = [d for d in found.differences if {d.a, d.b} == {a, b}]
+            seen = [d for d in own if d.seen and d.ci95_ns is not None]
+            if seen:
+                yield from _pair(a, b, seen)
+            elif any(d.enough for d in own):
+                alike.append(f"{a} - {b}")
+            else:
+                few.append(f"{a} - {b}")
+    if alike:
+        yield f"No difference seen in any kind of stall: {', '.join(alike)}."
+    if few:
+        yield f"Too few rounds to tell: {', '.join(few)}."
+    unsure = [
+        kind_text(d.kind)
+        for d in found.differences
+        if {d.a, d.b} <= set(names) and d.enough and not d.seen and _is_open(d)
+    ]
+    if unsure:
+        kinds = ", ".join(dict.fromkeys(unsure))
+        yield f"Bounds are too wide to compare everywhere: {kinds}."
+
+
+def _pair(a: str, b: str, seen: Sequence[Difference]) -> Iterator[str]:
+    more: dict[str, list[tuple[int, int, str]]] = {a: [], b: []}
+    for d in seen:
+        low, high = d.ci95_ns or (0, 0)
+        if low < 0:
+            more[d.b].append((-high, -low, d.kind))
+        else:
+            more[d.a].append((low, high, d.kind))
+    for worse, better in ((a, b), (b, a)):
+        if not more[worse]:
+            continue
+        low, high, kind = max(more[worse])
+        also = len(more[worse]) - 1
+        others = f", and more in {count_text(also, 'other kind')}" if also else ""
+        yield (
+            f"{worse} lost more than {better}: {kind_text(kind)}, by {bracket_text(low, high)} a "
+            f"round{others}."
+        )
+
+
+def _worst(done: Sequence[Round], names: Sequence[str]) -> list[str]:
+    """The longest stall under each strategy, and what made it, the longest first."""
+    told = []
+    for name in names:
+        stalls = [s for r in done if r.strategy == name for s in r.stalls]
+        if not stalls:
+            told.append((0, 0, f"Under {name} no stall was seen."))
+            continue
+        s = max(stalls, key=lambda s: (s.at_least_ns, s.at_most_ns))
+        length = bracket_text(s.at_least_ns, s.at_most_ns)
+        cause = stall_cause_text(s.cause)
+        text = f"Longest stall under {name}: {kind_text(s.kind)}, {length}, cause {cause}."
+        told.append((s.at_least_ns, s.at_most_ns, text))
+    return [text for _, _, text in sorted(told, key=lambda x: x[:2], reverse=True)]
+
+
+def _against_control(found: Comparison, names: Sequence[str]) -> Iterator[str]:
+    """Strategies that cost no more than the guest loses anyway, as far as was seen."""
+    alike = [
+        name
+        for name in names
+        for own in [[d for d in found.differences if {d.a, d.b} == {name, CONTROL}]]
+        if any(d.enough for d in own) and not any(d.seen for d in own)
+    ]
+    if alike:
+        yield f"Not told apart from {CONTROL}, in which nothing is done: {', '.join(alike)}."
 
 
 def _of_longest(s: Summary) -> Summary:
@@ -197,18 +317,30 @@ def _row(s: Summary, *, show_kind: bool) -> str:
 
 
 def _differences(found: Sequence[Difference]) -> Iterator[str]:
+    """A line each; those in which nothing was seen are one line together."""
+    alike: dict[str, list[str]] = {}
     for d in sorted(found, key=lambda d: (d.kind, _rank(d.a), _rank(d.b))):
+        if d.ci95_ns is not None and d.enough and not d.seen and not _is_open(d):
+            alike.setdefault(kind_text(d.kind), []).append(f"{d.a} - {d.b}")
+            continue
         pair = f"{kind_text(d.kind):<13}{d.a} - {d.b}"
-        if d.ci95_ns is None:
-            yield f"{pair:<32}not measured"
-        elif not d.enough:
-            yield f"{pair:<32}too few rounds"
-        elif not d.seen and _is_open(d):
-            yield f"{pair:<32}bounds leave it open ({_interval(d.ci95_ns)})"
-        elif not d.seen:
-            yield f"{pair:<32}no difference seen ({_interval(d.ci95_ns)})"
-        else:
-            yield f"{pair:<32}{_estimate(d):>10}  ({_interval(d.ci95_ns)})"
+        yield f"{pair:<32}{difference_text(d)}"
+    if alike:
+        each = "; ".join(f"{kind}: {', '.join(pairs)}" for kind, pairs in alike.items())
+        yield from _folded(f"no difference seen in {each}")
+
+
+def difference_text(d: Difference) -> str:
+    """The difference and its interval, or why there is none."""
+    if d.ci95_ns is None:
+        return "not measured"
+    if not d.enough:
+        return "too few rounds"
+    if not d.seen and _is_open(d):
+        return f"bounds leave it open ({_interval(d.ci95_ns)})"
+    if not d.seen:
+        return f"no difference seen ({_interval(d.ci95_ns)})"
+    return f"{_estimate(d):>10}  ({_interval(d.ci95_ns)})"
 
 
 def _is_open(d: Difference) -> bool:

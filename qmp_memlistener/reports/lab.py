@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from ..kvmlab.measuring import Totals
 from ..kvmlab.race import RaceReport, StrategyResult
 from ..kvmlab.replay.run import ReplayReport
+from ..kvmlab.strategies import CONTROL
 from ..text import count_text
+from .compare import answer_lines
+from .lengths import duration_text
 from .terminal import size_text
 
-__all__ = ["Table", "race_lines", "replay_lines", "strategy_lines"]
+__all__ = ["Table", "race_answer", "race_lines", "race_tables", "replay_lines", "strategy_lines"]
 
 _WIDTH = 80
 
 
-def race_lines(report: RaceReport) -> Iterator[str]:
-    """What was raced, what the guest met, how long things took, what did not run."""
+def race_lines(report: RaceReport, *, full: bool = False) -> Iterator[str]:
+    """What was raced, with the tables when it is `full`, and the answer."""
     o = report.options
     layout = o.layout()
     low, _ = layout.hole
@@ -35,12 +38,69 @@ def race_lines(report: RaceReport) -> Iterator[str]:
             "than it has",
             _WIDTH,
         )
+    if full:
+        yield ""
+        yield from race_tables(report)
     yield ""
+    yield from answer_lines(race_answer(report))
+
+
+def race_tables(report: RaceReport) -> Iterator[str]:
+    """What the guest met, how long things took, what did not run."""
+    layout = report.options.layout()
     ran = [r for r in report.results if r.skipped is None]
-    yield from _met(ran, logged=layout.logged, touched=o.touch_hole)
+    yield from _met(ran, logged=layout.logged, touched=report.options.touch_hole)
     yield ""
     yield from _times([(r.name, r.totals) for r in ran])
     yield from _skipped([(r.name, r.skipped) for r in report.results if r.skipped])
+
+
+def race_answer(report: RaceReport) -> list[str]:
+    """Which strategies hid RAM that stays, which killed, and how long the guest waited."""
+    ran = [r for r in report.results if r.skipped is None and r.name != CONTROL]
+    skipped = [r.name for r in report.results if r.skipped is not None]
+    told = []
+    if not ran:
+        told.append("No strategy could run here.")
+    died = [r for r in ran if r.totals.internal_errors + r.totals.shutdowns]
+    if died:
+        each = (
+            f"{r.name} ({r.totals.internal_errors + r.totals.shutdowns:,} of {r.totals.updates:,})"
+            for r in died
+        )
+        told.append(f"The guest died of missing RAM under {', '.join(each)}.")
+    hit = [r for r in ran if r.totals.hit]
+    if hit:
+        each = (f"{r.name} {r.totals.hit:,} of {r.totals.updates:,}" for r in hit)
+        told.append(f"Updates in which it did not find RAM that stays: {', '.join(each)}.")
+    safe = [r for r in ran if not r.totals.hit and r.totals.updates]
+    if safe:
+        told.append(f"RAM was never seen missing under {', '.join(r.name for r in safe)}.")
+        updates = min(r.totals.updates for r in safe)
+        told.append(
+            f"0 of {updates:,} updates: at 95 % at most {300 / updates:.2g} % are hit "
+            "(rule of three)."
+        )
+        quickest = sorted(safe, key=lambda r: r.totals.guest_gap.p50_ns)
+        each = (
+            f"{r.name} {duration_text(r.totals.guest_gap.p50_ns)} "
+            f"(longest {duration_text(r.totals.guest_gap.max_ns)})"
+            for r in quickest[:4]
+        )
+        told.append(f"Median of the guest's longest gap, of those: {', '.join(each)}.")
+    control = [r for r in report.results if r.name == CONTROL and r.skipped is None]
+    if control:
+        gap = control[0].totals.guest_gap
+        told.append(
+            f"The control, which changes nothing: {duration_text(gap.p50_ns)} "
+            f"(longest {duration_text(gap.max_ns)})."
+        )
+    lost = [r.name for r in ran if r.totals.pages_lost]
+    if lost:
+        told.append(f"Pages that were written are in no dirty log under {', '.join(lost)}.")
+    if skipped:
+        told.append(f"Not run here: {', '.join(skipped)}.")
+    return told
 
 
 def _met(ran: Sequence[StrategyResult], *, logged: bool, touched: bool) -> Iterator[str]:

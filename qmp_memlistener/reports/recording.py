@@ -5,7 +5,7 @@ from __future__ import annotations
 from array import array
 from bisect import bisect_right
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from ..errors import RecordingError
 from ..records import (
@@ -70,9 +70,14 @@ class _Strategies:
             found[names.pop() if len(names) == 1 else _UNKNOWN] += 1
         return dict(sorted(found.items()))
 
+    @property
+    def steered(self) -> bool:
+        """As far as that is known."""
+        return any(change.strategy is not Mode.OFF for change in self._changes)
+
     def lines(self) -> Iterator[str]:
-        """Nothing for a guest that was not steered, as far as that is known."""
-        if all(change.strategy is Mode.OFF for change in self._changes):
+        """Nothing for a guest that was not steered."""
+        if not self.steered:
             return
         told = (f"{count:,} under {name}" for name, count in self.counts().items())
         yield f"strategies: {', '.join(told) or 'no transition was made'}"
@@ -81,96 +86,100 @@ class _Strategies:
 class Contents:
     """A recording read once, as far as it goes now; raises RecordingError.
 
-    Stalls are counted and only the `longest` of them kept.
+    Stalls are counted and only the `longest` of them kept.  `also` is given each record as well.
     """
 
-    def __init__(self, recording: Recording, longest: int) -> None:
-        self._recording = recording
+    def __init__(
+        self, recording: Recording, longest: int, also: Callable[[Record], None] | None = None
+    ) -> None:
+        self.recording = recording
         self._statistics = Statistics()
-        self._tally = Tally()
+        self.tally = Tally()
         self._strategies = _Strategies(recording.header.stamp_bound_ns or 0)
-        self._end_ns = recording.header.monotonic_ns
-        self._failures: list[GuestFailure] = []
-        self._resets: list[GuestReset] = []
-        self._violations: list[Violation] = []
-        self._possible: list[PossibleViolation] = []
-        self._lost: list[Lost] = []
-        self._longest: list[StallRecord] = []
+        self.end_ns = recording.header.monotonic_ns
+        self.failures: list[GuestFailure] = []
+        self.resets: list[GuestReset] = []
+        self.violations: list[Violation] = []
+        self.possible: list[PossibleViolation] = []
+        self.lost: list[Lost] = []
+        self.longest: list[StallRecord] = []
         for record in recording:
             self._check(record)
             self._take(record, longest)
-            self._end_ns = max(self._end_ns, *_times(record))
+            if also is not None:
+                also(record)
+            self.end_ns = max(self.end_ns, *_times(record))
         self._shorten(longest)
 
     def document(self) -> dict[str, object]:
         """The JSON document (docs/json.md)."""
         return {
             "schema": 1,
-            "recording": self._recording.path,
-            "header": self._recording.header,
-            "truncated": self._recording.truncated,
-            "transitions": self._tally.transitions,
-            "slot_ops": self._tally.slot_ops,
+            "recording": self.recording.path,
+            "header": self.recording.header,
+            "truncated": self.recording.truncated,
+            "transitions": self.tally.transitions,
+            "slot_ops": self.tally.slot_ops,
             "strategies": self._strategies.counts(),
-            "lost": len(self._lost),
-            "probes": list(self._tally.probes.values()),
-            "compared": self._tally.compared,
-            "differences": self._tally.differences if self._tally.compared else None,
-            "failures": self._failures,
-            "resets": self._resets,
-            "violations": self._violations,
-            "possible_violations": self._possible,
-            "summary": self._summary(),
+            "lost": len(self.lost),
+            "probes": list(self.tally.probes.values()),
+            "compared": self.tally.compared,
+            "differences": self.tally.differences if self.tally.compared else None,
+            "failures": self.failures,
+            "resets": self.resets,
+            "violations": self.violations,
+            "possible_violations": self.possible,
+            "summary": self.summary(),
         }
 
     def lines(self, *, histograms: bool, width: int, unicode: bool) -> Iterator[str]:
         """The report for people; `width` and `unicode` as in `summary_lines`."""
-        yield from Narrator().lines(self._recording.header)
-        lasted = duration_text(self._end_ns - self._recording.header.monotonic_ns)
-        lost = count_text(len(self._lost), "loss", "losses") if self._lost else "nothing lost"
-        transitions = count_text(self._tally.transitions, "transition")
-        slot_ops = count_text(self._tally.slot_ops, "slot operation")
-        yield f"{self._recording.path}: {lasted}, {transitions}, {slot_ops}, {lost}"
-        if self._recording.truncated:
+        yield from Narrator().lines(self.recording.header)
+        lasted = duration_text(self.end_ns - self.recording.header.monotonic_ns)
+        lost = count_text(len(self.lost), "loss", "losses") if self.lost else "nothing lost"
+        transitions = count_text(self.tally.transitions, "transition")
+        slot_ops = count_text(self.tally.slot_ops, "slot operation")
+        yield f"{self.recording.path}: {lasted}, {transitions}, {slot_ops}, {lost}"
+        if self.recording.truncated:
             yield "the last line is cut off: it is still being written, or its writer was killed"
-        if self._recording.skipped:
-            skipped = count_text(self._recording.skipped, "record")
+        if self.recording.skipped:
+            skipped = count_text(self.recording.skipped, "record")
             yield f"{skipped} of a type that this version does not know"
         yield from self._strategies.lines()
         yield from self._probe_lines()
         yield self._comparison()
-        yield from self._section("guest failures", self._failures)
-        yield from self._section("guest resets", self._resets)
-        yield from self._section("violations", self._violations)
-        yield from self._section("possible violations", self._possible)
-        yield from self._section("losses", self._lost)
-        summary = self._summary()
+        yield from self._section("guest failures", self.failures)
+        yield from self._section("guest resets", self.resets)
+        yield from self._section("violations", self.violations)
+        yield from self._section("possible violations", self.possible)
+        yield from self._section("losses", self.lost)
+        summary = self.summary()
         yield ""
         yield from summary_lines(summary, width=width, unicode=unicode)
         if histograms:
             yield from histogram_lines(summary, width=width, unicode=unicode)
-        yield from self._section("longest stalls", self._longest, shown=len(self._longest))
+        yield from self._section("longest stalls", self.longest, shown=len(self.longest))
 
     def _take(self, record: Record, longest: int) -> None:
-        self._tally.note(record)
+        self.tally.note(record)
         match record:
             case StallRecord():
                 self._statistics.add_record(record)
-                self._longest.append(record)
-                if len(self._longest) >= 64 + 2 * longest:
+                self.longest.append(record)
+                if len(self.longest) >= 64 + 2 * longest:
                     self._shorten(longest)
             case TransitionRecord() | SteeringRecord():
                 self._strategies.take(record)
             case GuestReset():
-                self._resets.append(record)
+                self.resets.append(record)
             case GuestFailure():
-                self._failures.append(record)
+                self.failures.append(record)
             case Violation():
-                self._violations.append(record)
+                self.violations.append(record)
             case PossibleViolation():
-                self._possible.append(record)
+                self.possible.append(record)
             case Lost():
-                self._lost.append(record)
+                self.lost.append(record)
 
     def _check(self, record: Record) -> None:
         """Numbers that no recording of ours has would break what is computed from them."""
@@ -180,37 +189,42 @@ class Contents:
             in_order = record.at_least_ns <= record.at_most_ns
         if not in_order or not all(0 <= t < _END_OF_TIME_NS for t in times):
             raise RecordingError(
-                f"{self._recording.path} has a record with a time that cannot be: {record}",
+                f"{self.recording.path} has a record with a time that cannot be: {record}",
                 remedy="give a file that `qmp-memlistener record` wrote, unchanged",
             )
 
     def _shorten(self, longest: int) -> None:
-        self._longest.sort(key=lambda s: (s.at_least_ns, s.at_most_ns), reverse=True)
-        del self._longest[longest:]
+        self.longest.sort(key=lambda s: (s.at_least_ns, s.at_most_ns), reverse=True)
+        del self.longest[longest:]
 
-    def _summary(self) -> SummaryRecord:
+    def strategies(self) -> dict[str, int]:
+        """Transitions by the strategy that `steer` applied to them; none if it was not in use."""
+        return self._strategies.counts() if self._strategies.steered else {}
+
+    def summary(self) -> SummaryRecord:
+        """Computed from the stalls in the file."""
         return self._statistics.summary(
-            start_ns=self._recording.header.monotonic_ns,
-            end_ns=self._end_ns,
-            transitions=self._tally.transitions,
+            start_ns=self.recording.header.monotonic_ns,
+            end_ns=self.end_ns,
+            transitions=self.tally.transitions,
         )
 
     def _probe_lines(self) -> Iterator[str]:
-        if not self._tally.probes:
+        if not self.tally.probes:
             yield "no probe was active: stalls were not measured"
             return
-        active = [s for s in self._tally.probes.values() if s.active]
+        active = [s for s in self.tally.probes.values() if s.active]
         yield f"probes: {', '.join(s.name for s in active) or 'none active'}"
-        for state in self._tally.probes.values():
+        for state in self.tally.probes.values():
             if not state.active:
                 yield f"without {state.name}: {state.reason or 'not requested'}"
 
     def _comparison(self) -> str:
-        if not self._tally.compared:
+        if not self.tally.compared:
             return "traced slots were not compared with those that QEMU's rules predict"
-        if not self._tally.differences:
+        if not self.tally.differences:
             return "traced slots: as QEMU's rules predict"
-        times = count_text(self._tally.differences, "time")
+        times = count_text(self.tally.differences, "time")
         return f"traced slots differed from what QEMU's rules predict: {times}"
 
     def _section(
@@ -221,7 +235,7 @@ class Contents:
         yield ""
         yield title
         for record in records[:shown]:
-            stamp = f"{(min(_times(record)) - self._recording.header.monotonic_ns) / 1e9:10.6f}"
+            stamp = f"{(min(_times(record)) - self.recording.header.monotonic_ns) / 1e9:10.6f}"
             if isinstance(record, Lost):
                 count = f" ({record.count:,})" if record.count is not None else ""
                 yield f"{stamp}  {record.what}{count}"

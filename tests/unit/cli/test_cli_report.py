@@ -12,6 +12,7 @@ from typing import Any
 import msgspec
 import pytest
 
+from qmp_memlistener.kvmlab.race import race_document
 from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import (
     CommandRecord,
@@ -30,9 +31,11 @@ from qmp_memlistener.records import (
     StallRecord,
     Violation,
 )
+from qmp_memlistener.text import json_bytes
 from tests.support.records import HEADER as PLAIN_HEADER
 from tests.support.records import transition
 from tests.unit.cli.cli_support import check_types, process, run
+from tests.unit.page.page_support import comparison, race
 
 START = 7_000_000_000
 DOCUMENT = {
@@ -364,3 +367,53 @@ def test_a_pipe_is_eighty_columns_wide(tmp_path: Path) -> None:
     path = recording(tmp_path / "r.jsonl", records)
     done = process("report", path, "--longest", "0", env={"COLUMNS": "200"})
     assert max(len(line) for line in done.out.splitlines()[4:]) <= 80
+
+
+def test_a_page_is_a_new_file_of_its_own(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, page = recording(tmp_path / "r.jsonl", EVERYTHING), tmp_path / "r.html"
+    done = run(capsys, "report", str(path), "-o", str(page))
+    assert (done.code, done.out) == (0, "")
+    assert page.read_text().startswith("<!DOCTYPE html>")
+    assert page.stat().st_mode & 0o777 == 0o600
+    again = run(capsys, "report", str(path), "-o", str(page))
+    assert f"error: {page} exists already" in again.refused()
+    assert (
+        "cannot be created"
+        in run(capsys, "report", str(path), "-o", str(tmp_path / "no" / "x")).err
+    )
+
+
+def test_a_page_of_what_is_no_recording_is_not_begun(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path, page = tmp_path / "x", tmp_path / "x.html"
+    path.write_text("what is this\n")
+    assert run(capsys, "report", str(path), "-o", str(page)).code != 0
+    assert not page.exists()
+
+
+def test_a_comparison_and_a_race_are_recognised(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    compared, raced = tmp_path / "c.json", tmp_path / "r.json"
+    compared.write_bytes(json_bytes(comparison()))
+    raced.write_bytes(json_bytes(race_document(race())))
+    assert "pause lost more than direct" in run(capsys, "report", str(compared)).out
+    assert "p50" in run(capsys, "report", str(compared), "--full").out
+    assert "The guest died of missing RAM under naive" in run(capsys, "report", str(raced)).out
+    assert run(capsys, "report", str(compared), "--json").document()["seed"] == 3
+    for path in (compared, raced):
+        page = path.with_suffix(".html")
+        assert run(capsys, "report", str(path), "-o", str(page)).code == 0
+        assert "Strategies" in page.read_text()
+
+
+def test_a_damaged_comparison_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "c.json"
+    path.write_text('{"schema":1,"rounds":7,"differences":[]}')
+    done = run(capsys, "report", str(path))
+    assert "is not what `compare` or `lab race` prints with --json" in done.refused()

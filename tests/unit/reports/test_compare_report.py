@@ -6,10 +6,22 @@ import re
 
 import msgspec
 
-from qmp_memlistener.records import ProbeState, StallKind
-from qmp_memlistener.reports.compare import comparison_lines
+from qmp_memlistener.records import (
+    ProbeState,
+    StallCause,
+    StallCauseType,
+    StallKind,
+    StallRecord,
+)
+from qmp_memlistener.reports.compare import comparison_answer, comparison_lines
 from qmp_memlistener.updates.compare import Comparison, Skipped
-from qmp_memlistener.updates.compare.stats import Difference, Round, Summary
+from qmp_memlistener.updates.compare.stats import (
+    Difference,
+    Round,
+    Summary,
+    differences,
+    summaries,
+)
 from qmp_memlistener.updates.model import Result, Strategy
 
 RANGE = (1_000_000, 1_500_000)
@@ -82,7 +94,7 @@ def comparison(n: int, *, ended: str | None = None, took_ns: int = 0) -> Compari
 
 
 def test_it_fits_a_terminal_and_says_what_was_not_done() -> None:
-    lines = list(comparison_lines(comparison(5, ended="interrupted"), "resize +256M"))
+    lines = list(comparison_lines(comparison(5, ended="interrupted"), "resize +256M", full=True))
     assert max(map(len, lines)) <= 80
     text = "\n".join(lines)
     assert "resize +256M: 5 rounds each in random order (seed 7)" in text
@@ -92,11 +104,11 @@ def test_it_fits_a_terminal_and_says_what_was_not_done() -> None:
 
 
 def test_a_difference_is_only_claimed_where_one_was_seen() -> None:
-    lines = list(comparison_lines(comparison(5), "resize +256M"))
+    lines = list(comparison_lines(comparison(5), "resize +256M", full=True))
     (seen,) = [line for line in lines if line.startswith("vCPU pause   pause - control")]
     assert "+1.30 ms" in seen
-    (unseen,) = [line for line in lines if line.startswith("commit       pause - control")]
-    assert "no difference seen (-10 us to +20 us)" in unseen
+    (unseen,) = [line for line in lines if line.startswith("no difference seen")]
+    assert unseen == "no difference seen in commit: pause - control"
     # neither had any: the table says so
     assert not any(line.startswith("RAM missing") and "pause - " in line for line in lines)
     (few,) = [line for line in lines if "direct - pause" in line]
@@ -109,14 +121,14 @@ def test_bounds_that_leave_the_sign_open_are_no_lack_of_rounds() -> None:
         seen, seen=False, diff_bounds_ns=(-1_000_000, 9_000_000), ci95_ns=(-2_000_000, 9_900_000)
     )
     found = msgspec.structs.replace(comparison(5), differences=[wide])
-    (line,) = [x for x in comparison_lines(found, "it") if "pause - control" in x]
+    (line,) = [x for x in comparison_lines(found, "it", full=True) if "pause - control" in x]
     assert line.endswith("bounds leave it open (-2.00 ms to +9.90 ms)")
     assert len(line) <= 80
 
 
 def test_percentiles_that_so_few_rounds_do_not_give_are_left_out() -> None:
     def row(n: int) -> list[str]:
-        lines = comparison_lines(comparison(n), "it")
+        lines = comparison_lines(comparison(n), "it", full=True)
         (found,) = [x for x in lines if x.startswith("vCPU pause   pause  ")]
         return found.split()
 
@@ -126,27 +138,27 @@ def test_percentiles_that_so_few_rounds_do_not_give_are_left_out() -> None:
 
 
 def test_updates_that_outlast_the_window_are_told() -> None:
-    text = " ".join(comparison_lines(comparison(5, took_ns=2_000_000_000), "it"))
+    text = " ".join(comparison_lines(comparison(5, took_ns=2_000_000_000), "it", full=True))
     assert "took longer than the window in 5 of 5 rounds" in text
-    assert "took longer" not in " ".join(comparison_lines(comparison(5), "it"))
+    assert "took longer" not in " ".join(comparison_lines(comparison(5), "it", full=True))
 
 
 def test_rounds_without_any_stall_are_rounds() -> None:
     calm = msgspec.structs.replace(comparison(5), summary=[], differences=[])
-    text = "\n".join(comparison_lines(calm, "it"))
-    assert "no stall was seen in any round" in text
+    text = "\n".join(comparison_lines(calm, "it", full=True))
+    assert "No stall was seen in any round, under pause." in text
     assert "slot operations" in text
     nothing = msgspec.structs.replace(calm, rounds=[])
-    assert list(comparison_lines(nothing, "it"))[-1] == "nothing to compare"
+    assert "no round of a strategy was completed" in list(comparison_lines(nothing, "it"))[-1]
 
 
 def test_the_longest_is_told_where_a_round_had_several() -> None:
     found = comparison(5)
-    assert "the longest stall of a round" not in "\n".join(comparison_lines(found, "it"))
+    assert "the longest stall of a round" not in "\n".join(comparison_lines(found, "it", full=True))
     single = [3000, 3500, 4000, 4000]
     several = exact("pause", "bql_hold", 5, [10, 10, 10, 9000], 50, single)
     more = msgspec.structs.replace(found, summary=[*found.summary, several])
-    lines = list(comparison_lines(more, "it"))
+    lines = list(comparison_lines(more, "it", full=True))
     assert max(map(len, lines)) <= 80
     below = lines[lines.index("the longest stall of a round, where there were several") :]
     (row,) = [line for line in below if line.startswith("BQL hold")]
@@ -169,7 +181,7 @@ def test_both_bounds_and_what_was_not_measured_are_told() -> None:
     ]
     both = Difference(a="direct", b="pause", kind=StallKind.MAIN_LOOP, enough=False)
     found = msgspec.structs.replace(found, summary=[wide, never], differences=[both], probes=probes)
-    lines = list(comparison_lines(found, "it"))
+    lines = list(comparison_lines(found, "it", full=True))
     assert max(map(len, lines)) <= 80
     (row,) = [line for line in lines if line.startswith("main loop    direct  ")]
     cells = ["main loop", "direct", "2.1-105 ms", "2.1-105 ms", "-", "<105 ms", "3"]
@@ -179,3 +191,60 @@ def test_both_bounds_and_what_was_not_measured_are_told() -> None:
     assert "is missing: direct 2 of 12, pause 12 of 12 rounds" in text
     assert "main loop direct - pause not measured" in text
     assert "measured by: ping without uprobes (not root)" in text
+
+
+def stall(kind: str, length: int, cause: str) -> StallRecord:
+    return StallRecord(
+        kind=StallKind(kind), start_ns=0, end_ns=length, at_least_ns=length, at_most_ns=length,
+        probe="uprobes", witnesses=["uprobes"], thread=None, site=None,
+        cause=StallCause(StallCauseType(cause), None), incident=1,
+    )  # fmt: skip
+
+
+def raced(lengths: dict[str, int], n: int = 12) -> Comparison:
+    """Rounds with one pause of that length each; 0 for none."""
+    each = {
+        name: [
+            Round(
+                name, i, Result.DONE, None, i, [stall("vcpu_pause", ns + i, "stop")] if ns else [],
+                1, 1, 1, 0, [StallKind.VCPU_PAUSE],
+            )
+            for i in range(n)
+        ]
+        for name, ns in lengths.items()
+    }  # fmt: skip
+    return Comparison(
+        seed=1, window_ns=10**9, rounds=[r for own in each.values() for r in own],
+        summary=summaries(each), differences=differences(each), skipped=[], ended_early=None,
+        remedy=None,
+    )  # fmt: skip
+
+
+def test_the_answer_says_who_lost_more_by_how_much_and_how_sure_that_is() -> None:
+    found = raced({"direct": 0, "pause": 2_000_000, "hole": 0, "control": 0})
+    lines = list(comparison_lines(found, "it"))
+    answer = lines[lines.index("") + 1 :]
+    assert len(answer) <= 10
+    assert max(map(len, lines)) <= 80
+    assert "pause lost more than direct: vCPU pause, by 2.00 ms a round." in answer
+    assert "pause lost more than hole: vCPU pause, by 2.00 ms a round." in answer
+    assert "No difference seen in any kind of stall: direct - hole." in answer
+    assert "Longest stall under pause: vCPU pause, 2.00 ms, cause guest stopped." in answer
+    text = " ".join(answer)
+    assert "Not told apart from control, in which nothing is done: direct, hole." in text
+    assert "at 95 %, from 12 rounds or more of each strategy" in text
+
+
+def test_of_too_few_rounds_nothing_is_said() -> None:
+    text = " ".join(comparison_answer(raced({"direct": 0, "pause": 2_000_000}, 3)))
+    assert "Too few rounds to tell: direct - pause." in text
+    assert "lost more" not in text
+    assert "No difference" not in text
+
+
+def test_tables_are_there_when_they_are_asked_for() -> None:
+    found = raced({"direct": 0, "pause": 2_000_000})
+    assert not any("p50" in line for line in comparison_lines(found, "it"))
+    full = list(comparison_lines(found, "it", full=True))
+    assert any("p50" in line for line in full)
+    assert full[-3:] == list(comparison_lines(found, "it"))[-3:]
