@@ -8,8 +8,6 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import AsyncExitStack
 
-import msgspec
-
 from ..errors import MemListenerError
 from ..memslots import SlotTable
 from ..probes import HostWait, Observation, Probe, StallKind
@@ -56,7 +54,7 @@ class Measuring:
     """Starts probes, is their `Sink`, and publishes what the timeline makes of it.
 
     `choices` are all probes with their verdicts; those that are usable are started.  `give_up` is
-    told when records can no longer be published.
+    called when records can no longer be published.
     """
 
     def __init__(
@@ -79,7 +77,7 @@ class Measuring:
         self._measured_by: list[ProbeState] = []  # once they are stopped
         self._changed = asyncio.Event()  # which probes are at work, or what they measure
         self._bursts = 0
-        self._told_bursts: dict[str, int] = {}
+        self._announced: dict[str, int] = {}
         self._statistics = Statistics()
         self._start_ns = time.monotonic_ns()
         self._transitions = 0
@@ -211,8 +209,7 @@ class Measuring:
 
     def take(self, record: Record) -> None:
         """A record of the map or the guest, as it is published."""
-        if isinstance(record, TransitionRecord):
-            self._transitions += 1
+        self._transitions += isinstance(record, TransitionRecord)
         if isinstance(record, Lost) and not self._telling:
             self._timeline.lost("trace")
             self._coverage.lost("trace", time.monotonic_ns())
@@ -257,9 +254,9 @@ class Measuring:
     async def _keep_up(self, probe: Probe) -> None:
         """Announce to a probe the bursts that it missed: it may have started within one."""
         name = probe.info.name
-        while self._bursts != (told := self._told_bursts.get(name, 0)):
-            on = told < self._bursts
-            self._told_bursts[name] = told + (1 if on else -1)
+        while self._bursts != (announced := self._announced.get(name, 0)):
+            on = announced < self._bursts
+            self._announced[name] = announced + (1 if on else -1)
             await probe.burst(on)
 
     async def settle(self, reached_ns: int) -> None:
@@ -308,12 +305,12 @@ class Measuring:
 
     def summary(self) -> SummaryRecord:
         """Statistics of all stalls so far."""
-        summary = self._statistics.summary(
+        return self._statistics.summary(
             start_ns=self._start_ns,
             end_ns=time.monotonic_ns(),
             transitions=self._transitions,
+            probes=self._measured_by or self.state().probes,
         )
-        return msgspec.structs.replace(summary, probes=self._measured_by or self.state().probes)
 
     async def _hand_out(self, decided: Callable[[], list[Record]]) -> None:
         """Some at a time: many may be decided at once."""

@@ -20,7 +20,14 @@ from collections.abc import Iterable
 from operator import attrgetter
 from typing import NamedTuple
 
-from ..records import StallCauseType, StallKind, StallRecord, StallStatistics, SummaryRecord
+from ..records import (
+    ProbeState,
+    StallCauseType,
+    StallKind,
+    StallRecord,
+    StallStatistics,
+    SummaryRecord,
+)
 
 __all__ = ["BOUNDS_NS", "EXACT", "RELATIVE_ERROR", "Statistics"]
 
@@ -90,14 +97,17 @@ class Statistics:
         found.sort(key=attrgetter("kind"))
         return found
 
-    def summary(self, *, start_ns: int, end_ns: int, transitions: int) -> SummaryRecord:
-        """The record of what was seen in `[start_ns, end_ns)`."""
+    def summary(
+        self, *, start_ns: int, end_ns: int, transitions: int, probes: Iterable[ProbeState] = ()
+    ) -> SummaryRecord:
+        """The record of what was seen in `[start_ns, end_ns)`, by `probes`."""
         return SummaryRecord(
             start_ns=start_ns,
             end_ns=end_ns,
             transitions=transitions,
             stalls=len(self),
             statistics=self.statistics(),
+            probes=list(probes),
         )
 
 

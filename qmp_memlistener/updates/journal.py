@@ -39,6 +39,7 @@ from ..text import json_bytes
 from .guest_view import backends_of, read_ids
 from .model import Addition, Role, UpdatePlan, UpdateStep, Value
 from .pause.guard import WAIT
+from .settings import Waiting
 
 __all__ = [
     "Journal",
@@ -117,11 +118,13 @@ _WHAT = "made"
 class Journal:
     """`made` and `asked`, the oldest first; `notes` say what came of taking back.
 
-    `stands`: a device was changed, so that nothing is taken back.
+    `stands`: a device was changed, so that nothing is taken back.  `waiting` is given what QEMU is
+    asked for, and when it has answered.
     """
 
-    def __init__(self, notes: list[str]) -> None:
+    def __init__(self, notes: list[str], waiting: Waiting) -> None:
         self.notes = notes
+        self._waiting = waiting
         self.made: list[UpdateStep] = []
         self.asked: tuple[UpdateStep, ...] = ()
         self.stands = False
@@ -130,11 +133,13 @@ class Journal:
     def ask(self, *steps: UpdateStep) -> None:
         """They are sent now."""
         self.asked = steps
+        self._waiting.ask(" and ".join(step.command.name for step in steps))
 
     def answered(self, steps: Iterable[UpdateStep]) -> None:
         """Of those that were sent QEMU has carried out these, and no others."""
         self.asked = ()
         self.made += steps
+        self._waiting.answered()
 
     @property
     def left(self) -> list[str]:

@@ -130,7 +130,7 @@ class _Operation:
         self._records: list[Record] = []
         self._notes: list[str] = []
         self._before = _UNKNOWN
-        self._journal = Journal(self._notes)
+        self._journal = Journal(self._notes, waiting)
         self._devices: tuple[str, ...] = ()
         self._windows: dict[str, tuple[Window, Window]] = {}
         self._migrated: GuestMigrating | None = None
@@ -253,24 +253,16 @@ class _Operation:
             assert step.addition is not None, "only additions are prepared"
             await refuse_if_migrating(ops, f"{step.what} was not made")
             self._go_on("the rest was not begun")
-            self._ask(step)
+            self._journal.ask(step)
             try:
                 await add(ops, step.addition, UPDATE_DEADLINE)
             except (OperationFailed, InputError):
-                self._answered(())  # QEMU said no, or was not asked
+                self._journal.answered(())  # QEMU said no, or was not asked
                 raise
-            self._answered((step,))
+            self._journal.answered((step,))
         if plan.prepare:
             self._marks.prepared = time.monotonic_ns()
         self._go_on("the device was not touched")
-
-    def _ask(self, *steps: UpdateStep) -> None:
-        self._journal.ask(*steps)
-        self._waiting.ask(" and ".join(s.command.name for s in steps))
-
-    def _answered(self, steps: Sequence[UpdateStep]) -> None:
-        self._journal.answered(steps)
-        self._waiting.answered()
 
     async def _update(
         self, steps: Sequence[UpdateStep], ops: Monitor, guard: ResumeGuard | None
@@ -279,7 +271,7 @@ class _Operation:
         if not commands:
             return
         run = None
-        sending = partial(self._ask, *steps)
+        sending = partial(self._journal.ask, *steps)
         if guard is not None:
             run = await run_paused(
                 ops,
@@ -304,7 +296,7 @@ class _Operation:
             self._marks.own_until = resumed + (self._host.header.stamp_bound_ns or 0)
         failed = [r for r in replies if isinstance(r, CommandFailed)]
         done = [step for step, r in zip(steps, replies, strict=True) if isinstance(r, Reply)]
-        self._answered(done)
+        self._journal.answered(done)
         if failed:
             stand = [step.what for step in done if step.undo is None]
             self._journal.stands = bool(stand)

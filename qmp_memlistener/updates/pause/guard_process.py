@@ -41,7 +41,6 @@ _LOOK_EVERY_MS = 1000
 """A child that the agent forked may keep the socket open: look whether the agent is our parent."""
 _LINE_MAX = 1 << 20
 _READS = 16
-_OVER = b"\n"
 _NEGOTIATION = (b"qmp_capabilities", b"query-cpus-fast")
 
 
@@ -286,7 +285,7 @@ class Guard:
 
     def _say(self, message: dict[str, object]) -> None:
         try:
-            self._control.sendall(json.dumps(message).encode() + _OVER)
+            self._control.sendall(json.dumps(message).encode() + b"\n")
         except OSError:
             pass  # the end of file is noticed when it is read
 
@@ -394,7 +393,7 @@ def main(argument: str) -> None:
     try:
         Guard(control, monitor, settings).run()
     except Exception as error:
-        control.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode() + _OVER)
+        control.send(json.dumps({"failed": f"{type(error).__name__}: {error}"}).encode() + b"\n")
 
 
 if __name__ == "__main__":
