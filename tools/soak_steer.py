@@ -76,6 +76,7 @@ class Print:
     content: str
     threads: int
     descriptors: tuple[str, ...]
+    scheduler: int
 
 
 def print_of(pid: int) -> Print:
@@ -92,6 +93,7 @@ def print_of(pid: int) -> Print:
         content.hexdigest(),
         len(os.listdir(f"/proc/{pid}/task")),
         tuple(sorted(_descriptors(pid))),
+        os.sched_getscheduler(pid),
     )
 
 
@@ -155,7 +157,7 @@ async def cycles(count: int) -> Cycles:
 
 
 def _difference(before: Print, after: Print) -> str:
-    names = ("mappings", "content", "threads", "descriptors")
+    names = ("mappings", "content", "threads", "descriptors", "scheduler")
     return ", ".join(
         f"{name} {getattr(before, name)} -> {getattr(after, name)}"
         for name in names
@@ -187,6 +189,8 @@ async def kills(count: int, seed: int = 1) -> list[str]:
         await release(process)
         await stop()
         after = print_of(guest.pid)
+        if after.scheduler != before.scheduler:
+            wrong.append(f"scheduler {after.scheduler}")
         if [m[2] for m in after.mappings] != [m[2] for m in before.mappings]:
             wrong.append(f"protections {after.mappings}")
         left = [d for d in after.descriptors if d.startswith("/memfd:qmp-memlistener")]

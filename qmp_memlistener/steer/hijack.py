@@ -8,6 +8,10 @@ calls are made without a tracer.  Each returns into `rt_sigreturn`, with a frame
 registers of the next one, and the last with those of before, so that the `ppoll` begins anew.  So
 QEMU goes on by itself whenever this process ends.
 
+Held for 0.1 ms, the thread would then wait for a processor like any other, on a busy host for
+100 ms and more.  So where that is allowed it makes the calls before what else runs there
+(SCHED_FIFO); the last of them puts that back, also when this process is no more.
+
 ptrace is refused to a process that is QEMU's parent and waits for it, so this runs in a process of
 its own (see `injector`).  x86-64 and glibc only.
 
@@ -140,16 +144,24 @@ class _Iov(ctypes.Structure):
 
 
 def call(
-    pid: int, calls: Sequence[HijackedCall], *, restorer: int, ended: Callable[[], int | None]
+    pid: int,
+    calls: Sequence[HijackedCall],
+    *,
+    restorer: int,
+    ended: Callable[[], int | None],
+    scheduler: int,
 ) -> int:
     """Make calls, one after the other.  `ended` says when they were over, None before.
 
-    Returns how long the main thread did not do its own work, in ns; when it takes too long, how
-    long it has not so far.  Raises HijackRefused when it could not be caught in ppoll, OSError as
-    ptrace does.
+    `scheduler`: the address of sched_setscheduler.  Returns how long the main thread did not do its
+    own work, in ns; when it takes too long, how long it has not so far.  Raises HijackRefused when
+    it could not be caught in ppoll, OSError as ptrace does.
     """
+    hurried = _may_be_hurried(pid)
+    if hurried:
+        calls = (*calls, HijackedCall(scheduler, (0, os.SCHED_OTHER, bytes(4))))
     with _at_once():
-        began = _begin(pid, calls, restorer)
+        began = _begin(pid, calls, restorer, hurried)
         until, step = time.monotonic() + _CALL_S, _STEP_S / 4
         while (end := ended()) is None and time.monotonic() < until:
             time.sleep(step)
@@ -158,7 +170,14 @@ def call(
     return (end if end is not None and began < end < now else now) - began
 
 
-def _begin(pid: int, calls: Sequence[HijackedCall], restorer: int) -> int:
+def _may_be_hurried(pid: int) -> bool:
+    """It is scheduled as most are, and no filter of its own could refuse to put that back."""
+    with open(f"/proc/{pid}/status") as status:
+        filtered = "Seccomp:\t0\n" not in status.readlines()
+    return not filtered and os.sched_getscheduler(pid) == os.SCHED_OTHER
+
+
+def _begin(pid: int, calls: Sequence[HijackedCall], restorer: int, hurried: bool) -> int:
     """When the thread was stopped."""
     until = time.monotonic() + _CATCH_S
     guard = _Guard()
@@ -169,11 +188,14 @@ def _begin(pid: int, calls: Sequence[HijackedCall], restorer: int) -> int:
         while True:
             # not stopped in vain: it may wait for the BQL
             if os.pread(syscall.fileno(), 4, 0) == b"%d " % _PPOLL:
-                began = time.monotonic_ns()
                 with _held(pid, guard, until) as regs:
+                    began = time.monotonic_ns()
                     # no signal mask of its own: none has to be put back when the calls return
                     if regs.orig_rax == _PPOLL and regs.r10 == 0:
                         _enter(pid, memory.fileno(), regs, calls, restorer)
+                        if hurried:  # not before: only the calls put it back
+                            with suppress(OSError):
+                                os.sched_setscheduler(pid, os.SCHED_FIFO, os.sched_param(1))
                         return began
             if time.monotonic() > until:
                 raise HijackRefused(
@@ -230,7 +252,7 @@ def _at_once() -> Iterator[None]:
     """Before what else runs on the host, where that is allowed."""
     before = os.sched_getscheduler(0), os.sched_getparam(0)
     try:
-        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(1))
+        os.sched_setscheduler(0, os.SCHED_FIFO, os.sched_param(2))
     except OSError:
         yield
         return

@@ -28,7 +28,7 @@ __all__ = ["main"]
 _CODE = "qmp-memlistener-code"
 _RTLD_NOW = 2
 _MFD_FLAGS = 3  # MFD_CLOEXEC, MFD_ALLOW_SEALING
-_LIBC = ("memfd_create", "dlopen", "close")
+_LIBC = ("memfd_create", "dlopen", "close", "sched_setscheduler")
 
 
 def main() -> int:
@@ -147,7 +147,14 @@ class _Injection:
         return time.monotonic_ns() if self._made() is None else None
 
     def _call(self, *calls: HijackedCall, ended: Callable[[], int | None]) -> None:
-        self._stopped.append(call(self._pid, calls, restorer=self._restorer, ended=ended))
+        took = call(
+            self._pid,
+            calls,
+            restorer=self._restorer,
+            ended=ended,
+            scheduler=self._functions["sched_setscheduler"],
+        )
+        self._stopped.append(took)
 
 
 def _object(pid: int, suffix: str) -> list[MappedRange]:

@@ -803,10 +803,12 @@ static void take_mode(void) {
         give_up(REGION2_USED);
     else if (want == HOLE && vm_fd >= 0 && has_rings())
         give_up(DIRTY_RINGS);
-    else if (mode == HOLE && !restore(0, PARK_NS))
+    else if ((mode == HOLE || want == OFF) && !restore(0, PARK_NS))
         give_up(NOT_STOPPED);
     else
         set_mode(want, NONE);
+    if (atomic_load(&chan->mode) == OFF)
+        slots.used = pieces.used = 0; /* they go by unseen from now on */
     count_slots();
 }
 
@@ -827,6 +829,8 @@ static int set_region(int fd, Region *op) {
     uint64_t t = now();
     int rc = 0;
 
+    if (atomic_load(&chan->mode) == OFF && atomic_load(&chan->want) == OFF)
+        return next_ioctl(fd, KVM_SET_USER_MEMORY_REGION, op);
     pthread_mutex_lock(&lock);
     if (vm_fd < 0)
         vm_fd = fd;

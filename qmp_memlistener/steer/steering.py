@@ -274,12 +274,19 @@ async def _inject(process: Process, verb: str, stopped: list[int]) -> None:
 
 async def _injector(process: Process, verb: str) -> tuple[int | None, bytes, bytes]:
     """How it ended, and what it wrote."""
-    injector = await asyncio.create_subprocess_exec(
-        *(sys.executable, "-m", "qmp_memlistener.steer.injector", verb, process.key, str(OBJECT)),
-        stdout=asyncio.subprocess.PIPE,
-        stderr=asyncio.subprocess.PIPE,
-        start_new_session=True,  # a Ctrl-C is not for it
-    )
+    try:
+        injector = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "qmp_memlistener.steer.injector"),
+            *(verb, process.key, str(OBJECT)),
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
+            start_new_session=True,  # a Ctrl-C is not for it
+        )
+    except OSError as failed:
+        raise OperationFailed(
+            f"QEMU (pid {process.pid}) was left alone: a helper process could not be started "
+            f"({sys.executable}: {failed.strerror})"
+        ) from failed
     try:
         async with asyncio.timeout(_INJECT_S):
             out, err = await injector.communicate()

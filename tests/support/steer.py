@@ -41,6 +41,7 @@ __all__ = [
     "TOGGLES",
     "Faults",
     "boots",
+    "build_bios",
     "build_shared",
     "build_writer",
     "injector_ended",
@@ -80,12 +81,16 @@ def build_shared(source: Path, directory: Path, *options: str) -> Path:
 
 def build_writer(directory: Path, memory: int) -> Path:
     """The BIOS of a guest that writes all its RAM while it toggles PAM (steer_writer.S)."""
-    built = directory / "writer.o"
-    image = directory / "writer.bin"
+    return build_bios("steer_writer", directory, f"-DEND={memory:#x}")
+
+
+def build_bios(name: str, directory: Path, *options: str) -> Path:
+    """Of a source here."""
+    built = directory / f"{name}.o"
+    image = directory / f"{name}.bin"
     compiler = os.environ.get("CC", "cc")
-    source = _SUPPORT / "steer_writer.S"
-    options = ("-m32", "-c", f"-DEND={memory:#x}", "-o", built, source)
-    subprocess.run([compiler, *options], check=True)
+    source = _SUPPORT / f"{name}.S"
+    subprocess.run([compiler, "-m32", "-c", *options, "-o", built, source], check=True)
     linker = ("ld", "-m", "elf_i386", "--oformat", "binary", "-Ttext", "0xffff0000", "-e", "start")
     subprocess.run([*linker, "-o", image, built], check=True)
     return image
