@@ -6,7 +6,7 @@
     python -m tools.soak_steer migrate [--count 20]     each strategy, and none
 
 `cycles` and `kills` compare QEMU with what it was: its program's mappings and what they hold (text
-and import table), threads and descriptors; `cycles` says how long QEMU's main loop stood.
+and import table), threads, descriptors, scheduling; `cycles` says how long QEMU's main loop stood.
 `toggles` has CPU 1's code and page tables in the slot that comes and goes.  `migrate` has a guest
 that writes all its RAM while it toggles, and compares source and target page by page in the end;
 KVM_CAP_MANUAL_DIRTY_LOG_PROTECT2 is hidden from QEMU, which would hide what is lost.  Without a
