@@ -188,7 +188,8 @@ class TraceSession:
             place.clear()
             return Restored()
         meant = GuestIdentity.of(guest.process)
-        async with await Monitor.connect(PidTarget(guest.pid), meant=meant) as monitor:
+        target = self.monitor.target if self.monitor.abilities.manager else PidTarget(guest.pid)
+        async with await Monitor.connect(target, meant=meant) as monitor:
             return await _leave(monitor, place, guest, note, others)
 
     def _release(self, offset: int) -> int:

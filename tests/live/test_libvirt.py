@@ -4,17 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import signal
 from collections.abc import Iterator
 
 import pytest
 
 from qmp_memlistener import attach
-from qmp_memlistener.errors import TargetUnreachable
+from qmp_memlistener.errors import DeadlineExceeded, TargetLost, TargetUnreachable
 from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, Pulse
+from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Manager, Monitor, find_guest, parse_target
-from tests.support.libvirt import Libvirtd, domain_xml, libvirtd, needs_libvirt
-from tests.support.live import Seen, why_no_kvm
+from tests.support.host import patience
+from tests.support.libvirt import ACCEL, Libvirtd, domain_xml, libvirtd, needs_libvirt
+from tests.support.live import Seen
 from tests.support.verbs import started_verb
 
 pytestmark = [pytest.mark.qemu, needs_libvirt, pytest.mark.asyncio]
@@ -25,8 +28,7 @@ NAME = "pulse one"
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Libvirtd]:
     with libvirtd() as daemon:
-        accel = "qemu" if why_no_kvm("/usr/bin/qemu-system-x86_64") else "kvm"
-        daemon.create(domain_xml(NAME, accel=accel))
+        daemon.create(domain_xml(NAME, accel=ACCEL))
         yield daemon
 
 
@@ -110,3 +112,58 @@ async def test_libvirtd_is_restarted_meanwhile(daemon: Libvirtd) -> None:
     async with attach(daemon.target(NAME), probes=()) as agent:
         assert agent.source == "trace"
     assert not await asyncio.to_thread(traced, daemon)
+
+
+@pytest.mark.full
+async def test_a_libvirtd_that_hangs_holds_nobody_up(daemon: Libvirtd) -> None:
+    ticks = 0
+
+    async def tick() -> None:
+        nonlocal ticks
+        while True:
+            await asyncio.sleep(0.05)
+            ticks += 1
+
+    stopped = daemon.pid()
+    ticking = asyncio.create_task(tick())
+    try:
+        async with attach(daemon.target(NAME), probes=()) as agent:
+            os.kill(stopped, signal.SIGSTOP)
+            with pytest.raises(DeadlineExceeded, match="query-status"):
+                await agent.monitor.execute("query-status", deadline=0.5)
+            async with asyncio.timeout(patience(20)):
+                lost = await agent.wait_lost()
+            began = asyncio.get_running_loop().time()
+        assert isinstance(lost, TargetLost)
+        assert asyncio.get_running_loop().time() - began < patience(7)
+        assert ticks > 20
+        assert agent.unrestored  # and told
+    finally:
+        ticking.cancel()
+        os.kill(stopped, signal.SIGCONT)
+    await asyncio.to_thread(agrees, daemon)
+    async with attach(daemon.target(NAME), probes=()) as agent:
+        assert agent.unrestored == []
+    assert not await asyncio.to_thread(traced, daemon)
+
+
+@pytest.mark.full
+async def test_the_log_is_handed_over_where_libvirt_has_it_in_a_pipe() -> None:
+    with libvirtd(log_daemon=True) as daemon:
+        daemon.create(domain_xml(NAME, accel=ACCEL))
+        pid = daemon.qemu_pid(NAME)
+        async with attach(daemon.target(NAME), probes=()) as agent:
+            assert agent.source == "trace", agent.remarks
+            assert len(our_logs(pid)) == 1
+            await asyncio.to_thread(agrees, daemon)
+        assert agent.unrestored == []
+        async with asyncio.timeout(patience(10)):
+            while our_logs(pid):  # noqa: ASYNC110 (QEMU closes it when RCU has come round)
+                await asyncio.sleep(0.02)
+
+
+def our_logs(pid: int) -> list[str]:
+    """What QEMU has open of ours."""
+    process = Process.read(pid)
+    assert process is not None
+    return [f.link for f in process.file_descriptors() or () if "qmp-memlistener" in f.link]

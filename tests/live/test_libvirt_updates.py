@@ -19,8 +19,7 @@ from qmp_memlistener.updates.model import Outcome, Result, Role
 from qmp_memlistener.updates.options import parse_addition
 from qmp_memlistener.updates.settings import UpdateOptions
 from tests.support.host import patience
-from tests.support.libvirt import Libvirtd, domain_xml, libvirtd, needs_libvirt
-from tests.support.live import why_no_kvm
+from tests.support.libvirt import ACCEL, Libvirtd, domain_xml, libvirtd, needs_libvirt
 from tests.support.verbs import run_verb
 
 pytestmark = [pytest.mark.qemu, needs_libvirt, pytest.mark.asyncio]
@@ -35,8 +34,7 @@ DIMM_SELECT, DIMM_CONTROL, DIMM_EJECT = 0xA00, 0xA14, 0x8  # docs/specs/acpi_mem
 @pytest.fixture(scope="module")
 def daemon() -> Iterator[Libvirtd]:
     with libvirtd() as daemon:
-        accel = "qemu" if why_no_kvm("/usr/bin/qemu-system-x86_64") else "kvm"
-        daemon.create(domain_xml(NAME, accel=accel))
+        daemon.create(domain_xml(NAME, accel=ACCEL))
         yield daemon
 
 

@@ -27,9 +27,10 @@ from qmp_memlistener.guests.pulse import find_image
 from tests.support.bare_qemu import NEW_MOUNTS, can_unshare
 from tests.support.host import patience
 
-__all__ = ["EMULATOR", "Libvirtd", "domain_xml", "embedded", "libvirtd", "needs_libvirt"]
+__all__ = ["ACCEL", "EMULATOR", "Libvirtd", "domain_xml", "embedded", "libvirtd", "needs_libvirt"]
 
 EMULATOR = "/usr/bin/qemu-system-x86_64"
+ACCEL = "kvm" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "qemu"
 _LIBVIRTD = "/usr/sbin/libvirtd"
 _CAPABILITIES = Path.home() / ".cache/qmp-memlistener/libvirt-capabilities"
 _REAPING = Path(__file__).with_name("reaping.py")
@@ -135,13 +136,17 @@ class Libvirtd:
 
 
 @contextlib.contextmanager
-def libvirtd() -> Iterator[Libvirtd]:
-    """A libvirtd; its domains end with it when the block is left."""
+def libvirtd(*, log_daemon: bool = False) -> Iterator[Libvirtd]:
+    """A libvirtd; its domains end with it when the block is left.
+
+    With `log_daemon` QEMU's messages go to virtlogd over a pipe, as Debian has it.
+    """
     with _directory() as directory:
         for name in ("etc", "run", *_OWN):
             (directory / name).mkdir()
         _keep(_CAPABILITIES, directory / "cache/qemu/capabilities")
-        (directory / "etc/qemu.conf").write_text(_QEMU_CONF)
+        handler = "logd" if log_daemon else "file"
+        (directory / "etc/qemu.conf").write_text(_QEMU_CONF.replace('"file"', f'"{handler}"'))
         (directory / "etc/libvirtd.conf").write_text(
             f'unix_sock_dir = "{directory}"\nauth_unix_rw = "none"\n'
             f'log_outputs = "3:file:{directory}/libvirtd.log"\n'
@@ -155,6 +160,7 @@ def libvirtd() -> Iterator[Libvirtd]:
                 *mounts,
             )
         )
+        script += "; virtlogd -d" if log_daemon else ""
         script += f"; while :; do {_LIBVIRTD} -p {directory}/pid; done"
         with open(directory / "out", "wb") as out:
             process = subprocess.Popen(
