@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import signal
+import sys
 from collections.abc import Iterator
 
 import pytest
@@ -16,7 +17,7 @@ from qmp_memlistener.guests import HOST_BRIDGE, I440FX, PAM_RAM, Pulse
 from qmp_memlistener.host.processes import Process
 from qmp_memlistener.qmp import Manager, Monitor, find_guest, parse_target
 from tests.support.host import patience
-from tests.support.libvirt import ACCEL, Libvirtd, domain_xml, libvirtd, needs_libvirt
+from tests.support.libvirt import ACCEL, REAPING, Libvirtd, domain_xml, libvirtd, needs_libvirt
 from tests.support.live import Seen
 from tests.support.verbs import started_verb
 
@@ -167,3 +168,21 @@ def our_logs(pid: int) -> list[str]:
     process = Process.read(pid)
     assert process is not None
     return [f.link for f in process.file_descriptors() or () if "qmp-memlistener" in f.link]
+
+
+@pytest.mark.full
+async def test_a_domain_of_the_driver_in_our_own_process(daemon: Libvirtd) -> None:
+    """After `daemon`, which has found out what QEMU can do."""
+    child = await asyncio.create_subprocess_exec(
+        *(sys.executable, str(REAPING), sys.executable, "-m", "tests.support.embedded_domain"),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    out, err = await child.communicate()
+    assert child.returncode == 0, err.decode()
+    found = json.loads(out)
+    assert found["source"] == "trace"
+    assert found["written"] == found["seen"] == 20
+    assert found["pid"] == found["qemu"]
+    assert found["running"]
+    assert daemon.virsh("domstate", NAME) == "running"

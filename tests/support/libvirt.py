@@ -27,13 +27,22 @@ from qmp_memlistener.guests.pulse import find_image
 from tests.support.bare_qemu import NEW_MOUNTS, can_unshare
 from tests.support.host import patience
 
-__all__ = ["ACCEL", "EMULATOR", "Libvirtd", "domain_xml", "embedded", "libvirtd", "needs_libvirt"]
+__all__ = [
+    "ACCEL",
+    "EMULATOR",
+    "REAPING",
+    "Libvirtd",
+    "domain_xml",
+    "embedded",
+    "libvirtd",
+    "needs_libvirt",
+]
 
 EMULATOR = "/usr/bin/qemu-system-x86_64"
 ACCEL = "kvm" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "qemu"
 _LIBVIRTD = "/usr/sbin/libvirtd"
 _CAPABILITIES = Path.home() / ".cache/qmp-memlistener/libvirt-capabilities"
-_REAPING = Path(__file__).with_name("reaping.py")
+REAPING = Path(__file__).with_name("reaping.py")
 _OWN = {"lib": "/var/lib/libvirt", "log": "/var/log/libvirt", "cache": "/var/cache/libvirt"}
 
 _QEMU_CONF = """\
@@ -164,7 +173,7 @@ def libvirtd(*, log_daemon: bool = False) -> Iterator[Libvirtd]:
         script += f"; while :; do {_LIBVIRTD} -p {directory}/pid; done"
         with open(directory / "out", "wb") as out:
             process = subprocess.Popen(
-                [*NEW_MOUNTS, sys.executable, str(_REAPING), "sh", "-c", script],
+                [*NEW_MOUNTS, sys.executable, str(REAPING), "sh", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=out,
                 stderr=out,
