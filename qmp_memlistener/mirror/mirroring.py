@@ -112,9 +112,12 @@ async def check_guest(mirror: Mirror, agent: GuestToMirror) -> tuple[MirrorDiffe
 async def _pauser(
     agent: GuestToMirror, stack: AsyncExitStack, max_pause_s: float, named: str | None
 ) -> Pauser:
-    targets = await guard_targets(agent.companions, agent.monitor.target, named)
+    manager = agent.monitor.abilities.manager
+    found = await guard_targets(
+        agent.companions, agent.monitor.target, named, managed=bool(manager)
+    )
     # the one that `operating` would take is left to it, where there is another
-    targets.sort(key=lambda target: target == agent.companions.operations)
+    targets = sorted(found, key=lambda target: target == agent.companions.operations)
     guard = await ResumeGuard.start(targets, agent.monitor.identity, max_pause_s=max_pause_s)
     await stack.enter_async_context(guard)
     monitor = await stack.enter_async_context(agent.operating())

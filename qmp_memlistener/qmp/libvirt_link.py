@@ -18,7 +18,7 @@ from ..host.bounded import in_thread
 from .discovery import find_guests
 from .identity import GuestIdentity, is_domain, wrong_guest
 from .libvirt_session import DomainFacts, LibvirtSession
-from .links import Abilities, Command, OnEvent, QemuVersion, Reply
+from .links import MANAGED, Abilities, Command, OnEvent, QemuVersion, Reply
 from .targets import LibvirtTarget
 
 __all__ = ["LibvirtLink"]
@@ -26,9 +26,6 @@ __all__ = ["LibvirtLink"]
 _OPEN_S = 5.0
 """Connecting may start libvirtd (socket activation), and asks it several things."""
 _CLOSE_S = 1.0
-_Function = Callable[
-    [LibvirtSession, Sequence[Command], threading.Event], list[Reply | CommandFailed]
-]
 
 
 class LibvirtLink:
@@ -107,19 +104,11 @@ class LibvirtLink:
             raise ConnectionError("the session has ended")
         return await self._run(commands)
 
-    async def manage(self, command: Command) -> Reply | CommandFailed:
-        if not self._running:
-            raise ConnectionError("the session has ended")
-        (reply,) = await self._run([command], _change)
-        return reply
-
-    async def _run(
-        self, commands: Sequence[Command], function: _Function | None = None
-    ) -> list[Reply | CommandFailed]:
+    async def _run(self, commands: Sequence[Command]) -> list[Reply | CommandFailed]:
         while self._call is not None and not self._call.done():
             await asyncio.wait([self._call])  # of one that was given up
         enough = threading.Event()
-        call = asyncio.ensure_future(in_thread(function or _send, self._session, commands, enough))
+        call = asyncio.ensure_future(in_thread(_send, self._session, commands, enough))
         self._call = call
         try:
             return await asyncio.shield(call)
@@ -182,27 +171,20 @@ def _send(
     for command in commands:
         if enough.is_set():
             break
+        start = time.monotonic_ns()
+        if command.name in MANAGED:
+            refused = session.change(command.name, command.arguments or {})
+            replies.append(
+                Reply({}, start, time.monotonic_ns())
+                if refused is None
+                else CommandFailed(command.name, "libvirt", refused)
+            )
+            continue
         message: dict[str, object] = {"execute": command.name}
         if command.arguments is not None:
             message["arguments"] = dict(command.arguments)
-        start = time.monotonic_ns()
         text = session.command(json.dumps(message), () if command.fd is None else (command.fd,))
         replies.append(_reply(command, text, start, time.monotonic_ns()))
-    return replies
-
-
-def _change(
-    session: LibvirtSession, commands: Sequence[Command], _enough: threading.Event
-) -> list[Reply | CommandFailed]:
-    """In a thread: changes that are libvirt's own."""
-    replies: list[Reply | CommandFailed] = []
-    for command in commands:
-        start = time.monotonic_ns()
-        refused = session.change(command.name, command.arguments or {})
-        if refused is not None:
-            replies.append(CommandFailed(command.name, "libvirt", refused))
-        else:
-            replies.append(Reply({}, start, time.monotonic_ns()))
     return replies
 
 

@@ -225,13 +225,18 @@ class LibvirtSession:
             raise self._typed(error, "run a monitor command") from error
 
     def change(self, name: str, arguments: Mapping[str, object]) -> str | None:
-        """A change of the domain's devices (`links.Link.manage`); why libvirt refused it, or None.
+        """A change of the domain (`links.MANAGED`); why libvirt refused it, or None.
 
         Raises TargetError.
         """
         domain, live = self._domain, self._libvirt.VIR_DOMAIN_AFFECT_LIVE
         try:
-            if name == "attach-device":
+            if name == "stop":
+                domain.suspend()
+            elif name == "cont":
+                if domain.state()[0] != self._libvirt.VIR_DOMAIN_RUNNING:
+                    domain.resume()
+            elif name == "attach-device":
                 domain.attachDeviceFlags(arguments["xml"], live)
             elif name == "detach-device":
                 domain.detachDeviceAlias(arguments["alias"], live)

@@ -18,8 +18,11 @@ from ..errors import CommandFailed
 if TYPE_CHECKING:
     from .identity import GuestIdentity
 
-__all__ = ["Abilities", "Command", "Link", "OnEvent", "QemuVersion", "Reply"]
+__all__ = ["MANAGED", "Abilities", "Command", "Link", "OnEvent", "QemuVersion", "Reply"]
 
+MANAGED = frozenset({"stop", "cont", "attach-device", "detach-device", "update-memory-device"})
+"""What a manager carries out: `stop` and `cont` as QEMU does, and, of its own, `attach-device`
+{xml}, `detach-device` {alias}, `update-memory-device` {alias, bytes}."""
 OnEvent = Callable[[Mapping[str, object], int, int], None]
 """Called with an event as QMP has it, our CLOCK_MONOTONIC in ns, and its size in bytes."""
 
@@ -124,15 +127,10 @@ class Link(Protocol):
     ) -> list[Reply | CommandFailed]:
         """Have all run in their order, also after a failure; wait for every reply.
 
+        Where there is a manager, those that are in `MANAGED` go to it and not to QEMU.
+
         The caller sees to the deadline, and that only one in-band call is under way.  Cancelled,
         it returns at once.  Raises ConnectionError when the session has ended, TargetError.
-        """
-
-    async def manage(self, command: Command) -> Reply | CommandFailed:
-        """Have the manager carry out a change that is a command to itself, not to QEMU; only where
-        `Abilities.manager` names one.
-
-        `attach-device` {xml}, `detach-device` {alias}, `update-memory-device` {alias, bytes}.
         """
 
     async def end(self) -> None:

@@ -79,9 +79,6 @@ class NoLink:
             remedy="start QEMU with -qmp unix:PATH,server=on,wait=off",
         )
 
-    async def manage(self, command: Command) -> Reply | CommandFailed:
-        raise NotImplementedError(f"nobody manages {self._target}: {command.name}")
-
     async def end(self) -> None:
         gone = self._ended or Process.read(self._target.pid) is None
         self.abort()

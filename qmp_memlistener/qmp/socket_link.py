@@ -90,9 +90,6 @@ class SocketLink:
         except QMPError as error:
             raise _session_error(self._target, error) from error
 
-    async def manage(self, command: Command) -> Reply | CommandFailed:
-        raise NotImplementedError(f"nobody manages {self._target}: {command.name}")
-
     async def end(self) -> None:
         try:
             await self._client.disconnect()

@@ -1,8 +1,8 @@
 """Updates of a guest that a manager owns: libvirt is asked for them, so that it knows of them.
 
-`managed` turns a plan's commands into changes of the domain's devices, in libvirt's XML; `send` has
-them carried out.  What libvirt has no XML for is refused before anything is touched.  libvirt keeps
-ids of users only with the prefix `ua-`: a device gets that alias, which is its id in QEMU, too.
+`managed` turns a plan's commands into changes of the domain's devices, in libvirt's XML.  What
+libvirt has no XML for is refused before anything is touched.  libvirt keeps ids of users only with
+the prefix `ua-`: a device gets that alias, which is its id in QEMU, too.
 
 Sources: libvirt's formatdomain (alias, memory, shmem, interface, rng), src/qemu/qemu_alias.c.
 """
@@ -10,17 +10,16 @@ Sources: libvirt's formatdomain (alias, memory, shmem, interface, rng), src/qemu
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from itertools import count, islice
 from xml.sax.saxutils import quoteattr
 
-from ..errors import CommandFailed
-from ..qmp import Command, Companions, Monitor, Reply
+from ..qmp import Command, Companions, Monitor
 from ..qmp.resolving import domain_target
 from .model import Addition, Role, Strategy, UpdatePlan, UpdateRefused, UpdateStep, Value
 
-__all__ = ["device_xml", "managed", "send"]
+__all__ = ["device_xml", "managed"]
 
 _PREFIX = "ua-"  # VIR_DOMAIN_USER_ALIAS_PREFIX, src/conf/domain_conf.c
 _SHARED = "/dev/shm/"
@@ -52,11 +51,11 @@ def managed(
                 remedy=f"name the guest as {domain}",
             )
         return plan
-    if strategy is Strategy.PAUSE:
+    if strategy is Strategy.PAUSE and not monitor.identity.certain:
         raise UpdateRefused(
-            f"{monitor.abilities.manager} manages this guest, and no pause is made through it; "
-            "nothing was touched",
-            remedy="use --strategy direct",
+            f"{monitor.abilities.manager} manages this guest, QEMU's process is not visible here, "
+            "and then nothing could resume it for certain; nothing was touched",
+            remedy="use --strategy direct, or run this on the guest's host",
         )
     return through_manager(plan, taken)
 
@@ -86,22 +85,6 @@ def through_manager(plan: UpdatePlan, taken: Collection[str] = ()) -> UpdatePlan
         sizes={renamed.get(name, name): size for name, size in plan.sizes.items()},
         notes=(*told, *notes),
     )
-
-
-async def send(
-    monitor: Monitor, commands: Sequence[Command], deadline: float
-) -> list[Reply | CommandFailed]:
-    """Have the commands of a plan carried out in their order, as `Monitor.pipeline` does; through
-    a manager nothing follows a failure."""
-    if not monitor.abilities.manager:
-        return await monitor.pipeline(commands, deadline=deadline)
-    replies: list[Reply | CommandFailed] = []
-    for command in commands:
-        if replies and isinstance(replies[-1], CommandFailed):
-            replies.append(CommandFailed(command.name, "GenericError", "not begun"))
-        else:
-            replies.append(await monitor.manage(command, deadline=deadline))
-    return replies
 
 
 def user_alias(name: str) -> str:

@@ -38,7 +38,7 @@ from ..records import Header, ProbeState, Record, SlotOp, StallRecord, Transitio
 from .guest_response import GuestAnswer, GuestResponse
 from .guest_view import Seen, look_at, read_facts, read_guest
 from .journal import Journal, count_memory_backends, noted, remove, wait_freed
-from .managed import managed, send
+from .managed import managed
 from .model import (
     Awaited,
     GuestStates,
@@ -179,7 +179,10 @@ class _Operation:
         if self._strategy is not Strategy.PAUSE or not plan.update:
             return None
         targets = await guard_targets(
-            self._host.companions, self._host.monitor.target, self._options.guard_monitor
+            self._host.companions,
+            self._host.monitor.target,
+            self._options.guard_monitor,
+            managed=bool(self._host.monitor.abilities.manager),
         )
         guard = await ResumeGuard.start(
             targets, self._host.monitor.identity, max_pause_s=self._options.max_pause_s
@@ -287,7 +290,7 @@ class _Operation:
             self._migrated = run.migrated
         else:
             sending()
-            replies = await send(ops, commands, UPDATE_DEADLINE)
+            replies = await ops.pipeline(commands, deadline=UPDATE_DEADLINE)
         answered = [r for r in replies if isinstance(r, Reply)]
         if answered:
             self._marks.sent = answered[0].t_start_ns

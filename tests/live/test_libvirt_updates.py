@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -68,16 +70,18 @@ async def unplugged(
     agent: Agent, name: str, eject: Callable[[], Awaitable[object]], patch: pytest.MonkeyPatch
 ) -> Outcome:
     """Unplug; the guest ejects it when libvirt has asked for it."""
-    manage = agent.monitor.manage
+    pipeline = agent.monitor.pipeline
 
-    async def then_eject(command: Command, *, deadline: float) -> Reply | CommandFailed:
-        reply = await manage(command, deadline=deadline)
-        assert command.name == "detach-device"
-        await eject()
-        return reply
+    async def then_eject(
+        commands: Sequence[Command], *, deadline: float = 10.0
+    ) -> list[Reply | CommandFailed]:
+        replies = await pipeline(commands, deadline=deadline)
+        if any(c.name == "detach-device" for c in commands):
+            await eject()
+        return replies
 
     with patch.context() as patched:
-        patched.setattr(agent.monitor, "manage", then_eject)
+        patched.setattr(agent.monitor, "pipeline", then_eject)
         return await agent.unplug(name, options=UpdateOptions(wait_s=patience(5)))
 
 
@@ -145,3 +149,82 @@ async def test_what_libvirt_would_not_know_of_is_not_done(daemon: Libvirtd) -> N
     assert odd.code == 1
     assert "does not plug a nvme" in odd.out + odd.err
     assert await ids(daemon, "nvme") == []
+
+
+async def test_a_pause_is_libvirts_and_ends(daemon: Libvirtd) -> None:
+    async with attached(daemon) as (agent, _):
+        events: list[str] = []
+        agent.monitor.subscribe(lambda event: events.append(event.name))
+        plugged = await agent.hotplug(
+            "virtio-rng-pci",
+            id="ua-rng",
+            rng="r",
+            strategy="pause",
+            backends=[parse_addition(Role.OBJECT, "rng-random,id=r,filename=/dev/urandom")],
+            options=replace(QUICK, max_pause_s=patience(5)),
+        )
+        assert plugged.outcome is Result.DONE, plugged.reason
+        assert plugged.guest_state.after == "running"
+        assert [e for e in events if e in ("STOP", "RESUME")] == ["STOP", "RESUME"]
+    assert "ua-rng" in await devices(daemon, "rng")
+    assert await asyncio.to_thread(daemon.virsh, "domstate", NAME) == "running"
+
+
+async def runs(daemon: Libvirtd) -> None:
+    """Until the guest runs again, as libvirt sees it."""
+    async with asyncio.timeout(patience(30)):
+        while await asyncio.to_thread(daemon.virsh, "domstate", NAME) != "running":  # noqa: ASYNC110
+            await asyncio.sleep(0.1)
+
+
+HOLDS = """
+import asyncio, sys
+from qmp_memlistener.qmp import Monitor, parse_target
+from qmp_memlistener.updates.pause import paused_guest
+from qmp_memlistener.updates.pause.guard import ResumeGuard
+
+async def main():
+    async with await Monitor.connect(parse_target(sys.argv[1])) as monitor:
+        async with await ResumeGuard.start(
+            [monitor.target], monitor.identity, max_pause_s=60
+        ) as guard, paused_guest(monitor, guard, deadline=10):
+            print("paused", flush=True)
+            await asyncio.sleep(600)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.full
+async def test_a_guest_whose_agent_is_killed_in_a_pause_is_resumed(daemon: Libvirtd) -> None:
+    agent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", HOLDS, daemon.target(NAME)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert agent.stdout is not None
+    try:
+        async with asyncio.timeout(patience(30)):
+            assert await agent.stdout.readline() == b"paused\n"
+        assert await asyncio.to_thread(daemon.virsh, "domstate", NAME) == "paused"
+    finally:
+        agent.kill()
+        await agent.wait()
+    await runs(daemon)
+
+
+@pytest.mark.full
+async def test_libvirtd_is_restarted_in_a_pause(daemon: Libvirtd) -> None:
+    """The guard's connection is made anew."""
+    agent = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", HOLDS, daemon.target(NAME)),
+        stdout=asyncio.subprocess.PIPE,
+    )
+    assert agent.stdout is not None
+    try:
+        async with asyncio.timeout(patience(30)):
+            assert await agent.stdout.readline() == b"paused\n"
+        await daemon.restart()
+    finally:
+        agent.kill()
+        await agent.wait()
+    await runs(daemon)

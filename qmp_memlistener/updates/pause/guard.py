@@ -27,7 +27,7 @@ import msgspec
 
 from ...errors import GuestMigrating, OperationFailed, TargetError
 from ...host.bounded import in_thread
-from ...qmp import Monitor, SocketTarget, find_owner
+from ...qmp import Address, Monitor, find_owner
 from ...qmp.freeze import freeze_key
 from ...qmp.guest import GuestLook, look
 from ...qmp.identity import GuestIdentity, same_answers
@@ -97,7 +97,7 @@ class ResumeGuard:
     def __init__(
         self,
         process: subprocess.Popen[bytes],
-        target: SocketTarget,
+        target: Address,
         identity: GuestIdentity,
         streams: tuple[asyncio.StreamReader, asyncio.StreamWriter],
         max_pause_s: float,
@@ -124,7 +124,7 @@ class ResumeGuard:
     @classmethod
     async def start(
         cls,
-        targets: Sequence[SocketTarget],
+        targets: Sequence[Address],
         meant: GuestIdentity | None = None,
         *,
         max_pause_s: float = MAX_PAUSE_S,
@@ -155,7 +155,7 @@ class ResumeGuard:
     async def _on(
         cls,
         sock: socket.socket,
-        target: SocketTarget,
+        target: Address,
         identity: GuestIdentity,
         max_pause_s: float,
         deadline: float,

@@ -18,35 +18,42 @@ from ...errors import (
     ProtocolViolation,
     TargetError,
     TargetLost,
+    TargetUnreachable,
     WrongGuest,
 )
 from ...host.bounded import in_thread
+from ...host.processes import Process
 from ...qmp import (
     Address,
     Companions,
-    SocketTarget,
+    LibvirtTarget,
+    PidTarget,
     TcpTarget,
     UnixTarget,
     find_guest,
     parse_target,
 )
 from ...qmp.allowed import names
-from ...qmp.dial import answered
-from ...qmp.identity import ASKED, GuestIdentity
+from ...qmp.dial import Answered, answered
+from ...qmp.identity import ASKED, GuestIdentity, is_domain
+from ...qmp.libvirt_bridge import bridged
 from ...qmp.resolving import resolve
 from ..model import UpdateRefused
 from .guard_notes import NoteForm
 
 __all__ = ["greeted", "guard_targets", "no_monitor", "spawned"]
 
+_BRIDGE_S = 10.0
+"""A bridge is an interpreter that starts, and a connection to libvirt."""
 _COMMANDS = ("qmp_capabilities", "query-cpus-fast", "query-migrate", "query-status", "stop", "cont")
 _REMEDY = "start QEMU with another -qmp unix:PATH,server=on,wait=off; the guard needs it for itself"
 
 
 async def guard_targets(
-    companions: Companions, used: Address, named: str | None
-) -> list[SocketTarget]:
-    """The one that was named, else those that are free now, best first.
+    companions: Companions, used: Address, named: str | None, *, managed: bool = False
+) -> Sequence[Address]:
+    """The one that was named, else those that are free now, best first; of a guest that is
+    `managed`, the way that is `used`: its manager makes another connection.
 
     Raises UpdateRefused when there is none: without a guard nothing is paused.
     """
@@ -59,6 +66,8 @@ async def guard_targets(
                 remedy=_REMEDY,
             )
         return sockets
+    if managed:
+        return [used]
     known = companions.guest
     guest = await in_thread(find_guest, known.process.pid) if known is not None else None
     free = [t for t in guest.free_targets() if t != used] if guest is not None else []
@@ -122,13 +131,20 @@ def spawned(
 
 
 async def greeted(
-    target: SocketTarget, meant: GuestIdentity | None, deadline: float
+    target: Address, meant: GuestIdentity | None, deadline: float
 ) -> tuple[socket.socket, GuestIdentity]:
     """A connected socket whose QEMU has sent its greeting, and who it is.  Raises as
     `Monitor.connect` does."""
     loop = asyncio.get_running_loop()
+    if isinstance(target, LibvirtTarget):
+        deadline = max(deadline, _BRIDGE_S)
     until = loop.time() + deadline
-    found = await answered(target, meant, deadline)
+    if isinstance(target, LibvirtTarget):
+        found = await _bridge(target, meant)
+    elif isinstance(target, PidTarget):
+        raise TargetUnreachable(f"{target} has no monitor for a guard")
+    else:
+        found = await answered(target, meant, deadline)
     greeting = b""
     try:
         async with asyncio.timeout_at(until):
@@ -142,6 +158,8 @@ async def greeted(
                 f"{target} does not speak QMP",
                 remedy="is this a QMP monitor (-qmp, or -mon mode=control)?",
             )
+        if isinstance(target, LibvirtTarget):
+            await in_thread(check_domain, target, found.identity, greeting)
     except TimeoutError:
         found.sock.close()
         raise DeadlineExceeded(
@@ -154,6 +172,25 @@ async def greeted(
         found.sock.close()
         raise
     return found.sock, found.identity
+
+
+async def _bridge(target: LibvirtTarget, meant: GuestIdentity | None) -> Answered:
+    """What answers is compared when it has greeted."""
+    process = Process.read(meant.pid) if meant is not None and meant.pid is not None else None
+    if meant is None or process is None or GuestIdentity.of(process) != meant:
+        raise TargetUnreachable(f"{target} is no QEMU that is visible here")
+    sock = bridged(target, process)
+    sock.setblocking(False)
+    return Answered(sock, meant)
+
+
+def check_domain(target: LibvirtTarget, meant: GuestIdentity, greeting: bytes) -> None:
+    """The domain behind a bridge that has greeted is the guest that is meant.  Raises WrongGuest."""
+    domain = json.loads(greeting.partition(b"\n")[0])["domain"]
+    guest = find_guest(meant.pid or 0)
+    named = LibvirtTarget(str(domain["uuid"]), str(domain["uri"]))
+    if guest is None or GuestIdentity.of(guest.process) != meant or not is_domain(guest, named):
+        raise WrongGuest(f"{target} is domain {named.domain} now, and {meant} is meant")
 
 
 def no_monitor(failures: Sequence[TargetError]) -> UpdateRefused | TargetError:
