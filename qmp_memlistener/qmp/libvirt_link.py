@@ -174,6 +174,10 @@ def _send(
         start = time.monotonic_ns()
         if command.name in MANAGED:
             refused = session.change(command.name, command.arguments or {})
+            if command.name == "stop" and enough.is_set():
+                # libvirt let it in after it was given up: no `cont` would follow
+                session.change("cont", {})
+                break
             replies.append(
                 Reply({}, start, time.monotonic_ns())
                 if refused is None

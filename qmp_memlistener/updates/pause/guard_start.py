@@ -185,7 +185,7 @@ async def _bridge(target: LibvirtTarget, meant: GuestIdentity | None) -> Answere
 
 
 def check_domain(target: LibvirtTarget, meant: GuestIdentity, greeting: bytes) -> None:
-    """The domain behind a bridge that has greeted is the guest that is meant.  Raises WrongGuest."""
+    """Behind a bridge that has greeted is the guest that is meant.  Raises WrongGuest."""
     domain = json.loads(greeting.partition(b"\n")[0])["domain"]
     guest = find_guest(meant.pid or 0)
     named = LibvirtTarget(str(domain["uuid"]), str(domain["uri"]))
