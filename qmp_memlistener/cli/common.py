@@ -20,11 +20,13 @@ from ..text import json_bytes, printable, quoted, valid_text
 from .signals import Interrupted, signals
 
 if TYPE_CHECKING:
+    from click.shell_completion import CompletionItem
     from rich.console import Console
 
 __all__ = [
     "READER_GONE",
     "Interrupted",
+    "complete_file",
     "complete_target",
     "console",
     "duration",
@@ -46,6 +48,8 @@ __all__ = [
 T = TypeVar("T")
 F = TypeVar("F", bound=Callable[..., object])
 
+_PLAIN = re.compile(r"[A-Za-z0-9_./:@%+=,-]+")
+
 READER_GONE = (errno.EPIPE, errno.EIO)
 """Writing fails so when the pipe's other end or the terminal is closed."""
 
@@ -65,7 +69,11 @@ def target_argument(*, required: bool = True) -> Callable[[F], F]:
 def complete_target(
     _context: click.Context, _parameter: click.Parameter, incomplete: str
 ) -> list[str]:
-    """What begins like that and leads to a running guest."""
+    """What begins like that and leads to a running guest.
+
+    Other users name their guests, and bash puts what is completed into the command line as it is:
+    a name with a character that a shell acts on is not offered.
+    """
     from collections import Counter
 
     from ..qmp import find_guests
@@ -74,7 +82,16 @@ def complete_target(
     guests = find_guests()
     names = Counter(guest.name for guest in guests if guest.name)
     found = (target for guest in guests for target in targets_of(guest, names))
-    return [target for target in found if target.startswith(incomplete)]
+    return [t for t in found if t.startswith(incomplete) and _PLAIN.fullmatch(t)]
+
+
+def complete_file(
+    _context: click.Context, _parameter: click.Parameter, incomplete: str
+) -> list[CompletionItem]:
+    """Leaves it to the shell, which knows files best."""
+    from click.shell_completion import CompletionItem
+
+    return [CompletionItem(incomplete, type="file")]
 
 
 def page_option(function: F) -> F:

@@ -8,16 +8,16 @@ import rich_click as click
 
 from ..errors import InputError
 from ..text import count_text
-from .common import json_option, print_json, say
+from .common import complete_file, json_option, print_json, say
 
 
 @click.command("export")
-@click.argument("recording")
+@click.argument("recording", shell_complete=complete_file)
 @click.option("--format", "to", required=True,
               type=click.Choice(["perfetto", "csv", "parquet", "openmetrics"]),
               help="perfetto: a trace for ui.perfetto.dev; csv, parquet: a table for each record "
               "type; openmetrics: totals and histograms at the end of the recording.")  # fmt: skip
-@click.option("-o", "--output", required=True, metavar="PATH",
+@click.option("-o", "--output", required=True, metavar="PATH", shell_complete=complete_file,
               help="A new file; for tables a new directory, or with --type a file. Standard output "
               "is -, for text.")  # fmt: skip
 @click.option("--type", "only", metavar="TYPE", help="Only the table of this record type.")

@@ -35,6 +35,7 @@ VERBS = {
     "lab": "lab",
     "dbus-serve": "dbus_serve",
     "demo": "demo",
+    "completion": "completion",
 }
 
 
