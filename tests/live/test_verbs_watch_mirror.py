@@ -294,7 +294,10 @@ async def test_options_that_do_not_go_together(options: tuple[str, ...], words: 
 @one_build
 @strategies
 async def test_ctrl_c_in_the_middle_of_changes(build: QemuBuild, strategy: str) -> None:
-    """A guest that never holds still cannot be compared; that is said, and not waited for."""
+    """A guest that never holds still cannot be compared; that is said, and not waited for.
+
+    A busy host may not run it for long enough: then it is in step.
+    """
     async with (
         booted(build, best_accel(build), monitors=4) as vm,
         qmp(vm.guest.monitors[1]) as monitor,
@@ -315,7 +318,8 @@ async def test_ctrl_c_in_the_middle_of_changes(build: QemuBuild, strategy: str) 
         assert any(
             line.startswith(f"mirror on /dev/kvm, strategy {strategy}: ") for line in ran.lines
         )
-        assert "  not compared with the guest's map at the end" in ran.lines
+        in_step = f"mirror on /dev/kvm, strategy {strategy}: in step"
+        assert {"  not compared with the guest's map at the end", in_step} & {*ran.lines}
         assert await running(monitor)
         assert await is_as_before(vm, monitor, before)
 
