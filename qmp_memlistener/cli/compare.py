@@ -18,6 +18,7 @@ from .common import (
     say,
     target_argument,
 )
+from .steer import confirm_loading
 from .update_options import (
     Attaching,
     additions_options,
@@ -57,6 +58,8 @@ _GUEST_WINDOW_NS = 60_000_000_000
               "a new one each time.")  # fmt: skip
 @update_options
 @attach_options
+@click.option("--yes", is_flag=True, help="With --transition or --guest-made: do not ask on a "
+              "terminal before QEMU is steered.")  # fmt: skip
 @click.option("--full", is_flag=True, help="All tables, not only the answer.")
 @click.option("--page", "output", metavar="FILE", help="Write a page for a browser to this new "
               "file, as -o does with a name that ends in .html.")  # fmt: skip
@@ -75,6 +78,7 @@ def command(
     window: int | None,
     seed: int | None,
     options: UpdateOptions,
+    yes: bool,
     full: bool,
     output: str | None,
     as_json: bool,
@@ -87,7 +91,7 @@ def command(
     guest does not allow is left out, with the reason.
 
     With --transition or --guest-made the strategies are applied inside QEMU (see `steer`) to what
-    the guest itself does. QEMU is steered meanwhile only.
+    the guest itself does. QEMU is steered meanwhile only; on a terminal it asks before.
 
     The report ends with what differs, by how much and how sure that is; --full and -o show it all.
 
@@ -111,11 +115,13 @@ def command(
         raise click.BadParameter("a window must be longer than 0", param_hint="'--window'")
     if output is None and attaching.record is not None and attaching.record.endswith(".html"):
         output, attaching = attaching.record, replace(attaching, record=None)
+    if transition is not None or guest_made is not None:
+        if objects or netdevs or blockdevs:
+            raise click.UsageError("backends go with an INTENT")
+        confirm_loading(yes)
     chance = secrets.randbelow(1_000_000) if seed is None else seed
     with new_file(output) as write:
         if transition is not None or guest_made is not None:
-            if objects or netdevs or blockdevs:
-                raise click.UsageError("backends go with an INTENT")
             names = _strategies(strategies or "direct,pause,inhibit,hole", SteeredStrategy)
             span = None if guest_made else (window or _UPDATE_WINDOW_NS) / 1e9
             wanted = CompareOptions(repeat, span, chance, options)

@@ -40,9 +40,8 @@ def command(target: str, strategy: str, strict: bool, yes: bool, as_json: bool) 
     """
     if strict and strategy != "hole":
         raise click.UsageError("--strict goes with --strategy hole")
-    if sys.stdin.isatty() and not yes and strategy != "off":
-        say(*_RISK, err=True)
-        click.confirm("Go on?", abort=True, err=True)
+    if strategy != "off":
+        confirm_loading(yes)
     try:
         done = run_async(_steer(target, strategy, strict))
     except MemListenerError as error:
@@ -58,6 +57,13 @@ def command(target: str, strategy: str, strict: bool, yes: bool, as_json: bool) 
     else:
         _print(done)
     return 0 if outcome == "done" else 1
+
+
+def confirm_loading(yes: bool) -> None:
+    """Ask on a terminal, unless `yes`, before code is loaded into QEMU.  Raises click.Abort."""
+    if sys.stdin.isatty() and not yes:
+        say(*_RISK, err=True)
+        click.confirm("Go on?", abort=True, err=True)
 
 
 async def _steer(target: str, strategy: str, strict: bool) -> Steering:
