@@ -178,6 +178,7 @@ def race(
 @click.option("--seed", type=int, default=0, show_default=True, metavar="N",
               help="Seed for the order of the strategies in each transition.")  # fmt: skip
 @_device_option
+@click.option("--full", is_flag=True, help="All tables, not only the answer.")
 @json_option
 def replay(
     file: str,
@@ -186,6 +187,7 @@ def replay(
     first: int | None,
     seed: int,
     device: str,
+    full: bool,
     as_json: bool,
 ) -> int:
     """Replay what happened to a guest's slots, with vCPUs on the RAM that stays.
@@ -209,7 +211,7 @@ def replay(
     else:
         from ..reports.lab import replay_lines
 
-        for line in replay_lines(report):
+        for line in replay_lines(report, full=full):
             say(line)
     if any(t.return_mismatches for r in report.results for t in r.transitions):
         return 1

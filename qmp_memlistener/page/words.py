@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from ..records import (
+    CauseType,
     Header,
     ProbeState,
     StallCauseType,
@@ -26,7 +27,6 @@ _CAUSES = {
     "memory_device": "memory devices that came or went",
     "several": "several causes together",
     "region": "regions that came or went",
-    "unknown": "nothing that was seen",
 }
 _MADE = {
     "transition": "transitions of the map",
@@ -60,7 +60,11 @@ def _sentences(contents: Contents, lanes: Lanes) -> Iterator[str]:
     made = ""
     if lanes.causes:
         name, most = max(lanes.causes.items(), key=lambda item: item[1])
-        made = f"; {most:,} of them by {_CAUSES.get(name, name)}"
+        made = (
+            f"; the cause of {most:,} was not seen"
+            if name == CauseType.UNKNOWN
+            else f"; {most:,} of them by {_CAUSES.get(name, name)}"
+        )
     yield (
         f"Its memory map changed {count_text(tally.transitions, 'time')}, in "
         f"{count_text(tally.slot_ops, 'slot operation')}{made}."

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from ..kvmlab.measuring import Totals
+from ..kvmlab.programs import GuestKind
 from ..kvmlab.race import RaceReport, StrategyResult
 from ..kvmlab.replay.run import ReplayReport
 from ..kvmlab.strategies import CONTROL
@@ -15,7 +16,15 @@ from .compare import answer_lines
 from .lengths import duration_text
 from .terminal import size_text
 
-__all__ = ["Table", "race_answer", "race_lines", "race_tables", "replay_lines", "strategy_lines"]
+__all__ = [
+    "Table",
+    "race_answer",
+    "race_lines",
+    "race_tables",
+    "replay_answer",
+    "replay_lines",
+    "strategy_lines",
+]
 
 _WIDTH = 80
 
@@ -57,50 +66,65 @@ def race_tables(report: RaceReport) -> Iterator[str]:
 
 def race_answer(report: RaceReport) -> list[str]:
     """Which strategies hid RAM that stays, which killed, and how long the guest waited."""
-    ran = [r for r in report.results if r.skipped is None and r.name != CONTROL]
-    skipped = [r.name for r in report.results if r.skipped is not None]
+    found = [(r.name, r.skipped, r.totals) for r in report.results]
+    looks = report.options.guest is not GuestKind.GAP
+    return list(_answer(found, "updates", same=True, looks=looks))
+
+
+def replay_answer(report: ReplayReport) -> list[str]:
+    """The same of a replay, and where KVM answered otherwise than recorded."""
     told = []
+    differ = {r.name: sum(t.return_mismatches for t in r.transitions) for r in report.results}
+    if any(differ.values()):
+        each = ", ".join(f"{name} {n:,}" for name, n in differ.items() if n)
+        told.append(f"Operations that KVM answered otherwise than recorded: {each}.")
+    found = [(r.name, r.skipped, r.totals) for r in report.results]
+    return [*told, *_answer(found, "transitions", same=False)]
+
+
+def _answer(
+    found: Sequence[tuple[str, str | None, Totals]], unit: str, *, same: bool, looks: bool = True
+) -> Iterator[str]:
+    """`same`: all of them were the same change, so that what was never seen has a bound; `looks`:
+    the guest would have found RAM missing."""
+    ran = [(name, t) for name, skipped, t in found if skipped is None and name != CONTROL]
     if not ran:
-        told.append("No strategy could run here.")
-    died = [r for r in ran if r.totals.internal_errors + r.totals.shutdowns]
-    if died:
-        each = (
-            f"{r.name} ({r.totals.internal_errors + r.totals.shutdowns:,} of {r.totals.updates:,})"
-            for r in died
-        )
-        told.append(f"The guest died of missing RAM under {', '.join(each)}.")
-    hit = [r for r in ran if r.totals.hit]
-    if hit:
-        each = (f"{r.name} {r.totals.hit:,} of {r.totals.updates:,}" for r in hit)
-        told.append(f"Updates in which it did not find RAM that stays: {', '.join(each)}.")
-    safe = [r for r in ran if not r.totals.hit and r.totals.updates]
+        yield "No strategy could run here."
+    died = [(name, t.internal_errors + t.shutdowns, t.updates) for name, t in ran]
+    if any(deaths for _, deaths, _ in died):
+        each = ", ".join(f"{name} ({n:,} of {of:,})" for name, n, of in died if n)
+        yield f"The guest died of missing RAM under {each}."
+    if any(t.hit for _, t in ran):
+        each = ", ".join(f"{name} {t.hit:,} of {t.updates:,}" for name, t in ran if t.hit)
+        yield f"{unit.capitalize()} in which it did not find RAM that stays: {each}."
+    safe = [(name, t) for name, t in ran if not t.hit and t.updates]
     if safe:
-        told.append(f"RAM was never seen missing under {', '.join(r.name for r in safe)}.")
-        updates = min(r.totals.updates for r in safe)
-        told.append(
-            f"0 of {updates:,} updates: at 95 % at most {300 / updates:.2g} % are hit "
-            "(rule of three)."
-        )
-        quickest = sorted(safe, key=lambda r: r.totals.guest_gap.p50_ns)
-        each = (
-            f"{r.name} {duration_text(r.totals.guest_gap.p50_ns)} "
-            f"(longest {duration_text(r.totals.guest_gap.max_ns)})"
-            for r in quickest[:4]
-        )
-        told.append(f"Median of the guest's longest gap, of those: {', '.join(each)}.")
-    control = [r for r in report.results if r.name == CONTROL and r.skipped is None]
-    if control:
-        gap = control[0].totals.guest_gap
-        told.append(
-            f"The control, which changes nothing: {duration_text(gap.p50_ns)} "
-            f"(longest {duration_text(gap.max_ns)})."
-        )
-    lost = [r.name for r in ran if r.totals.pages_lost]
+        updates = min(t.updates for _, t in safe)
+        if looks:
+            yield f"RAM was never seen missing under {', '.join(name for name, _ in safe)}."
+        else:
+            yield "The guest touched nothing of the slot: whether RAM was missing is not known."
+        if same and looks:
+            yield (
+                f"That is 0 of {updates:,} {unit}: at 95 %, at most {300 / updates:.2g} % of them "
+                "are hit (rule of three)."
+            )
+        quickest = sorted(safe, key=lambda r: r[1].guest_gap.p50_ns)[:4]
+        each = ", ".join(f"{name} {_gap(t)}" for name, t in quickest)
+        yield f"Median of the guest's longest gap, of those: {each}."
+    for name, skipped, t in found:
+        if name == CONTROL and skipped is None:
+            yield f"The control, which changes nothing: {_gap(t)}."
+    lost = [name for name, t in ran if t.pages_lost]
     if lost:
-        told.append(f"Pages that were written are in no dirty log under {', '.join(lost)}.")
-    if skipped:
-        told.append(f"Not run here: {', '.join(skipped)}.")
-    return told
+        yield f"Pages that were written are in no dirty log under {', '.join(lost)}."
+    left = [name for name, skipped, _ in found if skipped is not None]
+    if left:
+        yield f"Not run here: {', '.join(left)}."
+
+
+def _gap(t: Totals) -> str:
+    return f"{duration_text(t.guest_gap.p50_ns)} (longest {duration_text(t.guest_gap.max_ns)})"
 
 
 def _met(ran: Sequence[StrategyResult], *, logged: bool, touched: bool) -> Iterator[str]:
@@ -157,9 +181,8 @@ def _skipped(found: Sequence[tuple[str, str]]) -> Iterator[str]:
         )
 
 
-def replay_lines(report: ReplayReport) -> Iterator[str]:
-    """What was replayed, what the guest met, how long things took, what did not run."""
-    ran = [r for r in report.results if r.skipped is None]
+def replay_lines(report: ReplayReport, *, full: bool = False) -> Iterator[str]:
+    """What was replayed, with the tables when it is `full`, and the answer."""
     of = f" of QEMU {report.qemu_version}" if report.qemu_version else ""
     yield from textwrap.wrap(
         f"{report.kind} {report.source}{of}, on {report.host['kvm']} KVM of Linux "
@@ -169,7 +192,16 @@ def replay_lines(report: ReplayReport) -> Iterator[str]:
     )
     for note in report.notes:
         yield from textwrap.wrap(f"note: {note}", _WIDTH, subsequent_indent="  ")
+    if full:
+        yield ""
+        yield from _replay_tables(report)
     yield ""
+    yield from answer_lines(replay_answer(report))
+
+
+def _replay_tables(report: ReplayReport) -> Iterator[str]:
+    """What the guest met, how long things took, what did not run."""
+    ran = [r for r in report.results if r.skipped is None]
     rows = []
     for r in ran:
         t = r.totals
