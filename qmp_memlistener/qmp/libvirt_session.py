@@ -264,6 +264,12 @@ class LibvirtSession:
                 except self._libvirt.libvirtError:
                     pass  # the connection is broken: nothing is left of it
 
+    def _is_active(self) -> bool:
+        try:
+            return bool(self._domain.isActive())
+        except self._libvirt.libvirtError:
+            return False
+
     def _lost(self, why: str) -> TargetLost:
         return TargetLost(
             f"{self._target}: {why}",
@@ -276,7 +282,9 @@ class LibvirtSession:
         api, target = self._libvirt, self._target
         code = getattr(error, "get_error_code", lambda: None)()
         message = f"{target} could not {what}: {error}"
-        if code in (api.VIR_ERR_NO_DOMAIN, api.VIR_ERR_OPERATION_INVALID):
+        if code == api.VIR_ERR_NO_DOMAIN or (
+            code == api.VIR_ERR_OPERATION_INVALID and not self._is_active()
+        ):
             self._on_gone(self._lost("the domain has ended"))
             return self._lost("the domain has ended")
         connection = getattr(self, "_connection", None)
