@@ -9,10 +9,10 @@ from collections import Counter
 from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from ..records import Recording
-from .fields import FieldKind
+from .fields import Field, FieldKind
 from .tables import TABLES, RowBatch, batches
 
 __all__ = ["write_csv_directory", "write_csv_table"]
@@ -53,17 +53,15 @@ def _heading(name: str) -> bytes:
 def _text(batch: RowBatch) -> bytes:
     """By columns, which Python does faster than rows; its csv module does not tell an empty text
     from none."""
-    columns = map(_cells, (c.kind for c in batch.table.columns), batch.columns)
+    columns = map(_cells, batch.table.columns, batch.columns)
     return ("\n".join(map(",".join, zip(*columns, strict=True))) + "\n").encode()
 
 
-def _cells(kind: FieldKind, values: Sequence[object]) -> Iterable[str]:
-    if kind is FieldKind.INTEGER or kind is FieldKind.ADDRESS:
-        return ["" if v is None else str(v) for v in values] if None in values else map(str, values)
-    if kind is FieldKind.BOOLEAN:
+def _cells(column: Field, values: Sequence[Any]) -> Iterable[str]:
+    if column.kind in (FieldKind.INTEGER, FieldKind.ADDRESS):
+        return (
+            map(str, values) if column.required else ["" if v is None else str(v) for v in values]
+        )
+    if column.kind is FieldKind.BOOLEAN:
         return ["" if v is None else "true" if v else "false" for v in values]
-    return ["" if v is None else f'"{v.replace(_QUOTE, _TWO)}"' for v in _texts(values)]
-
-
-def _texts(values: Sequence[object]) -> Sequence[str | None]:
-    return values  # type: ignore[return-value]  # what a column of that kind holds
+    return ["" if v is None else f'"{v.replace(_QUOTE, _TWO)}"' for v in values]

@@ -9,6 +9,7 @@ that they are in the file.
 from __future__ import annotations
 
 import types
+from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import Enum, StrEnum
 from typing import Any, TypeAlias
@@ -42,6 +43,8 @@ class Field:
 
     name: str
     kind: FieldKind
+    required: bool = False
+    """Each record has it, and it is not null."""
 
 
 class CauseColumns(msgspec.Struct, frozen=True, gc=False):
@@ -98,11 +101,14 @@ def _decoder(tag: str, cls: type[msgspec.Struct]) -> msgspec.json.Decoder[Any]:
     return msgspec.json.Decoder(msgspec.defstruct(tag, decoded, kw_only=True, gc=False))
 
 
+def _fields(cls: type[msgspec.Struct]) -> Iterator[Field]:
+    for field in msgspec.structs.fields(cls):
+        kind, null = _kind(field.encode_name, field.type)
+        yield Field(field.encode_name, kind, field.required and not null)
+
+
 FIELDS: dict[str, tuple[Field, ...]] = {
-    tag: tuple(
-        Field(f.encode_name, _kind(f.encode_name, f.type)[0]) for f in msgspec.structs.fields(cls)
-    )
-    for tag, cls in RECORD_TYPES.items()
+    tag: tuple(_fields(cls)) for tag, cls in RECORD_TYPES.items()
 }
 """By record type, in the order of `records`."""
 

@@ -40,7 +40,6 @@ _BUFFER = 1 << 20
 
 # tracks of what is no stall, and the field that names an event there; else its type does
 _TRACKS: dict[str, tuple[str, str | None]] = {
-    "slot_op": ("slot operations", "op"),
     "guest_state": ("guest state", "status"),
     "qmp_event": ("QMP events", "event"),
     "steering": ("steering", "strategy"),
@@ -87,7 +86,7 @@ class Perfetto:
 
 
 class _Event:
-    """Packets that are filled again and again: one, or the two of a slice."""
+    """Packets that are filled again and again: one, the two of a slice, or one and a counter."""
 
     def __init__(self, pb: Package, types: tuple[int, ...], category: str, numbers: int) -> None:
         self.trace = pb.Trace()
@@ -126,10 +125,12 @@ class _Trace:
             self._stall.numbers, ("at_least_ns", "at_most_ns"), strict=True
         ):
             annotation.name = name
+        self._operation = _Event(pb, (_INSTANT, _COUNTER), "record", 0)
         self._counter = pb.Trace()
         packet = self._counter.packet.add()
         packet.trusted_packet_sequence_id, packet.sequence_flags = _SEQUENCE, _NEEDS_STATE
         packet.track_event.type = _COUNTER
+        self._counted = packet
         self._begin(recording)
 
     def take(self, tag: str, line: bytes, record: Recorded) -> None:
@@ -138,6 +139,8 @@ class _Trace:
             self._take_stall(line, record)
         elif tag == "transition":
             self._take_transition(line, record)
+        elif tag == "slot_op":
+            self._take_operation(line, record)
         elif tag == "command":
             self._span("commands", record.name, record.start_ns, record.end_ns, line)
         elif tag == "measurement":
@@ -155,8 +158,6 @@ class _Trace:
                 self._counts.map(record)
                 self._count("slots", self._counts.slots, record.t_ns)
                 self._count("holes", self._counts.holes, record.t_ns)
-            elif tag == "slot_op" and self._counts.slot_op(record):
-                self._count("slots", self._counts.slots, record.t_ns)
         if self._size > _BUFFER:
             self.flush()
 
@@ -217,6 +218,16 @@ class _Trace:
         if self._counts.transition(record):
             self._count("holes", self._counts.holes, record.t_ns)
 
+    def _take_operation(self, line: bytes, record: Recorded) -> None:
+        changed = self._counts.slot_op(record)
+        event = self._operation if changed else self._instant
+        at = record.t_ns
+        if changed:
+            event.last.timestamp = at
+            event.end.track_uuid = self._track("slots", counter=True)
+            event.end.counter_value = self._counts.slots
+        self._point(self._track("slot operations"), record.op, at, line, event)
+
     def _span(self, track: str, name: str, start: int, end: int, line: bytes) -> None:
         self._fill(self._slice, None, track, name, start, end, line)
 
@@ -248,8 +259,10 @@ class _Trace:
         slice_.line.legacy_json_value = _argument(line)
         self._put(slice_.trace)
 
-    def _point(self, uuid: int, name: str, at: int, line: bytes) -> None:
-        event = self._instant
+    def _point(
+        self, uuid: int, name: str, at: int, line: bytes, event: _Event | None = None
+    ) -> None:
+        event = event or self._instant
         event.event.name = name
         event.event.track_uuid = uuid
         event.first.timestamp = at
@@ -259,7 +272,7 @@ class _Trace:
     def _count(self, name: str, value: int | None, at: int) -> None:
         if value is None:
             return
-        packet = self._counter.packet[0]
+        packet = self._counted
         packet.timestamp = at
         packet.track_event.track_uuid = self._track(name, counter=True)
         packet.track_event.counter_value = value

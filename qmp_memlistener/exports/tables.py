@@ -60,7 +60,7 @@ TABLES: dict[str, RecordTable] = {
     tag: RecordTable(
         tag,
         (
-            Field("line", FieldKind.INTEGER),
+            Field("line", FieldKind.INTEGER, required=True),
             *fields,
             *(extra.field for extra in _EXTRAS.get(tag, ())),
         ),
@@ -121,10 +121,10 @@ def _batch(tag: str, rows: _Waiting) -> RowBatch:
     for known, column in zip(FIELDS[tag], values, strict=True):
         if known.kind is FieldKind.JSON:
             columns.append(_json(column))
-        elif msgspec.UNSET in column:
-            columns.append([None if v is msgspec.UNSET else v for v in column])
-        else:
+        elif known.required:
             columns.append(column)
+        else:
+            columns.append([None if v is msgspec.UNSET else v for v in column])
     if extras := _EXTRAS.get(tag):
         causes = [cause_of(record.cause) for record in rows.records]
         columns += [[None if c is None else extra.of(c) for c in causes] for extra in extras]

@@ -96,9 +96,14 @@ class Recording:
         Each call begins anew.
         """
         self._line_no = self.skipped = 0
+        known = {_TAG_FIRST + tag.encode(): decoder for tag, decoder in decoders.items()}
         with open_input(self.path) as file:
             for line in self._lines(file):
-                found = self._decode(line, decoders)
+                decoder = known.get(line[: line.find(b'"', len(_TAG_FIRST))])
+                try:
+                    found = decoder.decode(line) if decoder else self._decode(line, decoders)
+                except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+                    found = self._decode(line, decoders)  # says what is wrong
                 if found is not None:
                     yield self._line_no, line, found
 

@@ -8,11 +8,13 @@ import stat
 import tracemalloc
 from pathlib import Path
 
+import msgspec
 import pytest
 
 from qmp_memlistener.errors import InputError, RecordingError
 from qmp_memlistener.memslots import OpKind
 from qmp_memlistener.records import (
+    RECORD_TYPES,
     Cause,
     CauseType,
     Detail,
@@ -181,3 +183,43 @@ def test_a_recording_is_its_owners_alone(tmp_path: Path) -> None:
     finally:
         os.umask(before)
     assert stat.S_IMODE((tmp_path / "r.jsonl").stat().st_mode) == 0o600
+
+
+def test_lines_are_read_by_decoders_of_ones_own(tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path)
+    with path.open("ab") as file:
+        file.write(b'{"schema":1,"type":"note","t_ns":13,"text":"the type is not first"}\n')
+        file.write(b'{"type":"of the future","t_ns":14}\n{"type":"note","t_')
+    lines = path.read_bytes().splitlines(keepends=True)
+    recording = Recording(str(path))
+    decoders: dict[str, msgspec.json.Decoder[object]] = {
+        tag: msgspec.json.Decoder(RECORD_TYPES[tag]) for tag in ("header", "slot_op", "note")
+    }
+    found = list(recording.read_as(decoders))
+    assert [(number, line) for number, line, _ in found] == [(n, lines[n - 1]) for n in (1, 3, 5)]
+    assert [record for *_, record in found][:2] == [HEADER, RECORDS[1]]
+    assert (recording.skipped, recording.truncated) == (1, True)
+    assert list(recording.read_as(decoders)) == found  # from the first line on again
+    assert list(recording)[:3] == RECORDS  # which goes on where it was
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b'{"type":"note","t_ns":', "not JSON"),
+        (b'{"type":"note","t_ns":"x","text":""}', "Expected `int`"),
+        (b'{"type":"note","t_ns":1,"text":"\xff"}', "line 5"),
+        (b"\xff", "not JSON"),
+    ],
+)
+def test_a_line_that_its_decoder_refuses_is_named(line: bytes, why: str, tmp_path: Path) -> None:
+    path = tmp_path / "r.jsonl"
+    write(path)
+    with path.open("ab") as file:
+        file.write(line + b"\n")
+    decoders = {tag: msgspec.json.Decoder(cls) for tag, cls in RECORD_TYPES.items()}
+    for read in (lambda r: list(r.read_as(decoders)), list):
+        with pytest.raises(RecordingError, match=why) as found:
+            read(Recording(str(path)))
+        assert "line 5" in found.value.message
