@@ -243,7 +243,7 @@ class ThreadsProbe:
             found = main.look()
             self._look_at_vcpus(found, held=main.held)
             self._looks += 1
-            if now >= rescan:
+            if now >= rescan or self._names is not self._named:
                 rescan = now + _RESCAN_NS
                 self._rescan()
             self._tell(found, now, blind if blind > _BLIND_NS else 0)
