@@ -221,11 +221,13 @@ async def steal(build: QemuBuild, seconds: float) -> None:
     transitions = sum(r["type"] == "transition" for r in records)
     named = [g for g in gaps if g["cause"]["type"] == "scheduler"]
     own = causes["transition"]
-    others = max(1, len(seen) - own)
+    alone = [g for g in seen if not g["during"]]
+    theirs = sum(g["cause"]["type"] == "scheduler" for g in alone)
     print(f"QEMU {build.version}, uid {os.geteuid()}, load {os.getloadavg()[0]:.1f}:")
     print(f"  {len(seen)} gaps that the guest saw beside a hog: {dict(causes)}")
     print(f"  of them 1 ms or longer: {dict(long)}")
-    print(f"  {causes['scheduler'] * 100 / others:.1f} % of those that are no transition's")
+    print(f"  {len(alone)} share no time with a transition, {theirs} of them are the scheduler's: "
+          f"{theirs * 100 / max(1, len(alone)):.1f} %")  # fmt: skip
     print(f"  {transitions} transitions; {own} gaps are theirs")
     print(f"  gaps with the scheduler as cause that share time with a transition: "
           f"{sum(bool(g['during']) for g in named)}")  # fmt: skip

@@ -28,6 +28,11 @@ class Rhythm:
         """An operation begins or ends; they may overlap."""
         self._bursts = max(0, self._bursts + (1 if on else -1))
 
+    @property
+    def in_burst(self) -> bool:
+        """An operation is under way."""
+        return self._bursts > 0
+
     def next_ns(self, busy_for_ns: int | None) -> int:
         """From one look to the next; the main loop has been busy for so long, None: it is not."""
         if busy_for_ns is not None:
