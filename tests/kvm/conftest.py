@@ -11,6 +11,7 @@ import pytest
 
 from qmp_memlistener.errors import MissingPrerequisite
 from qmp_memlistener.kvmlab import Kvm, KvmBackend
+from tests.support.host import patience
 
 
 @pytest.fixture
@@ -31,6 +32,9 @@ def nothing_is_left() -> Iterator[None]:
     threads, fds = threading.active_count(), len(os.listdir("/proc/self/fd"))
     yield
     gc.collect()
+    for thread in threading.enumerate():
+        if thread.name.startswith("asyncio-waitpid"):  # asyncio's, of a process that has ended
+            thread.join(patience(2.0))
     assert threading.active_count() == threads, "a thread is left behind"
     assert len(os.listdir("/proc/self/fd")) <= fds, "a file descriptor is left behind"
 
