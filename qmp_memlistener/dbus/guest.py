@@ -27,6 +27,7 @@ __all__ = ["Emit", "ServedGuest", "Settings", "Watching"]
 Emit = Callable[[str, Sequence[object]], None]
 """Sends a signal of a guest: its name and the values of its arguments."""
 
+_GONE = "the guest has ended, or is not served any more"
 _SETTLE_S = 0.25
 """So long changes of properties that a guest makes by the thousand are collected."""
 
@@ -165,20 +166,20 @@ class ServedGuest:
             return False
         self.watchers.discard(who)
         if not self.watchers:
-            self._end()
+            self._end(OperationFailed("nobody watches this guest any more"))
         return True
 
-    def _end(self) -> None:
+    def _end(self, why: MemListenerError) -> None:
         self._leave.set()
         if self._attached is not None and not self._attached.done():
-            self._attached.set_exception(OperationFailed("nobody watches this guest any more"))
+            self._attached.set_exception(why)
             self._attached.exception()  # whoever waited is gone
         self._attached = None
 
     async def close(self) -> None:
         """Put the guest back as it was, and say no more of it."""
         self.watchers.clear()
-        self._end()
+        self._end(TargetLost(_GONE))
         for task in (self._taking, self._next):
             if task is not None:
                 task.cancel()
@@ -277,7 +278,7 @@ class ServedGuest:
             return await asyncio.shield(taking)
         except asyncio.CancelledError:
             if taking.cancelled():
-                raise TargetLost("the guest has ended, or is not served any more") from None
+                raise TargetLost(_GONE) from None
             raise
 
     async def _take_after(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections import Counter
 from collections.abc import Sequence
 
@@ -12,12 +13,36 @@ from dbus_fast.aio import MessageBus
 
 from .interface import GUEST, SIGNAL_TYPES
 
-__all__ = ["Outbox"]
+__all__ = ["Outbox", "be_patient"]
 
 log = logging.getLogger(__name__)
 
 _MOST_UNSENT = 4000
 """So many messages may wait for the bus; signals of guests beyond that are dropped and counted."""
+
+
+class _PatientSocket:
+    """A socket that takes nothing when it is full, instead of raising BlockingIOError."""
+
+    def __init__(self, inner: socket.socket) -> None:
+        self._inner = inner
+
+    def send(self, data: memoryview) -> int:
+        try:
+            return self._inner.send(data)
+        except BlockingIOError:
+            return 0
+
+
+def be_patient(bus: MessageBus) -> None:
+    """A bus that does not read for a while is not gone.
+
+    dbus-fast (5.2: `write_callback` in aio/message_bus.py) closes the connection when a message
+    finds the socket full.  Of one that was taken in part it waits until the rest can be sent.
+    """
+    writer = bus._writer  # noqa: SLF001 - it has no public name
+    if writer is not None and isinstance(writer.sock, socket.socket):
+        writer.sock = _PatientSocket(writer.sock)  # type: ignore[assignment]
 
 
 class Outbox:

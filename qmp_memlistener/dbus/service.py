@@ -36,7 +36,7 @@ from .interface import (
     root_xml,
     tree_xml,
 )
-from .outbox import Outbox
+from .outbox import Outbox, be_patient
 
 __all__ = ["Service", "serving"]
 
@@ -341,6 +341,7 @@ async def serving(
             remedy="is there one?  `busctl --system` or `busctl --user` shows it; dbus-run-session "
             "starts one for a command",
         ) from exc
+    be_patient(bus)
     try:
         yield Service(bus, settings or Settings(), watch_all=watch_all)
     finally:

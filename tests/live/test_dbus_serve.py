@@ -146,6 +146,31 @@ async def test_when_the_bus_is_gone_the_guest_is_as_before(
         assert status["status"] == "running"
 
 
+@builds(QEMUS[-1:])
+@pytest.mark.asyncio
+async def test_a_bus_that_stands_still_is_waited_for(
+    build: QemuBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a guest does meanwhile is more than the socket holds."""
+    async with own_bus(tmp_path) as (address, bus), booted(build, best_accel(build)) as vm:
+        monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", address)
+        async with (
+            started_verb("dbus-serve", "--probes", "none") as verb,
+            Client.connected(address) as client,
+        ):
+            await verb.until("on the session bus")
+            path = await client.object_of(vm.guest.pid)
+            await client.call("Watch", path=path)
+            bus.send_signal(signal.SIGSTOP)
+            try:
+                await vm.toggle(800)
+            finally:
+                bus.send_signal(signal.SIGCONT)
+            seen = await client.until("TransitionSeen", path, 800)
+            assert [s.body[0] for s in seen] == list(range(1, 801))
+            assert client.seen("Missed", path) == []
+
+
 async def _ended(*args: str) -> int:
     async with started_verb(*args) as verb:
         return (await verb.end(20.0)).code
@@ -216,6 +241,12 @@ async def test_on_a_system_bus_root_and_the_group_may_and_nobody_else(
             assert await run_tool(*nobody, "--groups=60", *call)
             with pytest.raises(AssertionError, match=r"Access ?[dD]enied"):
                 await run_tool(*nobody, "--clear-groups", *call)
+            own = (
+                *("busctl", f"--address={address}", "call", "org.freedesktop.DBus", "/"),
+                *("org.freedesktop.DBus", "RequestName", "su", BUS_NAME, "0"),
+            )
+            with pytest.raises(AssertionError, match="Access denied"):
+                await run_tool(*nobody, "--groups=60", *own)
 
 
 # http://www.freedesktop.org/standards/dbus/1.0/introspect.dtd
