@@ -54,6 +54,46 @@ def test_the_script_draws_and_names_stay_text(tmp_path: Path) -> None:
     assert height > 200
 
 
+PLAYED = """<script>
+const canvas = document.getElementById("time"), heard = [];
+const box = canvas.getBoundingClientRect();
+const hear = () => heard.push(document.getElementById("about").textContent);
+for (const key of ["ArrowDown", "ArrowDown", "+", "ArrowRight", "-", "Home"]) {
+  canvas.dispatchEvent(new KeyboardEvent("keydown", { key: key }));
+  hear();
+}
+const pointer = { clientX: box.left + box.width / 2, clientY: box.top + 60 };
+canvas.dispatchEvent(new PointerEvent("pointermove", pointer));
+heard.push("hover: " + document.getElementById("hover").textContent);
+document.title = heard.join(" | ");
+</script></body>"""
+
+
+@pytest.mark.full
+def test_keys_and_the_pointer_say_what_is_drawn(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    text = page_of(write_recording(tmp_path / "r.jsonl"))
+    # the policy would not let it run, as it should
+    open_page, found = re.subn(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text)
+    assert found == 1
+    page.write_text(open_page.replace("</body>", PLAYED))
+    dom = rendered(page, tmp_path, 1280)
+    title = re.findall(r"<title>(.*?)</title>", dom)[0]
+    assert "hole 0xa0000+0x20000" in title.split(" | ")[0]
+    assert "30 ms; between 0.010000 s and 0.040000 s" in title.split(" | ")[0]
+    assert "slot 3: 0x0+0x1000, until the end" in title.split(" | ")[1]
+    assert title.split(" | ")[2:6] == title.split(" | ")[1:2] * 4  # what is chosen stays
+    assert "hover: hole 0xa0000+0x20000" in title
+
+
+@pytest.mark.full
+def test_a_script_of_somebody_else_does_not_run(tmp_path: Path) -> None:
+    page = tmp_path / "page.html"
+    text = page_of(write_recording(tmp_path / "r.jsonl"))
+    page.write_text(text.replace("</body>", "<script>document.title = 'owned'</script></body>"))
+    assert "<title>guest &lt;/script&gt;" in rendered(page, tmp_path, 1280)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("width", [400, 1280])
 @pytest.mark.parametrize("scheme", ["light", "dark"])
