@@ -34,7 +34,8 @@ ACCOUNT_NS = 50_000
 """What a turn without work takes: to be woken, to look at events, to sleep again."""
 _NEAR_NS = 3_000_000
 """Two samples of one stall are as close as this, or as a twentieth of it."""
-_TURN_NS = 1_000_000
+_TURN_NS = 400_000
+"""A thread that is awake loses its CPU no more often than this for long, our looks included."""
 
 LOOP_BUSY = frozenset(Activity) - {Activity.RESTS}
 VCPU_BUSY = frozenset({Activity.LOCK, Activity.BLOCKED, Activity.HELD})
