@@ -149,6 +149,11 @@ async def test_what_libvirt_would_not_know_of_is_not_done(daemon: Libvirtd) -> N
     assert odd.code == 1
     assert "does not plug a nvme" in odd.out + odd.err
     assert await ids(daemon, "nvme") == []
+    before = await devices(daemon, "memory")
+    compared = await run_verb("compare", target, "+128M", "--repeat", "1")
+    assert compared.code == 1
+    assert "nothing was touched" in compared.err
+    assert (await devices(daemon, "memory")).keys() == before.keys()
 
 
 async def test_a_pause_is_libvirts_and_ends(daemon: Libvirtd) -> None:

@@ -139,6 +139,13 @@ class HostGuest:
         self._start = ComparedState()
 
     async def begin(self) -> None:
+        manager = self._host.monitor.abilities.manager
+        if manager:
+            raise UpdateRefused(
+                f"{manager} gives devices ids of its own, so that the guest could not be put back "
+                "as it was after each round; nothing was touched",
+                remedy="use --transition or --guest-made, or `hotplug` and `unplug` by themselves",
+            )
         match self._intent:
             case Unplug():
                 raise UpdateRefused(
