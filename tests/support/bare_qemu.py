@@ -86,7 +86,9 @@ async def running(
                 if process.returncode not in (None, 0):
                     raise AssertionError(f"QEMU ended with {process.returncode}")
                 await asyncio.sleep(0.02)
-        pid = int(await asyncio.to_thread(pidfile.read_text))
+            while not (text := await asyncio.to_thread(read_if_there, pidfile)):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+        pid = int(text)
         yield Running(pid, directory, build)
     finally:
         if pid != process.pid:
@@ -100,6 +102,11 @@ def can_unshare() -> bool:
     if shutil.which("unshare") is None:
         return False
     return subprocess.run((*NEW_MOUNTS, "true"), check=False, capture_output=True).returncode == 0
+
+
+def read_if_there(path: Path) -> str:
+    """QEMU may listen before it writes its process id, as seen on a busy host."""
+    return path.read_text() if path.exists() else ""
 
 
 async def is_up(path: Path) -> bool:
