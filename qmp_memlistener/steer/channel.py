@@ -73,7 +73,7 @@ class Refusal(IntEnum):
 
 _WORDS = {
     Refusal.NONE: "nothing",
-    Refusal.NOT_STOPPED: "a vCPU did not leave KVM_RUN within 500 ms",
+    Refusal.NOT_STOPPED: "a vCPU did not leave KVM_RUN within 1 s",
     Refusal.TOO_MANY: "the guest has more slots, operations or vCPUs than there is room for",
     Refusal.NO_SAVE: "dirty logging is on, and this QEMU does not export memory_region_set_dirty",
     Refusal.KVM_REFUSED: "KVM refused an operation of hole; QEMU's own slots were put back",

@@ -63,11 +63,12 @@
 #ifndef MAX_SLOTS /* a test has smaller ones */
 #define MAX_SLOTS 4096
 #define MAX_OPS 1024
-#define PARK_NS 500000000ull /* for all vCPUs to leave KVM_RUN */
+#define PARK_NS 1000000000ull /* for all vCPUs to leave KVM_RUN */
 #define RUN_NS 2000000000ull /* a vCPU is kept out of KVM_RUN */
 #define CLOSE_NS 10000000ull /* detach waits, and QEMU's main loop: for the lock, for vCPUs to leave */
 #endif
 #define STEP_NS 1000000ull   /* all waits look again after this */
+#define STOP_NS 100000000ull /* and take QEMU for stopped when that lasted for longer */
 #define PAGE 4096ull
 #define likely(x) __builtin_expect(!!(x), 1)
 #define unlikely(x) __builtin_expect(!!(x), 0)
@@ -129,8 +130,8 @@ static uint64_t wait_step(_Atomic uint32_t *word, uint32_t value, uint64_t left)
     uint64_t t = now();
     futex(word, FUTEX_WAIT, value, STEP_NS);
     t = now() - t;
-    if (t > 10 * STEP_NS)
-        t = 10 * STEP_NS; /* rule 2: QEMU was stopped */
+    if (t > STOP_NS)
+        t = STOP_NS; /* rule 2: QEMU was stopped; less than that is a busy host, and counts */
     return t < left ? left - t : 0;
 }
 

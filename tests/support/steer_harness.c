@@ -24,7 +24,7 @@
 
 #define MAX_SLOTS 24
 #define MAX_OPS 16
-#define PARK_NS 40000000ull
+#define PARK_NS 200000000ull
 #define RUN_NS 2000000000ull
 #define CLOSE_NS 40000000ull
 static void *fake_dlsym(void *handle, const char *name);
