@@ -178,15 +178,12 @@ class _Operation:
     async def _start_guard(self, stack: AsyncExitStack, plan: UpdatePlan) -> ResumeGuard | None:
         if self._strategy is not Strategy.PAUSE or not plan.update:
             return None
+        monitor, options = self._host.monitor, self._options
+        manager = bool(monitor.abilities.manager)
         targets = await guard_targets(
-            self._host.companions,
-            self._host.monitor.target,
-            self._options.guard_monitor,
-            managed=bool(self._host.monitor.abilities.manager),
+            self._host.companions, monitor.target, options.guard_monitor, managed=manager
         )
-        guard = await ResumeGuard.start(
-            targets, self._host.monitor.identity, max_pause_s=self._options.max_pause_s
-        )
+        guard = await ResumeGuard.start(targets, monitor.identity, max_pause_s=options.max_pause_s)
         return await stack.enter_async_context(guard)
 
     # -- doing it ----------------------------------------------------------------------------
