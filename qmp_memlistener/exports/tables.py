@@ -15,37 +15,23 @@ from typing import Any
 import msgspec
 
 from ..records import Recording
-from .fields import DECODERS, FIELDS, CauseColumns, Field, FieldKind, cause_of
+from .fields import DECODERS, FIELDS, Field, FieldKind, Recorded, cause_of
 
 __all__ = ["TABLES", "RowBatch", "RecordTable", "batches"]
 
 _ROWS = 512
 """Few, so that they are still in the CPU's caches when they are made columns."""
 _BYTES = 16 << 20
-"""Of lines that wait for their batch to be full, of all tables together."""
+"""Of lines between two moments at which nothing waits for its batch to be full."""
+_SEQ = "transition"
+"""The type of a cause whose `ref` is the seq of a transition."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Extra:
-    """A column that is taken out of the record's cause."""
-
-    field: Field
-    of: Callable[[CauseColumns], object]
-
-
-_EXTRAS: dict[str, tuple[_Extra, ...]] = {
-    "transition": (
-        _Extra(Field("cause_type", FieldKind.TEXT), lambda c: c.type),
-        _Extra(Field("cause_device", FieldKind.TEXT), lambda c: c.device),
-    ),
-    "stall": (
-        _Extra(Field("cause_type", FieldKind.TEXT), lambda c: c.type),
-        _Extra(
-            Field("cause_transition", FieldKind.INTEGER),
-            lambda c: c.ref if c.type == "transition" else None,
-        ),
-    ),
+_EXTRAS: dict[str, tuple[Field, ...]] = {
+    "transition": (Field("cause_type", FieldKind.TEXT), Field("cause_device", FieldKind.TEXT)),
+    "stall": (Field("cause_type", FieldKind.TEXT), Field("cause_transition", FieldKind.INTEGER)),
 }
+"""Columns that are taken out of the record's cause."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +48,7 @@ TABLES: dict[str, RecordTable] = {
         (
             Field("line", FieldKind.INTEGER, required=True),
             *fields,
-            *(extra.field for extra in _EXTRAS.get(tag, ())),
+            *_EXTRAS.get(tag, ()),
         ),
     )
     for tag, fields in FIELDS.items()
@@ -85,8 +71,7 @@ class RowBatch:
 @dataclass(slots=True)
 class _Waiting:
     numbers: list[int] = field(default_factory=list)
-    records: list[Any] = field(default_factory=list)
-    size: int = 0
+    records: list[Recorded] = field(default_factory=list)
 
 
 def batches(recording: Recording, only: str | None = None) -> Iterator[RowBatch]:
@@ -95,24 +80,31 @@ def batches(recording: Recording, only: str | None = None) -> Iterator[RowBatch]
     Raises RecordingError where a line is no record.
     """
     decoders = DECODERS if only is None else {only: DECODERS[only]}
-    waiting: dict[str, _Waiting] = {}
+    waiting = {tag: _Waiting() for tag in decoders}
     held = 0
     for number, line, record in recording.read_as(decoders):
         tag = record.__class__.__name__
-        rows = waiting.get(tag)
-        if rows is None:
-            rows = waiting[tag] = _Waiting()
-        rows.numbers.append(number)
+        rows = waiting[tag]
         rows.records.append(record)
-        rows.size += len(line)
+        rows.numbers.append(number)
         held += len(line)
         if held >= _BYTES:
-            yield from (_batch(name, waiting.pop(name)) for name in list(waiting))
             held = 0
+            full = list(waiting)
         elif len(rows.numbers) >= _ROWS:
-            held -= rows.size
-            yield _batch(tag, waiting.pop(tag))
-    yield from (_batch(name, waiting.pop(name)) for name in list(waiting))
+            full = [tag]
+        else:
+            continue
+        yield from _taken(waiting, full)
+    yield from _taken(waiting, list(waiting))
+
+
+def _taken(waiting: dict[str, _Waiting], tags: Sequence[str]) -> Iterator[RowBatch]:
+    for tag in tags:
+        rows = waiting[tag]
+        if rows.numbers:
+            waiting[tag] = _Waiting()
+            yield _batch(tag, rows)
 
 
 def _batch(tag: str, rows: _Waiting) -> RowBatch:
@@ -125,12 +117,17 @@ def _batch(tag: str, rows: _Waiting) -> RowBatch:
             columns.append(column)
         else:
             columns.append([None if v is msgspec.UNSET else v for v in column])
-    if extras := _EXTRAS.get(tag):
+    if tag in _EXTRAS:
         causes = [cause_of(record.cause) for record in rows.records]
-        columns += [[None if c is None else extra.of(c) for c in causes] for extra in extras]
+        columns.append([None if c is None else c.type for c in causes])
+        if tag == "transition":
+            columns.append([None if c is None else c.device for c in causes])
+        else:
+            columns.append([c.ref if c is not None and c.type == _SEQ else None for c in causes])
     return RowBatch(TABLES[tag], columns)
 
 
-def _json(column: Sequence[Any]) -> list[str | None]:
-    texts = ["null" if v is msgspec.UNSET else str(v, "utf-8") for v in column]
-    return [None if text == "null" else text for text in texts]
+def _json(column: Sequence[Recorded]) -> list[str | None]:
+    return [
+        None if v is msgspec.UNSET or (text := str(v, "utf-8")) == "null" else text for v in column
+    ]
