@@ -34,6 +34,7 @@ pytestmark = [
     pytest.mark.skipif(shutil.which("cc") is None, reason="needs a C compiler"),
 ]
 
+_SUPPORT = Path(__file__).parent.parent / "support"
 _HOLD = """
 import ctypes, os, sys
 libc = ctypes.CDLL(None, use_errno=True)
@@ -94,6 +95,22 @@ async def test_a_vcpu_that_is_held_still(strategy: str) -> None:
         assert await toggled(guest, pulse, 10) == "survived"
         await pulse.wait_beats(2)
         assert (await steer(guest, strategy)).code == 0  # it may be wanted again
+
+
+@pytest.mark.asyncio
+async def test_a_vcpu_is_waited_for_no_longer_on_a_busy_host(tmp_path: Path) -> None:
+    """The bound is one of time: each step of the wait takes 60 ms here, and not one."""
+    late = build_shared(_SUPPORT / "steer_late.c", tmp_path)
+    async with racing(High.DATA, env=preloaded(Mode.INHIBIT, late)) as (guest, pulse):
+        assert await toggled(guest, pulse, 4) == "survived"
+        with _channel(guest.pid) as channel:
+            _, other = sorted(v.tid for v in channel.vcpus())
+            channel.skip()
+            async with held(other):
+                assert await toggled(guest, pulse, 4) == "survived"
+            (gave_up,) = (e for e in channel.read_events() if e.kind is EventKind.PARK and e.rc)
+        # 1 s; a step once counted for 10 ms at most, and it was over 3 s
+        assert gave_up.end_ns - gave_up.begin_ns < 3e9
 
 
 @pytest.mark.asyncio
