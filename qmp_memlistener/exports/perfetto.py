@@ -116,21 +116,7 @@ class _Trace:
         self._lanes: dict[tuple[str | None, str], list[_Lane]] = {}
         self._bound_ns = recording.header.stamp_bound_ns or 0
         self._counts = MapCounts()
-        self._instant = _Event(pb, (_INSTANT,), "record", 0)
-        self._slice = _Event(pb, (_BEGIN, _END), "record", 0)
-        self._change = _Event(pb, (_BEGIN, _END), "transition", 0)
-        self._change.event.flow_ids.append(0)
-        self._stall = _Event(pb, (_BEGIN, _END), "stall", 2)
-        for annotation, name in zip(
-            self._stall.numbers, ("at_least_ns", "at_most_ns"), strict=True
-        ):
-            annotation.name = name
-        self._operation = _Event(pb, (_INSTANT, _COUNTER), "record", 0)
-        self._counter = pb.Trace()
-        packet = self._counter.packet.add()
-        packet.trusted_packet_sequence_id, packet.sequence_flags = _SEQUENCE, _NEEDS_STATE
-        packet.track_event.type = _COUNTER
-        self._counted = packet
+        self._renew()
         self._begin(recording)
 
     def take(self, tag: str, line: bytes, record: Recorded) -> None:
@@ -165,6 +151,25 @@ class _Trace:
         self._file.write(b"".join(self._parts))
         self._parts.clear()
         self._size = 0
+        self._renew()
+
+    def _renew(self) -> None:
+        """New messages: one keeps the memory of every text that was ever put into it."""
+        self._instant = _Event(self._pb, (_INSTANT,), "record", 0)
+        self._slice = _Event(self._pb, (_BEGIN, _END), "record", 0)
+        self._change = _Event(self._pb, (_BEGIN, _END), "transition", 0)
+        self._change.event.flow_ids.append(0)
+        self._stall = _Event(self._pb, (_BEGIN, _END), "stall", 2)
+        for annotation, name in zip(
+            self._stall.numbers, ("at_least_ns", "at_most_ns"), strict=True
+        ):
+            annotation.name = name
+        self._operation = _Event(self._pb, (_INSTANT, _COUNTER), "record", 0)
+        self._counter = self._pb.Trace()
+        packet = self._counter.packet.add()
+        packet.trusted_packet_sequence_id, packet.sequence_flags = _SEQUENCE, _NEEDS_STATE
+        packet.track_event.type = _COUNTER
+        self._counted = packet
 
     def _begin(self, recording: Recording) -> None:
         header = recording.header
