@@ -1126,20 +1126,20 @@ static int attach(void) {
 /* KVM's slots become QEMU's, and the imports what they were.  BUSY when a transaction is open: when
  * the agent wants OFF before, none is. */
 static int detach(void) {
-    struct timespec until;
+    uint64_t t = now();
 
     if (!atomic_load(&chan->hooked))
         return DONE;
-    clock_gettime(CLOCK_MONOTONIC, &until);
-    until.tv_nsec += CLOSE_NS;
-    until.tv_sec += until.tv_nsec / 1000000000;
-    until.tv_nsec %= 1000000000;
-    if (pthread_mutex_clocklock(&lock, CLOCK_MONOTONIC, &until))
-        return BUSY;
+    while (pthread_mutex_trylock(&lock)) {
+        if (now() - t > CLOSE_NS)
+            return BUSY;
+        nanosleep(&(struct timespec){0, 100000}, NULL);
+    }
     _Bool restored = !is_open && restore(0, CLOSE_NS);
     if (restored) {
         atomic_store(&chan->want, OFF);
-        set_mode(OFF, NONE);
+        if (atomic_load(&chan->mode) != OFF)
+            set_mode(OFF, NONE);
         for (int h = 0; h < IMPORTS; h++)
             patch(imports[h].at, imports[h].was);
         atomic_store(&chan->armed, 0);

@@ -7,6 +7,7 @@ import json
 import os
 import signal
 from pathlib import Path
+from tempfile import gettempdir
 
 import pytest
 from dbus_fast import MessageType
@@ -151,7 +152,7 @@ async def test_when_the_bus_is_gone_the_guest_is_as_before(
 async def test_a_bus_that_stands_still_is_waited_for(
     build: QemuBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a guest does meanwhile is more than the socket holds."""
+    """What a guest does meanwhile is more than the socket holds, and less than the service keeps."""
     async with own_bus(tmp_path) as (address, bus), booted(build, best_accel(build)) as vm:
         monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", address)
         async with (
@@ -163,11 +164,11 @@ async def test_a_bus_that_stands_still_is_waited_for(
             await client.call("Watch", path=path)
             bus.send_signal(signal.SIGSTOP)
             try:
-                await vm.toggle(800)
+                await vm.toggle(400)
             finally:
                 bus.send_signal(signal.SIGCONT)
-            seen = await client.until("TransitionSeen", path, 800)
-            assert [s.body[0] for s in seen] == list(range(1, 801))
+            seen = await client.until("TransitionSeen", path, 400)
+            assert [s.body[0] for s in seen] == list(range(1, 401))
             assert client.seen("Missed", path) == []
 
 
@@ -224,7 +225,9 @@ async def test_on_a_system_bus_root_and_the_group_may_and_nobody_else(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     skip_without("busctl", "setpriv")
-    for directory in (tmp_path, *tmp_path.parents[:2]):
+    for directory in (tmp_path, *tmp_path.parents):
+        if directory == Path(gettempdir()):
+            break
         directory.chmod(0o755)
     policy = tmp_path / "policy.conf"
     policy.write_text(policy_text("games"))

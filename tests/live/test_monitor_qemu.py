@@ -87,6 +87,15 @@ async def test_discovery_reads_everything_and_disturbs_nothing(
                     {"target": f"127.0.0.1:{port}", "state": "free", "why": None},
                     {"target": f"unix:{tmp_path}/c", "state": "busy", "why": None},
                 ],
+                "owners": [],
+                "targets": [
+                    "name:vm,1",
+                    f"pid:{qemu.pid}",
+                    str(qemu.a),
+                    str(qemu.b),
+                    f"unix:{tmp_path}/relative",
+                    f"127.0.0.1:{port}",
+                ],
                 "visible": True,
                 "notes": [],
             }

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import msgspec
 import pytest
 
 from qmp_memlistener.guests import QemuBuild
@@ -22,10 +21,8 @@ from qmp_memlistener.qmp import (
     TcpTarget,
     TraceReason,
     TraceUnavailable,
-    restore_stale,
     start_tracing,
 )
-from qmp_memlistener.qmp.trace_notes import Place, Redirection
 from tests.support.bare_qemu import NEW_MOUNTS, Running, can_unshare, running
 from tests.support.host import patience
 from tests.support.leftovers import left_behind, log_targets
@@ -140,34 +137,6 @@ async def test_links_of_a_hostile_guest_lead_nowhere(nobodys: Path, trap: str) -
         assert os.listdir(victim) == []
         newer = ("-uid", "0", "-newer", str(nobodys / "pid"), "-type", "f")
         assert await output_of("find", str(nobodys), *newer) == ""
-
-
-@pytest.mark.asyncio
-async def test_a_log_that_an_earlier_version_made_is_removed_and_nothing_else(
-    tmp_path: Path,
-) -> None:
-    """What it noted lies in the /dev/shm that QEMU sees; that may be a link by now."""
-    outside = tmp_path / "outside"
-    outside.mkdir()
-    script = f"mount -t tmpfs none /dev && mkdir /dev/shm && ln -s {outside} /dev/link"
-    async with running(QEMUS[0], tmp_path, prefix=contained(script)) as qemu:
-        process = qemu.guest().process
-        root = Path(f"/proc/{qemu.pid}/root")
-        name = f"qmp-memlistener-0-{process.key}.log"
-        for trapped in (False, True):
-            (outside / name).write_text("precious")
-            (root / "dev/shm" / name).write_text("old") if not trapped else None
-            if trapped:
-                os.rmdir(root / "dev/shm")
-                os.rename(root / "dev/link", root / "dev/shm")
-            place = Place(process)
-            log = Redirection(path=f"{root}/dev/shm/{name}", restore_path="/dev/null", kept=True)
-            place.write_note(msgspec.structs.replace(place.new_note({}), log=log))
-            async with await Monitor.connect(qemu.a) as monitor:
-                assert await restore_stale(monitor) is not None
-            assert (outside / name).read_text() == "precious"
-            if not trapped:
-                assert os.listdir(root / "dev/shm") == []
 
 
 @pytest.mark.asyncio

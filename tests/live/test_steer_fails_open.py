@@ -123,7 +123,7 @@ async def test_it_is_not_taken_out_while_slots_are_split_and_a_vcpu_is_held() ->
         async with held(other):
             ran = await steer(guest, "off")
         assert ran.code == 1
-        assert "did not leave KVM_RUN" in ran.err
+        assert "KVM_RUN" in ran.err  # either it was not taken by a vCPU, or by the main loop
         assert state(guest).hooked
         assert await toggled(guest, pulse, 10) == "survived"
         assert state(guest).mode is Mode.HOLE

@@ -95,6 +95,12 @@ async def test_list(build: QemuBuild) -> None:
             "machine": "q35",
             "accel": accel,
             "monitors": monitors,
+            "owners": [],
+            "targets": [
+                "name:a guest",
+                f"pid:{vm.guest.pid}",
+                *(str(m["target"]) for m in monitors if m["state"] == "free"),
+            ],
             "visible": True,
             "notes": [],
             "strategy": "off",

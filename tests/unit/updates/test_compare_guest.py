@@ -10,6 +10,7 @@ import pytest
 
 from qmp_memlistener.errors import CommandFailed
 from qmp_memlistener.qmp import Monitor
+from qmp_memlistener.qmp.links import Abilities
 from qmp_memlistener.updates.compare import guest as compare_guest
 from qmp_memlistener.updates.compare.guest import ComparedState, HostGuest, NotPutBack
 from qmp_memlistener.updates.model import (
@@ -39,6 +40,7 @@ class Vm:
         self.memory = dict(memory)
         self.did: list[str] = []
         self.refuses_unplug = 0
+        self.abilities = Abilities()
 
     @property
     def monitor(self) -> Vm:
