@@ -152,7 +152,7 @@ async def test_when_the_bus_is_gone_the_guest_is_as_before(
 async def test_a_bus_that_stands_still_is_waited_for(
     build: QemuBuild, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What a guest does meanwhile is more than the socket holds, and less than the service keeps."""
+    """What a guest does meanwhile is more than the socket holds, and less than we keep."""
     async with own_bus(tmp_path) as (address, bus), booted(build, best_accel(build)) as vm:
         monkeypatch.setenv("DBUS_SESSION_BUS_ADDRESS", address)
         async with (
