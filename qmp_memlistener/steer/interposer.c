@@ -840,7 +840,11 @@ static int set_region(int fd, Region *op) {
         return next_ioctl(fd, KVM_SET_USER_MEMORY_REGION, op);
     }
     take_mode();
-    if (!is_open && !op->memory_size && atomic_load(&chan->mode) != OFF) {
+    if (atomic_load(&chan->mode) == OFF) { /* what is not followed is not known either */
+        pthread_mutex_unlock(&lock);
+        return next_ioctl(fd, KVM_SET_USER_MEMORY_REGION, op);
+    }
+    if (!is_open && !op->memory_size) {
         open_transaction();
         opened_ns = t;
     }
