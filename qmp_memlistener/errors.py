@@ -216,3 +216,17 @@ class TraceUnavailable(MissingPrerequisite):
     def __init__(self, reason: TraceReason, message: str) -> None:
         super().__init__(message, remedy=_REMEDIES[reason])
         self.reason = reason
+
+
+def not_created(path: str, error: OSError, *, if_exists: str) -> InputError | MissingPrerequisite:
+    """Why a new file or directory is not there; `if_exists` is the remedy when something is."""
+    if isinstance(error, FileExistsError):
+        return InputError(f"{path} exists already", remedy=if_exists)
+    if isinstance(error, (FileNotFoundError, NotADirectoryError, IsADirectoryError)):
+        return InputError(
+            f"{path or 'the empty file name'} cannot be created",
+            remedy="name a file in an existing directory",
+        )
+    return MissingPrerequisite(
+        f"{path} cannot be created: {error.strerror or error}", remedy="choose a writable directory"
+    )

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import rich_click as click
 
-from ..errors import InputError, MemListenerError, MissingPrerequisite, OperationFailed
+from ..errors import InputError, MemListenerError, OperationFailed, not_created
 from ..text import json_bytes, printable, quoted, valid_text
 from .signals import Interrupted, signals
 
@@ -115,16 +115,8 @@ def new_file(path: str | None) -> Iterator[Callable[[str], None]]:
         return
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        raise InputError(f"{path} exists already", remedy="name a new file") from None
-    except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-        raise InputError(
-            f"{path} cannot be created", remedy="name a file in an existing directory"
-        ) from None
     except OSError as exc:
-        raise MissingPrerequisite(
-            f"{path} cannot be created: {exc.strerror}", remedy="choose a writable directory"
-        ) from exc
+        raise not_created(path, exc, if_exists="name a new file") from exc
     written = False
 
     def write(text: str) -> None:

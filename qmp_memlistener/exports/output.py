@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-from ..errors import InputError, MissingPrerequisite, OperationFailed
+from ..errors import OperationFailed, not_created
 
 __all__ = ["new_directory", "new_file"]
 
@@ -77,22 +77,12 @@ def _refuse_existing(path: str) -> None:
 def _errors(path: str) -> Iterator[None]:
     try:
         yield
-    except FileExistsError:
-        raise InputError(
-            f"{path} exists already", remedy="name a new one: an export overwrites nothing"
-        ) from None
-    except (FileNotFoundError, NotADirectoryError):
-        raise InputError(
-            f"{path or 'the empty file name'} cannot be created",
-            remedy="name a file in an existing directory",
-        ) from None
     except OSError as exc:
         if exc.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO):
             raise OperationFailed(
                 f"{path} cannot be written: {exc.strerror}",
                 remedy="make room and export again; nothing was left behind",
             ) from exc
-        raise MissingPrerequisite(
-            f"{path} cannot be created: {exc.strerror or exc}",
-            remedy="choose a writable directory",
+        raise not_created(
+            path, exc, if_exists="name a new one: an export overwrites nothing"
         ) from exc

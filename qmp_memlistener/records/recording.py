@@ -16,7 +16,7 @@ from typing import BinaryIO, Self, TypeVar
 
 import msgspec
 
-from ..errors import InputError, MissingPrerequisite, OperationFailed, RecordingError
+from ..errors import InputError, OperationFailed, RecordingError, not_created
 from ..inputs import identify_file, open_input
 from ..text import json_bytes
 from . import measured, mirrored, records
@@ -182,17 +182,9 @@ class RecordingWriter:
         self.count = 0
         try:
             self._fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND, 0o600)
-        except FileExistsError:
-            raise InputError(
-                f"{path} exists already", remedy="name a new file: a recording is never overwritten"
-            ) from None
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise InputError(
-                f"{path} cannot be created", remedy="name a file in an existing directory"
-            ) from None
         except OSError as exc:
-            raise MissingPrerequisite(
-                f"{path} cannot be created: {exc.strerror}", remedy="choose a writable directory"
+            raise not_created(
+                path, exc, if_exists="name a new file: a recording is never overwritten"
             ) from exc
         self.write(header)
 
